@@ -1,0 +1,63 @@
+# Everything runs from here on a fresh machine with Python 3.11 and make.
+#
+#   make demo      set up, prepare the shipped data, train with privacy, compare
+#   make test      set up and run the tests (under 15 minutes on 2 cores)
+#   make test-all  the same with injected faults and long oracles
+#   make lint      formatting, lint, types
+#   make env       the set-up alone
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -c 1)
+ifeq ($(HAS_GPU),)
+# Without a CUDA device DeepSpeed must not look for one, and torch's CPU build saves gigabytes.
+export DS_ACCELERATOR ?= cpu
+INSTALL_TORCH = $(PIP) 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null || \
+	( echo "   no CPU build in pip's configured indexes: taking the default one, which is large" && \
+	  $(PIP) 'torch==$(TORCH_VERSION)' )
+else
+INSTALL_TORCH = $(PIP) 'torch==$(TORCH_VERSION),!=$(TORCH_VERSION)+cpu'
+endif
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: env demo test test-all lint clean
+
+env: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "== installing torch $(TORCH_VERSION)$(if $(HAS_GPU),, for CPU)"
+	@$(INSTALL_TORCH)
+	@echo "== installing udp-ray and what it needs (a few minutes)"
+	@$(PIP) --editable '.[test]'
+	@touch $(READY)
+	@echo "== ready"
+
+demo: env
+	@$(BIN)/python jobs/demo.py
+
+test: env
+	@echo "== tests (those marked slow run with make test-all)"
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: env
+	@echo "== all tests, injected faults included"
+	@$(BIN)/python -m pytest
+
+lint: env
+	@echo "== lint, format, types"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,144 @@
+"""Norms, factors and clipped addition, and their rounding."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from udp_ray.dp.clipping import BLOCK_VALUES, clip_and_add, clip_factor, group_norm, sensitivity
+from udp_ray.errors import ConfigError
+
+# Norms are float64 sums of exact squares: what is left is float64's rounding.
+NORM_TOLERANCE = 1e-12
+
+
+def true_norm(*tensors):
+    return math.sqrt(sum(np.sum(tensor.numpy().astype(float) ** 2) for tensor in tensors))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e37])
+def test_the_norm_is_that_of_all_parameters_together(scale):
+    rng = torch.Generator().manual_seed(1)
+    grads = [
+        torch.randn(3, 5, generator=rng) * scale,
+        torch.randn((), generator=rng) * scale,
+        torch.randn(BLOCK_VALUES + 7, generator=rng) * scale,
+        torch.zeros(0),
+    ]
+    assert float(group_norm(grads)) == pytest.approx(true_norm(*grads), rel=NORM_TOLERANCE)
+
+
+def test_the_norm_of_a_strided_view_is_that_of_its_values():
+    grad = torch.arange(12.0).reshape(3, 4).t()[1:]
+    assert float(group_norm([grad])) == pytest.approx(true_norm(grad.contiguous()))
+
+
+def test_the_norm_of_many_small_values_is_exact_where_bfloat16_is_not():
+    grad = torch.full((2**20,), 1e-3)
+    assert float(group_norm([grad])) == pytest.approx(true_norm(grad), rel=NORM_TOLERANCE)
+    coarse = float(torch.linalg.vector_norm(grad.to(torch.bfloat16)))
+    assert coarse != pytest.approx(true_norm(grad), rel=1e-4)
+
+
+def test_a_gradient_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match="bfloat16"):
+        group_norm([torch.ones(2, dtype=torch.bfloat16)])
+
+
+def test_without_parameters_the_norm_is_zero():
+    assert float(group_norm([])) == 0
+    assert bool(clip_and_add([], [], 1.0))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    exponent=st.floats(-40, 37),
+    clip_norm=st.sampled_from([1e-6, 1e-3, 0.1, 1.0, 1e3]),
+)
+def test_a_clipped_gradient_in_float32_never_exceeds_the_clip_norm(seed, exponent, clip_norm):
+    rng = np.random.default_rng(seed)
+    grad = torch.from_numpy((rng.standard_normal(33) * 10.0**exponent).astype(np.float32))
+    total = [torch.zeros(33)]
+    clip_and_add(total, [grad], clip_norm)
+    assert true_norm(total[0]) <= clip_norm
+
+
+def test_a_clipped_gradient_without_the_rounding_margin_exceeds_the_clip_norm():
+    # The failing arm of the test above: the plain factor overshoots on some of these.
+    rng = np.random.default_rng(2)
+    overshoots = 0
+    for _ in range(200):
+        grad = torch.from_numpy(rng.standard_normal(33).astype(np.float32))
+        factor = torch.tensor(0.1 / true_norm(grad), dtype=torch.float32)
+        overshoots += true_norm(grad * factor) > 0.1
+    assert overshoots > 20
+
+
+def test_a_gradient_within_the_clip_norm_is_left_as_it_is():
+    grad = torch.tensor([0.3, -0.4])
+    total = [torch.zeros(2)]
+    clip_and_add(total, [grad], 1.0)
+    assert torch.equal(total[0], grad)
+
+
+def test_a_clipped_gradient_keeps_its_direction_and_reaches_the_clip_norm():
+    grad = torch.tensor([30.0, -40.0])
+    total = [torch.zeros(2)]
+    clip_and_add(total, [grad], 2.0)
+    torch.testing.assert_close(total[0], grad * (2.0 / 50.0), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("clip_norm", [1.0, math.inf])
+def test_a_gradient_that_is_not_finite_contributes_exactly_zero(bad, clip_norm):
+    total = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
+    before = [tensor.clone() for tensor in total]
+    is_finite = clip_and_add(total, [torch.tensor([bad, 1.0]), torch.tensor([5.0])], clip_norm)
+    assert not is_finite
+    assert all(torch.equal(a, b) for a, b in zip(total, before, strict=True))
+
+
+def test_an_infinite_clip_norm_leaves_finite_gradients_alone():
+    norms = torch.tensor([0.0, 1.0, 1e300, math.inf, math.nan], dtype=torch.float64)
+    assert clip_factor(norms, math.inf).tolist() == [1, 1, 1, 0, 0]
+
+
+def test_a_zero_gradient_has_factor_one():
+    assert float(clip_factor(torch.zeros((), dtype=torch.float64), 0.5)) == 1
+
+
+def test_sums_add_up_over_groups():
+    total = [torch.zeros(2)]
+    for vector in ([3.0, 4.0], [0.3, 0.4], [-6.0, 8.0]):
+        clip_and_add(total, [torch.tensor(vector)], 1.0)
+    torch.testing.assert_close(total[0], torch.tensor([0.3, 2.0]), rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("accumulators", "grads"),
+    [
+        ([torch.zeros(2)], []),
+        ([torch.zeros(2)], [torch.zeros(1)]),
+        ([torch.zeros(2, dtype=torch.bfloat16)], [torch.zeros(2)]),
+    ],
+)
+def test_unequal_shapes_or_types_are_refused(accumulators, grads):
+    with pytest.raises(ValueError, match=r"accumulator|shape"):
+        clip_and_add(accumulators, grads, 1.0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, math.nan])
+def test_a_clip_norm_that_is_not_positive_is_refused(clip_norm):
+    with pytest.raises(ConfigError, match="clip_norm"):
+        clip_factor(torch.ones(()), clip_norm)
+    with pytest.raises(ConfigError, match="clip_norm"):
+        sensitivity("add_or_remove_one", clip_norm)
+
+
+def test_replacing_one_user_counts_twice():
+    assert sensitivity("add_or_remove_one", 0.5) == 0.5
+    assert sensitivity("replace_one", 0.5) == 1.0

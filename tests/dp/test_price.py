@@ -1,0 +1,92 @@
+"""What jobs/price.py prints."""
+
+import json
+
+import pytest
+import yaml
+
+from jobs import price
+from udp_ray.data.manifest import PrivateCounts, StoreCounts
+from udp_ray.errors import ConfigError
+
+PRIVACY = {
+    "delta": 1e-6,
+    "clip_norm": 1.0,
+    "cohort_size": 100,
+    "num_steps": 1000,
+    "population": 10_000,
+}
+
+
+def options(**changes):
+    settings = PRIVACY | changes
+    return [part for name, value in settings.items() for part in (f"--privacy.{name}", str(value))]
+
+
+def answer(arguments, capsys):
+    assert price.main(["--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_noise_gives_epsilon_and_epsilon_gives_the_noise_back(capsys):
+    given_noise = answer(options(noise_multiplier=1.0), capsys)
+    assert given_noise["epsilon"] == pytest.approx(2.1245, abs=1e-3)
+    given_epsilon = answer(options(epsilon=given_noise["epsilon"]), capsys)
+    assert given_epsilon["noise_multiplier"] == pytest.approx(1.0, abs=1e-3)
+    assert given_epsilon["epsilon"] <= given_noise["epsilon"]
+
+
+def test_json_has_the_fields_that_scripts_rely_on(capsys):
+    found = answer(options(noise_multiplier=1.0, group_size=7), capsys)
+    expected = PRIVACY | {
+        "sampling": "uls",
+        "noise_multiplier": 1.0,
+        "sampling_probability": 0.01,
+        "group_size": 7,
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_file_gives_the_settings_and_the_command_line_wins(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"privacy": PRIVACY | {"noise_multiplier": 1.0}}))
+    found = answer(["--config", str(file), "--privacy.clip_norm", "0.5"], capsys)
+    assert (found["clip_norm"], found["noise_multiplier"]) == (0.5, 1.0)
+
+
+def test_people_read_that_the_number_of_users_was_declared(capsys):
+    assert price.main(options(noise_multiplier=1.0)) == 0
+    text = capsys.readouterr().out
+    assert "epsilon           2.1245, at delta 1e-06, per user" in text
+    assert "The number of users, 10,000, was declared" in text
+
+
+def test_a_delta_that_would_allow_publishing_a_user_is_refused():
+    with pytest.raises(ConfigError, match="publishing a user outright"):
+        price.main(options(noise_multiplier=1.0, delta=1e-4))
+
+
+def test_the_comparison_goes_with_the_price(capsys):
+    small = options(noise_multiplier=2.0, group_size=2, num_steps=50)
+    found = answer(["--compare", *small], capsys)
+    assert found["comparison"]["els_tight"] <= found["comparison"]["els_textbook"]
+    assert price.main(["--compare", *small]) == 0
+    assert "The tight accountant saves" in capsys.readouterr().out
+
+
+def test_counts_come_from_the_store_where_the_settings_give_none(tmp_path, capsys):
+    counts = StoreCounts(
+        num_users=3_000, num_examples=10_000, num_tokens=1, examples_per_user={1: 1_000, 5: 2_000}
+    )
+    PrivateCounts(train=counts).write(tmp_path)
+    settings = {
+        "privacy": {"sampling": "els", "delta": 1e-6, "clip_norm": 1.0, "noise_multiplier": 2.0}
+        | {"batch_size": 70, "group_size": 3, "num_steps": 10},
+        "data": {"name": "people", "store": str(tmp_path)},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    found = answer(["--config", str(file)], capsys)
+    assert (found["population"], found["population_is_declared"]) == (3_000, False)
+    assert found["num_examples"] == 1_000 + 3 * 2_000
+    assert found["sampling_probability"] == 0.01

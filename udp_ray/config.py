@@ -1,0 +1,348 @@
+"""Every setting of a run, validated.
+
+`PrivacyConfig` holds all the numbers that can change the guarantee; nothing in the other sections
+can. All fields are public: they may be logged, saved and shown. A cross-field rule lives in the
+section that owns the fields; a rule across sections lives in `ExperimentConfig`.
+
+    >>> PrivacyConfig(epsilon=8, delta=1e-6, clip_norm=1, cohort_size=64, num_steps=9).expected_size
+    64
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _absolute_path(value: str) -> str:
+    """Makes a local path absolute; leaves URLs alone."""
+    return value if "://" in value else str(Path(value).expanduser().absolute())
+
+
+AbsolutePath = Annotated[str, AfterValidator(_absolute_path)]
+
+
+def _absolute_if_folder(value: str) -> str:
+    """Makes the path of a folder absolute, since workers run elsewhere; leaves names alone."""
+    folder = Path(value).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else value
+
+
+NameOrFolder = Annotated[str, AfterValidator(_absolute_if_folder)]
+
+
+class Section(BaseModel):
+    """One section of the settings: frozen, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PrivacyConfig(Section):
+    """Every number that can change the guarantee."""
+
+    sampling: Literal["uls", "els"] = "uls"
+    """uls: each step samples users and clips each user's mean gradient. els: each step samples
+    examples and clips each example's gradient."""
+    epsilon: PositiveFloat | None = None
+    """Target user-level epsilon of the run; the noise multiplier is calibrated from it. Give this
+    or privacy.noise_multiplier."""
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Standard deviation of the noise on the clipped sum, in units of the clip norm. Give this or
+    privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Target delta of the run; must be below 1 / population."""
+    clip_norm: Annotated[float, Field(gt=0)]
+    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""
+    group_size: PositiveInt = 1
+    """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
+    cohort_size: PositiveInt | None = None
+    """Expected users per step (uls). The divisor of the noisy sum."""
+    max_cohort_size: PositiveInt | None = None
+    """Most users in a step (uls); of a larger draw a uniform subset stays. Bounds memory and time,
+    costs privacy, and makes privacy.population an upper bound that the store must keep to."""
+    batch_size: PositiveInt | None = None
+    """Expected examples per step (els). The divisor of the noisy sum."""
+    num_steps: PositiveInt
+    """Noisy releases in the run."""
+    population: PositiveInt | None = None
+    """Public number of users. Default: the store's count, which the statement then calls public."""
+    num_examples: PositiveInt | None = None
+    """Public number of examples kept (els). Default: the store's count, then called public."""
+    adjacency: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
+    """How neighbouring datasets differ, in users. Only add_or_remove_one is accounted."""
+    dataset_epsilon: PositiveFloat | None = None
+    """Total epsilon of all runs on data.name; set in the ledger when it has no total yet."""
+    dataset_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Total delta of all runs on data.name; goes with privacy.dataset_epsilon."""
+    on_mismatch: Literal["refuse", "rekey"] = "refuse"
+    """When a resumed run differs from its reservation: refuse it, or draw a new key and charge the
+    repeated steps again."""
+    accept_no_guarantee: bool = False
+    """Admits a run without noise. Its data lose their guarantee, and the ledger says so."""
+    seed: int | None = None
+    """For tests only: derives the keys from this number, which voids the statement."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_noise()
+        self._check_sampling()
+        if (self.dataset_epsilon is None) != (self.dataset_delta is None):
+            raise ValueError(
+                "privacy.dataset_epsilon and privacy.dataset_delta go together: give both or none"
+            )
+        if self.population is not None and self.delta >= 1 / self.population:
+            raise ValueError(
+                f"privacy.delta is {self.delta:g}, not below 1 / population ="
+                f" {1 / self.population:.3g}: it would allow publishing a user outright; lower it"
+            )
+        return self
+
+    def _check_noise(self) -> None:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError(
+                "give exactly one of privacy.epsilon and privacy.noise_multiplier;"
+                " null takes one back"
+            )
+        without_noise = self.noise_multiplier == 0
+        if without_noise and not self.accept_no_guarantee:
+            raise ValueError(
+                "privacy.noise_multiplier is 0, which gives no privacy at all: raise it, or say"
+                " privacy.accept_no_guarantee: true"
+            )
+        if math.isinf(self.clip_norm) and not without_noise:
+            raise ValueError(
+                "privacy.clip_norm is infinite, so no noise can cover a user: give a finite one,"
+                " or set privacy.noise_multiplier to 0"
+            )
+        if math.isnan(self.clip_norm):
+            raise ValueError("privacy.clip_norm is not a number: give a positive one")
+
+    def _check_sampling(self) -> None:
+        needed, other = (
+            ("cohort_size", "batch_size")
+            if self.sampling == "uls"
+            else ("batch_size", "cohort_size")
+        )
+        if getattr(self, needed) is None:
+            raise ValueError(
+                f"privacy.{needed} is missing: privacy.sampling {self.sampling} needs it"
+            )
+        if getattr(self, other) is not None:
+            raise ValueError(
+                f"privacy.{other} is {getattr(self, other)} but privacy.sampling is"
+                f" {self.sampling}: drop it, {needed} is the expected size of a step"
+            )
+        if self.sampling == "uls" and self.num_examples is not None:
+            raise ValueError("privacy.num_examples belongs to privacy.sampling els: drop it")
+        if self.max_cohort_size is not None:
+            self._check_cap(self.max_cohort_size)
+        if (
+            self.population is not None
+            and self.cohort_size is not None
+            and self.cohort_size > self.population
+        ):
+            raise ValueError(
+                f"privacy.cohort_size is {self.cohort_size}, above privacy.population ="
+                f" {self.population}: lower it"
+            )
+
+    def _check_cap(self, most: int) -> None:
+        if self.sampling != "uls":
+            raise ValueError("privacy.max_cohort_size belongs to privacy.sampling uls: drop it")
+        if self.cohort_size is not None and most < self.cohort_size:
+            raise ValueError(
+                f"privacy.max_cohort_size is {most}, below privacy.cohort_size ="
+                f" {self.cohort_size}: raise it, best to cohort_size + 6 sqrt(cohort_size) or more"
+            )
+
+    @property
+    def expected_size(self) -> int:
+        """Expected units per step: the cohort size (uls) or the batch size (els)."""
+        size = self.cohort_size if self.sampling == "uls" else self.batch_size
+        assert size is not None  # _check_sampling
+        return size
+
+
+class DataConfig(Section):
+    """Where the text is, and the store that it becomes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the people's data. All stores and runs of this name share one budget."""
+    input: list[str] = []
+    """Parquet, JSON lines or CSV: paths, globs or file-system URLs; or hf://NAME or
+    hf://NAME:CONFIG for a Hugging Face dataset, or a folder that `save_to_disk` wrote."""
+    input_split: str = "train"
+    """Split of a Hugging Face dataset."""
+    user_column: str = "user_id"
+    """Column that says whose text it is."""
+    text_column: str = "text"
+    """Column with the text. Not used when prompt and response columns are given."""
+    prompt_column: str | None = None
+    """Column with the prompt; goes with data.response_column. Its tokens carry no loss."""
+    response_column: str | None = None
+    """Column with the response; only its tokens carry loss."""
+    tokenizer: str | None = None
+    """Hugging Face name or folder of a fast tokenizer. Default: model.name."""
+    block_tokens: Annotated[int, Field(ge=2)] = 256
+    """Most tokens in one example; longer texts are split into several examples."""
+    max_examples_per_user: PositiveInt | None = None
+    """Most examples stored per user, chosen by a keyed hash. Default: all."""
+    num_shards: PositiveInt = 16
+    """Shard files of the store; part of its identity, independent of the cluster."""
+    store: AbsolutePath
+    """Folder of the user-sharded token store."""
+    heldout: float | list[str] | None = None
+    """Held-out users: a share of users in (0, 1), chosen by a hash of the user, or a separate
+    input whose users do not occur in data.input. Default: none."""
+    ledger: str | None = None
+    """SQLAlchemy URL of the privacy ledger. Default: ledger.sqlite beside data.store."""
+
+    @field_validator("input", "heldout", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _number_if_it_reads_as_one(cls, value: Any) -> Any:
+        # The command line brings every value as text, and repeats of an option as a list.
+        try:
+            return float(value[0]) if isinstance(value, list) and len(value) == 1 else value
+        except ValueError:
+            return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ValueError(
+                "data.prompt_column and data.response_column go together: give both or neither"
+            )
+        if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
+            raise ValueError(
+                f"data.heldout is {self.heldout:g}: a share of users lies strictly between 0 and 1"
+            )
+        return self
+
+    @property
+    def ledger_url(self) -> str:
+        """The URL of the ledger, with its default filled in."""
+        return self.ledger or f"sqlite:///{Path(self.store).parent / 'ledger.sqlite'}"
+
+
+class ModelConfig(Section):
+    """The causal language model that is fine-tuned."""
+
+    name: NameOrFolder
+    """Hugging Face name or folder of a causal language model."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability of every dropout layer while training."""
+    autocast: Literal["off", "bfloat16"] = "off"
+    """Number format inside forward and backward; norms, sums and noise stay float32."""
+
+
+class TrainConfig(Section):
+    """How training is carried out. Nothing here can change the guarantee."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: what is partitioned over workers (0 nothing, 1 optimizer state,
+    2 gradients too, 3 parameters too)."""
+    microbatch_tokens: PositiveInt = 8192
+    """Most tokens, padding included, in one backward pass. Speed and memory only."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer fed with the noisy mean gradient."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or a decay that reaches zero one step after the
+    last, so that no step is paid for and then thrown away."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay (decoupled in adamw)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's term that keeps the division finite."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Momentum of sgd."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between checkpoints; metrics leave only with a committed checkpoint."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between held-out evaluations, a multiple of train.checkpoint_every, its default."""
+    evaluate_examples: PositiveInt | None = 4096
+    """Most held-out examples per evaluation during training; before and after use all."""
+    fuse_reduce: bool = False
+    """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
+            raise ValueError(
+                f"train.evaluate_every is {self.evaluate_every}, not a multiple of"
+                f" train.checkpoint_every = {self.checkpoint_every}: metrics leave with checkpoints"
+            )
+        return self
+
+
+class ClusterConfig(Section):
+    """What the run uses of the Ray cluster. Nothing here can change the guarantee."""
+
+    num_workers: Annotated[int, Field(ge=1)] = 1
+    """Training workers."""
+    use_gpu: bool = False
+    """One GPU and nccl per worker, instead of CPU and gloo."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPU cores that each worker reserves."""
+    address: str | None = None
+    """Ray cluster to join. Default: the one that the job runs in, else a new local one."""
+    storage: str | None = None
+    """Folder or URL that all nodes reach, for checkpoints. Default: output/checkpoints."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Restarts of the workers before the run gives up."""
+    wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds to wait for a cluster that grows by itself; 0 refuses at once what does not fit."""
+
+
+# What changes speed and rounding, or when something is shown, but not what a step releases.
+SPEED_ONLY = {
+    "zero_stage",
+    "microbatch_tokens",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_examples",
+    "fuse_reduce",
+}
+
+
+class ExperimentConfig(Section):
+    """All the settings of a training run."""
+
+    privacy: PrivacyConfig
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig = TrainConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    output: AbsolutePath
+    """Folder for the model, the statement and the figures of the run."""
+
+    def digest(self) -> str:
+        """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.
+
+        Left out is what changes speed and rounding only: the cluster, ZeRO stage, microbatch,
+        where files lie, and how often checkpoints and evaluations are made.
+        """
+        kept = self.model_dump(
+            mode="json",
+            exclude={"cluster": True, "output": True, "data": True, "train": SPEED_ONLY},
+        )
+        kept["data"] = {"name": self.data.name}  # the store has a digest of its own
+        kept["privacy"].pop("on_mismatch")
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The core of the guarantee: from accounting to clipping and noise; no Ray, no cluster."""

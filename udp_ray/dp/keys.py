@@ -1,0 +1,144 @@
+"""The secret key of a run, and the random streams that it opens.
+
+Here belong key material, its one-way id, and the derivation of independent streams from it. What
+the streams are used for (who is sampled, which noise is added) stands in `sampling.py` and
+`noise.py`. A key is as secret as the data: whoever holds it can subtract the noise. It hides in
+`repr`, is kept by the ledger alone, and must never reach a log, a checkpoint (which holds the id),
+an output or the environment.
+
+    >>> key = RunKey.from_seed(7)
+    >>> key
+    RunKey(id='79d36d44eadc57b0')
+    >>> key.sampling() == key.noise()
+    False
+
+Reference:
+    [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox 4x64).
+    [2] Aumasson et al. 2013, BLAKE2; RFC 7693 (keyed mode).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SECRET_BYTES = 32
+STREAM_BYTES = 16
+
+# Personalization strings of BLAKE2b: the uses of one secret can never collide.
+_ID = b"udp-ray key id"
+_DERIVE = b"udp-ray derive"
+_STREAM = b"udp-ray stream"
+_SEED = b"udp-ray seed"
+
+
+@dataclass(frozen=True, repr=False)
+class StreamKey:
+    """A key of one purpose (sampling, say), from which streams are opened by counters.
+
+    Edge cases:
+        Equal secrets and counters give equal streams, on every machine and world size.
+    """
+
+    secret: bytes = field(repr=False)
+    """16 secret bytes."""
+
+    def __post_init__(self) -> None:
+        _check_length(self.secret, STREAM_BYTES)
+
+    def __repr__(self) -> str:
+        return "StreamKey(hidden)"
+
+    def generator(self, *counters: int | str) -> np.random.Philox:
+        """Returns a counter-based bit generator keyed by this key and the counters.
+
+        Args:
+            counters: What names the stream, such as step, parameter name and chunk; integers from
+                0 and strings. Any number of them; (1, 23) and (12, 3) are different streams.
+
+        Privacy:
+            The counters are hashed with the secret into Philox's 128-bit key, so streams of
+            different counters are unrelated and one stream tells nothing of another. Philox is a
+            statistical, not a cryptographic, generator: outputs are released only as part of a
+            noisy sum, never raw.
+
+        Reference:
+            Salmon et al. 2011 [1]; RFC 7693 [2].
+        """
+        return np.random.Philox(
+            key=np.frombuffer(_keyed(self.secret, _STREAM, counters), dtype="<u8")
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class RunKey:
+    """The secret of one run, or of one re-keyed part of it."""
+
+    secret: bytes = field(repr=False)
+    """32 secret bytes."""
+
+    def __post_init__(self) -> None:
+        _check_length(self.secret, SECRET_BYTES)
+
+    def __repr__(self) -> str:
+        return f"RunKey(id={self.id!r})"
+
+    @classmethod
+    def generate(cls) -> RunKey:
+        """Returns a new key from the operating system's entropy."""
+        return cls(secrets.token_bytes(SECRET_BYTES))
+
+    @classmethod
+    def from_seed(cls, seed: int) -> RunKey:
+        """Returns the key of a seed, for tests: a guessable key, which voids every guarantee."""
+        text = str(operator.index(seed)).encode()
+        return cls(hashlib.blake2b(text, digest_size=SECRET_BYTES, person=_SEED).digest())
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits that name the key and do not reveal it. Public."""
+        return hashlib.blake2b(self.secret, digest_size=8, person=_ID).hexdigest()
+
+    def derive(self, *parts: int | str) -> bytes:
+        """Returns 16 secret bytes for the purpose that the parts name.
+
+        Privacy:
+            Knowing the bytes of one purpose tells nothing of another's, nor of this key.
+        """
+        return _keyed(self.secret, _DERIVE, parts)
+
+    def sampling(self) -> StreamKey:
+        """Returns the key that decides who takes part in which step."""
+        return StreamKey(self.derive("sampling"))
+
+    def noise(self) -> StreamKey:
+        """Returns the key of the noise; it goes to rank 0 only."""
+        return StreamKey(self.derive("noise"))
+
+    def selfcheck(self) -> StreamKey:
+        """Returns the key of the run-time check, whose noise is never added to anything."""
+        return StreamKey(self.derive("selfcheck"))
+
+
+def _keyed(secret: bytes, purpose: bytes, parts: tuple[int | str, ...]) -> bytes:
+    """Returns 16 bytes of keyed BLAKE2b over an encoding in which no two lists of parts agree."""
+    digest = hashlib.blake2b(key=secret, digest_size=STREAM_BYTES, person=purpose)
+    for part in parts:
+        if isinstance(part, str):
+            tag, data = b"s", part.encode()
+        else:
+            number = operator.index(part)
+            if number < 0:
+                raise ValueError(f"a counter is {number}: counters of a stream start at 0")
+            tag, data = b"i", number.to_bytes((number.bit_length() + 7) // 8, "little")
+        digest.update(tag + len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def _check_length(secret: bytes, expected: int) -> None:
+    if not isinstance(secret, bytes) or len(secret) != expected:
+        raise ValueError(f"a key of this kind is exactly {expected} bytes long")

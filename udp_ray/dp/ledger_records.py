@@ -1,0 +1,245 @@
+"""What the ledger takes and gives: plain frozen values, without a database behind them.
+
+All fields are public except the two that hide in `repr`: the key of an attempt and the key of a
+dataset's user hashes.
+
+    digests = Digests(plan=plan_digest(plan), config="c0ffee", code="5eed", store="da7a")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Any, Literal
+
+from udp_ray.dp.keys import RunKey
+
+RunState = Literal["admitted", "finished", "abandoned"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of privacy loss."""
+
+    epsilon: float
+    """From 0; infinite for a run without noise."""
+    delta: float
+    """In [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.epsilon) or self.epsilon < 0:
+            raise ValueError(f"epsilon is {self.epsilon}: it is at least 0")
+        if not 0 <= self.delta <= 1:
+            raise ValueError(f"delta is {self.delta}: it lies in [0, 1]")
+
+    def __str__(self) -> str:
+        return f"(epsilon = {self.epsilon:.6g}, delta = {self.delta:.3g})"
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What must be equal for a repeated step to be the same release. World size may differ."""
+
+    plan: str
+    """Of the privacy plan, by `plan_digest`; it never changes within a run."""
+    config: str
+    """Of the settings that change what a step computes."""
+    code: str
+    """Of the sources that compute it."""
+    store: str
+    """Of the tokens that it reads."""
+
+    def differing(self, other: Digests) -> list[str]:
+        """Returns the names of what differs."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
+
+
+def plan_digest(plan: Mapping[str, Any]) -> str:
+    """Returns a SHA-256 over a privacy plan's plain values, in whatever order they stand."""
+    return hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
+
+
+def plan_to_json(plan: Mapping[str, Any]) -> str:
+    """Returns a privacy plan as canonical JSON; floats keep all their digits."""
+    return json.dumps(plan, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The right to train one run, until a newer attempt takes it over."""
+
+    run_id: str
+    number: int
+    """1 for the first; each later one fences those before it."""
+    key: RunKey = field(repr=False)
+    """The key that cohorts and noise come from. Sensitive."""
+    resume_step: int
+    """The last committed step; training goes on with the next one."""
+    resume_checkpoint: str | None
+    """Where the checkpoint of that step is; None at the start."""
+    resume_digest: str | None
+    """Its digest."""
+    last_step: int
+    """The last step that will be granted: num_steps, or fewer once a re-keyed run has paid for
+    repeated steps."""
+    is_rekeyed: bool
+    """Whether this attempt drew a new key, so that repeated steps are charged again."""
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """One body of people's data, whatever stores were made of it."""
+
+    name: str
+    user_hash_key: bytes = field(repr=False)
+    """16 bytes that key the hashes of user ids. Sensitive."""
+    total: Budget | None
+    """What all runs together may spend; None if no total was set."""
+    fingerprints: tuple[str, ...]
+    """Digests of the stores that were seen under this name, oldest first."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One admitted run. Nothing here is sensitive."""
+
+    run_id: str
+    dataset: str
+    charge: Budget
+    """What the run was admitted with; spent whole, however far the run came."""
+    num_steps: int
+    charged_steps: int
+    """Distinct (key, step) reservations: the noisy releases that may have happened."""
+    committed_step: int
+    """The last step that a committed checkpoint holds; 0 at the start."""
+    checkpoint: str | None
+    checkpoint_digest: str | None
+    plan: Mapping[str, Any]
+    digests: Digests
+    """Of the last attempt."""
+    state: RunState
+    num_attempts: int
+    num_keys: int
+    """1, and one more for each time that the run was re-keyed."""
+    key_id: str
+    admitted_at: str
+    """UTC, ISO 8601."""
+    ended_at: str | None
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether the run counts: all do, except one abandoned before its first step."""
+        return self.state != "abandoned"
+
+
+@dataclass(frozen=True)
+class TrialAdmission:
+    """One trial of a sweep, entered together with it. Sensitive where only the best is released."""
+
+    run_id: str
+    configuration: int
+    """Its place in the sweep's list of configurations."""
+    charge: Budget
+    """What the trial would cost alone, for its own statement; the sweep pays."""
+    num_steps: int
+    plan: Mapping[str, Any]
+    digests: Digests
+    key: RunKey = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial of a sweep. That it exists is sensitive where only the best is released."""
+
+    number: int
+    """From 1, in the order of the admission."""
+    configuration: int
+    run: RunRecord
+    """Its charge is what it would cost alone, and counts nowhere: the sweep's row has paid."""
+
+
+@dataclass(frozen=True)
+class BudgetChange:
+    """One entry of the append-only log of a dataset's totals."""
+
+    dataset: str
+    total: Budget
+    spent: Budget
+    """By then."""
+    changed_at: str
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What was spent on one dataset, by which run, and what is left."""
+
+    dataset: DatasetRecord
+    runs: tuple[RunRecord, ...]
+    """All runs and sweeps, oldest first, without the trials of sweeps."""
+    changes: tuple[BudgetChange, ...]
+
+    @property
+    def spent(self) -> Budget:
+        """The sum of the charged runs, each whole."""
+        return total_of([run.charge for run in self.runs if run.is_charged])
+
+    @property
+    def left(self) -> Budget | None:
+        """What a further run may ask for; None if no total was set."""
+        return None if self.dataset.total is None else left_of(self.dataset.total, self.spent)
+
+
+def total_of(charges: list[Budget]) -> Budget:
+    """Returns the sums of epsilons and deltas, which are exact in decimal.
+
+    Privacy:
+        Basic composition: mechanisms that are (epsilon_i, delta_i)-private, each chosen after
+        seeing the earlier ones, are together (sum epsilon_i, sum delta_i)-private. A delta above
+        1 says nothing and is shown as 1.
+
+    Reference:
+        Dwork, Rothblum and Vadhan 2010, "Boosting and differential privacy", Section III; Rogers
+        et al. 2016, arXiv:1605.08294, on why tighter compositions are no valid filter when the
+        budgets are chosen along the way.
+    """
+    if any(math.isinf(charge.epsilon) for charge in charges):
+        epsilon = math.inf
+    else:
+        epsilon = float(sum(exact(charge.epsilon) for charge in charges))
+    return Budget(epsilon, min(1.0, float(sum(exact(charge.delta) for charge in charges))))
+
+
+def left_of(total: Budget, spent: Budget) -> Budget:
+    """Returns what is left of a total, at least zero."""
+    if math.isinf(spent.epsilon):
+        return Budget(0.0, 0.0)
+    epsilon = exact(total.epsilon) - exact(spent.epsilon)
+    return Budget(
+        max(0.0, float(epsilon)), max(0.0, float(exact(total.delta) - exact(spent.delta)))
+    )
+
+
+def fits(charges: list[Budget], total: Budget) -> bool:
+    """Returns whether charges fit in a total, without any tolerance.
+
+    Edge cases:
+        Ten runs of 0.1 fit in a total of 1.0, and nothing more does. An infinite one never fits.
+    """
+    if any(math.isinf(charge.epsilon) for charge in charges):
+        return False
+    return sum(exact(charge.epsilon) for charge in charges) <= exact(total.epsilon) and sum(
+        exact(charge.delta) for charge in charges
+    ) <= exact(total.delta)
+
+
+def exact(number: float) -> Fraction:
+    """Returns the decimal number that a finite float prints as, exactly.
+
+    Budgets are stated in decimals, and 0.1 means one tenth: summing the binary values instead
+    would refuse the tenth run of 0.1 in 1.0, or need a tolerance that lets a little too much in.
+    """
+    return Fraction(repr(float(number)))

@@ -1,0 +1,236 @@
+"""Rows of the ledger's tables, read under lock or not, and turned into records."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+
+from udp_ray.dp import ledger_schema as schema
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger_records import (
+    Attempt,
+    Budget,
+    BudgetChange,
+    DatasetRecord,
+    Digests,
+    RunRecord,
+)
+from udp_ray.errors import FencedError, LedgerError
+
+AnyRow = Row[Any]
+
+# Built once: each step reads a run's row, and building the statement takes as long as running it.
+_RUN = select(schema.RUNS).where(schema.RUNS.c.run_id == bindparam("run_id"))
+_RUN_LOCKED = _RUN.with_for_update()  # SQLite has no such lock, its writers exclude each other
+
+
+def now() -> str:
+    """Returns the time as UTC text."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# ---- datasets
+
+
+def dataset_row(connection: Connection, name: str, *, lock: bool = False) -> AnyRow:
+    """Returns a dataset's row; under lock, no other transaction can admit or set a total."""
+    query = select(schema.DATASETS).where(schema.DATASETS.c.name == name)
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise LedgerError(
+            f"the ledger holds no dataset named {name!r}: mend data.name, or prepare its data first"
+        )
+    return row
+
+
+def dataset_total(row: AnyRow) -> Budget | None:
+    """Returns the total budget in a dataset's row."""
+    return None if row.total_epsilon is None else Budget(row.total_epsilon, row.total_delta)
+
+
+def dataset_record(connection: Connection, row: AnyRow) -> DatasetRecord:
+    """Returns the record of a dataset's row."""
+    table = schema.FINGERPRINTS
+    seen = select(table.c.digest).where(table.c.dataset == row.name).order_by(table.c.number)
+    return DatasetRecord(
+        name=row.name,
+        user_hash_key=bytes(row.user_hash_key),
+        total=dataset_total(row),
+        fingerprints=tuple(connection.execute(seen).scalars()),
+    )
+
+
+def add_fingerprint(connection: Connection, name: str, digest: str) -> None:
+    """Notes that a store of this digest was seen under a dataset's name, once."""
+    table = schema.FINGERPRINTS
+    seen = select(table.c.number).where(table.c.dataset == name, table.c.digest == digest)
+    if connection.execute(seen).first() is None:
+        connection.execute(insert(table).values(dataset=name, digest=digest, seen_at=now()))
+
+
+def charges_of(connection: Connection, dataset: str) -> list[Budget]:
+    """Returns what each run of a dataset is charged with; a sweep pays for its trials."""
+    table = schema.RUNS
+    query = select(table.c.epsilon, table.c.delta).where(
+        table.c.dataset == dataset,
+        table.c.state != "abandoned",
+        table.c.run_id.not_in(select(schema.TRIALS.c.run_id)),
+    )
+    return [Budget(row.epsilon, row.delta) for row in connection.execute(query)]
+
+
+def budget_changes(connection: Connection, dataset: str) -> tuple[BudgetChange, ...]:
+    """Returns the log of a dataset's totals, oldest first."""
+    table = schema.BUDGET_CHANGES
+    query = select(table).where(table.c.dataset == dataset).order_by(table.c.number)
+    return tuple(
+        BudgetChange(
+            dataset=row.dataset,
+            total=Budget(row.total_epsilon, row.total_delta),
+            spent=Budget(row.spent_epsilon, row.spent_delta),
+            changed_at=row.changed_at,
+        )
+        for row in connection.execute(query)
+    )
+
+
+# ---- runs
+
+
+def run_row(connection: Connection, run_id: str, *, lock: bool = False) -> AnyRow:
+    """Returns a run's row; under lock, no other transaction can change the run."""
+    row = connection.execute(_RUN_LOCKED if lock else _RUN, {"run_id": run_id}).first()
+    if row is None:
+        raise LedgerError(f"the ledger holds no run named {run_id!r}: it was never admitted")
+    return row
+
+
+def held_run(connection: Connection, attempt: Attempt, *, may_have_ended: bool = False) -> AnyRow:
+    """Returns the locked row of an attempt's run, if the attempt may still write.
+
+    Raises:
+        FencedError: If a newer attempt has begun.
+        LedgerError: If the run has ended.
+    """
+    run = run_row(connection, attempt.run_id, lock=True)
+    if run.attempt != attempt.number:
+        raise FencedError(
+            f"attempt {attempt.number} of run {attempt.run_id!r} is over: attempt {run.attempt} has"
+            " taken the run over"
+        )
+    if not may_have_ended:
+        refuse_ended(run)
+    assert run.key_id == attempt.key.id  # a new key is always a new attempt
+    return run
+
+
+def refuse_ended(run: AnyRow) -> None:
+    """Refuses a run that is finished or abandoned."""
+    if run.state != "admitted":
+        raise LedgerError(
+            f"run {run.run_id!r} is {run.state} and its key is destroyed: give a new run another"
+            " output folder"
+        )
+
+
+def last_commit(connection: Connection, run_id: str) -> AnyRow | None:
+    """Returns the newest commit of a run."""
+    table = schema.COMMITS
+    query = select(table).where(table.c.run_id == run_id).order_by(table.c.step.desc()).limit(1)
+    return connection.execute(query).first()
+
+
+def attempt_digests(connection: Connection, run_id: str, number: int) -> Digests:
+    """Returns the digests that an attempt began with; number 0 is the admission."""
+    table = schema.ATTEMPTS
+    query = select(table).where(table.c.run_id == run_id, table.c.number == number)
+    row = connection.execute(query).one()
+    return Digests(row.plan_digest, row.config_digest, row.code_digest, row.store_digest)
+
+
+def add_attempt(
+    connection: Connection, run_id: str, number: int, key: RunKey, digests: Digests
+) -> None:
+    """Notes an attempt; number 0 is the admission."""
+    values = {
+        "run_id": run_id,
+        "number": number,
+        "key_id": key.id,
+        "plan_digest": digests.plan,
+        "config_digest": digests.config,
+        "code_digest": digests.code,
+        "store_digest": digests.store,
+        "begun_at": now(),
+    }
+    connection.execute(insert(schema.ATTEMPTS).values(values))
+
+
+def num_reserved(connection: Connection, run: AnyRow, *, after: int, up_to: int | None) -> int:
+    """Returns how many steps in (after, up_to] are reserved under the run's present key."""
+    table = schema.STEPS
+    query = select(func.count()).where(
+        table.c.run_id == run.run_id, table.c.key_id == run.key_id, table.c.step > after
+    )
+    if up_to is not None:
+        query = query.where(table.c.step <= up_to)
+    return connection.execute(query).scalar_one()
+
+
+def run_record(connection: Connection, run: AnyRow) -> RunRecord:
+    """Returns the record of a run's row; its steps are counted anew."""
+    commit = last_commit(connection, run.run_id)
+    keys = select(func.count()).where(schema.KEYS.c.run_id == run.run_id)
+    charged = select(func.count()).where(schema.STEPS.c.run_id == run.run_id)
+    return RunRecord(
+        run_id=run.run_id,
+        dataset=run.dataset,
+        charge=Budget(run.epsilon, run.delta),
+        num_steps=run.num_steps,
+        charged_steps=connection.execute(charged).scalar_one(),
+        committed_step=commit.step if commit else 0,
+        checkpoint=commit.checkpoint if commit else None,
+        checkpoint_digest=commit.digest if commit else None,
+        plan=json.loads(run.plan),
+        digests=attempt_digests(connection, run.run_id, last_attempt(connection, run.run_id)),
+        state=run.state,
+        num_attempts=last_attempt(connection, run.run_id),
+        num_keys=connection.execute(keys).scalar_one(),
+        key_id=run.key_id,
+        admitted_at=run.admitted_at,
+        ended_at=run.ended_at,
+    )
+
+
+def last_attempt(connection: Connection, run_id: str) -> int:
+    """Returns the number of the last attempt that began; 0 before the first."""
+    table = schema.ATTEMPTS
+    return connection.execute(
+        select(func.max(table.c.number)).where(table.c.run_id == run_id)
+    ).scalar_one()
+
+
+# ---- keys
+
+
+def stored_key(connection: Connection, run: AnyRow) -> RunKey | None:
+    """Returns the present key of a run; None if it was destroyed."""
+    table = schema.KEYS
+    query = select(table.c.secret).where(table.c.run_id == run.run_id, table.c.key_id == run.key_id)
+    secret = connection.execute(query).scalar_one_or_none()
+    key = None if secret is None else RunKey(bytes(secret))
+    return key if key is not None and key.id == run.key_id else None
+
+
+def add_key(connection: Connection, run_id: str, key: RunKey) -> None:
+    """Stores a key of a run."""
+    values = {"run_id": run_id, "key_id": key.id, "secret": key.secret}
+    connection.execute(insert(schema.KEYS).values(values))
+
+
+def set_secrets(connection: Connection, run_id: str, secret: bytes | None) -> None:
+    """Overwrites all keys of a run."""
+    table = schema.KEYS
+    connection.execute(update(table).where(table.c.run_id == run_id).values(secret=secret))

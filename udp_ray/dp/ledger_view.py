@@ -1,0 +1,114 @@
+"""What was spent on a dataset, for people and for scripts. Every value shown is public."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from udp_ray.dp.ledger_records import Budget, BudgetChange, RunRecord, Spending
+
+COLUMNS = ("run", "state", "epsilon", "delta", "steps charged", "committed", "keys", "admitted")
+
+
+def to_json(spending: Spending) -> dict[str, Any]:
+    """Returns a dataset's spending as one JSON-ready object; an infinite epsilon is "inf"."""
+    return {
+        "dataset": spending.dataset.name,
+        "total": _budget_to_json(spending.dataset.total),
+        "spent": _budget_to_json(spending.spent),
+        "left": _budget_to_json(spending.left),
+        "fingerprints": list(spending.dataset.fingerprints),
+        "runs": [_run_to_json(run) for run in spending.runs],
+        "budget_changes": [_change_to_json(change) for change in spending.changes],
+    }
+
+
+def to_text(spending: Spending) -> str:
+    """Returns a dataset's spending as a few lines and a table of runs."""
+    counted = [run for run in spending.runs if run.is_charged]
+    lines = [
+        f"dataset {spending.dataset.name}",
+        f"  spent  {_text(spending.spent)}, by {_count(len(counted), 'run')}, each charged whole",
+        f"  total  {_text(spending.dataset.total) if spending.dataset.total else 'none is set'}",
+        f"  left   {_text(spending.left) if spending.left else 'not limited'}",
+    ]
+    if math.isinf(spending.spent.epsilon):
+        lines.append("  NO GUARANTEE LEFT: a run without noise was made on these people's data.")
+    if spending.changes:
+        lines.append("")
+        lines += [
+            f"  {change.changed_at}  total set to {_text(change.total)}"
+            for change in spending.changes
+        ]
+    if spending.runs:
+        lines += ["", *_table([COLUMNS, *[_row(run) for run in spending.runs]])]
+    return "\n".join(lines)
+
+
+def _row(run: RunRecord) -> tuple[str, ...]:
+    return (
+        run.run_id,
+        run.state,
+        f"{run.charge.epsilon:.6g}",
+        f"{run.charge.delta:.3g}",
+        # What the trials of a sweep did is shown by nobody but the sweep: it may be secret.
+        "whole sweep" if "sweep" in run.plan else f"{run.charged_steps} of {run.num_steps}",
+        "-" if "sweep" in run.plan else str(run.committed_step),
+        str(run.num_keys),
+        run.admitted_at,
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _text(budget: Budget) -> str:
+    epsilon = f"{budget.epsilon:.6g}" if math.isfinite(budget.epsilon) else "infinite"
+    return f"epsilon = {epsilon}, delta = {budget.delta:.3g}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _budget_to_json(budget: Budget | None) -> dict[str, float | str] | None:
+    if budget is None:
+        return None
+    epsilon = budget.epsilon if math.isfinite(budget.epsilon) else "inf"  # JSON has no infinity
+    return {"epsilon": epsilon, "delta": budget.delta}
+
+
+def _run_to_json(run: RunRecord) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "state": run.state,
+        "is_charged": run.is_charged,
+        "charge": _budget_to_json(run.charge),
+        "num_steps": run.num_steps,
+        "charged_steps": run.charged_steps,
+        "committed_step": run.committed_step,
+        "checkpoint": run.checkpoint,
+        "num_attempts": run.num_attempts,
+        "num_keys": run.num_keys,
+        "plan": dict(run.plan),
+        "config_digest": run.digests.config,
+        "code_digest": run.digests.code,
+        "store_digest": run.digests.store,
+        "admitted_at": run.admitted_at,
+        "ended_at": run.ended_at,
+    }
+
+
+def _change_to_json(change: BudgetChange) -> dict[str, Any]:
+    return {
+        "total": _budget_to_json(change.total),
+        "spent": _budget_to_json(change.spent),
+        "changed_at": change.changed_at,
+    }

@@ -1,0 +1,1 @@
+"""Alembic's folder: one numbered file per version of the ledger's tables."""

@@ -1,0 +1,144 @@
+"""The Gaussian noise of a step, drawn by parameter and chunk.
+
+Noise is a function of (secret key, step, parameter name, position): it knows nothing of world size,
+ZeRO stage or the order in which parameters are asked for, and any slice can be drawn alone.
+
+    >>> from udp_ray.dp.keys import RunKey
+    >>> noise = GaussianNoise(RunKey.from_seed(7).noise(), noise_stddev=0.5)
+    >>> whole = noise.tensor(1, "lm_head.weight", (2, 3))
+    >>> part = noise.slice(1, "lm_head.weight", 6, start=2, stop=5)
+    >>> bool((whole.flatten()[2:5] == part).all())
+    True
+
+Each chunk of 2**20 values is one Philox stream of its own, turned into normals by numpy's
+`Generator.standard_normal` in float32 (ziggurat). Two things are *not* promised. Normals in float32
+lie on a grid, and attacks on that grid are known [2]; the guarantee is that of real-valued
+noise. And numpy may change the method between versions, so equal keys give equal noise only under
+one numpy version: `GENERATOR_VERSION` belongs into whatever decides that a replayed step is the
+same release.
+
+Reference:
+    [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
+    [2] Mironov 2012, "On significance of the least significant bits for differential privacy";
+        Holohan and Braghin 2021, arXiv:2107.10138.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from udp_ray.dp.keys import StreamKey
+from udp_ray.errors import ConfigError
+
+CHUNK_VALUES = 2**20
+"""Values per chunk. Part of the layout of the noise: another number gives other noise."""
+
+GENERATOR_VERSION = f"philox-ziggurat-float32/chunk={CHUNK_VALUES}/numpy={np.__version__}"
+"""Equal versions and keys give equal noise. Public."""
+
+
+class GaussianNoise:
+    """Draws the noise of any step, parameter and slice.
+
+    Args:
+        key: The run's noise key; on rank 0 only. Secret.
+        noise_stddev: Standard deviation of each value: noise multiplier times clip norm, for a
+            clipped *sum*. At least 0. Public.
+        num_threads: Chunks drawn at once; numpy draws outside the interpreter's lock. Changes
+            speed only.
+
+    Raises:
+        ConfigError: If noise_stddev is negative or not finite.
+
+    Privacy:
+        Values of different (step, name, position) come from unrelated streams and are independent
+        normals as far as Philox under a hashed key is random. The noise is as secret as the data
+        until it has been added: whoever knows it can subtract it.
+    """
+
+    def __init__(self, key: StreamKey, noise_stddev: float, *, num_threads: int = 1) -> None:
+        if not 0 <= noise_stddev < math.inf:
+            raise ConfigError(
+                f"the noise standard deviation is {noise_stddev:g}: it is noise_multiplier *"
+                " clip_norm, a finite number from 0"
+            )
+        self._key = key
+        self.noise_stddev = noise_stddev
+        self._num_threads = num_threads
+
+    def tensor(
+        self, step: int, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Returns the noise of one whole parameter.
+
+        Args:
+            step: Number of the step, from 0.
+            name: Name of the parameter; each name has noise of its own.
+            shape: Shape of the parameter.
+            device: Where the result is put; the values do not depend on it.
+
+        Returns:
+            A float32 tensor. Secret until it has been added.
+
+        Edge cases:
+            No values -> an empty tensor. Standard deviation 0 -> zeros.
+        """
+        numel = math.prod(shape)
+        return self.slice(step, name, numel, start=0, stop=numel).reshape(shape).to(device)
+
+    def slice(self, step: int, name: str, numel: int, *, start: int, stop: int) -> Tensor:
+        """Returns values start to stop of the flattened noise of a parameter of numel values.
+
+        Edge cases:
+            start = stop -> an empty tensor. Chunks at the ends are drawn whole and cut.
+        """
+        if not 0 <= start <= stop <= numel:
+            raise ValueError(f"slice {start}:{stop} is not inside a parameter of {numel} values")
+        result = torch.empty(stop - start, dtype=torch.float32)
+        values = result.numpy()
+
+        def fill(chunk: int) -> None:
+            first = chunk * CHUNK_VALUES
+            drawn = self._chunk(step, name, chunk, min(CHUNK_VALUES, stop - first))
+            begin = max(start, first)
+            values[begin - start : first - start + len(drawn)] = drawn[begin - first :]
+
+        chunks = range(start // CHUNK_VALUES, -(-stop // CHUNK_VALUES) if stop > start else 0)
+        if self._num_threads > 1 and len(chunks) > 1:
+            with ThreadPoolExecutor(self._num_threads) as pool:
+                list(pool.map(fill, chunks))
+        else:
+            for chunk in chunks:
+                fill(chunk)
+        return result
+
+    def chunks(self, step: int, name: str, numel: int) -> Iterator[tuple[int, Tensor]]:
+        """Yields (start, values) over the flattened noise of a parameter, chunk by chunk.
+
+        For adding noise without holding a whole parameter's worth of it.
+        """
+        for start in range(0, numel, CHUNK_VALUES * self._num_threads):
+            stop = min(numel, start + CHUNK_VALUES * self._num_threads)
+            yield start, self.slice(step, name, numel, start=start, stop=stop)
+
+    def _chunk(self, step: int, name: str, chunk: int, count: int) -> NDArray[np.float32]:
+        """Returns the first `count` values of one chunk."""
+        if self.noise_stddev == 0:
+            return np.zeros(count, dtype=np.float32)
+        generator = np.random.Generator(self._key.generator(step, name, chunk))
+        drawn = generator.standard_normal(count, dtype=np.float32)
+        drawn *= _rounded_up(self.noise_stddev)
+        return drawn
+
+
+def _rounded_up(value: float) -> np.float32:
+    """Returns the smallest float32 that is not below the value: noise is never too small."""
+    rounded = np.float32(value)
+    return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))

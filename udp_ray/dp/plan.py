@@ -1,0 +1,324 @@
+"""The plan of a run: sampler, clip, noise and the event that describes them, consistent together.
+
+A plan is built from public numbers only, and is priced without data, cluster or torch. Whatever
+trains, charges, reports or verifies asks the plan; nobody else works out a divisor, a sampling
+probability or a noise scale.
+
+    >>> from udp_ray.config import PrivacyConfig
+    >>> config = PrivacyConfig(
+    ...     noise_multiplier=1.0, delta=1e-6, clip_norm=0.5, cohort_size=100, num_steps=1000)
+    >>> plan = PrivacyPlan.from_config(config, num_users=10_000)
+    >>> plan.sampling_probability, plan.noise_stddev, plan.divisor, round(plan.epsilon(), 3)
+    (0.01, 0.5, 100, 2.125)
+
+Reference: Charles et al. 2024, arXiv:2407.07737 (ELS and ULS).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from udp_ray.config import PrivacyConfig
+from udp_ray.dp import accounting, calibration
+from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
+
+Sampling = Literal["uls", "els"]
+DERIVED = ("sampling_probability", "noise_stddev", "divisor")
+"""What `PrivacyPlan.to_dict` adds to the fields, for readers; `from_dict` checks it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """Everything that fixes the guarantee of a run, in public numbers.
+
+    Privacy:
+        One user moves the clipped sum of a step by at most `sensitivity()` (uls), or by that much
+        for each of their sampled examples (els). Noise of stddev `noise_stddev` on that sum, and a
+        division by the fixed `divisor`, make each step the event that `dp_event` prices.
+
+        The sampling probability comes from the declared population (uls) or number of examples
+        (els) and is used as it is, whatever the store holds. So the price is right even where the
+        declared number is wrong; only the expected size of a step is then off.
+    """
+
+    sampling: Sampling
+    """uls or els."""
+    noise_multiplier: float
+    """Noise stddev on the clipped sum over the clip norm; 0 means no guarantee."""
+    clip_norm: float
+    """L2 bound on one user's (uls) or one example's (els) gradient."""
+    group_size: int
+    """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
+    num_steps: int
+    """Noisy releases in the run."""
+    expected_size: int
+    """Expected users (uls) or examples (els) per step: the divisor of the noisy sum."""
+    population: int
+    """Number of users that is taken as public."""
+    population_is_declared: bool
+    """False: the population is the store's own count, which is thereby taken as public."""
+    delta: float
+    """Delta of the run; below 1 / population."""
+    num_examples: int | None = None
+    """Number of kept examples that is taken as public (els)."""
+    num_examples_is_declared: bool = False
+    """False: the number of examples is the store's own count, thereby taken as public."""
+    max_cohort_size: int | None = None
+    """Most users in a step (uls); None: no cap. With a cap, population bounds the users."""
+    target_epsilon: float | None = None
+    """Epsilon that the noise was calibrated to; None if the noise was given."""
+    adjacency: Literal["add_or_remove_one"] = "add_or_remove_one"
+    """How neighbouring datasets differ, in users."""
+
+    def __post_init__(self) -> None:
+        if self.adjacency != "add_or_remove_one":
+            raise UnsupportedAdjacencyError(
+                f"privacy.adjacency is {self.adjacency}, for which neither sampler has a proven"
+                " price here: use add_or_remove_one"
+            )
+        pool = self.population if self.sampling == "uls" else self.num_examples
+        if pool is None:
+            raise ConfigError("privacy.num_examples is missing: give it, or prepare data.store")
+        if self.expected_size > pool:
+            size, whole = _names_of_rate(self.sampling)
+            raise ConfigError(
+                f"privacy.{size} is {self.expected_size}, above privacy.{whole} = {pool}: lower it"
+            )
+        if self.delta >= 1 / self.population:
+            raise ConfigError(
+                f"privacy.delta is {self.delta:g}, which is not below 1 / population ="
+                f" {1 / self.population:.3g}: such a delta allows publishing a user outright;"
+                " lower it"
+            )
+
+    @classmethod
+    def from_config(
+        cls, privacy: PrivacyConfig, *, num_users: int | None, num_examples: int | None = None
+    ) -> Self:
+        """Returns the plan of a configuration, with the noise calibrated if epsilon was given.
+
+        Args:
+            privacy: The settings.
+            num_users: The store's number of users, or None if no store is at hand.
+            num_examples: The store's number of examples once each user keeps at most
+                privacy.group_size (els), or None.
+
+        Raises:
+            ConfigError: If a count is missing, delta is too large, or the target out of reach.
+            UnsupportedAdjacencyError: If the adjacency has no proven price.
+
+        Edge cases:
+            A declared population below the store's users leaves the price right (see the class) and
+            makes steps larger than asked for; delta must be below 1 / users all the same.
+        """
+        population = num_users if privacy.population is None else privacy.population
+        if population is None:
+            raise ConfigError("privacy.population is missing: give it, or prepare data.store")
+        if privacy.max_cohort_size is not None and (num_users or 0) > population:
+            raise ConfigError(
+                f"privacy.population is {population}, below the users in data.store: with"
+                " privacy.max_cohort_size it must bound them from above; raise it"
+            )
+        if num_users is not None and privacy.delta >= 1 / num_users:
+            raise ConfigError(
+                f"privacy.delta is {privacy.delta:g}, which is not below 1 / (users in data.store):"
+                " such a delta allows publishing a user outright; lower it"
+            )
+        declared = privacy.num_examples is not None
+        els = privacy.sampling == "els"
+        plan = cls(
+            sampling=privacy.sampling,
+            noise_multiplier=privacy.noise_multiplier or 0.0,
+            clip_norm=privacy.clip_norm,
+            group_size=privacy.group_size,
+            num_steps=privacy.num_steps,
+            expected_size=privacy.expected_size,
+            population=population,
+            population_is_declared=privacy.population is not None,
+            delta=privacy.delta,
+            num_examples=(privacy.num_examples if declared else num_examples) if els else None,
+            num_examples_is_declared=declared,
+            max_cohort_size=privacy.max_cohort_size,
+            target_epsilon=privacy.epsilon,
+            adjacency=privacy.adjacency,  # type: ignore[arg-type]  # __post_init__ refuses the other
+        )
+        return plan if privacy.epsilon is None else plan._calibrated(privacy.epsilon)
+
+    def _calibrated(self, target_epsilon: float) -> Self:
+        guess = calibration.guess_noise_multiplier(
+            target_epsilon=target_epsilon,
+            delta=self.delta,
+            sampling_probability=self.sampling_probability,
+            num_steps=self.num_steps,
+            group_size=self.group_size if self.sampling == "els" else 1,
+        )
+        noise_multiplier = calibration.calibrate_noise_multiplier(
+            lambda z: dataclasses.replace(self, noise_multiplier=z).dp_event(),
+            target_epsilon=target_epsilon,
+            delta=self.delta,
+            guess=guess,
+        )
+        return dataclasses.replace(self, noise_multiplier=noise_multiplier)
+
+    @property
+    def sampling_probability(self) -> float:
+        """Chance that a user (uls) or a kept example (els) is in a step."""
+        pool = self.population if self.sampling == "uls" else self.num_examples
+        assert pool is not None  # __post_init__
+        return self.expected_size / pool
+
+    @property
+    def divisor(self) -> int:
+        """What the noisy sum is divided by: a fixed public number, never the realized size."""
+        return self.expected_size
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise on the clipped sum, before the division."""
+        return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+
+    def sensitivity(self) -> float:
+        """Returns the largest L2 change of the clipped sum by one sampled unit.
+
+        The unit is a user (uls) or an example (els; a user brings up to group_size of them, which
+        the mixture event accounts for).
+        """
+        return self.clip_norm
+
+    def dp_event(self, num_steps: int | None = None) -> accounting.DpEvent:
+        """Returns the event of the run, or of its first `num_steps` steps."""
+        steps = self._steps(num_steps)
+        if self.max_cohort_size is not None:
+            return accounting.capped_uls_event(
+                self.noise_multiplier,
+                self.sampling_probability,
+                self.max_cohort_size,
+                # A counted population is that of the data at hand; its neighbour has one more user.
+                self.population + (not self.population_is_declared),
+                steps,
+            )
+        if self.sampling == "uls":
+            return accounting.uls_event(self.noise_multiplier, self.sampling_probability, steps)
+        return accounting.els_event(
+            self.noise_multiplier, self.sampling_probability, self.group_size, steps
+        )
+
+    def epsilon(self, num_steps: int | None = None) -> float:
+        """Returns the certified epsilon of the run, or of its first `num_steps` steps, at `delta`.
+
+        Edge cases:
+            No noise -> infinity, unless no step was taken. Repeated calls are cheap.
+        """
+        return _certified_epsilon(self, self._steps(num_steps))
+
+    def epsilon_curve(self, steps: Sequence[int]) -> list[float]:
+        """Returns an epsilon for each number of steps, quickly and for figures.
+
+        Each value is an upper bound, on a coarser grid than `epsilon`, and none is above the
+        certificate of the last step asked for.
+        """
+        if not steps:
+            return []
+        last = self.epsilon(max(steps))
+        return [min(last, _rough_epsilon(self, self._steps(step))) for step in steps]
+
+    def assumptions(self) -> list[str]:
+        """Returns what the guarantee takes for granted, one sentence each, for statements."""
+        counts = [("users", self.population, self.population_is_declared)]
+        if self.num_examples is not None:
+            counts.append(("examples", self.num_examples, self.num_examples_is_declared))
+        sentences = [
+            f"The number of {unit}, {count:,}, was declared; the price holds whether or not it is"
+            " exact, because the sampling probability is computed from it alone."
+            if is_declared
+            else f"The number of {unit}, {count:,}, was counted in the data and is taken as public."
+            for unit, count, is_declared in counts
+        ]
+        if self.max_cohort_size is not None:
+            sentences[0] = (
+                f"There are at most {self.population:,} users, or one more: the price of the cap on"
+                " the cohort depends on that bound."
+                if not self.population_is_declared
+                else f"There are at most {self.population:,} users, as declared: the price of the"
+                " cap on the cohort depends on that bound."
+            )
+        return sentences
+
+    def warnings(self) -> list[str]:
+        """Returns what a user should think over before the run, one sentence each."""
+        if self.max_cohort_size is None:
+            return []
+        roomy = math.ceil(self.expected_size + 6 * math.sqrt(self.expected_size))
+        if self.max_cohort_size >= roomy:
+            return []
+        return [
+            f"privacy.max_cohort_size is {self.max_cohort_size}: a draw exceeds it often enough to"
+            f" cost privacy; {roomy} (cohort_size + 6 sqrt(cohort_size)) costs next to nothing."
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON-ready values, with the derived ones for readers.
+
+        Infinite numbers become "inf", which strict JSON can hold.
+        """
+        derived = {name: getattr(self, name) for name in DERIVED}
+        values = dataclasses.asdict(self) | derived
+        return {name: json_number(value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the plan that `to_dict` wrote.
+
+        Raises:
+            ConfigError: If a field is missing or unknown, or the values contradict each other.
+        """
+        given: dict[str, Any] = {
+            name: math.inf if value == "inf" else value for name, value in values.items()
+        }
+        derived = {name: given.pop(name) for name in DERIVED if name in given}
+        try:
+            plan = cls(**given)
+        except TypeError as error:
+            raise ConfigError(f"this is no privacy plan: {error}") from None
+        for name, value in derived.items():
+            if not math.isclose(getattr(plan, name), value, rel_tol=1e-12):
+                raise ConfigError(
+                    f"the privacy plan says {name} = {value}, but its other numbers give"
+                    f" {getattr(plan, name)}: it was changed by hand"
+                )
+        return plan
+
+    def _steps(self, num_steps: int | None) -> int:
+        steps = self.num_steps if num_steps is None else num_steps
+        if steps < 0:
+            raise ValueError(f"num_steps is {steps}: a run takes 0 steps or more")
+        return steps
+
+
+def json_number(value: Any) -> Any:
+    """Returns the value, or "inf" for infinity, which strict JSON cannot hold as a number."""
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _names_of_rate(sampling: Sampling) -> tuple[str, str]:
+    return ("cohort_size", "population") if sampling == "uls" else ("batch_size", "num_examples")
+
+
+@functools.lru_cache(maxsize=4096)
+def _certified_epsilon(plan: PrivacyPlan, num_steps: int) -> float:
+    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rough_epsilon(plan: PrivacyPlan, num_steps: int) -> float:
+    precision = _precision(plan).coarser()
+    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
+
+
+def _precision(plan: PrivacyPlan) -> accounting.Precision:
+    # One for all parts of a run, so that the cost of more steps is never below that of fewer.
+    return accounting.Precision.of_certificate(plan.dp_event(), plan.delta)

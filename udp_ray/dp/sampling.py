@@ -1,0 +1,303 @@
+"""Keyed Poisson samplers: who takes part in a step, as a pure function of (secret key, step).
+
+Here stand the two samplers of the method and nothing about gradients. Every worker derives the
+same cohort alone, and a restarted worker derives it again; `udp_ray.data.cohort` divides it.
+
+    >>> from udp_ray.dp.keys import RunKey
+    >>> user_offsets = np.array([0, 3, 3, 10])  # three users with 3, 0 and 7 examples
+    >>> sampler = PoissonUserSampler(
+    ...     RunKey.from_seed(7).sampling(), sampling_probability=1.0, group_size=4
+    ... )
+    >>> cohort = sampler.cohort(1, user_offsets)
+    >>> cohort.units.tolist(), cohort.offsets.tolist()
+    ([0, 1, 2], [0, 3, 3, 7])
+
+The random bits are SHAKE-256 of (secret, purpose, step), from the standard library: amplification
+by sampling rests on coins that an observer of the model cannot guess, so they come from a
+cryptographic function (what is relied on: SHAKE-256 keyed by a secret prefix is pseudorandom), at
+half a millisecond per 300,000 users. Coins become decisions by integer comparisons alone. No
+logarithm and no library distribution stands in between, so the cohort is the same on every machine
+and under every version of numpy.
+
+Reference:
+    [1] Charles et al. 2024, arXiv:2407.07737, Algorithms 1 (ELS) and 2 (ULS). Departure: a user
+        brings min(G, own number) distinct examples; none is repeated to fill the group.
+    [2] NIST FIPS 202 (SHAKE-256).
+    [3] Floyd, in Bentley 1987, "Programming pearls: a sample of brilliance", CACM 30(9).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from udp_ray.dp.keys import StreamKey
+from udp_ray.errors import ConfigError
+
+Indices = NDArray[np.int64]
+
+# Coins are tossed for 8 users per byte this many times; then 8 bytes decide on each one that is
+# left. With 6 a step costs at most 0.875 bytes per user; 5 and 7 cost the same or more.
+MAX_HALVINGS = 6
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Cohort:
+    """The groups of one step. Sensitive as a whole; it shows nothing of itself in `repr`."""
+
+    units: Indices = field(repr=False)
+    """Indices of the users (uls) or of the examples (els) that were drawn; ascending."""
+    examples: Indices = field(repr=False)
+    """Global indices of their examples, group after group; ascending within a group."""
+    offsets: Indices = field(repr=False)
+    """Group i has examples[offsets[i]:offsets[i + 1]]; len(units) + 1 entries. A user without
+    examples has an empty group."""
+
+    def __repr__(self) -> str:
+        return "Cohort(hidden)"
+
+
+class PoissonUserSampler:
+    """User-level sampling (ULS): each step draws users, and some examples of each.
+
+    Args:
+        key: The run's sampling key. Secret.
+        sampling_probability: Chance of each user to be in a step, in [0, 1]. Public.
+        group_size: Most examples that a user brings into a step, at least 1. Public.
+        max_cohort_size: Most users in a step; a larger draw is cut to a uniform subset of itself.
+            Public. Changes the guarantee: the plan must price truncated Poisson sampling.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+
+    Privacy:
+        Users join independently of each other and of other steps, each with the given
+        probability, rounded down by less than 2**-64: never above what is priced. A user's
+        examples are distinct and uniform among the user's own, whoever else was drawn.
+    """
+
+    def __init__(
+        self,
+        key: StreamKey,
+        *,
+        sampling_probability: float,
+        group_size: int,
+        max_cohort_size: int | None = None,
+    ) -> None:
+        _check(sampling_probability, group_size)
+        if max_cohort_size is not None and max_cohort_size < 1:
+            raise ConfigError(
+                f"privacy.max_cohort_size is {max_cohort_size}: give 1 or more, or leave it out"
+            )
+        self._key = key
+        self._probability = sampling_probability
+        self._group_size = group_size
+        self._max_cohort_size = max_cohort_size
+
+    def cohort(self, step: int, user_offsets: Indices) -> Cohort:
+        """Returns the users of one step and the examples that each brings.
+
+        Args:
+            step: Number of the step; the only thing that changes from step to step.
+            user_offsets: Where each user's examples begin in the global example index, one
+                entry more than users. Sensitive.
+
+        Returns:
+            The cohort, sensitive. May be empty.
+
+        Edge cases:
+            No users -> an empty cohort. Probability 1 -> all users. A user with at most
+            group_size examples brings all of them.
+
+        Reference:
+            Charles et al. 2024 [1], Algorithm 2, line 1.
+        """
+        users = poisson(_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)
+        if self._max_cohort_size is not None:
+            users = users[_survivors(self._key, step, len(users), self._max_cohort_size)]
+        sizes = (user_offsets[users + 1] - user_offsets[users]).astype(np.int64)
+        positions, offsets = choose(_Stream(self._key, "examples", step), sizes, self._group_size)
+        starts = np.repeat(user_offsets[users], np.diff(offsets))
+        return Cohort(users, (starts + positions).astype(np.int64), offsets)
+
+
+class PoissonExampleSampler:
+    """Example-level sampling (ELS): users keep some examples once, steps draw among the kept.
+
+    Args:
+        key: The run's sampling key. Secret.
+        sampling_probability: Chance of each kept example to be in a step, in [0, 1]. Public.
+        group_size: Most examples that a user keeps for the whole run, at least 1. Public.
+        user_offsets: Where each user's examples begin in the global example index, one entry more
+            than users. Sensitive.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+
+    Privacy:
+        At most group_size examples of a user ever enter, each independently in each step, so the
+        number in a step is Binomial(at most group_size, sampling_probability).
+    """
+
+    def __init__(
+        self,
+        key: StreamKey,
+        *,
+        sampling_probability: float,
+        group_size: int,
+        user_offsets: Indices,
+    ) -> None:
+        _check(sampling_probability, group_size)
+        self._key = key
+        self._probability = sampling_probability
+        sizes = np.diff(user_offsets).astype(np.int64)
+        positions, offsets = choose(_Stream(key, "kept", 0), sizes, group_size)
+        self._kept = np.repeat(user_offsets[:-1], np.diff(offsets)).astype(np.int64) + positions
+
+    @property
+    def num_examples(self) -> int:
+        """Examples kept over all users. Sensitive, unless the plan takes it as public."""
+        return len(self._kept)
+
+    def cohort(self, step: int) -> Cohort:
+        """Returns the examples of one step, each a group of its own.
+
+        Edge cases:
+            Nothing kept, or nothing drawn -> an empty cohort. Probability 1 -> all kept examples.
+
+        Reference:
+            Charles et al. 2024 [1], Algorithm 1.
+        """
+        drawn = poisson(_Stream(self._key, "kept", step), len(self._kept), self._probability)
+        examples = self._kept[drawn]
+        return Cohort(examples, examples, np.arange(len(examples) + 1, dtype=np.int64))
+
+
+class _Stream:
+    """Pseudorandom bits of one purpose and step; each use of them carries its own label."""
+
+    def __init__(self, key: StreamKey, purpose: str, step: int) -> None:
+        # The secret comes first and has a fixed length; what follows is separated by zero bytes,
+        # which no label contains.
+        self._prefix = key.secret + b"udp-ray sampling\0" + purpose.encode() + b"\0%d\0" % step
+
+    def bytes(self, label: str, count: int) -> NDArray[np.uint8]:
+        """Returns the first `count` pseudorandom bytes of this label."""
+        digest = hashlib.shake_256(self._prefix + label.encode()).digest(count)
+        return np.frombuffer(digest, dtype=np.uint8)
+
+    def words(self, label: str, count: int) -> NDArray[np.uint64]:
+        """Returns the first `count` pseudorandom 64-bit words of this label."""
+        return self.bytes(label, 8 * count).view("<u8")
+
+
+def poisson(stream: _Stream, num_units: int, probability: float) -> Indices:
+    """Returns which of num_units units a Poisson draw includes, ascending.
+
+    The probability is split into 2**-k times a rest of at least a half (k at most 6): k fair coins
+    for all units at once, bit by bit, then one 64-bit comparison for each unit that won them all.
+
+    Privacy:
+        Every unit is decided by bits that decide nothing else. Its chance is the given one,
+        rounded down to a multiple of 2**-(64 + k).
+    """
+    halvings = max(0, min(MAX_HALVINGS, -math.frexp(probability)[1]))
+    bits = np.full(-(-num_units // 8), 0xFF, dtype=np.uint8)
+    for halving in range(halvings):
+        bits &= stream.bytes(f"coin {halving}", len(bits))
+    units = np.flatnonzero(np.unpackbits(bits, count=num_units, bitorder="little"))
+    threshold = math.floor(Fraction(probability) * 2 ** (64 + halvings))
+    if threshold == 0:
+        return np.empty(0, dtype=np.int64)
+    # "< threshold", written so that threshold = 2**64 (surely included) fits in 64 bits.
+    included = stream.words("rest", len(units)) <= np.uint64(threshold - 1)
+    return units[included].astype(np.int64)
+
+
+def choose(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indices]:
+    """Returns a uniform subset of at most `limit` positions for each row, and the rows' offsets.
+
+    Args:
+        stream: Where the random bits come from.
+        sizes: How many positions each row has.
+        limit: Most positions kept per row.
+
+    Returns:
+        The positions, each in [0, size of its row), row after row and ascending within a row; and
+        the offsets of the rows among them, len(sizes) + 1 entries.
+
+    Edge cases:
+        A row of at most `limit` positions keeps all. Chances of subsets are equal up to size /
+        2**64, because the bits are scaled to the range instead of rejected; the guarantee does not
+        rest on them.
+    """
+    counts = np.minimum(sizes, limit)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    positions = _ragged_arange(counts)
+    # Floyd costs about limit**2 / 2 comparisons a row, ranking a sort of the whole row. The rule
+    # looks at the row alone, so that subsets of different users stay independent.
+    excess = sizes > limit
+    by_floyd = excess & (sizes >= limit * limit // 16)
+    for rows, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):
+        index = np.flatnonzero(rows)
+        if len(index):
+            target = offsets[index][:, None] + np.arange(limit)
+            positions[target] = method(stream, sizes[index], limit)
+    return positions, offsets
+
+
+def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted, by Floyd's method on all rows at once."""
+    words = stream.words("floyd", len(sizes) * limit).reshape(len(sizes), limit)
+    chosen = np.empty((len(sizes), limit), dtype=np.int64)
+    for column in range(limit):
+        last = sizes - limit + column
+        drawn = _below(words[:, column], last + 1)
+        is_taken = (chosen[:, :column] == drawn[:, None]).any(axis=1)
+        chosen[:, column] = np.where(is_taken, last, drawn)
+    return np.sort(chosen, axis=1)
+
+
+def _smallest_ranks(stream: _Stream, sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted: those with the smallest random words."""
+    starts = np.cumsum(sizes) - sizes
+    row = np.repeat(np.arange(len(sizes)), sizes)
+    order = np.lexsort((stream.words("ranks", len(row)), row))
+    rank = np.arange(len(row)) - starts[row]
+    kept = np.sort(order[rank < limit])  # rows stay together: a row's positions are contiguous
+    return (kept - starts[row[kept]]).reshape(len(sizes), limit)
+
+
+def _below(words: NDArray[np.uint64], bounds: Indices) -> Indices:
+    """Returns words scaled to [0, bound): the high half of the 128-bit product (bound < 2**32)."""
+    bound = bounds.astype(np.uint64)
+    half = np.uint64(32)
+    low = (words & np.uint64(0xFFFFFFFF)) * bound
+    return (((words >> half) * bound + (low >> half)) >> half).astype(np.int64)
+
+
+def _survivors(key: StreamKey, step: int, num_drawn: int, max_cohort_size: int) -> Indices:
+    """Returns which of the drawn users stay under the cap: a uniform subset."""
+    kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]), max_cohort_size)
+    return kept
+
+
+def _ragged_arange(counts: Indices) -> Indices:
+    """Returns 0, 1, .. count - 1 for each count, one after the other."""
+    starts = np.cumsum(counts) - counts
+    return np.arange(counts.sum(), dtype=np.int64) - np.repeat(starts, counts)
+
+
+def _check(sampling_probability: float, group_size: int) -> None:
+    if not 0 <= sampling_probability <= 1:
+        raise ConfigError(
+            f"the sampling probability is {sampling_probability:g}, outside [0, 1]: the expected"
+            " size of a step must not exceed what it is drawn from"
+        )
+    if group_size < 1:
+        raise ConfigError(f"privacy.group_size is {group_size}: give 1 or more")

@@ -1,0 +1,238 @@
+r"""The privacy price of choosing the best of a random number of runs, when only the winner leaves.
+
+Here belong privacy profiles (delta as a function of epsilon) of the runs, and the theorem that
+turns them into the profile of the winner. `trial_count.py` has the number of runs, `sweep_price.py`
+the price and the calibration of whole sweeps.
+
+Theorem. Let P and P' be the laws of one trial on neighbouring datasets: a configuration, weights
+and a score. Let delta(e) bound the hockey-stick divergence of order exp(e) in both directions. Let
+K have the generating function f(z) = E[z^K], let g(s) = min over a of exp(a) s + delta(a), and
+
+    psi(x) = sup over 0 <= s <= 1 of f'(1 - s) - x f'(1 - g(s)), or 0 if that is negative.
+
+Then psi is convex and falls from E[K] to 0, so psi(x) = sum_j k_j max(0, x_j - x) with all k_j
+>= 0, and the best of K independent trials is (e, sum_j k_j x_j delta(e - log x_j))-private.
+
+Proof. Order the outputs by score, ties by a uniform number that is drawn with each output, so that
+P gives the distance from the top, s(t) = P(above t), the uniform law on [0, 1]. The best of K is at
+most t with probability f(1 - s(t)), hence has the density f'(1 - s(t)) relative to P, and likewise
+for P' with s'. For any set S of winners, with x(t) = exp(e) dP'/dP,
+
+    Pr[S] - exp(e) Pr'[S] <= integral of max(0, f'(1 - s) - x f'(1 - s')) dP.
+
+"Above t" is an event, so s' <= exp(a) s + delta(a) for every a, that is s' <= g(s); f' does not
+fall; so the integrand is at most psi(x(t)). The integral of max(0, x_j - x) dP is x_j times the
+divergence of P and P' of order exp(e) / x_j, at most x_j delta(e - log x_j). That no trial is made
+(K = 0) has the same probability for both and adds nothing. The other direction: swap P and P'. QED
+
+With a bound c on the log of f'(1 - s) / f'(1 - g(s)) in place of the supremum, psi(x) is at most
+E[K] max(0, 1 - exp(-c) x), and the price is E[K] delta(e - c). For the truncated negative binomial
+c = (shape + 1) a where exp(a) = 1 + (1 / gamma - 1) delta(a); for Poisson c = E[K] delta(0). Only
+abstracts of Koskela et al. [1] were at hand, so their constants may differ; this form and the
+sharper theorem are derived here, and held against exact computations in
+tests/guarantee/test_selection.py.
+
+Several configurations. A trial draws its configuration with fixed probabilities, independent of the
+data, and its name is part of the output. The divergence of P and P' is then the mean, with those
+probabilities, of the configurations' divergences, so it is at most their pointwise maximum. That
+maximum is charged: it holds for every choice of probabilities, and does not rest on how the draw is
+made. (The mean with the true probabilities would be valid too and lower; the mean of epsilons, or
+an unweighted mean, would not.)
+
+What it needs. K and the draws are independent of the data, and secret. Trials are independent given
+the data: fresh randomness each, nothing learnt from earlier ones. A trial that did not end counts
+as the worst, and is never replaced; whether it ended depends on the data through its private
+outputs alone. Scores order outputs in a way fixed beforehand. Ties may be broken by any rule that
+looks only at the tied outputs, by chance, or by which was first. Nothing leaves but the winner's
+configuration, weights and score: no table of the others, no logs, not how long the sweep took.
+
+What it does not cover. Early stopping across trials, successive halving, population-based training
+and Bayesian search: their trials depend on each other. A fixed number of trials, or stopping when a
+score is good enough. People whose data are only in the score (held-out users). The winner trained
+once more: that is another run, with its own price.
+
+    >>> from udp_ray.dp.accounting import uls_event
+    >>> from udp_ray.dp.trial_count import trial_count
+    >>> event = uls_event(noise_multiplier=1.0, sampling_probability=0.01, num_steps=1000)
+    >>> round(best_epsilon([event], trial_count("logarithmic", mean=10), 1e-6), 2)
+    2.89
+
+Reference:
+    [1] Koskela, Redberg and Wang 2024, arXiv:2402.06701 (privacy profiles of private selection).
+    [2] Papernot and Steinke 2022, arXiv:2110.03620 (random numbers of trials, in Renyi DP).
+    [3] Liu and Talwar 2019, arXiv:1811.07971 (selection among private candidates).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from udp_ray.dp import accounting
+from udp_ray.dp.accounting import DpEvent, Precision
+from udp_ray.dp.trial_count import TrialCount
+from udp_ray.errors import ConfigError
+
+Floats = NDArray[np.float64]
+
+MARGIN = 1e-8
+"""Added to epsilon, above all rounding here and in the draw of the number of trials."""
+LARGEST_EPSILON = 300.0
+"""Costs above it are called infinite, before exponentials overflow."""
+TABLE_SIZE = 20_001
+"""Epsilons at which a profile is tabulated. Between them the table errs upwards."""
+SLOPES = np.concatenate([-np.geomspace(1e-3, 30, 150)[::-1], [0.0], np.geomspace(1e-3, 30, 600)])
+"""The a over which g is minimized; any set of them gives a bound."""
+DISTANCES = np.concatenate([[0.0], np.geomspace(1e-8, 1.0, 40_000)])
+"""The s between which f' and g are bounded by their ends."""
+RATIOS = 600
+"""The x between which psi is replaced by its chords, from above."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Profile:
+    """An upper bound on a mechanism's privacy profile: delta as a function of epsilon.
+
+    Privacy:
+        The hockey-stick divergence is a convex function of exp(epsilon), in both directions and
+        hence also in the larger of the two. So chords between tabulated values bound it.
+    """
+
+    epsilons: Floats
+    """From 0, ascending."""
+    deltas: Floats
+    """Upper bounds there; the last holds from there on."""
+
+    @classmethod
+    def of_events(
+        cls, events: Iterable[DpEvent], delta: float, *, is_rough: bool = False
+    ) -> Profile | None:
+        """Returns the pointwise maximum of the profiles of events, None if one has no noise.
+
+        Args:
+            events: What each configuration costs if it is run once.
+            delta: The least delta that will be looked up.
+            is_rough: A tenth of the precision, for searches; still an upper bound.
+
+        Edge cases:
+            A cost beyond `LARGEST_EPSILON` counts as no noise.
+        """
+        losses = []
+        for event in dict.fromkeys(events):
+            precision = Precision.of_certificate(event, delta)
+            loss = accounting.composed_loss(event, precision.coarser() if is_rough else precision)
+            if loss is None:
+                return None
+            # The two directions, as the library keeps them; it offers no faster way to a curve.
+            losses += [loss._pmf_remove.to_dense_pmf(), loss._pmf_add.to_dense_pmf()]
+        tops: list[float] = [pmf.get_epsilon_for_delta(delta / 100) for pmf in losses]
+        if not tops or (top := max(tops)) > LARGEST_EPSILON:
+            return None
+        epsilons = np.linspace(0.0, max(top, 1e-6), TABLE_SIZE)
+        curves = [
+            _hockey_stick(
+                (np.arange(pmf.size) + pmf._lower_loss) * pmf._discretization,
+                np.asarray(pmf._probs, dtype=float),
+                float(pmf._infinity_mass),
+                epsilons,
+            )
+            for pmf in losses
+        ]
+        return cls(epsilons, np.max(curves, axis=0))
+
+    def delta(self, epsilon: Floats) -> Floats:
+        """Returns upper bounds at any epsilons, also negative ones."""
+        size = np.abs(epsilon)
+        scale = np.exp(np.minimum(epsilon, 0.0))
+        positive = np.interp(np.exp(size), np.exp(self.epsilons), self.deltas)
+        # Of order exp(-e), one direction is 1 - exp(-e) + exp(-e) times the other of order exp(e).
+        return np.asarray(np.where(epsilon < 0, 1 - scale + scale * positive, positive))
+
+
+def best_epsilon(
+    events: Iterable[DpEvent], count: TrialCount, delta: float, *, is_rough: bool = False
+) -> float:
+    """Returns an upper bound on the epsilon of releasing the best of a random number of trials.
+
+    Args:
+        events: What each configuration costs if it is run once.
+        count: The distribution of the number of trials.
+        delta: Of the whole selection.
+        is_rough: Faster, and a little higher.
+
+    Edge cases:
+        A configuration without noise -> infinity, even if it is never drawn.
+    """
+    least = delta / max(1.0, count.mean)
+    if least < accounting.SMALLEST_DELTA:
+        raise ConfigError(
+            f"privacy.delta is {delta:g}, or {least:.2g} for each expected trial: below"
+            f" {accounting.SMALLEST_DELTA:g} rounding would decide; raise it"
+        )
+    profile = Profile.of_events(events, least, is_rough=is_rough)
+    return math.inf if profile is None else SelectionCurve.of(profile, count).epsilon(delta)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SelectionCurve:
+    """The profile of the winner: delta(e) = sum_j weights_j * profile.delta(e - shifts_j)."""
+
+    profile: Profile
+    """That of one trial."""
+    weights: Floats
+    """k_j x_j of the theorem; they sum to the expected number of trials."""
+    shifts: Floats
+    """log x_j, ascending."""
+
+    @classmethod
+    def of(cls, profile: Profile, count: TrialCount) -> SelectionCurve:
+        """Returns the curve for the best of a random number of trials."""
+        # Between two distances f'(1 - s) is largest at the nearer and f'(1 - g(s)) smallest at the
+        # farther one, so these lines lie above those of the theorem.
+        starts = count.slope(DISTANCES[:-1])
+        falls = count.slope(_distance_bound(profile, DISTANCES[1:]))
+        largest = float(np.max(starts / falls))
+        knots = np.append(0.0, np.geomspace(min(0.1, largest / 2), largest, RATIOS))
+        psi = np.array([np.max(starts - x * falls) for x in knots]).clip(min=0.0)
+        psi[-1] = 0.0  # what is left there is rounding
+        slopes = np.append(-np.diff(psi) / np.diff(knots), 0.0)
+        steps = slopes[:-1] - slopes[1:]  # k_j, at knots 1, 2, ...
+        return cls(profile, np.maximum(steps, 0.0) * knots[1:], np.log(knots[1:]))
+
+    def delta(self, epsilon: float) -> float:
+        """Returns an upper bound on delta at an epsilon."""
+        deltas = self.profile.delta(epsilon - MARGIN - self.shifts)
+        return min(1.0, float(self.weights @ deltas))
+
+    def epsilon(self, delta: float) -> float:
+        """Returns an upper bound on epsilon at a delta, infinity if there is none."""
+        low, high = 0.0, float(self.profile.epsilons[-1] + self.shifts[-1]) + 1.0
+        if self.delta(low) <= delta:
+            return low
+        if self.delta(high) > delta:
+            return math.inf
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.delta(middle) <= delta else (middle, high)
+        return high
+
+
+def _distance_bound(profile: Profile, distances: Floats) -> Floats:
+    """Returns upper bounds on g: how likely a set of mass s for one dataset is for the other."""
+    bound = np.ones_like(distances)
+    for slope, delta in zip(np.exp(SLOPES), profile.delta(SLOPES), strict=True):
+        np.minimum(bound, slope * distances + delta, out=bound)
+    return bound
+
+
+def _hockey_stick(losses: Floats, masses: Floats, infinite: float, epsilons: Floats) -> Floats:
+    """Returns the mean of max(0, 1 - exp(epsilon - loss)) at each epsilon, infinite losses too."""
+    upper = np.append(np.cumsum(masses[::-1])[::-1], 0.0)
+    # Epsilons start at 0, so losses below 0 are never looked up; the maximum keeps them finite.
+    lower = np.append(np.cumsum((masses * np.exp(-np.maximum(losses, 0.0)))[::-1])[::-1], 0.0)
+    first = np.searchsorted(losses, epsilons, side="right")
+    return np.asarray(infinite + np.maximum(upper[first] - np.exp(epsilons) * lower[first], 0.0))

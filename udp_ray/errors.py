@@ -1,0 +1,56 @@
+"""The few errors that a caller may catch.
+
+Every error here is the user's to mend: its text is one or two sentences that name the field, the
+value and the remedy. Jobs print the text and exit with status 2, without a traceback. A broken
+invariant of our own stays an `AssertionError` and shows its traceback.
+
+Errors travel between processes as pickles, so each one rebuilds from its single message.
+"""
+
+
+class UdpRayError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class ConfigError(UdpRayError, ValueError):
+    """A setting is missing, malformed or contradicts another."""
+
+
+class DataError(UdpRayError):
+    """The input data or a store cannot be used as asked."""
+
+
+class LedgerError(UdpRayError):
+    """The ledger is missing, is not the one expected, or cannot be reached."""
+
+
+class LedgerUnavailableError(LedgerError):
+    """The ledger's database did not answer. The same call may be made again: none counts twice."""
+
+
+class PrivacyBudgetExceededError(LedgerError):
+    """A run or step would spend more than the budget holds; nothing was spent."""
+
+
+class ReplayRefusedError(LedgerError):
+    """A step was already reserved under other circumstances, so repeating it would leak."""
+
+
+class FencedError(LedgerError):
+    """A newer attempt of this run has begun; this one may no longer write."""
+
+
+class UnsupportedAdjacencyError(ConfigError):
+    """The mechanism has no proven guarantee under the adjacency asked for."""
+
+
+class UnsupportedModelError(UdpRayError):
+    """The model couples examples, or has a part that cannot be clipped exactly."""
+
+
+class CheckpointError(UdpRayError):
+    """A checkpoint is missing, cut short or belongs to another run."""
+
+
+class NoiseCheckError(UdpRayError):
+    """The run-time check found noise missing, doubled or wrongly scaled; nothing was trained."""
