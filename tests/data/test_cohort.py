@@ -1,0 +1,303 @@
+"""Dividing a cohort, padding it into microbatches, and reading it ahead."""
+
+import threading
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from udp_ray.data.balance import assign, pack, padded_tokens
+from udp_ray.data.cohort import NO_LOSS, CohortReader
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
+from udp_ray.testing.stores import write_store
+
+PAD = 99
+WAIT_S = 30  # for a background thread that is expected to act; never reached when it does
+MOMENT_S = 0.3  # for one that must not act: a slow machine can hide a fault, never invent one
+
+
+def busiest_over_mean(token_counts, workers, num_workers):
+    loads = np.bincount(workers, weights=token_counts, minlength=num_workers)
+    return loads.max() / loads.mean()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_busiest_of_eight_workers_is_within_five_percent_on_a_heavy_tail(seed):
+    # Tokens per user as in real text: Zipf, here 400 users from 1 to some thousand tokens.
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(rng.zipf(1.6, 400) * 20, 5000)
+    assert busiest_over_mean(tokens, assign(tokens, 8), 8) <= 1.05
+
+
+def test_round_robin_is_caught_as_unbalanced():
+    rng = np.random.default_rng(0)
+    tokens = np.minimum(rng.zipf(1.6, 400) * 20, 5000)
+    assert busiest_over_mean(tokens, np.arange(400) % 8, 8) > 1.05
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    tokens=st.lists(st.integers(0, 10_000), max_size=60),
+    num_workers=st.integers(1, 9),
+)
+def test_no_worker_has_more_than_the_mean_and_one_group(tokens, num_workers):
+    tokens = np.array(tokens, dtype=np.int64)
+    workers = assign(tokens, num_workers)
+    assert workers.shape == tokens.shape
+    assert np.all((workers >= 0) & (workers < num_workers))
+    loads = np.bincount(workers, weights=tokens, minlength=num_workers)
+    assert loads.max() <= tokens.sum() / num_workers + max(tokens, default=0)
+
+
+def test_a_giant_user_goes_alone():
+    workers = assign(np.array([5, 1000, 5, 5]), 2)
+    assert workers.tolist() == [1, 0, 1, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 300), max_size=30),
+    microbatch_tokens=st.integers(1, 1000),
+)
+def test_microbatches_hold_each_example_once_and_stay_within_their_tokens(
+    lengths, microbatch_tokens
+):
+    microbatches = pack(lengths, microbatch_tokens)
+    assert sorted(chain.from_iterable(microbatches)) == list(range(len(lengths)))
+    costs = [len(rows) * max(lengths[row] for row in rows) for rows in microbatches]
+    for rows, cost in zip(microbatches, costs, strict=True):
+        assert cost <= microbatch_tokens or len(rows) == 1
+    assert sum(costs) == padded_tokens(lengths, microbatch_tokens)
+
+
+USERS = [
+    [[10, 11, 12, 13], [20, 21]],
+    [[30, 31, 32, 33, 34, 35, 36, 37, 38]],
+    [[40, 41, 42], [50, 51, 52, 53, 54], [60], [70, 71]],
+    [[80]],
+    [[90, 91, 92]],
+]
+LOSS_STARTS = [[1, 1], [4], [3, 2, 1, 0], [1], [2]]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = write_store(
+        tmp_path_factory.mktemp("cohort") / "store", USERS, loss_starts=LOSS_STARTS, num_shards=2
+    )
+    return TokenStore.open(path, verify=False)
+
+
+def everyone(store):
+    """A cohort of all users with all examples."""
+    users = np.arange(store.num_users)
+    return Cohort(users, np.arange(store.num_examples), store.user_offsets)
+
+
+def reader_of(store, draw=None, *, rank=0, world_size=1, microbatch_tokens=10, last_step=1):
+    return CohortReader(
+        store,
+        draw or (lambda step: everyone(store)),
+        rank=rank,
+        world_size=world_size,
+        microbatch_tokens=microbatch_tokens,
+        pad_id=PAD,
+        last_step=last_step,
+    )
+
+
+def read(store, draw=None, **options):
+    with reader_of(store, draw, **options) as reader:
+        return reader.groups(1)
+
+
+def examples_of(group):
+    """The rows of a group without padding: (tokens, labels, weight), by first token."""
+    rows = [
+        (ids[mask == 1].tolist(), labels[mask == 1].tolist(), float(weight))
+        for microbatch in group.microbatches
+        for ids, labels, mask, weight in zip(
+            microbatch.input_ids,
+            microbatch.labels,
+            microbatch.attention_mask,
+            microbatch.row_weight,
+            strict=True,
+        )
+    ]
+    return sorted(rows)
+
+
+def test_labels_carry_loss_from_loss_start_and_weights_average_over_all_examples(store):
+    groups = [examples_of(group) for group in read(store)]
+    assert groups == [
+        [([10, 11, 12, 13], [NO_LOSS, 11, 12, 13], 0.5), ([20, 21], [NO_LOSS, 21], 0.5)],
+        [(USERS[1][0], [NO_LOSS] * 4 + [34, 35, 36, 37, 38], 1.0)],
+        # Of four examples, [40, 41, 42] (loss from 3 on) and [60] carry no loss, yet they count.
+        [
+            ([50, 51, 52, 53, 54], [NO_LOSS, NO_LOSS, 52, 53, 54], 0.25),
+            ([70, 71], [NO_LOSS, 71], 0.25),
+        ],
+        # The user of [80] has nothing to learn from, and is left out.
+        [([90, 91, 92], [NO_LOSS, NO_LOSS, 92], 1.0)],
+    ]
+
+
+def test_rows_are_padded_on_the_right_without_loss(store):
+    microbatch = read(store)[0].microbatches[0]
+    assert microbatch.input_ids.tolist() == [[10, 11, 12, 13], [20, 21, PAD, PAD]]
+    assert microbatch.labels[1].tolist() == [NO_LOSS, 21, NO_LOSS, NO_LOSS]
+    assert microbatch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert microbatch.input_ids.dtype == microbatch.labels.dtype == torch.int64
+    assert microbatch.row_weight.dtype == torch.float32
+
+
+def group_losses(groups):
+    """Each group's loss, with the token itself as the loss of predicting it; an oracle's form."""
+    losses = []
+    for group in groups:
+        total = 0.0
+        for microbatch in group.microbatches:
+            for labels, weight in zip(microbatch.labels, microbatch.row_weight, strict=True):
+                total += float(weight) * float(labels[labels != NO_LOSS].float().mean())
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.parametrize("microbatch_tokens", [1, 4, 10, 10_000])
+def test_the_loss_of_a_group_does_not_depend_on_the_microbatch(store, microbatch_tokens):
+    groups = read(store, microbatch_tokens=microbatch_tokens)
+    by_hand = [(12 + 21) / 2, 36, (53 + 71) / 4, 92]
+    assert group_losses(groups) == pytest.approx(by_hand)
+
+
+def test_a_mean_over_tokens_or_microbatches_is_caught(store):
+    groups = read(store, microbatch_tokens=4)
+    per_microbatch = [
+        np.mean(
+            [
+                float(microbatch.labels[microbatch.labels != NO_LOSS].float().mean())
+                for microbatch in group.microbatches
+            ]
+        )
+        for group in groups
+    ]
+    assert group_losses(groups) != pytest.approx(per_microbatch)
+
+
+def test_an_example_longer_than_a_microbatch_goes_alone(store):
+    groups = read(store, microbatch_tokens=3)
+    shapes = [tuple(microbatch.input_ids.shape) for microbatch in groups[1].microbatches]
+    assert shapes == [(1, 9)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_group_is_on_exactly_one_worker(store, world_size):
+    shares = [read(store, rank=rank, world_size=world_size) for rank in range(world_size)]
+    rows = sorted(examples_of(group) for share in shares for group in share)
+    assert rows == sorted(examples_of(group) for group in read(store))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_an_empty_cohort_gives_every_worker_nothing(store, world_size):
+    sampler = PoissonUserSampler(
+        RunKey.from_seed(1).sampling(), sampling_probability=0.0, group_size=2
+    )
+    for rank in range(world_size):
+        draw = lambda step: sampler.cohort(step, store.user_offsets)  # noqa: E731
+        assert read(store, draw, rank=rank, world_size=world_size) == []
+
+
+def test_example_sampling_reads_groups_of_one_example(store):
+    sampler = PoissonExampleSampler(
+        RunKey.from_seed(1).sampling(),
+        sampling_probability=1.0,
+        group_size=1,
+        user_offsets=store.user_offsets,
+    )
+    for group in read(store, sampler.cohort):
+        ((_, _, weight),) = examples_of(group)
+        assert weight == 1.0
+
+
+def test_groups_hide_what_they_hold(store):
+    group = read(store)[0]
+    assert "12" not in repr(group) + repr(group.microbatches[0])
+
+
+def test_a_microbatch_moves_as_a_whole(store):
+    moved = read(store)[0].microbatches[0].to("meta")
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+
+
+@dataclass
+class Recorder:
+    """A draw that records which steps were read, by which thread, and can fail on one."""
+
+    store: TokenStore
+    failing_step: int | None = None
+    steps: list[int] = field(default_factory=list)
+    threads: set[str] = field(default_factory=set)
+    second_step_read: threading.Event = field(default_factory=threading.Event)
+    fourth_step_read: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, step):
+        self.steps.append(step)
+        self.threads.add(threading.current_thread().name)
+        if step == 2:
+            self.second_step_read.set()
+        if step == 4:
+            self.fourth_step_read.set()
+        if step == self.failing_step:
+            raise OSError("the disk is gone")
+        return everyone(self.store)
+
+
+def test_the_next_step_is_read_in_the_background_before_it_is_asked_for(store):
+    draw = Recorder(store)
+    with reader_of(store, draw, last_step=3) as reader:
+        reader.groups(1)
+        assert draw.second_step_read.wait(WAIT_S)
+    assert threading.current_thread().name not in draw.threads
+
+
+def test_no_step_is_read_twice_or_after_the_last(store):
+    draw = Recorder(store)
+    with reader_of(store, draw, last_step=3) as reader:
+        for step in (1, 2, 3):
+            assert len(reader.groups(step)) == 4
+        assert not draw.fourth_step_read.wait(MOMENT_S)
+    assert draw.steps == [1, 2, 3]
+
+
+def test_a_resumed_run_may_begin_at_any_step(store):
+    draw = Recorder(store)
+    with reader_of(store, draw, last_step=9) as reader:
+        reader.groups(7)
+        reader.groups(3)
+    assert 7 in draw.steps
+    assert 3 in draw.steps
+
+
+def test_an_error_while_reading_ahead_surfaces_with_its_own_step(store):
+    draw = Recorder(store, failing_step=2)
+    with reader_of(store, draw, last_step=3) as reader:
+        assert len(reader.groups(1)) == 4
+        assert draw.second_step_read.wait(WAIT_S)
+        with pytest.raises(OSError, match="disk is gone"):
+            reader.groups(2)
+        assert len(reader.groups(3)) == 4
+
+
+def test_closing_twice_is_harmless_and_leaves_no_thread(store):
+    reader = reader_of(store, last_step=5)
+    reader.groups(1)
+    reader.close()
+    reader.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("cohort-reader") for name in names)

@@ -1,0 +1,173 @@
+"""pytest tests/data/test_store.py"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import stat
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from udp_ray.data.manifest import Manifest, PrivateCounts
+from udp_ray.data.store import Shard, TokenStore, publish, shard_file, write_shard
+from udp_ray.errors import DataError
+from udp_ray.testing.stores import write_store
+
+USERS = [
+    [[1, 2, 3], [4, 5]],
+    [[6, 7, 8, 9]],
+    [[10, 11], [12, 13, 14], [15, 16]],
+    [[17, 18]],
+    [[19, 20, 21], [22, 23]],
+]
+EXAMPLES = [example for user in USERS for example in user]
+
+
+def everything(store: TokenStore) -> list[list[list[int]]]:
+    bounds = store.user_offsets
+    return [
+        [store.tokens(i).tolist() for i in range(first, last)] for first, last in pairwise(bounds)
+    ]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 8])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_what_was_written_is_read_back_user_by_user(tmp_path, num_shards, vocab_size, dtype):
+    path = write_store(tmp_path / "store", USERS, num_shards=num_shards, vocab_size=vocab_size)
+    store = TokenStore.open(path, verify=True)
+    assert everything(store) == USERS
+    assert (store.num_users, store.num_examples, store.num_tokens) == (5, 9, 23)
+    assert store.tokens(3).dtype == dtype
+    assert store.user_offsets.dtype == np.int64
+
+
+def test_lengths_come_in_the_order_of_the_indices(tmp_path):
+    store = TokenStore.open(write_store(tmp_path / "s", USERS, num_shards=3), verify=False)
+    indices = np.array([8, 0, 3, 3, 5, 1])
+    assert store.example_lengths(indices).tolist() == [len(EXAMPLES[i]) for i in indices]
+    assert store.example_lengths(np.array([], int)).tolist() == []
+
+
+def test_loss_starts_and_user_hashes_belong_to_their_examples_and_users(tmp_path):
+    starts = [[1, 1], [3], [1, 2, 1], [1], [2, 1]]
+    path = write_store(tmp_path / "s", USERS, loss_starts=starts, num_shards=3)
+    store = TokenStore.open(path, verify=False)
+    assert [store.loss_start(i) for i in range(9)] == [s for user in starts for s in user]
+    hashes = [store.user_hash(user) for user in range(5)]
+    assert hashes == [row.tobytes() for row in store.user_hashes()]
+    assert len(set(hashes)) == 5
+
+
+def test_an_index_outside_the_store_is_an_error_not_another_users_text(tmp_path):
+    store = TokenStore.open(write_store(tmp_path / "s", USERS), verify=False)
+    for index in (-1, 9):
+        with pytest.raises(IndexError):
+            store.tokens(index)
+
+
+def test_tokens_cannot_be_changed_through_a_view(tmp_path):
+    store = TokenStore.open(write_store(tmp_path / "s", USERS), verify=False)
+    with pytest.raises(ValueError, match="read-only"):
+        store.tokens(0)[0] = 7
+
+
+def test_a_store_travels_to_another_process_as_its_path(tmp_path):
+    store = TokenStore.open(write_store(tmp_path / "s", USERS, heldout=USERS[:2]), verify=False)
+    pickled = pickle.dumps(store)
+    copy = pickle.loads(pickled)
+    assert len(pickled) < 500
+    assert everything(copy) == USERS
+    assert copy.digest == store.digest
+
+
+def test_the_heldout_store_opens_with_the_store_and_only_the_one_prepared_with_it(tmp_path):
+    path = write_store(tmp_path / "a", USERS, heldout=USERS[:2])
+    other = write_store(tmp_path / "b", USERS, heldout=USERS[:3])
+    assert TokenStore.open(path, verify=True).heldout.num_users == 2
+    assert TokenStore.open(write_store(tmp_path / "c", USERS), verify=True).heldout is None
+    (path / "heldout").rename(tmp_path / "aside")
+    with pytest.raises(DataError, match="heldout"):
+        TokenStore.open(path, verify=False)
+    (other / "heldout").rename(path / "heldout")
+    with pytest.raises(DataError, match="not the held-out part"):
+        TokenStore.open(path, verify=False)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    (path / shard_file(1)).unlink()
+    with pytest.raises(DataError, match=r"shard-00001\.bin is missing"):
+        TokenStore.open(path, verify=False)
+
+
+def test_a_shard_cut_short_is_named_without_reading_it(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    os.truncate(path / shard_file(1), 50)
+    with pytest.raises(DataError, match=r"shard-00001\.bin is damaged \(50 bytes"):
+        TokenStore.open(path, verify=False)
+
+
+def test_one_flipped_bit_is_found_by_verify_and_by_nothing_less(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    shard = path / shard_file(0)
+    content = bytearray(shard.read_bytes())
+    content[-8] ^= 1
+    shard.write_bytes(content)
+    TokenStore.open(path, verify=False)
+    with pytest.raises(DataError, match=r"shard-00000\.bin is damaged \(its checksum"):
+        TokenStore.open(path, verify=True)
+
+
+def test_a_folder_that_is_no_store_is_refused_with_the_remedy(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=r"not a token store.*prepare"):
+            TokenStore.open(path, verify=False)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(DataError, match="schema_version"):
+        TokenStore.open(path, verify=False)
+
+
+def test_the_digest_changes_with_any_token_and_with_the_name_but_not_with_the_place(tmp_path):
+    changed = [[[1, 2, 4], [4, 5]], *USERS[1:]]
+
+    def digest(folder: str, users: list, name: str = "people") -> str:
+        return TokenStore.open(write_store(tmp_path / folder, users, name=name), verify=True).digest
+
+    assert digest("a", USERS) == digest("elsewhere", USERS)
+    assert len({digest("b", USERS), digest("c", changed), digest("d", USERS, "others")}) == 3
+
+
+def test_counts_are_for_the_owner_only_and_not_in_the_manifest(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    assert stat.S_IMODE((path / "private.json").stat().st_mode) == 0o600
+    assert PrivateCounts.read(path).train.examples_per_user == {1: 2, 2: 2, 3: 1}
+    fields = set(Manifest.model_fields)
+    assert not fields & {"num_users", "num_examples", "num_tokens", "examples_per_user", "counts"}
+
+
+def test_a_repeated_task_leaves_one_whole_shard_and_nothing_beside_it(tmp_path):
+    none = np.zeros((0, 16), np.uint8)
+    zero = np.zeros(1, np.int64)
+    shard = Shard(none, zero, zero, np.zeros(0, np.int32), np.zeros(0, np.uint16))
+    assert write_shard(tmp_path, 0, shard) == write_shard(tmp_path, 0, shard)
+    assert [file.name for file in tmp_path.iterdir()] == [shard_file(0)]
+
+
+def test_publishing_never_replaces_a_store(tmp_path):
+    first = write_store(tmp_path / "store", USERS)
+    second = write_store(tmp_path / "aside", USERS[:1])
+    with pytest.raises(DataError, match="not empty"):
+        publish(second, first)
+    assert TokenStore.open(first, verify=True).num_users == 5
+    empty: Path = tmp_path / "empty"
+    empty.mkdir()
+    publish(second, empty)
+    assert TokenStore.open(empty, verify=True).num_users == 1

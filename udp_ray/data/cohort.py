@@ -1,0 +1,233 @@
+"""Cohorts as padded batches: each worker's groups of a step, read ahead in the background.
+
+A cohort says which examples form which group. Here a worker takes its share of the groups, reads
+their tokens and pads them into microbatches, while the previous step still computes. Everything
+here is as sensitive as the text itself, and nothing is logged.
+
+    >>> reader = CohortReader(store, sampler.cohort, rank=0, world_size=2,   # doctest: +SKIP
+    ...                       microbatch_tokens=8192, pad_id=0, last_step=100)
+    >>> for group in reader.groups(1):                                       # doctest: +SKIP
+    ...     for microbatch in group.microbatches: ...
+
+The gradient of a group is the mean over its examples of the gradient of each example's mean token
+loss: a long example weighs as much as a short one. An example without any token that carries loss
+counts in that mean with gradient zero; no computation is spent on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from udp_ray.data.balance import assign, pack, padded_tokens
+
+NO_LOSS = -100
+"""Label of a position whose token carries no loss, as Hugging Face and torch have it."""
+
+
+class TokenSource(Protocol):
+    """What a reader needs of a `TokenStore`."""
+
+    def example_lengths(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the number of tokens of each example."""
+        ...
+
+    def tokens(self, index: int) -> NDArray[np.unsignedinteger]:
+        """Returns the tokens of one example."""
+        ...
+
+    def loss_start(self, index: int) -> int:
+        """Returns the first position, at least 1, whose token is predicted and counted."""
+        ...
+
+
+class Draw(Protocol):
+    """What a reader needs of a sampler's cohort: group i has examples[offsets[i]:offsets[i+1]]."""
+
+    @property
+    def examples(self) -> NDArray[np.int64]:
+        """Global indices of examples, group after group."""
+        ...
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Where each group begins, and the number of examples."""
+        ...
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Microbatch:
+    """Examples of one group that share a forward and backward pass. R rows, T tokens. Sensitive.
+
+    A row's loss is the mean over its labels that are not -100, of which there is at least one; the
+    microbatch contributes the sum over rows of row_weight times the row's loss. Summed over a
+    group's microbatches this is the group's loss, whatever the size of microbatches.
+    """
+
+    input_ids: Tensor
+    """Tokens, int64 (R, T), padded on the right."""
+    labels: Tensor
+    """The same tokens where they carry loss, else -100; not shifted, as Hugging Face has it. The
+    first column is always -100: nothing predicts it."""
+    attention_mask: Tensor
+    """1 for tokens, 0 for padding; int64 (R, T)."""
+    row_weight: Tensor
+    """1 / examples of the group, those without loss included; float32 (R,)."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Microbatch:
+        """Returns the microbatch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Microbatch:
+        """Returns the microbatch in page-locked memory, from which copies to a GPU are faster."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
+        return Microbatch(
+            function(self.input_ids),
+            function(self.labels),
+            function(self.attention_mask),
+            function(self.row_weight),
+        )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Group:
+    """What is clipped as one: a user's examples of this step (uls), or one example (els)."""
+
+    microbatches: list[Microbatch] = field(repr=False)
+    """At least one. Sensitive."""
+
+
+class CohortReader:
+    """Reads one worker's groups of each step, the next step while the present one computes.
+
+    Args:
+        store: Where tokens come from.
+        draw: The cohort of a step; must be a pure function of the step, equal on all workers.
+        rank: This worker, in [0, world_size).
+        world_size: Workers among which each cohort is divided.
+        microbatch_tokens: Most tokens, padding included, of a microbatch. Speed and memory only.
+        pad_id: Token that pads rows.
+        last_step: No step after this one is read ahead. Default: there always is a next step.
+        pin_memory: Put microbatches in page-locked memory, for a GPU.
+    """
+
+    def __init__(
+        self,
+        store: TokenSource,
+        draw: Callable[[int], Draw],
+        *,
+        rank: int,
+        world_size: int,
+        microbatch_tokens: int,
+        pad_id: int,
+        last_step: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self._store = store
+        self._draw = draw
+        self._rank = rank
+        self._world_size = world_size
+        self._microbatch_tokens = microbatch_tokens
+        self._pad_id = pad_id
+        self._last_step = last_step
+        self._pin_memory = pin_memory
+        self._reading: tuple[int, Future[list[Group]]] | None = None
+        # Each thread has a CUDA device of its own, at first number 0: without this, every worker of
+        # a node would open a context there to lock its pages.
+        use_device = (
+            partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        )
+        self._background = ThreadPoolExecutor(
+            1, thread_name_prefix="cohort-reader", initializer=use_device
+        )
+
+    def groups(self, step: int) -> list[Group]:
+        """Returns this worker's groups of a step, and starts to read the next step.
+
+        Groups whose examples carry no loss at all are left out: their gradient is zero.
+
+        Raises:
+            Exception: Whatever reading this step has raised, in the background or not.
+        """
+        ahead, self._reading = self._reading, None
+        if ahead is not None and ahead[0] == step:
+            groups = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            groups = self._background.submit(self._read, step).result()
+        if self._last_step is None or step < self._last_step:
+            self._reading = step + 1, self._background.submit(self._read, step + 1)
+        return groups
+
+    def close(self) -> None:
+        """Ends the background thread; a read that has begun is waited for."""
+        self._reading = None
+        self._background.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _read(self, step: int) -> list[Group]:
+        cohort = self._draw(step)
+        lengths = self._store.example_lengths(cohort.examples).tolist()
+        spans = list(pairwise(cohort.offsets.tolist()))
+        costs = [padded_tokens(lengths[a:b], self._microbatch_tokens) for a, b in spans]
+        workers = assign(np.array(costs, dtype=np.int64), self._world_size)
+        mine = np.flatnonzero(workers == self._rank).tolist()
+        groups = [self._group(cohort.examples[slice(*spans[number])]) for number in mine]
+        return [group for group in groups if group.microbatches]
+
+    def _group(self, examples: NDArray[np.int64]) -> Group:
+        rows = [
+            (self._store.tokens(index), self._store.loss_start(index))
+            for index in examples.tolist()
+        ]
+        rows = [(tokens, start) for tokens, start in rows if max(start, 1) < len(tokens)]
+        packed = pack([len(tokens) for tokens, _ in rows], self._microbatch_tokens)
+        return Group(
+            [
+                self._microbatch([rows[number] for number in numbers], weight=1 / len(examples))
+                for numbers in packed
+            ]
+        )
+
+    def _microbatch(
+        self, rows: list[tuple[NDArray[np.unsignedinteger], int]], *, weight: float
+    ) -> Microbatch:
+        shape = len(rows), max(len(tokens) for tokens, _ in rows)
+        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
+        labels = np.full(shape, NO_LOSS, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for row, (tokens, loss_start) in enumerate(rows):
+            first = max(loss_start, 1)  # nothing comes before position 0 to predict it from
+            input_ids[row, : len(tokens)] = tokens
+            labels[row, first : len(tokens)] = tokens[first:]
+            attention_mask[row, : len(tokens)] = 1
+        microbatch = Microbatch(
+            torch.from_numpy(input_ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(attention_mask),
+            torch.full((len(rows),), weight, dtype=torch.float32),
+        )
+        return microbatch.pinned() if self._pin_memory else microbatch
