@@ -1,0 +1,56 @@
+"""Fixtures named by what they start or make; used by many test files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = 256
+
+
+def pytest_configure() -> None:
+    """Keeps to one thread, here and in child processes, as the Makefile does.
+
+    Tiny tensors gain nothing from more, and threads that wait for each other on a busy machine
+    made a test of one second last two minutes.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def ray_2_cpus() -> Iterator[None]:
+    """A local Ray cluster of two CPUs, ended with the session."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=256 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a fast tokenizer: one token per byte of UTF-8, and END_OF_TEXT.
+
+    The token of a byte is its rank in the alphabet of byte-level BPE.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: token for token, symbol in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocab={**vocabulary, "<end>": END_OF_TEXT}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("byte_tokenizer")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+    return folder

@@ -1,0 +1,1 @@
+"""Private training in torch and DeepSpeed: step, checkpoint, evaluation, loop. No ray."""

@@ -1,0 +1,198 @@
+"""Checkpoints: float32 tensors by parameter name, which load at any world size and ZeRO stage.
+
+    checkpoint/
+      checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
+      weights.safetensors     the trainable parameters
+      optimizer.safetensors   the optimizer's state, as kind/parameter
+
+One unit: the digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of
+the rest, so a file cut short, altered or taken from elsewhere is refused by name. It is written
+aside and renamed. The learning rate is a pure function of the step and needs no state of its own.
+The run key is named by its id; the key itself never comes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from udp_ray.engine.world import World
+from udp_ray.engine.zero import ZeroEngine
+from udp_ray.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "checkpoint.json"
+WEIGHTS = "weights.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole. Its tensors are in memory, on the CPU."""
+
+    directory: Path
+    step: int
+    """The last step that it holds."""
+    key_id: str
+    provenance: dict[str, Any]
+    """The public words that the caller had written in: ledger id, run id, and the like."""
+    weights: dict[str, Tensor]
+    optimizer: dict[str, dict[str, Tensor]]
+    """Kind of state, parameter name, whole tensor."""
+
+    def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
+        """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
+        expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        if expected != found:
+            odd = sorted(expected.items() ^ found.items())[0][0]
+            raise CheckpointError(
+                f"the checkpoint {self.directory} does not fit the model: parameter {odd} is"
+                " missing on one side or has another shape; resume with the run's own model"
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(self.weights[name])
+
+    def load_optimizer(self, zero: ZeroEngine) -> None:
+        """Sets the optimizer's state; collective."""
+        for kind in zero.state_kinds:
+            if self.optimizer.get(kind, {}).keys() != zero.parameters.keys():
+                raise CheckpointError(
+                    f"the checkpoint {self.directory} has no optimizer state {kind}: resume with"
+                    " the train.optimizer that the run began with"
+                )
+        zero.load_optimizer_state(self.optimizer, self.step)
+
+
+def write(
+    directory: Path,
+    zero: ZeroEngine,
+    *,
+    step: int,
+    key_id: str,
+    provenance: Mapping[str, Any],
+    world: World,
+) -> str:
+    """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective."""
+    optimizer = zero.optimizer_state()
+
+    def write_files() -> str:
+        aside = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)  # left by an attempt that died before commit
+        aside.mkdir(parents=True)
+        save_file(_on_cpu(zero.parameters), aside / WEIGHTS)
+        save_file(_flattened(optimizer), aside / OPTIMIZER)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "key_id": key_id,
+            "provenance": dict(provenance),
+            "files": {name: _file_digest(aside / name) for name in (WEIGHTS, OPTIMIZER)},
+        }
+        text = json.dumps(manifest, indent=2, sort_keys=True)
+        (aside / MANIFEST).write_text(text)
+        os.rename(aside, directory)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    return world.from_first(write_files)
+
+
+def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
+    """Returns the checkpoint in a folder, every byte of it verified.
+
+    Args:
+        directory: The folder.
+        expected_digest: The digest that the ledger recorded; None only where nothing recorded it.
+
+    Raises:
+        CheckpointError: It is missing, cut short, altered, or not the one expected.
+    """
+    manifest = _read_manifest(directory, expected_digest)
+    for name, expected in manifest["files"].items():
+        if not (directory / name).is_file():
+            raise CheckpointError(f"the checkpoint {directory} lacks {name}: use another one")
+        if _file_digest(directory / name) != expected:
+            raise CheckpointError(
+                f"the checkpoint {directory} is damaged: {name} was cut short or altered; use"
+                " another one"
+            )
+    return Checkpoint(
+        directory=directory,
+        step=manifest["step"],
+        key_id=manifest["key_id"],
+        provenance=manifest["provenance"],
+        weights=_load(directory / WEIGHTS),
+        optimizer=_unflattened(_load(directory / OPTIMIZER)),
+    )
+
+
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """Returns the digest of weights that no checkpoint holds yet: those that a run begins with."""
+    return hashlib.sha256(save(_on_cpu(parameters))).hexdigest()
+
+
+def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:
+    try:
+        content = (directory / MANIFEST).read_bytes()
+    except OSError:
+        raise CheckpointError(
+            f"{directory} is no checkpoint: it has no readable {MANIFEST}"
+        ) from None
+    if expected_digest not in (None, hashlib.sha256(content).hexdigest()):
+        raise CheckpointError(
+            f"the checkpoint {directory} is not the one that the ledger recorded: its {MANIFEST}"
+            " was altered, or it belongs to another run"
+        )
+    try:
+        manifest = json.loads(content)
+        is_known = manifest["format"] == FORMAT and set(manifest["files"]) == {WEIGHTS, OPTIMIZER}
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
+    if not is_known:
+        raise CheckpointError(
+            f"the checkpoint {directory} has format {manifest['format']!r} and this version reads"
+            f" {FORMAT}: use the version that wrote it"
+        )
+    return manifest
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use another checkpoint") from None
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Own copies, because under ZeRO the parameters are views of one buffer."""
+    return {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()}
+
+
+def _flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return _on_cpu({f"{k}/{name}": t for k, group in state.items() for name, t in group.items()})
+
+
+def _unflattened(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        state.setdefault(kind, {})[name] = tensor
+    return state
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,332 @@
+"""The training loop, without Ray: every rank of a process group calls `train` with equal arguments.
+
+Order of a step: rank 0 asks the accountant and broadcasts the verdict; each rank clips and sums its
+groups; the sum gets its noise and moves the weights. Order of a checkpoint: held-out evaluation,
+files written aside, publish, commit, and only then the metrics leave, because until the commit the
+step might be repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from udp_ray.config import TrainConfig
+from udp_ray.data.cohort import CohortReader
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import StreamKey
+from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
+from udp_ray.engine import checkpoint
+from udp_ray.engine.accountant import Accountant
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.evaluate import evaluate
+from udp_ray.engine.ports import Metrics, Publish, ResumePoint, TrainResult, WorkerKeys
+from udp_ray.engine.schedule import learning_rate
+from udp_ray.engine.selfcheck import check_noise
+from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.world import World, join_world
+from udp_ray.engine.zero import ZeroEngine
+from udp_ray.errors import CheckpointError, ConfigError, PrivacyBudgetExceededError
+from udp_ray.models.load import trainable_parameters
+
+SAMPLED_VALUES = 256
+"""Values of each parameter that the check after the first step looks at."""
+
+
+def train(
+    model: nn.Module,
+    store: TokenStore,
+    plan: PrivacyPlan,
+    *,
+    settings: TrainConfig,
+    autocast: str,
+    keys: WorkerKeys,
+    accountant: Accountant | None,
+    publish: Publish,
+    on_metrics: Callable[[Metrics], None] | None,
+    workspace: Path,
+    resume: ResumePoint | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Fine-tunes `model` in place under `plan`, and returns how far it came.
+
+    Args:
+        model: Float32 causal language model, the same initial weights on all ranks; on return it
+            holds the trained weights on all ranks.
+        store: The users' examples; `store.heldout` (or None) is what evaluation reads.
+        plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
+        settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
+        autocast: `ModelConfig.autocast`.
+        keys: This rank's secrets.
+        accountant: Rank 0 only; None elsewhere.
+        publish: Called by all ranks after each checkpoint was written, before it is committed.
+        on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
+            the initial weights, when not resumed) with a flat dict of public numbers: step,
+            train/learning_rate, train/expected_units_per_s (expected users per second under uls,
+            examples under els; absent at step 0), and after evaluations heldout/token_loss,
+            heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
+            heldout/num_tokens, heldout/num_users.
+        workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
+        resume: Where to continue; None starts from the model as given.
+        provenance: Public words written into each checkpoint: ledger id, run id, and the like.
+
+    Raises:
+        NoiseCheckError: The run-time check failed; nothing was trained.
+        LedgerError: The accountant refused (raised on all ranks), other than for the budget.
+        CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
+    """
+    world = join_world()
+    training = _Training(
+        world=world,
+        model=model.to(world.device),
+        parameters=trainable_parameters(model),
+        store=store,
+        plan=plan,
+        settings=settings,
+        autocast=autocast,
+        keys=keys,
+        accountant=accountant,
+        publish=publish,
+        on_metrics=on_metrics,
+        workspace=workspace,
+        resume=resume,
+        provenance=provenance or {},
+    )
+    return training.run()
+
+
+@dataclass
+class _Training:
+    """One call of `train`: the parts, and how far it has come."""
+
+    world: World
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    store: TokenStore
+    plan: PrivacyPlan
+    settings: TrainConfig
+    autocast: str
+    keys: WorkerKeys
+    accountant: Accountant | None
+    publish: Publish
+    on_metrics: Callable[[Metrics], None] | None
+    workspace: Path
+    resume: ResumePoint | None
+    provenance: dict[str, Any]
+
+    zero: ZeroEngine = field(init=False)
+    private_step: PrivateStep = field(init=False)
+    step: int = field(init=False, default=0)
+    """Last step taken."""
+    committed: int = field(init=False, default=0)
+    """Last step that a committed checkpoint holds."""
+    location: str | None = field(init=False, default=None)
+    digest: str = field(init=False)
+    """Of the last committed checkpoint, or of the initial weights."""
+    clock: tuple[int, float] = field(init=False)
+    """Step and time of the last metrics."""
+
+    def run(self) -> TrainResult:
+        self._set_up()
+        last_step = self.plan.num_steps
+        if self.step in (0, last_step):
+            self._tell({"step": self.step, **self._evaluation(is_whole=True)})
+        budget_message = None
+        with self._reader() as reader:
+            self.clock = self.step, time.monotonic()
+            while self.step < last_step:
+                budget_message = self._ask(self.step + 1)
+                if budget_message is not None:
+                    break
+                self._take_step(reader)
+                if self.step % self.settings.checkpoint_every == 0 and self.step < last_step:
+                    self._checkpoint(is_last=False)
+        if self.step > self.committed:
+            self._checkpoint(is_last=True)
+        elif budget_message is not None and self.step > 0:
+            self._tell({"step": self.step, **self._evaluation(is_whole=True)})
+        self.zero.close()
+        return TrainResult(self.step, self.location, self.digest, budget_message)
+
+    def _set_up(self) -> None:
+        """Builds the parts, proves the noise, and takes up a checkpoint where there is one."""
+        self.model.train()
+        saved = self._read_checkpoint()
+        if saved is not None:
+            saved.load_weights(self.parameters)
+        self.zero = ZeroEngine(
+            self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
+        )
+        self.private_step = self._private_step()
+        check_noise(self.private_step, self._noise(self.keys.selfcheck))
+        if saved is None:
+            self.digest = checkpoint.weights_digest(self.parameters)
+        else:
+            saved.load_optimizer(self.zero)
+
+    def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
+        if self.resume is None:
+            return None
+        saved = checkpoint.read(self.resume.directory, expected_digest=self.resume.digest)
+        if saved.step != self.resume.step:
+            raise CheckpointError(
+                f"the checkpoint {self.resume.directory} holds step {saved.step}, and the ledger"
+                f" says {self.resume.step}: use the one that the ledger names"
+            )
+        self.step = self.committed = saved.step
+        self.location, self.digest = self.resume.location, self.resume.digest
+        return saved
+
+    def _private_step(self) -> PrivateStep:
+        kernel = DirectKernel(
+            self.model,
+            self.parameters,
+            clip_norm=self.plan.clip_norm,
+            autocast=self.autocast,
+            device=self.world.device,
+        )
+        return PrivateStep(
+            kernel,
+            self.zero,
+            self.plan,
+            self._noise(self.keys.noise),
+            world=self.world,
+            fuse_reduce=self.settings.fuse_reduce,
+        )
+
+    def _noise(self, key: StreamKey | None) -> GaussianNoise | None:
+        if key is None:
+            return None
+        return GaussianNoise(key, self.plan.noise_stddev, num_threads=torch.get_num_threads())
+
+    def _reader(self) -> CohortReader:
+        return CohortReader(
+            self.store,
+            cohorts(self.plan, self.keys.sampling, self.store),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            pad_id=self.store.manifest.tokenizer.pad_id,
+            last_step=self.plan.num_steps,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _ask(self, step: int) -> str | None:
+        """Returns once all ranks may take the step, or says why the budget forbids it."""
+        try:
+            self.world.from_first(lambda: self._accountant().authorize(step, self.digest))
+        except PrivacyBudgetExceededError as error:
+            return str(error)
+        return None
+
+    def _take_step(self, reader: CohortReader) -> None:
+        is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
+        before = _samples(self.parameters) if is_first else []
+        self.private_step.run(self.step + 1, reader.groups(self.step + 1))
+        self.step += 1
+        if is_first and self.plan.noise_stddev > 0:
+            _check_moved(before, _samples(self.parameters))
+
+    def _checkpoint(self, *, is_last: bool) -> None:
+        """Evaluates, writes, publishes, commits, and only then tells."""
+        every = self.settings.evaluate_every or self.settings.checkpoint_every
+        is_due = is_last or self.step % every == 0
+        heldout = self._evaluation(is_whole=is_last) if is_due else {}
+        directory = self.workspace / f"step-{self.step:08d}"
+        digest = checkpoint.write(
+            directory,
+            self.zero,
+            step=self.step,
+            key_id=self.keys.key_id,
+            provenance=self.provenance,
+            world=self.world,
+        )
+        location = self.publish(self.step, directory if self.world.is_first else None)
+        self.location = self.world.from_first(lambda: self._commit(location, digest))
+        self.committed, self.digest = self.step, digest
+        if self.world.is_first:
+            shutil.rmtree(directory, ignore_errors=True)
+        self._tell({**self._progress(), **heldout})
+
+    def _commit(self, location: str | None, digest: str) -> str:
+        assert location is not None, "publish must return the location on rank 0"
+        self._accountant().commit(self.step, location, digest)
+        return location
+
+    def _accountant(self) -> Accountant:
+        assert self.accountant is not None, "rank 0 needs the accountant"
+        return self.accountant
+
+    def _evaluation(self, *, is_whole: bool) -> Metrics:
+        if self.store.heldout is None:
+            return {}
+        return evaluate(
+            self.model,
+            self.store.heldout,
+            world=self.world,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            autocast=self.autocast,
+            max_examples=None if is_whole else self.settings.evaluate_examples,
+        ).to_dict()
+
+    def _progress(self) -> Metrics:
+        """Rates count expected units: how many came is nobody's business."""
+        last_step, last_time = self.clock
+        self.clock = self.step, time.monotonic()
+        units = (self.step - last_step) * self.plan.expected_size
+        return {
+            "step": self.step,
+            "train/learning_rate": learning_rate(
+                self.settings, self.step, num_steps=self.plan.num_steps
+            ),
+            "train/expected_units_per_s": units / max(self.clock[1] - last_time, 1e-9),
+        }
+
+    def _tell(self, metrics: Metrics) -> None:
+        if self.world.is_first and self.on_metrics is not None:
+            self.on_metrics(metrics)
+
+
+def cohorts(plan: PrivacyPlan, key: StreamKey, store: TokenStore) -> Callable[[int], Cohort]:
+    """Returns the cohort of each step as a pure function, by the plan's own sampling numbers."""
+    if plan.sampling == "els":
+        return PoissonExampleSampler(
+            key,
+            sampling_probability=plan.sampling_probability,
+            group_size=plan.group_size,
+            user_offsets=store.user_offsets,
+        ).cohort
+    sampler = PoissonUserSampler(
+        key,
+        sampling_probability=plan.sampling_probability,
+        group_size=plan.group_size,
+        max_cohort_size=plan.max_cohort_size,
+    )
+    return lambda step: sampler.cohort(step, store.user_offsets)
+
+
+def _samples(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+    """A few values of each parameter, enough to see whether an update happened at all."""
+    return [p.detach().reshape(-1)[:SAMPLED_VALUES].clone() for p in parameters.values()]
+
+
+def _check_moved(before: list[Tensor], after: list[Tensor]) -> None:
+    if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+        raise ConfigError(
+            "the first step moved no trainable weight: train.learning_rate is too small for"
+            " float32, or nothing trains; raise it"
+        )
+    if not all(math.isfinite(new.sum().item()) for new in after):
+        raise ConfigError(
+            "the first step made weights infinite: train.learning_rate is too large; lower it"
+        )

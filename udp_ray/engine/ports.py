@@ -1,0 +1,83 @@
+"""What goes into the training loop and comes out of it, whoever runs it.
+
+The loop knows no ledger, no cluster and no storage; it is handed an `Accountant`, a `Publish` and
+the secrets of its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from udp_ray.data.cohort import Group
+from udp_ray.dp.keys import StreamKey
+from udp_ray.engine.clipped_sum import ClippedSum
+
+Metrics = dict[str, float]
+"""Public numbers by name, names as paths: train/learning_rate, heldout/token_loss."""
+
+
+@dataclass(frozen=True)
+class WorkerKeys:
+    """The secrets that one rank needs, and no more. Sensitive, except the id."""
+
+    key_id: str
+    """Public name of the run key, kept in checkpoints."""
+    sampling: StreamKey
+    """Every rank derives the whole cohort from it."""
+    noise: StreamKey | None
+    """Rank 0 only; None elsewhere."""
+    selfcheck: StreamKey | None
+    """Rank 0 only; None elsewhere."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The committed checkpoint that training continues from, as the ledger names it."""
+
+    directory: Path
+    """Local folder, readable by this rank."""
+    digest: str
+    """The digest that the ledger recorded; the folder must have it."""
+    step: int
+    """The last step that the checkpoint holds."""
+    location: str
+    """The name under which the ledger knows it; TrainResult.location if no step is added."""
+
+
+class Kernel(Protocol):
+    """Turns groups into the sum of their clipped gradients."""
+
+    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+        """Adds each group's gradient, clipped to the clip norm as a whole, to `sums`.
+
+        Nothing else may change: gradients of parameters stay unset, and no rank waits for another.
+        """
+
+
+class Publish(Protocol):
+    """Moves a checkpoint to where it survives the worker. Collective."""
+
+    def __call__(self, step: int, checkpoint: Path | None) -> str | None:
+        """Returns the lasting location (rank 0; others may return None).
+
+        Args:
+            step: The last step that the checkpoint holds.
+            checkpoint: Local folder on rank 0, deleted by the loop afterwards; None elsewhere.
+        """
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended. Equal on all ranks, and public."""
+
+    step: int
+    """Last step taken, which the last committed checkpoint holds."""
+    location: str | None
+    """Where that checkpoint lies; None if no step was taken."""
+    digest: str
+    """Digest of that checkpoint, or of the initial weights."""
+    budget_message: str | None
+    """Why training ended early, in the accountant's words; None if all steps were taken."""

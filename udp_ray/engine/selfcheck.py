@@ -1,0 +1,83 @@
+"""The run-time proof that noise arrives exactly once and at the right scale, on every rank.
+
+A step without groups is rehearsed through the very path of a real one, with noise from a key used
+for nothing else and the optimizer held still. Every rank then compares what its optimizer would
+have been given with the noise expected, drawn anew, and its scale with the plan's. Noise on each
+rank, on none, twice, or in another's slice fails the first; a generator of the wrong scale the
+second. Runs at the start of every run, before anything private is touched.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from udp_ray.dp.noise import GaussianNoise
+from udp_ray.engine.step import PrivateStep
+from udp_ray.errors import NoiseCheckError
+
+ROUNDING = 1e-5
+"""Largest accepted difference, in noise standard deviations. Three float32 products lie between,
+each off by at most 6e-8 of values that are rarely above 6 standard deviations."""
+
+SCALE_DEVIATIONS = 7.0
+"""Accepted distance of the measured scale, in its own standard errors: a sound run fails with a
+probability below 1e-11."""
+
+
+def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
+    """Returns if the noise of a rehearsed step is right; leaves weights and state bit for bit.
+
+    Collective, and all ranks come to the same verdict.
+
+    Args:
+        step: The step that training will take.
+        noise: On rank 0 noise from the run key's self-check domain; None elsewhere.
+
+    Raises:
+        NoiseCheckError: The noise is missing, doubled, misplaced or of the wrong scale.
+    """
+    arrived = step.rehearse(noise)
+    unit = step.plan.noise_stddev / step.plan.divisor
+    worst = _largest_difference(step, arrived, noise)
+    scale = _root_mean_square(arrived)
+    num_values = sum(values.numel() for values in arrived.values())
+    slack = unit * SCALE_DEVIATIONS / math.sqrt(2 * num_values)
+    is_placed = worst <= ROUNDING * unit
+    is_scaled = abs(scale - unit) <= slack + ROUNDING * unit
+    if not _all_agree(step, is_placed and is_scaled):
+        raise NoiseCheckError(
+            f"the noise check failed before step 1: a standard deviation of {unit:.6g} was expected"
+            f" in each gradient value and {scale:.6g} arrived, {worst:.3g} away from the noise that"
+            " was drawn; nothing was trained, and this version must not be used"
+        )
+
+
+def _largest_difference(
+    step: PrivateStep, arrived: dict[str, Tensor], noise: GaussianNoise | None
+) -> float:
+    """Returns the largest distance on this rank between what arrived and the noise of rank 0."""
+    worst = 0.0
+    for name, values in arrived.items():
+        expected = torch.zeros_like(values)
+        if noise is not None:
+            expected = noise.tensor(0, name, tuple(values.shape), values.device)
+        dist.broadcast(expected, src=0)
+        difference = (values - expected / step.plan.divisor).abs().max().item()
+        worst = max(worst, difference if math.isfinite(difference) else math.inf)
+    return worst
+
+
+def _root_mean_square(arrived: dict[str, Tensor]) -> float:
+    squares = sum(values.double().square().sum().item() for values in arrived.values())
+    return math.sqrt(squares / sum(values.numel() for values in arrived.values()))
+
+
+def _all_agree(step: PrivateStep, verdict: bool) -> bool:
+    """Returns whether all ranks found the noise right."""
+    votes = torch.tensor(float(verdict), device=step.world.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes.item())

@@ -1,0 +1,97 @@
+"""The ranks that train together, and how they agree.
+
+A process group that is already there (Ray Train makes one) is used as it is; a process alone gets a
+group of one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from udp_ray.errors import LedgerError, UdpRayError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which alone draws noise, asks the accountant and writes files."""
+        return self.rank == 0
+
+    def from_first(self, action: Callable[[], T]) -> T:
+        """Runs `action` on rank 0 and returns its result on every rank.
+
+        If it raises, every rank raises, so that all stop together instead of waiting in a
+        collective for a rank that has left. Results and errors travel as pickles: they must be
+        public and small.
+        """
+        box: list[Any] = [None, None]
+        original: Exception | None = None
+        if self.is_first:
+            try:
+                box[0] = action()
+            except Exception as error:
+                original = error
+                box[1] = error if isinstance(error, UdpRayError) else _foreign(error)
+        dist.broadcast_object_list(box, src=0)
+        if original is not None:
+            raise original
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+
+def join_world() -> World:
+    """Returns this process's world, on the process group that exists or on a new one of its own.
+
+    A group of our own stays until the process ends: DeepSpeed keeps references to it, and a later
+    engine in the same process would meet a dead group.
+    """
+    device = _device()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave_world)
+    for name, value in _rank_variables().items():
+        os.environ.setdefault(name, value)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _rank_variables() -> dict[str, str]:
+    """What DeepSpeed looks for in the environment, also when the process group is already up."""
+    return {
+        "RANK": str(dist.get_rank()),
+        "WORLD_SIZE": str(dist.get_world_size()),
+        "LOCAL_RANK": str(torch.cuda.current_device() if torch.cuda.is_available() else 0),
+    }
+
+
+def _foreign(error: Exception) -> LedgerError:
+    """An error that others may be unable to unpickle, as one that they can."""
+    return LedgerError(f"rank 0 could not go on ({type(error).__name__}); its log says why")

@@ -1,0 +1,228 @@
+"""Load a causal language model for private training, or refuse it and say why.
+
+The guarantee needs one user's gradient to depend on that user's text alone, in float32. So weights
+become float32, every dropout gets one stated value, and a model whose forward pass couples the
+examples of a batch, or that carries statistics of private text past the noise, is refused.
+
+    model = load_model("demo/model", dropout=0.0)
+    list(trainable_parameters(model))[0]     # 'transformer.wte.weight', once, though it is tied
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from udp_ray.errors import ConfigError, UnsupportedModelError
+
+Loaded = TypeVar("Loaded")
+_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_HUB_TIMEOUT_S = 10.0
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Class names of routers and experts, as MixtralSparseMoeBlock, Qwen2MoeTopKRouter, GptOssExperts.
+_EXPERT_CLASS = re.compile(r"(Sparse)?(MoE|Moe)(?![a-z])|Experts?(?![a-z])|Router(?![a-z])")
+
+
+def load_model(name: str, *, dropout: float) -> PreTrainedModel:
+    """Returns a causal language model in float32, ready for private training.
+
+    Args:
+        name: Hugging Face name, or folder of a checkpoint.
+        dropout: Probability for every dropout in the model; skipping of whole layers is off.
+
+    Raises:
+        ConfigError: If there is no such model, or its checkpoint lacks weights.
+        UnsupportedModelError: If the model couples examples, or its weights are quantized.
+    """
+    config = _load_config(name)
+    _refuse_experts(name, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"model.name is {name!r}, whose weights are quantized: full training needs a float"
+            " checkpoint"
+        )
+    _set_dropout(config, dropout)
+    model, report = _from_cache_or_hub("model.name", name, _weights_loader(name, config))
+    if report["missing_keys"]:
+        # They would be drawn at random, and differently on each worker.
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(
+            f"model.name is {name!r}, whose checkpoint lacks {len(missing)} weights of"
+            f" {type(model).__name__}, as {missing[0]}: give a complete one"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = dropout
+    refuse_coupled_examples(name, model)
+    return model
+
+
+def refuse_coupled_examples(name: str, model: nn.Module) -> None:
+    """Raises UnsupportedModelError if one example's gradient can depend on another example."""
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
+            raise UnsupportedModelError(
+                f"model.name is {name!r}, which has batch normalization ({path}, {kind}): it mixes"
+                " the examples of a batch, and keeps their statistics without noise; use a model"
+                " with layer normalization"
+            )
+        if _EXPERT_CLASS.search(kind):
+            raise UnsupportedModelError(_experts_message(name, f"{path}, {kind}"))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that train by name, a shared tensor once, in the model's own order.
+
+    The order and the names are those of the model's definition, so every worker and every restart
+    agrees on them.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=True)
+        if parameter.requires_grad
+    }
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Returns a SHA-256 over all parameters and buffers that a checkpoint holds, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Returns a fast tokenizer by its Hugging Face name or folder.
+
+    Raises:
+        ConfigError: If there is none of that name, it is a slow one, or it cannot end a text.
+    """
+
+    def load(local_files_only: bool) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+
+    tokenizer = _from_cache_or_hub("data.tokenizer", name, load)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"data.tokenizer is {name!r}, which has no fast version: convert it, or use another"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"data.tokenizer is {name!r}, which has no token that ends a text (eos_token): set one"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a SHA-256 over all that decides how a fast tokenizer maps text to ids."""
+    backend: str = tokenizer.backend_tokenizer.to_str()
+    special = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {tokenizer.pad_token_id}"
+    return hashlib.sha256(f"{special}\n{backend}".encode()).hexdigest()
+
+
+def _load_config(name: str) -> PretrainedConfig:
+    def load(local_files_only: bool) -> PretrainedConfig:
+        return AutoConfig.from_pretrained(name, local_files_only=local_files_only)
+
+    return _from_cache_or_hub("model.name", name, load)
+
+
+def _weights_loader(
+    name: str, config: PretrainedConfig
+) -> Callable[[bool], tuple[PreTrainedModel, dict[str, Any]]]:
+    def load(local_files_only: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=local_files_only,
+        )
+
+    return load
+
+
+def _from_cache_or_hub(field: str, name: str, load: Callable[[bool], Loaded]) -> Loaded:
+    """Loads from a folder, else from this machine's cache, else from the hub.
+
+    The cache comes first so that a machine without a network does not wait for the hub's retries,
+    and so that workers which share a cache load the same files.
+    """
+    is_folder = Path(name).is_dir()
+    if not is_folder and _looks_like_path(name):
+        raise ConfigError(f"{field} is {name!r}, and there is no such folder: correct the path")
+    try:
+        return load(True)
+    except _LOADING_ERRORS as error:
+        reason = _first_line(error)
+    if is_folder:
+        raise ConfigError(
+            f"{field} is {name!r}, a folder without what is needed ({reason}): give a complete one"
+        )
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+        return load(False)
+    except Exception as error:  # the hub's client raises those of its HTTP library, whichever it is
+        raise ConfigError(
+            f"{field} is {name!r}, which is no folder here and does not load from the Hugging Face"
+            f" hub ({_first_line(error)}): correct the name, or give a folder"
+        ) from None
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    """Returns a config and those nested in it, as the text part of a multimodal model."""
+    nested = [value for value in vars(config).values() if isinstance(value, PretrainedConfig)]
+    return [config, *(inner for outer in nested for inner in _configs(outer))]
+
+
+def _refuse_experts(name: str, config: PretrainedConfig) -> None:
+    for part in _configs(config):
+        for field in _EXPERT_COUNTS:
+            count = getattr(part, field, None)
+            if isinstance(count, int) and count > 1:
+                raise UnsupportedModelError(_experts_message(name, f"{field} = {count}"))
+
+
+def _experts_message(name: str, what: str) -> str:
+    return (
+        f"model.name is {name!r}, a mixture of experts ({what}): balancing their load couples the"
+        " examples of a batch; use a dense model"
+    )
+
+
+def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
+    """Sets the dropout fields; attention reads its probability from here, not from a module."""
+    for part in _configs(config):
+        for field, value in list(vars(part).items()):
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and "layerdrop" in field:
+                setattr(part, field, 0.0)
+            elif is_number and "drop" in field:
+                setattr(part, field, dropout)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

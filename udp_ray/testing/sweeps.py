@@ -1,0 +1,65 @@
+"""Small sweeps for tests: settings, and trials that are played instead of trained.
+
+config = tiny_sweep(tmp_path, {"release": "best", "group_size": [1, 2]})
+play_trial(sweep, sweep.ledger.trials(sweep.sweep_id)[0], loss=3.5)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from udp_ray.dp.ledger import TrialRecord
+from udp_ray.on_ray.sweep import Sweep
+from udp_ray.outputs import METRICS_FILE, OutputFolder
+from udp_ray.report import PrivacyStatement
+from udp_ray.sweep_config import SweepJobConfig
+from udp_ray.testing.runs import tiny_experiment
+
+NUM_STEPS = 2
+
+
+def tiny_sweep(folder: Path, sweep: dict[str, Any], **overrides: dict[str, Any]) -> SweepJobConfig:
+    """Returns the settings of a sweep on the store, ledger and model in `folder`.
+
+    Args:
+        folder: See `tiny_experiment`.
+        sweep: The section of that name.
+        overrides: Fields of the other sections, as `privacy={"num_steps": 3}`.
+    """
+    sections: dict[str, dict[str, Any]] = {
+        "privacy": {"num_steps": NUM_STEPS, "epsilon": 8.0, "noise_multiplier": None},
+        "train": {"checkpoint_every": NUM_STEPS},
+        "cluster": {"num_workers": 1},
+        "data": {},
+    }
+    for section, fields in overrides.items():
+        sections[section] |= fields
+    settings = tiny_experiment(
+        folder,
+        privacy=sections["privacy"],
+        data=sections["data"],
+        train=sections["train"],
+        cluster=sections["cluster"],
+    ).model_dump()
+    return SweepJobConfig.model_validate(settings | {"sweep": sweep})
+
+
+def play_trial(sweep: Sweep, trial: TrialRecord, *, loss: float) -> None:
+    """Leaves behind what a trial leaves that came to its end: in the ledger, and in its folder."""
+    record = trial.run
+    attempt = sweep.ledger.begin_attempt(record.run_id, record.digests)
+    for step in range(1, record.num_steps + 1):
+        sweep.ledger.authorize(attempt, step, starting_checkpoint="start")
+    sweep.ledger.commit(attempt, record.num_steps, checkpoint="/nowhere", digest="end")
+    sweep.ledger.finish(attempt)
+    folder = OutputFolder(sweep.trial_folder(trial.number))
+    folder.claim(record.run_id)
+    row = {"step": record.num_steps, "token_loss": loss, "user_loss": 2 * loss, "epsilon": 7.123}
+    folder.write_json(METRICS_FILE, [row | {"step": 0, "token_loss": 9.0, "epsilon": 0.0}, row])
+    plan = sweep.planned.configurations[trial.configuration].plan
+    PrivacyStatement(plan=plan, promised=record.charge).save(folder.path)
+    (folder.path / "model.safetensors").write_bytes(f"weights of {loss}".encode())
+    (folder.path / "config.yaml").write_text(json.dumps({"trial": record.run_id}))
+    (folder.path / "tensorboard").mkdir()

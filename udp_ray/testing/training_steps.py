@@ -1,0 +1,194 @@
+"""Tiny runs step by step, without the loop, and with the deliberate faults that tests must catch.
+
+Faults are parts that replace a sound one, so that the sound code has no switch for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from udp_ray.data.cohort import CohortReader, Group
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.clipping import clip_and_add
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.noise import GaussianNoise
+from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.loop import cohorts
+from udp_ray.engine.selfcheck import check_noise
+from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.world import World, join_world
+from udp_ray.engine.zero import ZeroEngine
+from udp_ray.models.load import trainable_parameters
+from udp_ray.testing.training import TinyOutcome, TinyRun, Weights, tiny_model, weights_of
+
+
+def take_steps(run: TinyRun) -> TinyOutcome:
+    """Takes the run's steps without the loop, with its fault built in."""
+    world = join_world()
+    model = tiny_model()
+    store = TokenStore.open(run.store, verify=False)
+    private_step = build_step(run, model, world)
+    draw = cohorts(run.plan(), run.keys(world.rank).sampling, store)
+    reader = CohortReader(
+        store, draw, rank=world.rank, world_size=world.size, pad_id=0,
+        microbatch_tokens=run.microbatch_tokens, last_step=run.num_steps,
+    )  # fmt: skip
+    with reader:
+        for step in range(1, run.num_steps + 1):
+            private_step.run(step, reader.groups(step))
+    return TinyOutcome(weights_of(model))
+
+
+def take_many_steps(runs: list[TinyRun]) -> list[TinyOutcome]:
+    """Takes the steps of several runs in one world."""
+    return [take_steps(run) for run in runs]
+
+
+def take_empty_step(run: TinyRun, step: int) -> Weights:
+    """Takes one step with an empty cohort and returns the weights."""
+    model = tiny_model()
+    build_step(run, model, join_world()).run(step, [])
+    return weights_of(model)
+
+
+def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
+    """Returns the private step of a run, or a faulty one if the run says so."""
+    parameters = trainable_parameters(model)
+    plan, keys = run.plan(), run.keys(world.rank)
+    zero = ZeroEngine(model, parameters, run.settings(), num_steps=run.num_steps)
+    kernel_class = _ClipEachMicrobatch if run.fault == "clip_each_microbatch" else DirectKernel
+    kernel = kernel_class(model, parameters, clip_norm=plan.clip_norm)
+    noise = None if keys.noise is None else GaussianNoise(keys.noise, plan.noise_stddev)
+    step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
+    step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce)
+    if isinstance(step, _NoiseOnAllRanks):
+        key = RunKey.from_seed(run.seed).noise()
+        step.everyones_noise = GaussianNoise(key, plan.noise_stddev)
+    return step
+
+
+def self_check(run: TinyRun) -> str:
+    """Runs the noise check with the run's fault built in; returns the error's text, or "".
+
+    Weights and optimizer state must be as before, bit for bit, whatever the verdict.
+    """
+    world = join_world()
+    model = tiny_model()
+    private_step = build_step(run, model, world)
+    before = _snapshot(private_step.zero)
+    key = run.keys(world.rank).selfcheck
+    stddev = run.plan().noise_stddev * (0.5 if run.fault == "half_noise" else 1.0)
+    try:
+        check_noise(private_step, None if key is None else GaussianNoise(key, stddev))
+        verdict = ""
+    except Exception as error:
+        verdict = f"{type(error).__name__}: {error}"
+    after = _snapshot(private_step.zero)
+    assert all(torch.equal(before[name], after[name]) for name in before), "the check moved state"
+    return verdict
+
+
+def self_check_many(runs: list[TinyRun]) -> list[str]:
+    """Checks several in one world."""
+    return [self_check(run) for run in runs]
+
+
+def _snapshot(zero: ZeroEngine) -> dict[str, Tensor]:
+    state = {
+        f"{kind}/{name}": tensor
+        for kind, tensors in zero.optimizer_state().items()
+        for name, tensor in tensors.items()
+    }
+    return {**state, **{name: p.detach().clone() for name, p in zero.parameters.items()}}
+
+
+def state_travels_between_stages() -> bool:
+    """Whether a step after loading the state at the next stage equals a step without a break."""
+    join_world()
+    equal: list[bool] = []
+    adamw, sgd = TinyRun(store="", optimizer="adamw"), TinyRun(store="", momentum=0.9)
+    for stage in (0, 1, 2):
+        for run in (replace(adamw, zero_stage=stage), replace(sgd, zero_stage=stage)):
+            old = _zero_engine(run, tiny_model())
+            for step in (1, 2):
+                old.apply(_random_gradients(old, step), step)
+            model = tiny_model()
+            with torch.no_grad():
+                for name, parameter in trainable_parameters(model).items():
+                    parameter.copy_(old.parameters[name])
+            new = _zero_engine(replace(run, zero_stage=(stage + 1) % 3), model)
+            new.load_optimizer_state(old.optimizer_state(), step=2)
+            for zero in (old, new):
+                zero.apply(_random_gradients(zero, 3), 3)
+            equal += [torch.equal(p, new.parameters[n]) for n, p in old.parameters.items()]
+    return all(equal)
+
+
+def _random_gradients(zero: ZeroEngine, step: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return {n: torch.randn(p.shape, generator=random) for n, p in zero.parameters.items()}
+
+
+def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
+    return ZeroEngine(model, trainable_parameters(model), run.settings(), num_steps=run.num_steps)
+
+
+class _ClipEachMicrobatch(DirectKernel):
+    """Clips microbatches instead of groups: a user of k microbatches counts k times."""
+
+    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+        views = list(sums.views.values())
+        for group in groups:
+            for microbatch in group.microbatches:
+                clip_and_add(views, self._microbatch_gradient(microbatch), self._clip_norm)
+
+
+class _RealizedDivisor(PrivateStep):
+    """Divides by how many groups came."""
+
+    def run(self, step: int, groups: Iterable[Group]) -> None:
+        groups = list(groups)
+        count = torch.tensor(len(groups))
+        dist.all_reduce(count)
+        declared = self.plan
+        self.plan = replace(declared, expected_size=max(1, int(count)))
+        super().run(step, groups)
+        self.plan = declared
+
+
+class _NoiseOnAllRanks(PrivateStep):
+    """Adds the noise on every rank."""
+
+    everyones_noise: GaussianNoise
+
+    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+        super()._add_noise(noise or self.everyones_noise, step)
+
+
+class _NoNoise(PrivateStep):
+    """Forgets the noise."""
+
+    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+        pass
+
+
+class _NoiseTwice(PrivateStep):
+    """Adds the noise twice."""
+
+    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+        super()._add_noise(noise, step)
+        super()._add_noise(noise, step)
+
+
+_FAULTY_STEPS: dict[str, Callable[..., PrivateStep]] = {
+    "realized_divisor": _RealizedDivisor,
+    "noise_on_all": _NoiseOnAllRanks,
+    "no_noise": _NoNoise,
+    "noise_twice": _NoiseTwice,
+}
