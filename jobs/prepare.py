@@ -1,0 +1,52 @@
+r"""Turn text keyed by user into the token store that training reads.
+
+    python jobs/prepare.py --config jobs/configs/FILE.yaml
+    python jobs/prepare.py --data.name chats --data.input 'chats/*.parquet' --data.heldout 0.1 \
+        --data.tokenizer gpt2 --data.store stores/chats
+    ray job submit --working-dir . -- python jobs/prepare.py --config jobs/configs/FILE.yaml
+
+The store appears whole or not at all. How many people wrote how much is private: it is kept in a
+file that only the owner may read, and shown on request by --show-counts.
+"""
+
+from collections.abc import Sequence
+
+from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
+from udp_ray.config import ClusterConfig, DataConfig, ModelConfig, Section
+from udp_ray.data.describe import describe_counts
+from udp_ray.errors import ConfigError
+from udp_ray.on_ray.prepare import dry_run_text, prepare, prepared_text
+
+SHOW_COUNTS = Flag(
+    "show-counts", "Print the private totals and the histogram of examples per user."
+)
+
+
+class PrepareConfig(Section):
+    data: DataConfig
+    model: ModelConfig | None = None
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    job = parse(PrepareConfig, __doc__, argv, flags=(DRY_RUN, SHOW_COUNTS))
+    data, tokenizer = job.config.data, _tokenizer(job.config)
+    if job.flag("dry-run"):
+        print(dry_run_text(data, tokenizer=tokenizer))
+        return 0
+    prepared = prepare(data, tokenizer=tokenizer, address=job.config.cluster.address)
+    print(prepared_text(prepared))
+    if job.flag("show-counts"):
+        print(describe_counts(prepared.counts))
+    return 0
+
+
+def _tokenizer(config: PrepareConfig) -> str:
+    name = config.data.tokenizer or (config.model and config.model.name)
+    if not name:
+        raise ConfigError("data.tokenizer is missing: give it, or model.name")
+    return name
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,20 @@
+"""Pretrain a small GPT-2 and its tokenizer on public text.
+
+python jobs/pretrain.py --config jobs/configs/pretrain.yaml --input public.parquet
+"""
+
+from udp_ray.command_line import DRY_RUN, parse, run_job
+from udp_ray.experiments.pretrain import PretrainConfig, dry_run, pretrain, report_json
+
+
+def main(argv: list[str] | None = None) -> int:
+    job = parse(PretrainConfig, __doc__, argv, flags=(DRY_RUN,))
+    if job.flag("dry-run"):
+        print(dry_run(job.config))
+        return 0
+    print(report_json(pretrain(job.config)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,233 @@
+"""The accountant of a run: who gets which secret, who may write, and what an absent ledger does."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger import Digests, Ledger, plan_digest
+from udp_ray.errors import (
+    ConfigError,
+    DataError,
+    FencedError,
+    LedgerError,
+    LedgerUnavailableError,
+    PrivacyBudgetExceededError,
+)
+from udp_ray.on_ray.accountant import (
+    Charge,
+    RemoteAccountant,
+    RunAccountant,
+    read_evaluations,
+    start_accountant,
+)
+
+PLAN = {"z": 1.0}
+DIGESTS = Digests(plan=plan_digest(PLAN), config="config", code="code", store="store")
+KEY = RunKey.from_seed(5)
+START = "digest of the first weights"
+
+
+@pytest.fixture
+def charge(tmp_path: Path) -> Charge:
+    url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
+    with Ledger.create(url) as ledger:
+        ledger.register_dataset("chats")
+        ledger.admit(
+            "run",
+            "chats",
+            epsilon=1.0,
+            delta=1e-6,
+            num_steps=3,
+            plan=PLAN,
+            digests=DIGESTS,
+            key=KEY,
+        )
+        return Charge(
+            ledger_url=url,
+            ledger_id=ledger.id,
+            run_id="run",
+            digests=DIGESTS,
+            on_mismatch="refuse",
+            metrics_file=str(tmp_path / "metrics.json"),
+            patience_s=1.0,
+        )
+
+
+def test_only_rank_0_gets_the_noise_key(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    first = accountant.secrets(attempt.number, 0, code="code", store="store")
+    other = accountant.secrets(attempt.number, 1, code="code", store="store")
+    assert first.sampling == other.sampling == KEY.sampling()
+    assert (first.noise, first.selfcheck) == (KEY.noise(), KEY.selfcheck())
+    assert other.noise is None
+    assert other.selfcheck is None
+
+
+@pytest.mark.parametrize("here", [{"code": "changed"}, {"store": "changed"}])
+def test_a_worker_with_another_code_or_store_gets_no_key(charge: Charge, here: dict) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    with pytest.raises(DataError, match="on every node"):
+        accountant.secrets(attempt.number, 1, **({"code": "code", "store": "store"} | here))
+
+
+def test_workers_of_an_older_attempt_can_write_nothing(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    old, new = accountant.begin(), accountant.begin()
+    assert old is not None
+    assert new is not None
+    for write in (
+        lambda: accountant.authorize(old.number, 1, START),
+        lambda: accountant.commit(old.number, 1, "there", "digest"),
+        lambda: accountant.record_metrics(old.number, {"step": 1}),
+        lambda: accountant.secrets(old.number, 0, code="code", store="store"),
+    ):
+        with pytest.raises(FencedError):
+            write()
+    accountant.authorize(new.number, 1, START)
+
+
+def test_a_second_driver_stops_the_first_for_good(charge: Charge) -> None:
+    first, second = RunAccountant(charge), RunAccountant(charge)
+    attempt = first.begin()
+    assert attempt is not None
+    second.begin()
+    with pytest.raises(FencedError):
+        first.authorize(attempt.number, 1, START)
+    assert first.begin() is None  # or the two would take the run from each other for ever
+
+
+def test_a_new_attempt_goes_on_where_the_ledger_says(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    assert (attempt.step, attempt.location) == (0, None)
+    accountant.authorize(attempt.number, 1, START)
+    accountant.commit(attempt.number, 1, "s3://bucket/one", "one")
+    accountant.authorize(attempt.number, 2, "one")  # its weights are lost
+    again = RunAccountant(charge)
+    resumed = again.begin()
+    assert resumed is not None
+    assert (resumed.step, resumed.location, resumed.digest) == (1, "s3://bucket/one", "one")
+    assert again.progress(0).charged_steps == 2
+    again.authorize(resumed.number, 2, "one")  # the same release: free
+    assert again.progress(0).charged_steps == 2
+
+
+def test_the_step_after_the_last_is_refused(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    for step in (1, 2, 3):
+        accountant.authorize(attempt.number, step, START)
+    with pytest.raises(PrivacyBudgetExceededError):
+        accountant.authorize(attempt.number, 4, START)
+    assert accountant.progress(0).charged_steps == 3
+
+
+class AbsentLedger:
+    """Stands for a database that is away for a number of calls."""
+
+    def __init__(self, calls_away: int):
+        self.calls_away = calls_away
+        self.asked = 0
+
+    def authorize(self, *arguments: object, **options: object) -> None:
+        self.asked += 1
+        if self.asked <= self.calls_away:
+            raise LedgerUnavailableError("the ledger does not answer: wait")
+
+
+def test_a_ledger_that_comes_back_is_waited_for(charge: Charge) -> None:
+    accountant = RunAccountant(replace(charge, patience_s=30))
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant._ledger = AbsentLedger(calls_away=2)  # type: ignore[assignment]
+    accountant.authorize(attempt.number, 1, START)
+    assert accountant.progress(0).step == 1
+
+
+def test_a_ledger_that_stays_away_stops_the_run(charge: Charge) -> None:
+    accountant = RunAccountant(replace(charge, patience_s=0.5))
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant._ledger = AbsentLedger(calls_away=10**9)  # type: ignore[assignment]
+    with pytest.raises(LedgerUnavailableError):
+        accountant.authorize(attempt.number, 1, START)
+    assert accountant.progress(0).step == 0
+
+
+def test_a_stopped_run_is_not_tried_again_and_keeps_its_first_error(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    accountant.stop(ConfigError("the first"))
+    accountant.stop(ConfigError("the second"))
+    assert accountant.begin() is None
+    assert str(accountant.progress(0).error) == "the first"
+
+
+def test_a_fenced_worker_does_not_stop_the_attempt_that_fenced_it(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    accountant.stop(FencedError("a newer attempt has begun"))
+    assert accountant.begin() is not None
+
+
+def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    rows = [
+        {"step": 2, "heldout/token_loss": 3.0},
+        {"step": 0, "heldout/token_loss": 4.0},
+        {"step": 1, "train/learning_rate": 0.1},
+        {"step": 2, "heldout/token_loss": 2.5},
+    ]
+    for row in rows:
+        accountant.record_metrics(attempt.number, row)
+    kept = read_evaluations(Path(charge.metrics_file))
+    assert kept == [{"step": 0, "token_loss": 4.0}, {"step": 2, "token_loss": 2.5}]
+    assert accountant.progress(2).metrics == tuple(rows[2:])
+
+
+def test_finishing_destroys_the_key_also_after_a_restart_of_the_accountant(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant.authorize(attempt.number, 1, START)
+    record = RunAccountant(charge).finish()
+    assert (record.state, record.charged_steps) == ("finished", 1)
+    stored = Path(charge.ledger_url.removeprefix("sqlite:///"))
+    for file in stored.parent.glob(f"{stored.name}*"):
+        assert KEY.secret not in file.read_bytes()
+
+
+def test_a_ledger_with_another_id_is_refused(charge: Charge) -> None:
+    with pytest.raises(LedgerError, match="another"):
+        RunAccountant(replace(charge, ledger_id="f" * 32)).check()
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_errors_of_ours_come_through_ray_as_themselves(charge: Charge) -> None:
+    remote = RemoteAccountant(start_accountant(charge))
+    attempt = remote.begin()
+    assert attempt is not None
+    asked = remote.of_attempt(attempt.number)
+    asked.authorize(1, START)
+    asked.commit(1, "there", "one")
+    with pytest.raises(PrivacyBudgetExceededError) as caught:
+        asked.authorize(4, "one")
+    assert len(str(caught.value).splitlines()) == 1  # a sentence, not a remote traceback
+    with pytest.raises(FencedError):
+        remote.of_attempt(attempt.number + 1).authorize(2, "one")
+    remote.stop(ConfigError("a mistake"))
+    assert remote.begin() is None
+    assert isinstance(remote.progress(0).error, ConfigError)
+    with pytest.raises(LedgerError, match="another"):
+        start_accountant(replace(charge, ledger_id="f" * 32))
+    shown = json.dumps(repr(charge))
+    assert charge.ledger_url not in shown

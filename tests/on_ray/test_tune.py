@@ -1,0 +1,439 @@
+"""Sweeps on a real Ray cluster: what they leave, what they pay, what a secret one gives away.
+
+Whole trials are slow, so most claims are held on trials that are played: their rows in the ledger
+and their files are made without training.
+"""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+import udp_ray
+from udp_ray.config import ExperimentConfig
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger import Budget, Ledger
+from udp_ray.errors import (
+    ConfigError,
+    DataError,
+    FencedError,
+    LedgerError,
+    PrivacyBudgetExceededError,
+    ReplayRefusedError,
+)
+from udp_ray.on_ray.sweep import Sweep, admit_sweep, plan_of_sweep, prepare_sweep
+from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.tune import describe_sweep, run_sweep
+from udp_ray.outputs import OutputFolder
+from udp_ray.sweep_config import SweepJobConfig
+from udp_ray.sweep_verification import is_sweep, verify_sweep
+from udp_ray.testing.runs import DATASET, tiny_experiment
+from udp_ray.testing.sweeps import NUM_STEPS, play_trial, tiny_sweep
+
+GRID = {"clip_norm": [0.1, 0.2, 0.5, 1.0]}  # of equal price, so that noise is soon found
+ALL = {"release": "all", **GRID}
+BEST = {"release": "best", "expected_trials": 6.0, **GRID}
+PATIENCE_S = 400
+# At the larger rate this decay makes the weights infinite in the first step.
+DECAY, RATES = 1e30, [1e-31, 1e20]
+
+
+def admitted(config: SweepJobConfig) -> Sweep:
+    sweep = prepare_sweep(config, OutputFolder(Path(config.output)), resume=False)
+    admit_sweep(sweep, resume=False)
+    return sweep
+
+
+def resumed(config: SweepJobConfig) -> Sweep:
+    return prepare_sweep(config, OutputFolder(Path(config.output)), resume=True)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def seed_with(num_trials: int, config: SweepJobConfig) -> int:
+    """Returns a seed whose secret draw makes that many trials."""
+    planned = plan_of_sweep(config)
+    return next(
+        seed for seed in range(1000) if len(planned.places(RunKey.from_seed(seed))) == num_trials
+    )
+
+
+# ---- admission
+
+
+def test_a_sweep_is_charged_once_and_resumed_with_the_same_trials(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, ALL)
+    sweep = admitted(config)
+    again = resumed(config)
+    assert again.planned == sweep.planned  # the noise too, which was not searched anew
+    admit_sweep(again, resume=True)
+    spending = sweep.ledger.spent(DATASET)
+    assert spending.spent == Budget(8.0, 1e-3)
+    assert [run.run_id for run in spending.runs] == [sweep.sweep_id]
+    trials = sweep.ledger.trials(sweep.sweep_id)
+    assert [trial.configuration for trial in trials] == [0, 1, 2, 3]
+    assert len({trial.run.key_id for trial in trials}) == 4
+    assert sweep.ledger.trials(again.sweep_id) == trials
+
+
+def test_a_driver_that_was_replaced_cannot_end_the_sweep(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, ALL)
+    sweep = prepare_sweep(config, OutputFolder(Path(config.output)), resume=False)
+    old = admit_sweep(sweep, resume=False)
+    admit_sweep(resumed(config), resume=True)
+    with pytest.raises(FencedError):
+        sweep.ledger.finish(old)
+
+
+def test_resuming_with_another_space_or_another_kind_of_run_is_refused(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, ALL)
+    sweep = admitted(config)
+    for other in (ALL | {"clip_norm": [0.1]}, ALL | {"objective": "user_loss"}):
+        with pytest.raises(ReplayRefusedError, match="config"):
+            admit_sweep(resumed(tiny_sweep(tmp_path, other)), resume=True)
+    with pytest.raises(ReplayRefusedError, match="plan"):
+        train_on_ray(tiny_experiment(tmp_path), resume=True, announce=lambda text: None)
+    assert sweep.ledger.spent(DATASET).spent == Budget(8.0, 1e-3)
+
+
+def test_a_sweep_over_the_budget_leaves_nothing(tmp_path: Path) -> None:
+    total = {"dataset_epsilon": 7.9, "dataset_delta": 0.5}
+    config = tiny_sweep(tmp_path, ALL, privacy=total)
+    with pytest.raises(PrivacyBudgetExceededError, match="left"):
+        admitted(config)
+    assert not Path(config.output).exists()
+    with Ledger.open(config.data.ledger_url) as ledger:
+        assert not ledger.spent(DATASET).runs
+
+
+def test_people_with_a_budget_are_not_public(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, {"release": "public", **GRID})
+    with Ledger.open(config.data.ledger_url) as ledger:
+        ledger.set_budget(DATASET, epsilon=100.0, delta=1e-2)
+    with pytest.raises(ConfigError, match="to be protected"):
+        admitted(config)
+
+
+def test_a_public_sweep_charges_nothing_and_promises_nothing(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, {"release": "public", **GRID}, privacy={"seed": None})
+    sweep = admitted(config)
+    assert sweep.ledger.spent(DATASET).spent == Budget(0.0, 0.0)
+    assert not sweep.statement.is_guarantee
+    assert "public data" in sweep.statement.to_text()
+    assert "no promise" in sweep.statement.sentence()
+
+
+def test_a_store_without_held_out_people_is_refused(tmp_path: Path) -> None:
+    config = tiny_sweep(tmp_path, ALL)
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"heldout": None}))
+    with pytest.raises(DataError, match="held-out"):
+        admitted(config)
+
+
+def test_a_dry_run_says_trials_price_and_what_is_left_out_and_touches_nothing(
+    tmp_path: Path,
+) -> None:
+    config = tiny_sweep(
+        tmp_path, ALL | {"clip_norm": [0.5], "group_size": [2, 100], "sampling": ["uls", "els"]}
+    )
+    before = files(tmp_path)
+    text = describe_sweep(config)
+    assert files(tmp_path) == before
+    assert "epsilon = 8, delta = 0.001" in text
+    assert text.count("clip norm C") == 1 + 2  # of ELS, everybody keeps fewer than 100
+    assert "ULS with G = 100 is left out" in text
+    secret = describe_sweep(tiny_sweep(tmp_path, BEST))
+    assert "6 expected" in secret
+
+
+# ---- what leaves
+
+
+def played(tmp_path: Path, section: dict, losses: list[float], **privacy) -> Sweep:
+    config = tiny_sweep(tmp_path, section, privacy=privacy)
+    sweep = admitted(config)
+    for trial, loss in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
+        if loss is not None:
+            play_trial(sweep, trial, loss=loss)
+    return sweep
+
+
+def test_all_leaves_a_table_a_heat_map_the_statement_and_the_winners_settings(
+    tmp_path: Path,
+) -> None:
+    sweep = played(tmp_path, ALL, [3.4, 3.2, 3.3, None])
+    result = publish_sweep(sweep)
+    output = result.output
+    assert {"run.json", "config.yaml", "privacy.json", "statement.md", "best.yaml", "trials.json",
+            "trials.txt", "heatmap.png"} <= files(output)  # fmt: skip
+    assert (output / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((output / "trials.json").read_text())
+    assert [row["heldout_loss"] for row in rows] == [3.4, 3.2, 3.3, None]
+    table = (output / "trials.txt").read_text().splitlines()
+    assert "<- chosen" in table[1]
+    assert "did not end" in table[-1]
+    assert (result.loss, result.is_complete) == (3.2, False)
+    assert result.model == output / "trials" / "0002"
+    chosen = ExperimentConfig.model_validate(yaml.safe_load((output / "best.yaml").read_text()))
+    winner = sweep.planned.configurations[1]
+    assert chosen.privacy.clip_norm == winner.plan.clip_norm == 0.2
+    assert chosen.privacy.noise_multiplier == winner.plan.noise_multiplier
+    assert chosen.privacy.seed is None
+    written = json.loads((output / "privacy.json").read_text())
+    assert written["promised"] == {"epsilon": 8.0, "delta": 1e-3}
+    assert 0 < written["spent"]["epsilon"] < 8.0  # a trial took no step
+    assert written["heldout_users_are_covered"] is False
+
+
+def test_no_trial_of_a_public_sweep_keeps_a_statement_of_its_own(tmp_path: Path) -> None:
+    sweep = played(tmp_path, {"release": "public", **GRID}, [3.4, 3.2, 3.3, 3.5])
+    result = publish_sweep(sweep)
+    assert not list((result.output / "trials").rglob("privacy.json"))
+    assert "no promise" in (result.output / "statement.md").read_text()
+    chosen = yaml.safe_load((result.output / "best.yaml").read_text())
+    assert "noise_multiplier" not in chosen["privacy"]
+    assert 7.99 < chosen["privacy"]["epsilon"] <= 8.0
+
+
+def test_the_objective_is_the_one_asked_for(tmp_path: Path) -> None:
+    sweep = played(tmp_path, ALL | {"objective": "user_loss"}, [3.4, 3.2, 3.3, 3.5])
+    assert publish_sweep(sweep).loss == 6.4
+
+
+def secret(tmp_path: Path) -> tuple[Sweep, SweepResult, Path]:
+    """Plays a secret sweep of seven trials; the fourth wins and the last never ended."""
+    losses = [3.41, 3.42, 3.43, 3.29, 3.45, 3.46, None]
+    seed = seed_with(len(losses), tiny_sweep(tmp_path, BEST))
+    sweep = played(tmp_path, BEST, losses, seed=seed)
+    return sweep, publish_sweep(sweep), sweep.folder.path
+
+
+def test_of_a_secret_sweep_only_the_winner_leaves(tmp_path: Path) -> None:
+    sweep, result, output = secret(tmp_path)
+    seen = {name for name in files(output) if not name.startswith(".trials/")}
+    assert seen == {"run.json", "config.yaml", "best.yaml", "privacy.json", "statement.md",
+                    "metrics.json", "model.safetensors"}  # fmt: skip
+    assert (output / "model.safetensors").read_text() == "weights of 3.29"
+    assert result.trials == ()
+    assert result.is_complete  # a trial that did not end has scored worst
+    text = result.to_text() + "".join((output / name).read_text() for name in seen)
+    assert "3.29" in text
+    for number, loss in enumerate((3.41, 3.42, 3.43, 3.45, 3.46), start=1):
+        assert str(loss) not in text
+        assert f"{number:04d}" not in text.replace(sweep.sweep_id, "")
+    assert "7.123" not in text  # what the winner would cost alone
+    assert (
+        not {"trials", "num_trials_made", "number"}
+        & json.loads((output / "privacy.json").read_text()).keys()
+    )
+
+
+def test_what_a_secret_sweep_leaves_does_not_depend_on_how_many_trials_there_were(
+    tmp_path: Path,
+) -> None:
+    left = []
+    for count, losses in ((2, [3.29, 3.4]), (7, [3.41, 3.42, 3.43, 3.29, 3.45, 3.46, 3.5])):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        first = tiny_sweep(folder, BEST | {"clip_norm": [0.5], "group_size": [2]})
+        sweep = played(folder, BEST | {"clip_norm": [0.5], "group_size": [2]}, losses,
+                       seed=seed_with(count, first))  # fmt: skip
+        publish_sweep(sweep)
+        output = sweep.folder.path
+        content = {
+            name: (output / name).read_text()
+            .replace(sweep.sweep_id, "SWEEP").replace(str(folder), "FOLDER")
+            .replace(sweep.ledger.id, "LEDGER").replace(sweep.digests.config, "SETTINGS")
+            .replace(sweep.digests.config[:16], "SETTINGS").replace(f"seed: {count}", "")
+            for name in files(output) if not name.startswith(".trials/")
+        }  # fmt: skip
+        content["config.yaml"] = ""  # holds the seed, which real sweeps have none of
+        left.append(content)
+    assert left[0] == left[1]
+
+
+def test_the_search_for_leaks_finds_the_trials_of_a_sweep_that_shows_them(tmp_path: Path) -> None:
+    sweep = played(tmp_path, ALL, [3.4, 3.2, 3.3, 3.5])
+    result = publish_sweep(sweep)
+    assert "3.5000" in result.to_text()
+    assert "0001" in (result.output / "trials.json").read_text()
+
+
+def test_a_secret_sweep_shows_in_the_ledger_as_one_run(tmp_path: Path) -> None:
+    sweep, _, _ = secret(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(jobs() / "ledger.py"), "show", "--dataset", DATASET,
+         "--ledger", sweep.ledger_url, "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    shown = json.loads(done.stdout)
+    assert [run["run_id"] for run in shown["runs"]] == [sweep.sweep_id]
+    assert shown["spent"]["epsilon"] == 8.0
+    assert shown["runs"][0]["charged_steps"] == 0
+
+
+def test_a_sweep_of_which_no_trial_ended_releases_nothing(tmp_path: Path) -> None:
+    sweep = played(tmp_path, ALL, [None] * 4)
+    with pytest.raises(DataError, match="nothing is released"):
+        publish_sweep(sweep)
+    assert files(sweep.folder.path) == {"run.json"}
+
+
+# ---- what an auditor sees
+
+
+@pytest.mark.parametrize("section", [ALL, BEST], ids=["all", "best"])
+def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
+    tmp_path: Path, section: dict
+) -> None:
+    seed = seed_with(2, tiny_sweep(tmp_path, BEST))
+    losses = [3.4, 3.2, 3.3, 3.5] if section is ALL else [3.4, 3.2]
+    sweep = played(tmp_path, section, losses, seed=seed)
+    output = publish_sweep(sweep).output
+    assert is_sweep(output)
+    verdict = verify_sweep(output)
+    assert verdict.agrees, verdict.to_text()
+    assert "2 trials" not in verdict.to_text()
+    told = json.loads((output / "privacy.json").read_text())
+    for tamper in (halve_the_promise, halve_the_noise):
+        file = tmp_path / "tampered.json"
+        file.write_text(json.dumps(tamper(json.loads(json.dumps(told)))))
+        assert not verify_sweep(file).agrees
+    with sweep.ledger._database.write() as connection:
+        connection.exec_driver_sql("UPDATE udp_ray_trials SET configuration = 9 WHERE number = 1")
+    assert not verify_sweep(output).agrees
+
+
+def halve_the_promise(told: dict) -> dict:
+    told["promised"]["epsilon"] /= 2
+    return told
+
+
+def halve_the_noise(told: dict) -> dict:
+    for point in told["sweep"]["configurations"]:
+        for name in ("noise_multiplier", "noise_stddev"):
+            point["plan"][name] /= 2
+    return told
+
+
+# ---- on Ray
+
+
+def jobs() -> Path:
+    return Path(udp_ray.__file__).parent.parent / "jobs"
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_twice(
+    tmp_path: Path,
+) -> None:
+    section = {"release": "all", "group_size": [1], "learning_rate": RATES}
+    config = tiny_sweep(tmp_path, section, train={"weight_decay": DECAY})
+    said: list[str] = []
+    result = run_sweep(config, announce=said.append)
+    assert "epsilon = 8" in said[0]  # the price comes first
+    assert any(line.startswith("trial 1 (1 of 2 ended)") for line in said)
+    good, bad = result.trials
+    assert good.loss is not None
+    assert bad.loss is None
+    assert "learning_rate" in (bad.error or "")
+    assert AutoModelForCausalLM.from_pretrained(result.model)
+    with Ledger.open(config.data.ledger_url) as ledger:
+        (run,) = ledger.spent(DATASET).runs
+        assert run.charge == Budget(8.0, 1e-3)
+        assert run.state == "admitted"  # a trial is left, so the sweep can be resumed
+        trials = ledger.trials(run.run_id)
+        assert [trial.run.charged_steps for trial in trials] == [NUM_STEPS, 1]
+        assert not ledger.trials(trials[0].run.run_id)
+    assert not (result.output / "trials" / "0002" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["driver", "trial"])
+def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
+    tmp_path: Path, victim: str
+) -> None:
+    first = tiny_sweep(tmp_path, BEST, privacy={"num_steps": 6}, train={"checkpoint_every": 2})
+    config = tiny_sweep(tmp_path, BEST, train={"checkpoint_every": 2},
+                        privacy={"num_steps": 6, "seed": seed_with(3, first)})  # fmt: skip
+    with started_job(config) as job:
+        wait_for_a_step(config, job)
+        working = Path(config.output) / ".trials"
+        assert stat.S_IMODE(working.stat().st_mode) == 0o700
+        if victim == "driver":
+            os.kill(job.pid, signal.SIGKILL)
+        else:
+            kill_a_trial(job)
+        text, _ = job.communicate(timeout=PATIENCE_S)
+    if victim == "driver":
+        with started_job(config, "--resume") as job:
+            again, _ = job.communicate(timeout=PATIENCE_S)
+        text += again
+    assert job.returncode == 0, text
+    with Ledger.open(config.data.ledger_url) as ledger:
+        (run,) = ledger.spent(DATASET).runs
+        assert (run.state, run.charge) == ("finished", Budget(8.0, 1e-3))
+        trials = ledger.trials(run.run_id)
+        assert [trial.run.charged_steps for trial in trials] == [6, 6, 6]
+        assert all(trial.run.num_keys == 1 for trial in trials)
+    assert not working.exists()
+    assert not any(f"{number:04d}" in text for number in (1, 2, 3))
+    assert "trial 1" not in text
+    assert "Traceback" not in text
+    assert AutoModelForCausalLM.from_pretrained(config.output)
+    with pytest.raises(LedgerError, match="finished"):
+        run_sweep(config, resume=True, announce=lambda text: None)
+
+
+@contextmanager
+def started_job(config: SweepJobConfig, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts a sweep as a user does; it is over with the block, whatever happens."""
+    folder = Path(config.output).parent
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    job = subprocess.Popen(
+        [sys.executable, str(jobs() / "sweep.py"), "--config", str(file), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+    )  # fmt: skip
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.kill()
+            job.communicate()
+
+
+def wait_for_a_step(config: SweepJobConfig, job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    with Ledger.open(config.data.ledger_url) as ledger:
+        while time.monotonic() < deadline:
+            runs = ledger.spent(DATASET).runs
+            if runs and any(t.run.charged_steps for t in ledger.trials(runs[0].run_id)):
+                return
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+    raise TimeoutError("no trial has taken a step")
+
+
+def kill_a_trial(job: subprocess.Popen[str]) -> None:
+    """Kills the driver of a trial, which Tune runs as an actor."""
+    for process in psutil.Process(job.pid).children(recursive=True):
+        if "ImplicitFunc" in " ".join(process.cmdline()):
+            process.kill()
+            return
+    raise AssertionError("there is no trial to kill")

@@ -1,0 +1,142 @@
+"""The ledger by hand: what is shown, what may be changed, and what is refused.
+
+pytest tests/test_ledger_command.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import udp_ray
+from udp_ray.dp.ledger import Budget, Ledger
+from udp_ray.dp.ledger_view import to_json, to_text
+from udp_ray.errors import ConfigError, LedgerError, UdpRayError
+from udp_ray.testing.ledger_processes import DATASET, admit, authorize, new_ledger, started
+from udp_ray.testing.stores import write_store
+
+JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "ledger.py"
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("job_ledger", JOB)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with new_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def show(main, ledger, capsys):
+    """Runs the job on the ledger and returns its JSON."""
+
+    def run(command, *arguments):
+        assert (
+            main([command, "--ledger", ledger.url, "--dataset", DATASET, "--json", *arguments]) == 0
+        )
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_show_gives_what_was_spent_by_which_run_and_what_is_left(ledger, show):
+    ledger.set_budget(DATASET, epsilon=8.0, delta=1e-6)
+    authorize(ledger, started(ledger), 1, 2)
+    admit(ledger, "second", epsilon=2.5)
+    shown = show("show")
+    assert shown["spent"] == {"epsilon": 3.5, "delta": 2e-7}
+    assert shown["left"] == {"epsilon": 4.5, "delta": 8e-7}
+    assert [(run["run_id"], run["charged_steps"]) for run in shown["runs"]] == [
+        ("run", 2),
+        ("second", 0),
+    ]
+    text = to_text(ledger.spent(DATASET))
+    for expected in ("epsilon = 3.5", "epsilon = 4.5", "second", "2 of 10"):
+        assert expected in text
+
+
+def test_a_run_without_noise_is_shown_as_what_it_is(ledger):
+    admit(ledger, epsilon=math.inf)
+    spending = ledger.spent(DATASET)
+    assert to_json(spending)["spent"]["epsilon"] == "inf"
+    json.dumps(to_json(spending), allow_nan=False)
+    assert "NO GUARANTEE LEFT" in to_text(spending)
+
+
+def test_nothing_shown_is_a_secret(ledger):
+    attempt = started(ledger)
+    shown = to_text(ledger.spent(DATASET)) + json.dumps(to_json(ledger.spent(DATASET)))
+    assert attempt.key.secret.hex() not in shown
+    assert ledger.dataset(DATASET).user_hash_key.hex() not in shown
+
+
+def test_set_budget_sets_it_and_a_dry_run_does_not(ledger, show):
+    arguments = ("--epsilon", "8", "--delta", "1e-6")
+    assert show("set-budget", *arguments, "--dry-run")["total"] is None
+    assert show("set-budget", *arguments)["total"] == {"epsilon": 8.0, "delta": 1e-6}
+    assert ledger.dataset(DATASET).total == Budget(8.0, 1e-6)
+
+
+def test_a_dry_run_is_refused_as_the_real_one_would_be(ledger, show):
+    authorize(ledger, started(ledger), 1)
+    with pytest.raises(LedgerError, match="spent"):
+        show("set-budget", "--epsilon", "0.5", "--delta", "1e-6", "--dry-run")
+    with pytest.raises(LedgerError, match="stays charged whole"):
+        show("abandon", "--run", "run", "--dry-run")
+
+
+def test_abandon_gives_back_what_a_run_without_steps_was_charged(ledger, show):
+    admit(ledger)
+    assert show("abandon", "--run", "run", "--dry-run")["spent"]["epsilon"] == 1.0
+    assert show("abandon", "--run", "run")["spent"]["epsilon"] == 0.0
+
+
+def test_a_run_of_another_dataset_is_not_abandoned(ledger, main):
+    ledger.register_dataset("mails")
+    admit(ledger)
+    with pytest.raises(ConfigError, match="no run on dataset mails"):
+        main(["abandon", "--ledger", ledger.url, "--dataset", "mails", "--run", "run"])
+    assert ledger.run("run").state == "admitted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["show"], "dataset"),
+        (["show", "--dataset", DATASET], "ledger"),
+        (["set-budget", "--dataset", DATASET, "--epsilon", "8"], "delta"),
+        (["abandon", "--dataset", DATASET], "run"),
+        (["forget", "--dataset", DATASET], "forget"),
+    ],
+)
+def test_a_missing_option_is_named(main, ledger, arguments, field):
+    if field not in ("ledger", "dataset"):
+        arguments = [*arguments, "--ledger", ledger.url]
+    with pytest.raises(UdpRayError, match=field):
+        main(arguments)
+
+
+def test_the_ledger_of_a_store_is_the_one_that_its_manifest_names(main, ledger, tmp_path, capsys):
+    folder = tmp_path / "store"
+    write_store(folder, [[[1, 2]]], name=DATASET, ledger_id=ledger.id, ledger_url=ledger.url)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{name: {DATASET}, store: {folder}}}\n")
+    assert main(["show", "--config", str(config)]) == 0
+    assert f"dataset {DATASET}" in capsys.readouterr().out
+    Ledger.create(f"sqlite:///{tmp_path / 'other.sqlite'}").close()
+    with pytest.raises(LedgerError, match="does not know what was spent"):
+        main(
+            ["show", "--config", str(config), "--data.ledger", f"sqlite:///{tmp_path}/other.sqlite"]
+        )

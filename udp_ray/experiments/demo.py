@@ -1,0 +1,213 @@
+"""The demo: prepare, train with privacy, train without, and compare, in one folder made anew.
+
+    comparison = demo(config)
+    print(comparison.to_text())
+
+The folder of the demo holds everything that it makes, its own ledger too, so that it can be run
+again: elsewhere a ledger must never be thrown away. A folder that the demo did not make is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from udp_ray.config import ExperimentConfig, PrivacyConfig
+from udp_ray.errors import ConfigError, DataError
+from udp_ray.on_ray.connect import connected
+from udp_ray.on_ray.prepare import prepare
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.outputs import METRICS_FILE, write_aside
+
+MARK = "made-by-the-demo"
+COMPARISON_FILE = "comparison.json"
+WITHOUT_PRIVACY = "without-privacy"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the comparison, measured on the same held-out people."""
+
+    model: str
+    token_perplexity: float
+    """exp of the mean loss over all held-out tokens."""
+    user_perplexity: float
+    """exp of the mean over held-out users of their mean loss."""
+    epsilon: float
+    """Spent on the training users; infinite without noise."""
+    seconds: float
+    """Wall clock of the run, from its start to its published output."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the demo shows."""
+
+    rows: tuple[Row, ...]
+    delta: float
+    seconds: float
+    """Wall clock of the whole demo."""
+
+    def to_text(self) -> str:
+        """Returns the table."""
+        lines = [
+            "Held-out people (lower perplexity is better)",
+            f"  {'':28}  {'per token':>9}  {'per user':>9}  {'epsilon':>8}  {'seconds':>7}",
+        ]
+        lines += [
+            f"  {row.model:28}  {row.token_perplexity:9.2f}  {row.user_perplexity:9.2f}"
+            f"  {_short(row.epsilon):>8}  {row.seconds:7.0f}"
+            for row in self.rows
+        ]
+        lines.append(
+            f"epsilon is per person, at delta = {self.delta:g}; {self.seconds:.0f} s in all"
+        )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Returns the table as JSON; an infinite epsilon is null."""
+        values = asdict(self)
+        for row in values["rows"]:
+            row["epsilon"] = row["epsilon"] if math.isfinite(row["epsilon"]) else None
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+
+
+def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -> Comparison:
+    """Prepares the data, trains with and without privacy, and returns the comparison.
+
+    Args:
+        config: The private run; its store and output lie in the folder of the demo.
+        announce: Shows a person text.
+
+    Raises:
+        ConfigError: The folder is not the demo's to empty.
+        UdpRayError: Whatever a user can mend.
+    """
+    start = time.monotonic()
+    folder = demo_folder(config)
+    make_anew(folder)
+    with connected(config.cluster.address):
+        announce("\n== 1/3 prepare: text to a store, sharded by user")
+        prepare(config.data, tokenizer=config.data.tokenizer or config.model.name)
+        announce("\n== 2/3 train with privacy")
+        private_s = _timed(lambda: train_on_ray(config, announce=announce))
+        announce("\n== 3/3 the same run without noise and clipping, which promises nothing")
+        open_config = without_privacy(config)
+        open_s = _timed(lambda: train_on_ray(open_config, announce=_unheard))
+    comparison = Comparison(
+        rows=compare(
+            Path(config.output), Path(open_config.output), private_s=private_s, open_s=open_s
+        ),
+        delta=config.privacy.delta,
+        seconds=time.monotonic() - start,
+    )
+    write_aside(folder / COMPARISON_FILE, comparison.to_json())
+    return comparison
+
+
+def demo_folder(config: ExperimentConfig) -> Path:
+    """Returns the folder that holds all that the demo makes: the parent of the private output.
+
+    Raises:
+        ConfigError: If the store or the ledger would lie elsewhere.
+    """
+    folder = Path(config.output).parent
+    if folder not in Path(config.data.store).parents:
+        raise ConfigError(
+            f"data.store is {config.data.store}, outside the folder of the demo {folder}: put it"
+            " in there, since the demo makes that folder anew"
+        )
+    if config.data.ledger is not None:
+        raise ConfigError(
+            "data.ledger is set, but the demo keeps a ledger of its own: leave it out, or use"
+            " jobs/prepare.py and jobs/train.py"
+        )
+    return folder
+
+
+def make_anew(folder: Path) -> None:
+    """Empties the folder of an earlier demo, or makes it.
+
+    Raises:
+        ConfigError: If there is something in it that no demo made.
+    """
+    is_ours = not folder.exists() or (folder / MARK).is_file()
+    if not is_ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"{folder} was not made by the demo, which would delete what is in it: give another"
+            " output"
+        )
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
+
+
+def without_privacy(config: ExperimentConfig) -> ExperimentConfig:
+    """Returns the same run without noise and clipping: equal in all else, so that they compare."""
+    privacy = config.privacy.model_dump() | {
+        "epsilon": None,
+        "noise_multiplier": 0.0,
+        "clip_norm": math.inf,
+        "accept_no_guarantee": True,
+    }
+    return config.model_copy(
+        update={
+            "privacy": PrivacyConfig(**privacy),
+            "output": str(Path(config.output).with_name(WITHOUT_PRIVACY)),
+        }
+    )
+
+
+def compare(
+    private: Path, unprotected: Path, *, private_s: float, open_s: float
+) -> tuple[Row, ...]:
+    """Returns the rows of the table from what two runs have left in their output folders.
+
+    Raises:
+        DataError: If a run left no evaluation before and after its training.
+    """
+    before, after = _first_and_last(private)
+    _, open_after = _first_and_last(unprotected)
+    return (
+        _row("base model", before, 0.0),
+        _row("fine-tuned with privacy", after, private_s),
+        _row("without noise and clipping", open_after, open_s),
+    )
+
+
+def _first_and_last(output: Path) -> tuple[dict[str, float], dict[str, float]]:
+    rows = json.loads((output / METRICS_FILE).read_text())
+    if len(rows) < 2 or rows[0]["step"] != 0:
+        raise DataError(f"{output / METRICS_FILE} lacks an evaluation before or after training")
+    return rows[0], rows[-1]
+
+
+def _row(model: str, metrics: dict[str, float], seconds: float) -> Row:
+    return Row(
+        model=model,
+        token_perplexity=metrics["token_perplexity"],
+        user_perplexity=metrics["user_perplexity"],
+        epsilon=float(metrics["epsilon"]),  # "inf" stands as text in JSON
+        seconds=seconds,
+    )
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.monotonic()
+    run()
+    return time.monotonic() - start
+
+
+def _unheard(text: str) -> None:
+    """Takes the announcements of the comparison run, whose statement would only confuse."""
+
+
+def _short(epsilon: float) -> str:
+    return f"{epsilon:.2f}" if math.isfinite(epsilon) else "infinite"

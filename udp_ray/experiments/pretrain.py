@@ -1,0 +1,362 @@
+"""Pretrain a small GPT-2 and its tokenizer on public text: the base model of the demo.
+
+Plain training in one process, without any privacy: whatever text goes in here must be public, for
+neither the weights nor the tokenizer of a base model are covered by a later run's guarantee. It is
+a recipe, not a part of the private path; fine-tuning under a budget is `jobs/train.py`.
+
+    report = pretrain(PretrainConfig(input=["public.parquet"], output="build/model"))
+    report.heldout_loss
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as functional
+from pydantic import Field, model_validator
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from udp_ray.config import AbsolutePath, PositiveFloat, PositiveInt, Section
+from udp_ray.errors import ConfigError, DataError
+
+END_OF_TEXT = "<|endoftext|>"
+_BYTES = 256  # the alphabet of a byte-level tokenizer
+_ADAM_BETAS = (0.9, 0.95)
+_GRADIENT_BOUND = 1.0  # against the spikes of early training; nothing to do with privacy
+_FINAL_LEARNING_RATE = 0.05  # of the peak
+_EVALUATED_BLOCKS = 512
+
+
+class PretrainConfig(Section):
+    """Settings of the recipe. None of them concerns privacy: all the text is public."""
+
+    input: Annotated[list[AbsolutePath], Field(min_length=1)]
+    """Parquet files of public text, all read into memory."""
+    heldout: AbsolutePath | None = None
+    """Parquet file of public text for the final loss; never trained on. Default: no final loss."""
+    text_column: str = "text"
+    """Column with the text."""
+    source: str = ""
+    """Where the text comes from and under which licence; copied into the model card."""
+    vocab_size: Annotated[int, Field(gt=_BYTES)] = 2048
+    """Entries of the byte-level BPE tokenizer."""
+    width: PositiveInt = 128
+    """Size of the hidden states."""
+    num_layers: PositiveInt = 4
+    """Transformer blocks."""
+    num_heads: PositiveInt = 4
+    """Attention heads; divides width."""
+    context_tokens: Annotated[int, Field(ge=2)] = 256
+    """Longest input of the model."""
+    batch_blocks: PositiveInt = 16
+    """Blocks of context_tokens tokens in one step."""
+    num_steps: PositiveInt = 2800
+    """Optimizer steps of the whole schedule."""
+    stop_after: PositiveInt | None = None
+    """Steps after which to stop before the schedule has ended. Default: never."""
+    learning_rate: PositiveFloat = 2.5e-3
+    """Peak learning rate of AdamW; a cosine leads down from it."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled weight decay of the matrices."""
+    autocast: Literal["off", "bfloat16"] = "bfloat16"
+    """Number format inside forward and backward; the weights stay float32."""
+    save_every: PositiveInt = 200
+    """Steps between writings of the checkpoint, so that a long run can be looked at early."""
+    seed: int = 0
+    """Seed of the initial weights and of the order in which the texts are read."""
+    output: AbsolutePath
+    """Folder for the model, the tokenizer and the model card."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which does not divide width = {self.width}"
+            )
+        if self.heldout in self.input:
+            raise ValueError("heldout is one of the input files: its loss would prove nothing")
+        return self
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps that are carried out."""
+        return min(self.num_steps, self.stop_after or self.num_steps)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step."""
+        return self.batch_blocks * self.context_tokens
+
+
+@dataclass(frozen=True)
+class PretrainReport:
+    """What made a checkpoint, for its model card. All of it is public."""
+
+    num_parameters: int
+    num_texts: int
+    num_tokens_available: int
+    num_tokens_trained: int
+    heldout_loss: float | None
+    seconds: float
+    inputs: dict[str, str]
+    versions: dict[str, str]
+    hardware: str
+
+
+def pretrain(config: PretrainConfig) -> PretrainReport:
+    """Trains tokenizer and model on the public text and writes both, with a model card."""
+    start = time.monotonic()
+    texts = [text for file in config.input for text in read_texts(file, config.text_column)]
+    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size, context=config.context_tokens)
+    rng = np.random.default_rng(config.seed)
+    blocks = pack([texts[i] for i in rng.permutation(len(texts))], tokenizer, config.context_tokens)
+    model = build_model(config, tokenizer)
+
+    def save() -> None:
+        model.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+
+    for step in train_steps(model, blocks, config):
+        if step % config.save_every == 0 or step == config.steps_taken:
+            save()
+    heldout_loss = None
+    if config.heldout is not None:
+        heldout = read_texts(config.heldout, config.text_column)
+        heldout_loss = mean_token_loss(model, pack(heldout, tokenizer, config.context_tokens))
+    report = PretrainReport(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_texts=len(texts),
+        num_tokens_available=blocks.size,
+        num_tokens_trained=config.steps_taken * config.tokens_per_step,
+        heldout_loss=heldout_loss,
+        seconds=time.monotonic() - start,
+        inputs={Path(file).name: _sha256(file) for file in config.input},
+        versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        hardware=f"{_processor()}, {torch.get_num_threads()} threads",
+    )
+    (Path(config.output) / "README.md").write_text(model_card(config, report))
+    return report
+
+
+def read_texts(file: str, text_column: str) -> list[str]:
+    """Returns the non-empty texts of a parquet file, in its order."""
+    try:
+        column = pq.read_table(file, columns=[text_column]).column(text_column)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(f"{file} cannot be read as parquet: {reason}") from None
+    texts = [text for text in column.to_pylist() if text]
+    if not texts:
+        raise DataError(f"{file} has no text in column {text_column!r}: name another text_column")
+    return texts
+
+
+def train_tokenizer(
+    texts: Sequence[str], *, vocab_size: int, context: int
+) -> PreTrainedTokenizerFast:
+    """Returns a byte-level BPE tokenizer whose only special token ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        # All bytes, so that no text is beyond the tokenizer, whatever the public text lacks.
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer, length=len(texts))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=context,
+    )
+
+
+def pack(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, context_tokens: int
+) -> np.ndarray:
+    """Returns the texts one after another, each ended, cut into blocks: (num_blocks, context)."""
+    pieces = []
+    for start in range(0, len(texts), 1024):
+        encoded = tokenizer(list(texts[start : start + 1024]), verbose=False)["input_ids"]
+        pieces += [np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded]
+    stream = np.concatenate(pieces)
+    num_blocks = len(stream) // context_tokens
+    if num_blocks == 0:
+        raise DataError(
+            f"the text has {len(stream)} tokens, less than one block of {context_tokens}:"
+            " give more text or lower context_tokens"
+        )
+    return stream[: num_blocks * context_tokens].reshape(num_blocks, context_tokens)
+
+
+def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """Returns an untrained GPT-2 with tied embeddings and no dropout."""
+    torch.manual_seed(config.seed)
+    end = tokenizer.eos_token_id
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=config.context_tokens,
+            n_embd=config.width,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+
+
+def train_steps(
+    model: GPT2LMHeadModel, blocks: np.ndarray, config: PretrainConfig
+) -> Iterator[int]:
+    """Trains on the blocks in turn, starting over when they are used up; yields each step done."""
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=_ADAM_BETAS
+    )
+    model.train()
+    smoothed = None
+    bar = tqdm(range(1, config.steps_taken + 1), desc="pretrain", unit="step", mininterval=1.0)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        chosen = np.arange((step - 1) * config.batch_blocks, step * config.batch_blocks)
+        loss = _loss(model, blocks[chosen % len(blocks)], autocast=config.autocast == "bfloat16")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_BOUND)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
+        bar.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
+        yield step
+
+
+def learning_rate_at(step: int, config: PretrainConfig) -> float:
+    """Returns the learning rate of a step (from 1): linear warm-up, then a cosine."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * (_FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * cosine)
+
+
+@torch.no_grad()
+def mean_token_loss(model: GPT2LMHeadModel, blocks: np.ndarray) -> float:
+    """Returns the mean loss per predicted token on the first blocks, in nats."""
+    model.eval()
+    chosen = blocks[:_EVALUATED_BLOCKS]
+    # Blocks are equally long, so the mean over blocks is the mean over tokens.
+    losses = [_loss(model, block[None], autocast=False).item() for block in chosen]
+    return sum(losses) / len(losses)
+
+
+def _loss(model: GPT2LMHeadModel, blocks: np.ndarray, *, autocast: bool) -> torch.Tensor:
+    tokens = torch.from_numpy(blocks.astype(np.int64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def _parameter_groups(model: GPT2LMHeadModel, weight_decay: float) -> list[dict[str, object]]:
+    """Returns the matrices with weight decay, and the biases and layer norms without."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def model_card(config: PretrainConfig, report: PretrainReport) -> str:
+    """Returns the README of a checkpoint: what made it, from which text, with what result."""
+    inputs = "\n".join(f"- `{name}`, sha256 `{digest}`" for name, digest in report.inputs.items())
+    heldout = ""
+    if report.heldout_loss is not None and config.heldout is not None:
+        heldout = (
+            f"\nLoss on `{Path(config.heldout).name}` (not trained on, first {_EVALUATED_BLOCKS}"
+            f" blocks): {report.heldout_loss:.4f} nats per token, perplexity"
+            f" {math.exp(report.heldout_loss):.1f}.\n"
+        )
+    options = " ".join(f"--input {name}" for name in report.inputs)
+    settings = config.model_dump(exclude={"input", "heldout", "source", "output"})
+    return f"""# Base model: a small GPT-2 pretrained on public text only
+
+{report.num_parameters:,} parameters, float32, tied embeddings, no dropout; byte-level BPE tokenizer
+of {config.vocab_size:,} entries, context of {config.context_tokens} tokens. Tokenizer and weights
+were made from the public text below and from nothing else.
+
+    python jobs/pretrain.py --config jobs/configs/pretrain.yaml {options}
+
+## Text
+
+{config.source.strip() or "(the source was not stated)"}
+
+{inputs}
+
+{report.num_texts:,} texts, {report.num_tokens_available:,} tokens.
+
+## Training
+
+{config.steps_taken:,} of {config.num_steps:,} steps of {config.tokens_per_step:,} tokens,
+{report.num_tokens_trained:,} in all; {report.seconds:,.0f} s on {report.hardware}.
+Versions: {", ".join(f"{name} {number}" for name, number in report.versions.items())}.
+{heldout}
+Settings: `{json.dumps(settings)}`
+"""
+
+
+def dry_run(config: PretrainConfig) -> str:
+    """Returns what a run would do, having only looked whether its files exist."""
+    for file in [*config.input, *([config.heldout] if config.heldout else [])]:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file} does not exist: give a parquet file of public text")
+    embeddings = (config.vocab_size + config.context_tokens) * config.width
+    parameters = embeddings + config.num_layers * 12 * config.width**2
+    tokens = config.steps_taken * config.tokens_per_step
+    return (
+        f"pretrain about {parameters:,} parameters ({parameters * 4 / 1e6:.1f} MB) on {tokens:,}"
+        f" tokens in {config.steps_taken:,} steps, about {6 * parameters * tokens:.1e} operations,"
+        f" into {config.output}"
+    )
+
+
+def _sha256(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _processor() -> str:
+    """Returns the model name of the processor, as Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def report_json(report: PretrainReport) -> str:
+    """Returns the report as JSON."""
+    return json.dumps(asdict(report), indent=2)

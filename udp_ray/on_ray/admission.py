@@ -1,0 +1,176 @@
+"""A run before its first step: checked, priced, and admitted by the ledger.
+
+No Ray here: all of it happens on the driver, and nothing is written or charged until `admit`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from udp_ray.config import ExperimentConfig, PrivacyConfig
+from udp_ray.data.manifest import MANIFEST_FILE
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger import Digests, Ledger, plan_digest
+from udp_ray.dp.ledger_rules import refuse_mismatch
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+from udp_ray.outputs import CHECKPOINTS_FOLDER, OutputFolder
+from udp_ray.provenance import code_digest
+from udp_ray.report import PrivacyStatement
+from udp_ray.statement_parts import RunIdentity
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, checked and priced; nothing is written or charged yet."""
+
+    run_id: str
+    config: ExperimentConfig
+    folder: OutputFolder
+    ledger: Ledger
+    ledger_url: str
+    plan: PrivacyPlan
+    digests: Digests
+    statement: PrivacyStatement
+
+    @property
+    def run_folder(self) -> str:
+        """Folder or URL of this run's checkpoints."""
+        return f"{self.storage}/{self.run_id}"
+
+    @property
+    def storage(self) -> str:
+        """Folder or URL under which Ray keeps checkpoints."""
+        default = str(self.folder.path / CHECKPOINTS_FOLDER)
+        return (self.config.cluster.storage or default).rstrip("/")
+
+    def identity(self) -> RunIdentity:
+        """Returns what the statement says of which run this is."""
+        return RunIdentity.of(
+            self.run_id, self.digests, ledger_id=self.ledger.id, ledger_url=self.ledger.url
+        )
+
+
+def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) -> Run:
+    """Returns a run with its plan and identity, after all checks that need no cluster.
+
+    Raises:
+        DataError: The store is damaged, or is not the one that the settings mean.
+        LedgerError: The ledger that guards the store is missing, or another one is there.
+    """
+    store = TokenStore.open(config.data.store, verify=True)
+    check_store(config, store)
+    ledger_url = config.data.ledger or store.manifest.ledger_url
+    ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
+    plan = _plan_on(config.privacy, store)
+    digests = Digests(
+        plan=plan_digest(plan.to_dict()),
+        config=config.digest(),
+        code=code_digest(),
+        store=store.digest,
+    )
+    return Run(
+        run_id=run_id,
+        config=config,
+        folder=folder,
+        ledger=ledger,
+        ledger_url=ledger_url,
+        plan=plan,
+        digests=digests,
+        statement=PrivacyStatement.promise(config.privacy, plan),
+    )
+
+
+def plan_of(config: ExperimentConfig) -> PrivacyPlan:
+    """Returns the plan of a run that is not to be started, with a store or declared numbers."""
+    is_prepared = (Path(config.data.store) / MANIFEST_FILE).exists()
+    if is_prepared or config.privacy.population is None:
+        store = TokenStore.open(config.data.store, verify=False)
+        check_store(config, store)
+        return _plan_on(config.privacy, store)
+    return PrivacyPlan.from_config(config.privacy, num_users=None)
+
+
+def _plan_on(privacy: PrivacyConfig, store: TokenStore) -> PrivacyPlan:
+    kept = np.minimum(np.diff(store.user_offsets), privacy.group_size)
+    return PrivacyPlan.from_config(privacy, num_users=store.num_users, num_examples=int(kept.sum()))
+
+
+def new_run_id(config: ExperimentConfig) -> str:
+    # The random part keeps Ray from silently resuming an older run of the same name.
+    return f"{config.data.name}-{secrets.token_hex(4)}"
+
+
+def check_store(config: ExperimentConfig, store: TokenStore) -> None:
+    manifest = store.manifest
+    if manifest.name != config.data.name:
+        raise DataError(
+            f"data.name is {config.data.name}, but data.store {config.data.store} was prepared as"
+            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
+        )
+    name = config.data.tokenizer or config.model.name
+    if tokenizer_fingerprint(load_tokenizer(name)) != manifest.tokenizer.fingerprint:
+        raise DataError(
+            f"data.tokenizer is {name}, which is not the tokenizer that made data.store"
+            f" ({manifest.tokenizer.name}): name that one, or prepare the store again"
+        )
+
+
+def admit(run: Run, *, resume: bool) -> None:
+    """Has the ledger reserve the run's whole budget; a resumed run has done so already.
+
+    Raises:
+        PrivacyBudgetExceededError: It does not fit in what the dataset has left.
+        ConfigError: The run to resume has ended.
+        ReplayRefusedError: It was begun with other settings, code or data.
+    """
+    if resume:
+        _check_resumable(run)
+        return
+    run.folder.claim(run.run_id)
+    config, privacy = run.config, run.config.privacy
+    try:
+        if privacy.dataset_epsilon is not None and privacy.dataset_delta is not None:
+            run.ledger.declare_budget(
+                config.data.name, epsilon=privacy.dataset_epsilon, delta=privacy.dataset_delta
+            )
+        run.ledger.admit(
+            run.run_id,
+            config.data.name,
+            epsilon=run.statement.promised.epsilon,
+            delta=run.statement.promised.delta,
+            num_steps=run.plan.num_steps,
+            plan=run.plan.to_dict(),
+            digests=run.digests,
+            key=RunKey.generate() if privacy.seed is None else RunKey.from_seed(privacy.seed),
+        )
+    except UdpRayError:
+        run.folder.release()
+        raise
+
+
+def _check_resumable(run: Run) -> None:
+    record = run.ledger.run(run.run_id)
+    if record.state != "admitted":
+        raise ConfigError(
+            f"output {run.folder.path} holds run {run.run_id}, which has ended: give another folder"
+            " for a new run"
+        )
+    differing = run.digests.differing(record.digests)
+    # The ledger decides; asked here as well, before workers are started for nothing.
+    refuse_mismatch(run.run_id, differing, run.config.privacy.on_mismatch)
+
+
+def without_secrets(config: ExperimentConfig) -> ExperimentConfig:
+    """Returns the settings without the ledger's URL, which may hold a database password.
+
+    The store's manifest names the ledger as well.
+    """
+    data = config.data.model_copy(update={"ledger": None})
+    return config.model_copy(update={"data": data})

@@ -1,0 +1,112 @@
+"""One trial of a sweep: a training run that the sweep has paid for.
+
+Ray Tune runs `run_trial` as the driver of the trial's own Ray Train run. It is told the trial's id
+and finds in the ledger how far the trial came, so that a crashed one is taken up where it stood.
+Nothing of what a trial measures goes through Tune: results are read from the trial's folder, by
+the sweep's driver, once the ledger has ended the trial.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.dp.ledger import Budget, Digests, Ledger, RunRecord
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.errors import UdpRayError
+from udp_ray.on_ray.admission import Run
+from udp_ray.on_ray.train import carry_out
+from udp_ray.outputs import METRICS_FILE, OutputFolder
+from udp_ray.report import PrivacyStatement
+
+ERROR_FILE = "error.json"
+TRIAL = "trial"
+"""The only thing that Tune is told of a trial: its id in the ledger."""
+
+
+@dataclass(frozen=True)
+class TrialJob:
+    """What a trial's driver works with, as Ray hands it over in memory; Tune's files have none."""
+
+    run_id: str
+    config: ExperimentConfig
+    plan: PrivacyPlan
+    alone: Budget
+    """What the trial would cost if it were the only one."""
+    digests: Digests
+    ledger_id: str
+
+
+def run_trial(
+    settings: Mapping[str, Any], *, jobs: Mapping[str, TrialJob], ledger_url: str
+) -> dict[str, Any]:
+    """Trains one trial to its end, or takes it up again; Tune calls it in a process of its own.
+
+    A mistake of the user's is kept in the trial's folder and not tried again; any other failure is
+    raised, and Tune's to repeat.
+
+    Args:
+        settings: {"trial": id}.
+        jobs: All trials of this call, by id.
+        ledger_url: May hold a password.
+
+    Returns:
+        Nothing of interest, for Tune's records.
+    """
+    job = jobs[settings[TRIAL]]
+    folder = OutputFolder(Path(job.config.output))
+    with Ledger.open(ledger_url, expected_id=job.ledger_id) as ledger:
+        record = ledger.run(job.run_id)
+        if record.state != "admitted":
+            return {}
+        folder.claim(job.run_id)
+        try:
+            carry_out(
+                _run_of(job, folder, ledger, ledger_url),
+                resume=record.num_attempts > 0,
+                announce=_unheard,
+            )
+        except UdpRayError as error:
+            folder.write_json(ERROR_FILE, {"error": str(error)})
+    return {}
+
+
+def error_of(folder: Path) -> str | None:
+    """Returns the mistake that ended a trial; None if there was none."""
+    file = folder / ERROR_FILE
+    return str(json.loads(file.read_text())["error"]) if file.is_file() else None
+
+
+def final_loss(folder: Path, record: RunRecord, objective: str) -> float | None:
+    """Returns a trial's held-out loss after its last step; None if it has not come to its end."""
+    file = folder / METRICS_FILE
+    if record.state != "finished" or not file.is_file():
+        return None
+    rows = [row for row in json.loads(file.read_text()) if row["step"] == record.committed_step]
+    if not rows or "epsilon" not in rows[-1]:  # added when the trial is published
+        return None
+    return float(rows[-1][objective])
+
+
+def _run_of(job: TrialJob, folder: OutputFolder, ledger: Ledger, ledger_url: str) -> Run:
+    """Returns the trial as a run; the sweep's driver has verified the store and priced the plan."""
+    return Run(
+        run_id=job.run_id,
+        config=job.config,
+        folder=folder,
+        ledger=ledger,
+        ledger_url=ledger_url,
+        plan=job.plan,
+        digests=job.digests,
+        statement=PrivacyStatement(
+            plan=job.plan, promised=job.alone, is_seeded=job.config.privacy.seed is not None
+        ),
+    )
+
+
+def _unheard(text: str) -> None:
+    """A trial speaks to nobody: what a person may know, the sweep's driver says."""

@@ -1,0 +1,194 @@
+"""What runs on each training worker: one attempt of a run, from keys to the last checkpoint.
+
+Rank 0 begins the attempt, which fences the workers of older ones, and tells the others its number;
+each rank then fetches its own secrets. The ledger says which checkpoint to continue from, never
+Ray's snapshot. A user's mistake stops the run for good instead of being tried again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from pyarrow.fs import FileSelector, FileType
+from ray.train import Checkpoint
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.loop import ResumePoint, TrainResult, WorkerKeys, train
+from udp_ray.errors import CheckpointError, LedgerError, UdpRayError
+from udp_ray.models.load import load_model
+from udp_ray.on_ray.accountant import (
+    AttemptAccountant,
+    AttemptStart,
+    RemoteAccountant,
+    WorkerSecrets,
+)
+from udp_ray.provenance import code_digest
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is told. Public: Ray may write it down."""
+
+    config: ExperimentConfig
+    """Without the ledger's URL."""
+    plan: PrivacyPlan
+    run_folder: str
+    """Folder or URL of the run's checkpoints."""
+    provenance: dict[str, str]
+    accountant: ray.actor.ActorHandle
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """Trains on this worker. Ray Train calls it on all workers at once.
+
+    Args:
+        settings: {"job": WorkerJob}; Ray Train hands over a dict.
+    """
+    job: WorkerJob = settings["job"]
+    remote = RemoteAccountant(job.accountant)
+    rank = ray.train.get_context().get_world_rank()
+    torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
+    try:
+        start = _begin(remote, rank)
+        if start is not None:
+            result = _train(job, remote, start, rank)
+            if rank == 0:
+                remote.end(start.number, result.budget_message)
+    except UdpRayError as error:
+        # Rank 0 tells of its own failures; what the others know of them is at second hand.
+        if rank == 0 or not isinstance(error, LedgerError):
+            remote.stop(error)
+        raise
+
+
+def _begin(remote: RemoteAccountant, rank: int) -> AttemptStart | None:
+    """Returns the attempt that rank 0 has begun; None if the run is stopped for good."""
+    box = [remote.begin() if rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: int) -> TrainResult:
+    config = job.config
+    store = TokenStore.open(config.data.store, verify=False)  # the driver has verified it
+    secrets = remote.secrets(start.number, rank, code=code_digest(), store=store.digest)
+    model = load_model(config.model.name, dropout=config.model.dropout)
+    checkpoints = RunCheckpoints(job.run_folder, start)
+    accountant = _LedgerOnRay(remote.of_attempt(start.number), checkpoints)
+    with tempfile.TemporaryDirectory() as workspace, _resume_point(start) as resume:
+        return train(
+            model,
+            store,
+            job.plan,
+            settings=config.train,
+            autocast=config.model.autocast,
+            keys=_engine_keys(secrets),
+            accountant=accountant if rank == 0 else None,
+            publish=checkpoints.publish,
+            on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
+            workspace=Path(workspace),
+            resume=resume,
+            provenance=job.provenance,
+        )
+
+
+def _engine_keys(secrets: WorkerSecrets) -> WorkerKeys:
+    return WorkerKeys(
+        key_id=secrets.key_id,
+        sampling=secrets.sampling,
+        noise=secrets.noise,
+        selfcheck=secrets.selfcheck,
+    )
+
+
+class RunCheckpoints:
+    """The checkpoints of one run in Ray's storage; the last two committed ones are kept.
+
+    Ray itself keeps the last ones *reported*: after two crashes between report and commit it would
+    have deleted the only one that the ledger knows. So here the ledger's view decides.
+    """
+
+    def __init__(self, run_folder: str, start: AttemptStart):
+        self._folder = run_folder
+        self._attempt = start.number
+        self._last_committed = start.location
+
+    def publish(self, step: int, checkpoint: Path | None) -> str | None:
+        """Moves a finished checkpoint into Ray's storage; see `engine.loop.Publish`."""
+        # The attempt is in the name: a repeated step must not write over an older checkpoint.
+        name = f"{CHECKPOINT_PREFIX}{step:08d}-attempt-{self._attempt}"
+        ray.train.report(
+            {"step": step},
+            checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None,
+            checkpoint_dir_name=name,
+        )
+        dist.barrier()
+        if checkpoint is None:
+            return None
+        location = f"{self._folder}/{name}"
+        # When a worker dies, Ray skips the report of the others without an error.
+        stored = Checkpoint(location)
+        if stored.filesystem.get_file_info(stored.path).type is not FileType.Directory:
+            raise RuntimeError(f"Ray Train did not store {location}: a worker has left")
+        return location
+
+    def committed(self, location: str) -> None:
+        """Removes all checkpoints but this one and the one committed before it."""
+        kept = {Path(place).name for place in (location, self._last_committed) if place}
+        self._last_committed = location
+        folder = Checkpoint(self._folder)
+        for entry in folder.filesystem.get_file_info(FileSelector(folder.path)):
+            if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in kept:
+                folder.filesystem.delete_dir(entry.path)
+
+
+@dataclass(frozen=True)
+class _LedgerOnRay:
+    """The engine's accountant on rank 0: the actor, and the checkpoints that a commit frees."""
+
+    attempt: AttemptAccountant
+    checkpoints: RunCheckpoints
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        self.attempt.authorize(step, starting_checkpoint)
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        self.attempt.commit(step, location, digest)
+        self.checkpoints.committed(location)
+
+
+@contextmanager
+def _resume_point(start: AttemptStart) -> Iterator[ResumePoint | None]:
+    """Yields the checkpoint to continue from, as a local folder for as long as the block lasts."""
+    if start.location is None or start.digest is None:
+        yield None
+        return
+    with open_checkpoint(start.location) as directory:
+        yield ResumePoint(Path(directory), start.digest, start.step, start.location)
+
+
+def open_checkpoint(location: str) -> AbstractContextManager[str]:
+    """Returns a checkpoint as a local folder, fetched if it lies elsewhere.
+
+    Raises:
+        CheckpointError: If it is gone.
+    """
+    checkpoint = Checkpoint(location)
+    if checkpoint.filesystem.get_file_info(checkpoint.path).type is not FileType.Directory:
+        raise CheckpointError(
+            f"checkpoint {location} is gone, and the ledger names no other: restore it, or begin a"
+            " new run"
+        )
+    return checkpoint.as_directory()

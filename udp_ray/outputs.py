@@ -1,0 +1,95 @@
+"""The output folder of a run: what stands where, and how it gets there whole.
+
+    output/
+      run.json                which run this is; what --resume looks for
+      config.yaml             the resolved settings
+      config.json, model.safetensors, tokenizer.json, ...      the model, as Hugging Face reads it
+      privacy.json, statement.md                               what was promised and spent
+      metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
+      checkpoints/            the last two, unless cluster.storage says elsewhere
+
+Files are written aside and renamed, so that no reader and no crash meets half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from udp_ray.errors import ConfigError
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+PRIVACY_FILE = "privacy.json"
+STATEMENT_FILE = "statement.md"
+METRICS_FILE = "metrics.json"
+CURVES_FILE = "curves.png"
+TENSORBOARD_FOLDER = "tensorboard"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    def check(self, *, resume: bool) -> None:
+        """Refuses a folder that a run must not begin in, or that holds none to resume.
+
+        Raises:
+            ConfigError: With the remedy.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"output {self.path} is a file: give a folder")
+        if resume and not (self.path / RUN_FILE).is_file():
+            raise ConfigError(
+                f"output {self.path} holds no run to resume: leave --resume out, or give the"
+                " folder of an interrupted run"
+            )
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            raise ConfigError(
+                f"output {self.path} is not empty: give another folder, or --resume to go on with"
+                " the run in it"
+            )
+
+    def run_id(self) -> str:
+        """Returns the id of the run in this folder.
+
+        Raises:
+            ConfigError: If run.json is damaged.
+        """
+        try:
+            return str(json.loads((self.path / RUN_FILE).read_text())["run_id"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self.path / RUN_FILE} is damaged: restore it or begin anew"
+            ) from None
+
+    def claim(self, run_id: str) -> None:
+        """Makes the folder this run's own."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json(RUN_FILE, {"run_id": run_id})
+
+    def release(self) -> None:
+        """Undoes `claim` for a run that was not admitted."""
+        (self.path / RUN_FILE).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as JSON; not-a-number and infinity are refused."""
+        write_aside(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_aside(file: Path, content: str | bytes) -> None:
+    """Writes a file under another name and renames it, so that no reader sees half of it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    with aside.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)

@@ -1,0 +1,60 @@
+"""Where a run's numbers come from: the code, the versions and the commit, as public text.
+
+A repeated step is the same release only if the code is the same, so the code has a digest like the
+settings and the data have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+
+# What the bits of a step depend on.
+NUMERIC_PACKAGES = ("torch", "numpy", "deepspeed", "transformers")
+SHOWN_PACKAGES = ("udp-ray", "dp-accounting", *NUMERIC_PACKAGES, "ray", "sqlalchemy")
+
+
+@cache
+def code_digest() -> str:
+    """Returns a SHA-256 over this package's sources and the versions that its numbers depend on."""
+    digest = hashlib.sha256()
+    for file in sorted(ROOT.rglob("*.py")):
+        digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for package, version in versions(NUMERIC_PACKAGES).items():
+        digest.update(f"{package}=={version}\0".encode())
+    return digest.hexdigest()
+
+
+def versions(packages: tuple[str, ...] = SHOWN_PACKAGES) -> dict[str, str]:
+    """Returns the installed version of each package, without importing it."""
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@cache
+def git_commit() -> str | None:
+    """Returns the commit that the sources stand at, marked when they differ from it."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT))
+    except (OSError, subprocess.CalledProcessError):
+        return None  # a job's working directory, or an installed package: no repository here
+    return f"{commit} (with local changes)" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    return done.stdout.strip()
