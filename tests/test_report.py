@@ -154,6 +154,15 @@ def test_curves_are_drawn_with_and_without_held_out_people() -> None:
     assert full != bare
 
 
+def test_a_statement_says_which_noise_it_rests_on():
+    plain, secure = statement(), statement(secure_noise=True)
+    assert "Philox" in plain.to_text()
+    assert "ChaCha20" in secure.to_text()
+    assert "privacy.secure_noise" in plain.to_markdown()
+    assert "Unknown floating-point attacks" in secure.to_markdown()
+    assert secure.to_dict()["plan"]["secure_noise"] is True
+
+
 def test_a_promise_warns_of_a_tight_cap_on_the_cohort():
     tight = statement(population=2_000, max_cohort_size=21)
     assert "privacy.max_cohort_size is 21" in tight.to_text()

@@ -85,6 +85,9 @@ class PrivacyConfig(Section):
     on_mismatch: Literal["refuse", "rekey"] = "refuse"
     """When a resumed run differs from its reservation: refuse it, or draw a new key and charge the
     repeated steps again."""
+    secure_noise: bool = False
+    """Noise from a cryptographic generator, four draws averaged and added in float64, against
+    attacks on floating-point samplers. Slower; the price in epsilon is the same."""
     accept_no_guarantee: bool = False
     """Admits a run without noise. Its data lose their guarantee, and the ledger says so."""
     seed: int | None = None

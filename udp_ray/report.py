@@ -29,6 +29,7 @@ from udp_ray.statement_parts import (
     RunIdentity,
     budget_from_dict,
     budget_to_dict,
+    floating_point,
     section,
 )
 
@@ -38,7 +39,6 @@ NOT_COVERED = (
     "Held-out people: the losses and perplexities are computed on their text without noise.",
     "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
     "Choices made after looking at several runs: each run is charged whole, the choice is not.",
-    "Floating-point attacks: the noise is float32 and the proof is over the real numbers.",
     "Side channels: running time, memory, traffic, and whoever can read the store, the ledger or"
     " a worker's memory.",
     "Facts about a person that stand in other people's text.",
@@ -93,6 +93,10 @@ class PrivacyStatement:
             " store, the ledger or Ray's internal logs.",
         )
 
+    def not_covered(self) -> tuple[str, ...]:
+        """Returns what the guarantee does not speak of."""
+        return (*NOT_COVERED, floating_point(is_secure=self.plan.secure_noise))
+
     # ---- as JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +117,7 @@ class PrivacyStatement:
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
-            "not_covered": list(NOT_COVERED),
+            "not_covered": list(self.not_covered()),
             "versions": self.versions,
         }
 
@@ -194,7 +198,7 @@ class PrivacyStatement:
                 *table,
                 "",
                 *section("What is assumed", self.assumptions()),
-                *section("What is not covered", NOT_COVERED),
+                *section("What is not covered", self.not_covered()),
                 *section("Versions", [f"{name} {text}" for name, text in self.versions.items()]),
             ]
         )
@@ -271,6 +275,8 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
     if plan.num_examples is not None:
         origin = _origin(plan.num_examples_is_declared)
         rows.insert(-1, ("examples kept", f"{plan.num_examples} ({origin})"))
+    generator = "ChaCha20, four draws averaged, float64" if plan.secure_noise else "Philox, float32"
+    rows.insert(1, ("noise generator", generator))
     if plan.max_cohort_size is not None:
         rows.insert(-1, ("largest cohort", f"{plan.max_cohort_size} users, accounted"))
     return rows

@@ -105,6 +105,19 @@ def budget_from_dict(values: Mapping[str, Any]) -> Budget:
     return Budget(float(values["epsilon"]), float(values["delta"]))
 
 
+def floating_point(*, is_secure: bool) -> str:
+    """Returns what a guarantee over the real numbers leaves open on a machine."""
+    if is_secure:
+        return (
+            "Unknown floating-point attacks: the proof is over the real numbers. The known ones are"
+            " made infeasible by noise of four cryptographic draws, added in float64."
+        )
+    return (
+        "Floating-point attacks: the noise is float32 and the proof is over the real numbers"
+        " (privacy.secure_noise makes the known attacks infeasible)."
+    )
+
+
 def section(title: str, lines: Sequence[str]) -> list[str]:
     """Returns the lines of a part of a page: a title and a list."""
     return [f"## {title}", "", *[f"- {line}" for line in lines], ""]

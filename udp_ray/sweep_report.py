@@ -19,7 +19,13 @@ from udp_ray.dp.ledger_records import Budget
 from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.outputs import PRIVACY_FILE, STATEMENT_FILE, write_aside
 from udp_ray.provenance import versions
-from udp_ray.statement_parts import DatasetTotal, RunIdentity, budget_to_dict, section
+from udp_ray.statement_parts import (
+    DatasetTotal,
+    RunIdentity,
+    budget_to_dict,
+    floating_point,
+    section,
+)
 
 SCHEMA_VERSION = 1
 
@@ -27,7 +33,6 @@ NOT_COVERED = (
     "Held-out people: the losses that the trials are compared by are computed on their text without"
     " noise.",
     "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
-    "Floating-point attacks: the noise is float32 and the proof is over the real numbers.",
     "Side channels: running time, memory, traffic, Ray's internal logs and dashboard, and whoever"
     " can read the store, the ledger or a worker's memory.",
     "Facts about a person that stand in other people's text.",
@@ -118,6 +123,11 @@ class SweepStatement:
             *(SECRET_TRIALS if self.planned.release == "best" else ()),
         )
 
+    def not_covered(self) -> tuple[str, ...]:
+        """Returns what the guarantee does not speak of."""
+        plan = self.planned.configurations[0].plan  # all have the noise of the same generator
+        return (*NOT_COVERED, floating_point(is_secure=plan.secure_noise))
+
     # ---- as JSON
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,7 +149,7 @@ class SweepStatement:
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
-            "not_covered": list(NOT_COVERED),
+            "not_covered": list(self.not_covered()),
             "versions": self.versions,
         }
 
@@ -173,7 +183,7 @@ class SweepStatement:
                 *[f"| {label} | {value} |" for label, value in self._rows()],
                 "",
                 *section("What is assumed", self.assumptions()),
-                *section("What is not covered", NOT_COVERED),
+                *section("What is not covered", self.not_covered()),
                 *section("Left out of the sweep", self.planned.left_out or ("Nothing.",)),
                 *section("Versions", [f"{name} {text}" for name, text in self.versions.items()]),
             ]

@@ -17,9 +17,9 @@ SHAPES = {"embed.weight": (300, 64), "head.weight": (64, 300), "norm.bias": (500
 NUM_STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def noise():
-    return GaussianNoise(RunKey.from_seed(11).noise(), STDDEV)
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "secure"])
+def noise(request):
+    return GaussianNoise(RunKey.from_seed(11).noise(), STDDEV, is_secure=request.param)
 
 
 def every_value(noise, steps=range(1, NUM_STEPS + 1), names=tuple(SHAPES)):
@@ -54,10 +54,11 @@ def test_every_parameter_alone_has_the_promised_distribution(noise, name):
     assert agrees_with_normal(every_value(noise, range(1, 9), [name]), stddev=STDDEV)
 
 
-def test_no_noise_occurs_twice_over_steps_parameters_chunks_and_purposes():
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_no_noise_occurs_twice_over_steps_parameters_chunks_and_purposes(is_secure):
     key = RunKey.from_seed(12)
-    noise = GaussianNoise(key.noise(), STDDEV)
-    check = GaussianNoise(key.selfcheck(), STDDEV)
+    noise = GaussianNoise(key.noise(), STDDEV, is_secure=is_secure)
+    check = GaussianNoise(key.selfcheck(), STDDEV, is_secure=is_secure)
     two_chunks = noise.tensor(1, "big", (CHUNK_VALUES + 5000,)).numpy()
     around = np.concatenate([two_chunks[:5000], two_chunks[CHUNK_VALUES:]])
     values = np.concatenate([every_value(noise), every_value(check), around])

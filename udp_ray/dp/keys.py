@@ -15,6 +15,7 @@ an output or the environment.
 Reference:
     [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox 4x64).
     [2] Aumasson et al. 2013, BLAKE2; RFC 7693 (keyed mode).
+    [3] Nir and Langley 2018, RFC 8439 (ChaCha20), by the library `cryptography`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 SECRET_BYTES = 32
 STREAM_BYTES = 16
@@ -33,7 +37,11 @@ STREAM_BYTES = 16
 _ID = b"udp-ray key id"
 _DERIVE = b"udp-ray derive"
 _STREAM = b"udp-ray stream"
+_KEYSTREAM = b"udp-ray cipher"
 _SEED = b"udp-ray seed"
+
+_CHACHA_KEY_BYTES = 32
+_CHACHA_NONCE_BYTES = 16  # a block counter and a nonce, both from zero
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +60,22 @@ class StreamKey:
 
     def __repr__(self) -> str:
         return "StreamKey(hidden)"
+
+    def keystream(self, *counters: int | str) -> Callable[[int], bytes]:
+        """Returns a function that gives the next bytes of a cryptographic stream.
+
+        Args:
+            counters: What names the stream, as in `generator`.
+
+        Privacy:
+            ChaCha20 [3] under a key of its own for each stream, so no nonce is ever used twice.
+
+        Edge cases:
+            A stream ends after 256 GiB, with an error.
+        """
+        key = _keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES)
+        encryptor = Cipher(ChaCha20(key, nonce=bytes(_CHACHA_NONCE_BYTES)), mode=None).encryptor()
+        return lambda count: encryptor.update(bytes(count))
 
     def generator(self, *counters: int | str) -> np.random.Philox:
         """Returns a counter-based bit generator keyed by this key and the counters.
@@ -124,9 +148,11 @@ class RunKey:
         return StreamKey(self.derive("selfcheck"))
 
 
-def _keyed(secret: bytes, purpose: bytes, parts: tuple[int | str, ...]) -> bytes:
-    """Returns 16 bytes of keyed BLAKE2b over an encoding in which no two lists of parts agree."""
-    digest = hashlib.blake2b(key=secret, digest_size=STREAM_BYTES, person=purpose)
+def _keyed(
+    secret: bytes, purpose: bytes, parts: tuple[int | str, ...], *, size: int = STREAM_BYTES
+) -> bytes:
+    """Returns bytes of keyed BLAKE2b over an encoding in which no two lists of parts agree."""
+    digest = hashlib.blake2b(key=secret, digest_size=size, person=purpose)
     for part in parts:
         if isinstance(part, str):
             tag, data = b"s", part.encode()

@@ -13,9 +13,9 @@ ZeRO stage or the order in which parameters are asked for, and any slice can be 
 Each chunk of 2**20 values is one Philox stream of its own, turned into normals by numpy's
 `Generator.standard_normal` in float32 (ziggurat). Two things are *not* promised. Normals in float32
 lie on a grid, and attacks on that grid are known [2]; the guarantee is that of real-valued
-noise. And numpy may change the method between versions, so equal keys give equal noise only under
-one numpy version: `GENERATOR_VERSION` belongs into whatever decides that a replayed step is the
-same release.
+noise (`is_secure` makes those attacks infeasible, at a price in time: `secure_normals.py`). And
+numpy may change the method between versions, so equal keys give equal noise only under one numpy
+version, which the digest of the code therefore holds (`provenance.py`).
 
 Reference:
     [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
@@ -35,13 +35,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from udp_ray.dp.keys import StreamKey
+from udp_ray.dp.secure_normals import secure_normals
 from udp_ray.errors import ConfigError
 
 CHUNK_VALUES = 2**20
 """Values per chunk. Part of the layout of the noise: another number gives other noise."""
-
-GENERATOR_VERSION = f"philox-ziggurat-float32/chunk={CHUNK_VALUES}/numpy={np.__version__}"
-"""Equal versions and keys give equal noise. Public."""
 
 
 class GaussianNoise:
@@ -53,6 +51,7 @@ class GaussianNoise:
             clipped *sum*. At least 0. Public.
         num_threads: Chunks drawn at once; numpy draws outside the interpreter's lock. Changes
             speed only.
+        is_secure: Draw by `secure_normals`, in float64. Other noise than without it.
 
     Raises:
         ConfigError: If noise_stddev is negative or not finite.
@@ -63,7 +62,9 @@ class GaussianNoise:
         until it has been added: whoever knows it can subtract it.
     """
 
-    def __init__(self, key: StreamKey, noise_stddev: float, *, num_threads: int = 1) -> None:
+    def __init__(
+        self, key: StreamKey, noise_stddev: float, *, num_threads: int = 1, is_secure: bool = False
+    ) -> None:
         if not 0 <= noise_stddev < math.inf:
             raise ConfigError(
                 f"the noise standard deviation is {noise_stddev:g}: it is noise_multiplier *"
@@ -72,6 +73,9 @@ class GaussianNoise:
         self._key = key
         self.noise_stddev = noise_stddev
         self._num_threads = num_threads
+        self._is_secure = is_secure
+        self.dtype = torch.float64 if is_secure else torch.float32
+        """Of slices and chunks."""
 
     def tensor(
         self, step: int, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu"
@@ -85,13 +89,14 @@ class GaussianNoise:
             device: Where the result is put; the values do not depend on it.
 
         Returns:
-            A float32 tensor. Secret until it has been added.
+            A float32 tensor, rounded where the noise is float64. Secret until it has been added.
 
         Edge cases:
             No values -> an empty tensor. Standard deviation 0 -> zeros.
         """
         numel = math.prod(shape)
-        return self.slice(step, name, numel, start=0, stop=numel).reshape(shape).to(device)
+        values = self.slice(step, name, numel, start=0, stop=numel)
+        return values.reshape(shape).to(device, torch.float32)
 
     def slice(self, step: int, name: str, numel: int, *, start: int, stop: int) -> Tensor:
         """Returns values start to stop of the flattened noise of a parameter of numel values.
@@ -101,7 +106,7 @@ class GaussianNoise:
         """
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"slice {start}:{stop} is not inside a parameter of {numel} values")
-        result = torch.empty(stop - start, dtype=torch.float32)
+        result = torch.empty(stop - start, dtype=self.dtype)
         values = result.numpy()
 
         def fill(chunk: int) -> None:
@@ -122,16 +127,19 @@ class GaussianNoise:
     def chunks(self, step: int, name: str, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, values) over the flattened noise of a parameter, chunk by chunk.
 
-        For adding noise without holding a whole parameter's worth of it.
+        For adding noise without holding a whole parameter's worth of it. Float64 noise is to be
+        added in float64 and the sum rounded: noise that is rounded first lies on a coarse grid.
         """
         for start in range(0, numel, CHUNK_VALUES * self._num_threads):
             stop = min(numel, start + CHUNK_VALUES * self._num_threads)
             yield start, self.slice(step, name, numel, start=start, stop=stop)
 
-    def _chunk(self, step: int, name: str, chunk: int, count: int) -> NDArray[np.float32]:
+    def _chunk(self, step: int, name: str, chunk: int, count: int) -> NDArray[np.floating]:
         """Returns the first `count` values of one chunk."""
         if self.noise_stddev == 0:
             return np.zeros(count, dtype=np.float32)
+        if self._is_secure:
+            return secure_normals(self._key, (step, name, chunk), count) * self.noise_stddev
         generator = np.random.Generator(self._key.generator(step, name, chunk))
         drawn = generator.standard_normal(count, dtype=np.float32)
         drawn *= _rounded_up(self.noise_stddev)

@@ -69,6 +69,8 @@ class PrivacyPlan:
     """False: the number of examples is the store's own count, thereby taken as public."""
     max_cohort_size: int | None = None
     """Most users in a step (uls); None: no cap. With a cap, population bounds the users."""
+    secure_noise: bool = False
+    """Noise from a cryptographic generator, hardened against floating-point attacks."""
     target_epsilon: float | None = None
     """Epsilon that the noise was calibrated to; None if the noise was given."""
     adjacency: Literal["add_or_remove_one"] = "add_or_remove_one"
@@ -143,6 +145,7 @@ class PrivacyPlan:
             num_examples=(privacy.num_examples if declared else num_examples) if els else None,
             num_examples_is_declared=declared,
             max_cohort_size=privacy.max_cohort_size,
+            secure_noise=privacy.secure_noise,
             target_epsilon=privacy.epsilon,
             adjacency=privacy.adjacency,  # type: ignore[arg-type]  # __post_init__ refuses the other
         )

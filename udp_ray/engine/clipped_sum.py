@@ -56,7 +56,9 @@ class ClippedSum:
         for name, view in self.views.items():
             flat = view.view(-1)
             for start, values in noise.chunks(step, name, flat.numel()):
-                flat[start : start + values.numel()].add_(values.to(flat.device))
+                part = flat[start : start + values.numel()]
+                # In the precision of the noise: float64 noise is added before it is rounded.
+                part.copy_(part.to(values.dtype) + values.to(flat.device))
 
     def scale(self, factor: float) -> None:
         """Multiplies the sum by a public number."""

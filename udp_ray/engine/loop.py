@@ -207,7 +207,12 @@ class _Training:
     def _noise(self, key: StreamKey | None) -> GaussianNoise | None:
         if key is None:
             return None
-        return GaussianNoise(key, self.plan.noise_stddev, num_threads=torch.get_num_threads())
+        return GaussianNoise(
+            key,
+            self.plan.noise_stddev,
+            num_threads=torch.get_num_threads(),
+            is_secure=self.plan.secure_noise,
+        )
 
     def _reader(self) -> CohortReader:
         return CohortReader(
