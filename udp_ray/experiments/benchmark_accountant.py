@@ -2,7 +2,7 @@
 
     rate = authorize_rate("sqlite:////data/bench/ledger.sqlite")       # the ledger by itself
     wait = round_trip("sqlite:////data/bench/other.sqlite")            # as rank 0 sees it, on Ray
-    print(rate.to_text(), wait.to_text(), sep="\n")
+    print(rate.to_text(), wait.to_text())
 
 Each makes a ledger of its own at the URL, which must name a place where there is none. A SQLite
 ledger is measured beside what its disk can do: a step is durable when the disk has been flushed,
@@ -15,20 +15,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.ledger_database import parse_url
-from udp_ray.engine.world import join_world
-from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
+from udp_ray.on_ray.accountant import Charge
+from udp_ray.on_ray.waits import measure_waits
 
 DATASET = "benchmark"
 RUN_ID = "benchmark"
@@ -85,6 +80,7 @@ class RoundTrip:
     kind: str
     num_workers: int
     num_steps: int
+    """Measured after some to warm up."""
     call: Waits
     """Rank 0's call of the actor."""
     waits: Waits
@@ -148,67 +144,19 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
             on_mismatch="refuse",
             metrics_file=os.devnull,
         )
-    actor = start_accountant(charge)
-    with tempfile.TemporaryDirectory() as folder:
-        _run_workers(actor, Path(folder), num_steps, num_workers)
-        told = [_read(Path(folder) / str(rank)) for rank in range(num_workers)]
-        calls = _read(Path(folder) / "calls")
-    ray.kill(actor)
+    waits = measure_waits(
+        charge,
+        num_steps=num_steps + WARM_UP,
+        num_workers=num_workers,
+        starting_checkpoint=START,
+    )
     return RoundTrip(
         kind=_kind(ledger_url),
         num_workers=num_workers,
         num_steps=num_steps,
-        call=Waits.of(calls),
-        waits=Waits.of([max(ranks) for ranks in zip(*told, strict=True)]),
+        call=Waits.of(waits.calls[WARM_UP:]),
+        waits=Waits.of(waits.ranks[WARM_UP:]),
     )
-
-
-def _run_workers(
-    actor: ray.actor.ActorHandle, folder: Path, num_steps: int, num_workers: int
-) -> None:
-    trainer = TorchTrainer(
-        _ask_for_steps,
-        train_loop_config={"actor": actor, "folder": str(folder), "num_steps": num_steps},
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers),
-        run_config=RunConfig(name=RUN_ID, storage_path=str(folder)),
-    )
-    trainer.fit()
-
-
-def _ask_for_steps(settings: dict[str, Any]) -> None:
-    """Asks as the training loop does, without anything to do between two steps."""
-    world, folder = join_world(), Path(settings["folder"])
-    remote = RemoteAccountant(settings["actor"])
-    number = world.from_first(lambda: _begin(remote))
-    accountant = remote.of_attempt(number)
-    calls: list[float] = []
-    told: list[float] = []
-    for step in range(1, settings["num_steps"] + WARM_UP + 1):
-        ask = _timed(accountant.authorize, step, calls)
-        begun = time.perf_counter()
-        world.from_first(ask)
-        told.append(time.perf_counter() - begun)
-    _write(folder / str(world.rank), told[WARM_UP:])
-    if world.is_first:
-        _write(folder / "calls", calls[WARM_UP:])
-
-
-def _begin(remote: RemoteAccountant) -> int:
-    start = remote.begin()
-    assert start is not None, "a new run begins"
-    return start.number
-
-
-def _timed(
-    authorize: Callable[[int, str], None], step: int, calls: list[float]
-) -> Callable[[], None]:
-    def ask() -> None:
-        begun = time.perf_counter()
-        authorize(step, START)
-        calls.append(time.perf_counter() - begun)
-
-    return ask
 
 
 def _new_ledger(url: str, num_steps: int) -> Ledger:
@@ -242,11 +190,3 @@ def _flush_rate(url: str, num_flushes: int = 500) -> float | None:
             os.write(file.fileno(), os.urandom(BLOCK))
             os.fsync(file.fileno())
         return num_flushes / (time.perf_counter() - begun)
-
-
-def _write(file: Path, seconds: list[float]) -> None:
-    file.write_text("\n".join(map(repr, seconds)))
-
-
-def _read(file: Path) -> list[float]:
-    return [float(line) for line in file.read_text().splitlines()]
