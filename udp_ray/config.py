@@ -240,15 +240,48 @@ class DataConfig(Section):
         return self.ledger or f"sqlite:///{Path(self.store).parent / 'ledger.sqlite'}"
 
 
+ALL_LINEAR = "all-linear"
+"""As the one target of LoRA: every linear layer but the output head."""
+
+
+class LoraConfig(Section):
+    """Adapters of low rank: the model itself stays frozen, and only they train."""
+
+    rank: PositiveInt
+    """Rank of the adapters. Giving it switches LoRA on."""
+    alpha: PositiveInt = 16
+    """Scale: an adapter's output counts alpha / rank times."""
+    target_modules: list[str] | None = None
+    """Names of the linear layers that get adapters, as q_proj, or all-linear for all but the output
+    head. Default: those that peft adapts in the model's architecture."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        targets = self.target_modules
+        if targets is not None and (not targets or (ALL_LINEAR in targets and len(targets) > 1)):
+            raise ValueError(
+                f"model.lora.target_modules is {targets}: name at least one linear layer, or"
+                f" {ALL_LINEAR} alone"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """The causal language model that is fine-tuned."""
 
     name: NameOrFolder
     """Hugging Face name or folder of a causal language model."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability of every dropout layer while training."""
+    """Dropout probability of every dropout layer, those of adapters too, while training."""
     autocast: Literal["off", "bfloat16"] = "off"
     """Number format inside forward and backward; norms, sums and noise stay float32."""
+    lora: LoraConfig | None = None
+    """Trains adapters instead of the whole model. Default: the whole model."""
 
 
 class TrainConfig(Section):

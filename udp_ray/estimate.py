@@ -14,12 +14,15 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from udp_ray.config import ExperimentConfig
+from udp_ray.config import ExperimentConfig, ModelConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError
+from udp_ray.models.load import trainable_parameters
+from udp_ray.models.lora import add_adapters
 
 SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
+FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
 ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
 ACTIVATIONS_PER_WIDTH = 24  # float32 values kept per token, layer and unit of width
 FLOAT_BYTES = 4
@@ -31,6 +34,7 @@ class Estimate:
     """What a run may take. Rough."""
 
     num_parameters: int
+    num_trainable: int
     examples_per_step: float
     flops_per_step: float
     seconds_per_step: float
@@ -44,7 +48,7 @@ class Estimate:
         return "\n".join(
             [
                 "Estimate (rough, within a factor of three)",
-                f"  parameters         {self.num_parameters:,}",
+                f"  parameters         {self.num_trainable:,} trained of {self.num_parameters:,}",
                 f"  examples per step  {self.examples_per_step:g} (at most, in expectation)",
                 f"  work per step      {self.flops_per_step:.2e} FLOPs",
                 f"  time               {total}: {self.seconds_per_step:.3g} s a step,"
@@ -60,15 +64,17 @@ def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
     Raises:
         ConfigError: If there is no such model.
     """
-    shape = _model_shape(config.model.name)
+    shape = _model_shape(config.model)
     tokens = config.data.block_tokens
     per_unit = plan.group_size if plan.sampling == "uls" else 1
     examples = plan.expected_size * per_unit
     attention = ATTENTION_FLOPS * shape.num_layers * shape.width * tokens
-    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * shape.num_parameters + attention
+    frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (shape.num_parameters - shape.num_trainable)
+    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * shape.num_trainable + frozen + attention
     flops = float(examples * tokens * per_token)
     return Estimate(
         num_parameters=shape.num_parameters,
+        num_trainable=shape.num_trainable,
         examples_per_step=examples,
         flops_per_step=flops,
         seconds_per_step=flops / _speed(config),
@@ -80,24 +86,28 @@ def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
 @dataclass(frozen=True)
 class _Shape:
     num_parameters: int
+    num_trainable: int
     num_layers: int
     width: int
     vocab_size: int
 
 
-def _model_shape(name: str) -> _Shape:
+def _model_shape(settings: ModelConfig) -> _Shape:
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(settings.name)
         with torch.device("meta"):  # no weights are read or made
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError):
         raise ConfigError(
-            f"model.name is {name!r}, which is neither a folder with a causal language model nor a"
-            " name on the Hugging Face hub that this machine can reach: correct it"
+            f"model.name is {settings.name!r}, which is neither a folder with a causal language"
+            " model nor a name on the Hugging Face hub that this machine can reach: correct it"
         ) from None
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, dropout=settings.dropout)
     text = config.get_text_config()
     return _Shape(
         num_parameters=sum(p.numel() for p in model.parameters()),
+        num_trainable=sum(p.numel() for p in trainable_parameters(model).values()),
         num_layers=text.num_hidden_layers,
         width=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -118,7 +128,8 @@ def _memory(config: ExperimentConfig, shape: _Shape) -> int:
     states = {"adamw": 2, "sgd": int(config.train.momentum > 0)}[config.train.optimizer]
     whole = 3 + (0 if stage >= 2 else 1)  # weights, sums, a group's gradients, ZeRO's gradients
     shared = states + (1 if stage >= 1 else 0) + (1 if stage >= 2 else 0)  # with master weights
-    tensors = shape.num_parameters * (whole + shared / (workers if stage >= 1 else 1))
+    tensors = shape.num_trainable * (whole + shared / (workers if stage >= 1 else 1))
+    tensors += shape.num_parameters - shape.num_trainable  # frozen weights, and nothing of them
     per_token = ACTIVATIONS_PER_WIDTH * shape.num_layers * shape.width + 3 * shape.vocab_size
     activations = per_token * config.train.microbatch_tokens
     return int(FLOAT_BYTES * (tensors + activations))

@@ -4,6 +4,7 @@
       run.json                which run this is; what --resume looks for
       config.yaml             the resolved settings
       config.json, model.safetensors, tokenizer.json, ...      the model, as Hugging Face reads it
+      adapter_config.json, adapter_model.safetensors           instead of it, after training by LoRA
       privacy.json, statement.md                               what was promised and spent
       metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
       checkpoints/            the last two, unless cluster.storage says elsewhere

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 
 # What the bits of a step depend on.
-NUMERIC_PACKAGES = ("torch", "numpy", "deepspeed", "transformers")
+NUMERIC_PACKAGES = ("torch", "numpy", "deepspeed", "transformers", "peft")
 SHOWN_PACKAGES = ("udp-ray", "dp-accounting", *NUMERIC_PACKAGES, "ray", "sqlalchemy")
 
 

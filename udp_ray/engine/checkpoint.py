@@ -32,6 +32,8 @@ from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError
 
 FORMAT = 1
+FROZEN = "frozen_weights"
+"""In the provenance: the fingerprint of the weights that do not train, where there are any."""
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -64,6 +66,18 @@ class Checkpoint:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(self.weights[name])
+
+    def refuse_other_frozen(self, frozen: str | None) -> None:
+        """Raises CheckpointError if its weights were trained beside other frozen ones.
+
+        A checkpoint of adapters does not hold the model that they belong to, and the same noise on
+        the sum of another model would reveal the difference.
+        """
+        if self.provenance.get(FROZEN) != frozen:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} was trained on other frozen weights than those of"
+                " model.name: they have changed since; put back the ones that the run began with"
+            )
 
     def load_optimizer(self, zero: ZeroEngine) -> None:
         """Sets the optimizer's state; collective."""
@@ -139,9 +153,14 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
     )
 
 
-def weights_digest(parameters: Mapping[str, Tensor]) -> str:
-    """Returns the digest of weights that no checkpoint holds yet: those that a run begins with."""
-    return hashlib.sha256(save(_on_cpu(parameters))).hexdigest()
+def weights_digest(parameters: Mapping[str, Tensor], frozen: str | None = None) -> str:
+    """Returns the digest of weights that no checkpoint holds yet: those that a run begins with.
+
+    Args:
+        parameters: The trainable ones by name.
+        frozen: The fingerprint of the others, if there are any.
+    """
+    return hashlib.sha256(save(_on_cpu(parameters)) + (frozen or "").encode()).hexdigest()
 
 
 def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:

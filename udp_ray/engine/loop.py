@@ -37,7 +37,7 @@ from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError, ConfigError, PrivacyBudgetExceededError
-from udp_ray.models.load import trainable_parameters
+from udp_ray.models.load import frozen_fingerprint, trainable_parameters
 
 SAMPLED_VALUES = 256
 """Values of each parameter that the check after the first step looks at."""
@@ -124,6 +124,8 @@ class _Training:
     resume: ResumePoint | None
     provenance: dict[str, Any]
 
+    frozen: str | None = field(init=False)
+    """The fingerprint of the weights beside which adapters train; None if all weights do."""
     zero: ZeroEngine = field(init=False)
     private_step: PrivateStep = field(init=False)
     step: int = field(init=False, default=0)
@@ -161,8 +163,10 @@ class _Training:
     def _set_up(self) -> None:
         """Builds the parts, proves the noise, and takes up a checkpoint where there is one."""
         self.model.train()
+        self.frozen = frozen_fingerprint(self.model)
         saved = self._read_checkpoint()
         if saved is not None:
+            saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
         self.zero = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
@@ -170,7 +174,7 @@ class _Training:
         self.private_step = self._private_step()
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is None:
-            self.digest = checkpoint.weights_digest(self.parameters)
+            self.digest = checkpoint.weights_digest(self.parameters, self.frozen)
         else:
             saved.load_optimizer(self.zero)
 
@@ -240,7 +244,8 @@ class _Training:
         self.private_step.run(self.step + 1, reader.groups(self.step + 1))
         self.step += 1
         if is_first and self.plan.noise_stddev > 0:
-            _check_moved(before, _samples(self.parameters))
+            # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
+            _check_moved(before, _samples(self.parameters), is_each=self.frozen is not None)
 
     def _checkpoint(self, *, is_last: bool) -> None:
         """Evaluates, writes, publishes, commits, and only then tells."""
@@ -253,7 +258,7 @@ class _Training:
             self.zero,
             step=self.step,
             key_id=self.keys.key_id,
-            provenance=self.provenance,
+            provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
             world=self.world,
         )
         location = self.publish(self.step, directory if self.world.is_first else None)
@@ -325,11 +330,18 @@ def _samples(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
     return [p.detach().reshape(-1)[:SAMPLED_VALUES].clone() for p in parameters.values()]
 
 
-def _check_moved(before: list[Tensor], after: list[Tensor]) -> None:
-    if all(torch.equal(old, new) for old, new in zip(before, after, strict=True)):
+def _check_moved(before: list[Tensor], after: list[Tensor], *, is_each: bool) -> None:
+    """Refuses a step that moved nothing, or, if `is_each`, one that left any parameter as it was.
+
+    Noise reaches every value, so a whole parameter stays only where its values are so large that
+    the update is rounded away: right for a norm's weight of 1, and never so for adapters.
+    """
+    pairs = zip(before, after, strict=True)
+    num_moved = sum(not torch.equal(old, new) for old, new in pairs)
+    if num_moved < (len(before) if is_each else 1):
         raise ConfigError(
-            "the first step moved no trainable weight: train.learning_rate is too small for"
-            " float32, or nothing trains; raise it"
+            f"the first step moved {num_moved or 'no'} of {len(before)} trainable weights:"
+            " train.learning_rate is too small for float32, or nothing trains; raise it"
         )
     if not all(math.isfinite(new.sum().item()) for new in after):
         raise ConfigError(

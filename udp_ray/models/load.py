@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from udp_ray.config import LoraConfig
 from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.models.lora import add_adapters
 
 Loaded = TypeVar("Loaded")
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -38,15 +40,17 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _EXPERT_CLASS = re.compile(r"(Sparse)?(MoE|Moe)(?![a-z])|Experts?(?![a-z])|Router(?![a-z])")
 
 
-def load_model(name: str, *, dropout: float) -> PreTrainedModel:
+def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> PreTrainedModel:
     """Returns a causal language model in float32, ready for private training.
 
     Args:
         name: Hugging Face name, or folder of a checkpoint.
         dropout: Probability for every dropout in the model; skipping of whole layers is off.
+        lora: Adapters, which then are all that trains; None trains the whole model.
 
     Raises:
-        ConfigError: If there is no such model, or its checkpoint lacks weights.
+        ConfigError: If there is no such model, its checkpoint lacks weights, or it has no layers
+            as `lora` names them.
         UnsupportedModelError: If the model couples examples, or its weights are quantized.
     """
     config = _load_config(name)
@@ -69,6 +73,8 @@ def load_model(name: str, *, dropout: float) -> PreTrainedModel:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = dropout
     refuse_coupled_examples(name, model)
+    if lora is not None:
+        add_adapters(model, lora, dropout=dropout)
     return model
 
 
@@ -101,8 +107,22 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """Returns a SHA-256 over all parameters and buffers that a checkpoint holds, by name."""
+    return _fingerprint(model.state_dict())
+
+
+def frozen_fingerprint(model: nn.Module) -> str | None:
+    """Returns a SHA-256 over what a step's sum depends on and does not train; None if nothing is.
+
+    A checkpoint of adapters does not hold the model that they belong to.
+    """
+    state = model.state_dict(keep_vars=True)
+    frozen = {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
+    return _fingerprint(frozen) if frozen else None
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())

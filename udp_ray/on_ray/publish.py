@@ -23,7 +23,12 @@ from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
 from udp_ray.errors import CheckpointError
 from udp_ray.figures import draw_curves
-from udp_ray.models.load import load_model, load_tokenizer, trainable_parameters
+from udp_ray.models.load import (
+    frozen_fingerprint,
+    load_model,
+    load_tokenizer,
+    trainable_parameters,
+)
 from udp_ray.on_ray.accountant import RemoteAccountant, read_evaluations
 from udp_ray.on_ray.admission import Run, without_secrets
 from udp_ray.on_ray.progress import EpsilonCurve
@@ -46,6 +51,8 @@ class RunResult:
     """Held-out evaluations by step, with the epsilon spent until then."""
     budget_message: str | None
     """Why training ended before its last step; None if it did not."""
+    has_adapters: bool = False
+    """Whether only adapters were trained, which stand beside their base model."""
 
     def to_text(self) -> str:
         """Returns what a person wants to know at the end."""
@@ -57,7 +64,12 @@ class RunResult:
         ]
         held_out = rows if self.metrics else []
         early = f" Training ended early: {self.budget_message}." if self.budget_message else ""
-        written = f"Written to {self.output}: the weights of step {self.step}.{early}"
+        what = "adapters" if self.has_adapters else "weights"
+        opened_by = "AutoPeftModelForCausalLM" if self.has_adapters else "AutoModelForCausalLM"
+        written = (
+            f"Written to {self.output}: the {what} of step {self.step}, which"
+            f" {opened_by}.from_pretrained opens.{early}"
+        )
         return "\n".join([self.statement.to_text(), *held_out, "", written])
 
 
@@ -96,11 +108,15 @@ def publish_run(
         step=record.committed_step,
         metrics=tuple(metrics),
         budget_message=budget_message,
+        has_adapters=run.config.model.lora is not None,
     )
 
 
 def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFolder) -> None:
-    """Writes the model of the last committed checkpoint as Hugging Face reads it."""
+    """Writes the model of the last committed checkpoint as Hugging Face reads it.
+
+    Of a run with LoRA only the adapters are written, in peft's own format.
+    """
     if record.checkpoint is None:
         raise CheckpointError(
             f"no checkpoint of run {record.run_id} was committed within its budget, so there is"
@@ -109,7 +125,8 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
     aside = Path(tempfile.mkdtemp(prefix=".model-", dir=folder.path))
     with open_checkpoint(record.checkpoint) as directory, _without_bars():
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
-        model = load_model(config.model.name, dropout=config.model.dropout)
+        model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
+        checkpoint.refuse_other_frozen(frozen_fingerprint(model))
         checkpoint.load_weights(trainable_parameters(model))
         model.save_pretrained(aside)
         load_tokenizer(config.data.tokenizer or config.model.name).save_pretrained(aside)

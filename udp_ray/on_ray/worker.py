@@ -84,7 +84,7 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: 
     config = job.config
     store = TokenStore.open(config.data.store, verify=False)  # the driver has verified it
     secrets = remote.secrets(start.number, rank, code=code_digest(), store=store.digest)
-    model = load_model(config.model.name, dropout=config.model.dropout)
+    model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     checkpoints = RunCheckpoints(job.run_folder, start)
     accountant = _LedgerOnRay(remote.of_attempt(start.number), checkpoints)
     with tempfile.TemporaryDirectory() as workspace, _resume_point(start) as resume:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from udp_ray.config import TrainConfig
+from udp_ray.config import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
@@ -29,6 +29,7 @@ from udp_ray.engine.loop import Metrics, ResumePoint, TrainResult, WorkerKeys, t
 from udp_ray.engine.world import join_world
 from udp_ray.errors import PrivacyBudgetExceededError
 from udp_ray.models.load import trainable_parameters
+from udp_ray.models.lora import add_adapters
 from udp_ray.testing.stores import Users, write_store
 
 VOCABULARY = 48
@@ -66,6 +67,8 @@ class TinyRun:
     num_steps: int = 4
     checkpoint_every: int = 2
     seed: int = 7
+    lora_rank: int | None = None
+    """Trains adapters of this rank instead of the whole model."""
     fault: Fault = "none"
 
     def plan(self) -> PrivacyPlan:
@@ -82,6 +85,13 @@ class TinyRun:
             population_is_declared=True,
             delta=1e-3,
         )
+
+    def model(self) -> GPT2LMHeadModel:
+        """Returns the tiny model, with its adapters if the run trains those."""
+        model = tiny_model()
+        if self.lora_rank is not None:
+            add_adapters(model, LoraConfig(rank=self.lora_rank), dropout=0.0)
+        return model
 
     def settings(self) -> TrainConfig:
         """Returns the settings of the engine."""
@@ -196,7 +206,7 @@ def run_loop(
     model: nn.Module | None = None,
 ) -> TinyOutcome:
     """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
-    model = tiny_model() if model is None else model
+    model = run.model() if model is None else model
 
     def publish(step: int, checkpoint: Path | None) -> str | None:
         if checkpoint is None:

@@ -20,7 +20,7 @@ from udp_ray.dp.ledger_records import Attempt, Digests, plan_digest
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.loop import ResumePoint
 from udp_ray.errors import FencedError
-from udp_ray.testing.training import TinyOutcome, TinyRun, run_loop, tiny_model
+from udp_ray.testing.training import TinyOutcome, TinyRun, run_loop
 
 RUN_ID = "tiny"
 
@@ -67,7 +67,7 @@ def train_with_ledger(
     resume = None
     if location is not None:
         resume = ResumePoint(Path(location), digest=digest, step=step, location=location)
-    model = tiny_model()
+    model = run.model()
     if death.forward_pass is not None and death.rank == rank:
         die_in_forward_pass(model, death.forward_pass)
     return run_loop(run, accountant, [], Path(checkpoints), resume, model)

@@ -31,7 +31,7 @@ from udp_ray.testing.training import TinyOutcome, TinyRun, Weights, tiny_model, 
 def take_steps(run: TinyRun) -> TinyOutcome:
     """Takes the run's steps without the loop, with its fault built in."""
     world = join_world()
-    model = tiny_model()
+    model = run.model()
     store = TokenStore.open(run.store, verify=False)
     private_step = build_step(run, model, world)
     draw = cohorts(run.plan(), run.keys(world.rank).sampling, store)
@@ -79,7 +79,7 @@ def self_check(run: TinyRun) -> str:
     Weights and optimizer state must be as before, bit for bit, whatever the verdict.
     """
     world = join_world()
-    model = tiny_model()
+    model = run.model()
     private_step = build_step(run, model, world)
     before = _snapshot(private_step.zero)
     key = run.keys(world.rank).selfcheck
