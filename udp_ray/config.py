@@ -315,6 +315,9 @@ class TrainConfig(Section):
     """Steps between held-out evaluations, a multiple of train.checkpoint_every, its default."""
     evaluate_examples: PositiveInt | None = 4096
     """Most held-out examples per evaluation during training; before and after use all."""
+    kernel: Literal["auto", "direct", "ghost"] = "auto"
+    """What clips: direct, one user (els: example) per backward pass; ghost, many per pass, for a
+    model without dropout; auto, the faster one, by a short measurement on made-up tokens."""
     fuse_reduce: bool = False
     """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less."""
 
@@ -355,6 +358,7 @@ SPEED_ONLY = {
     "evaluate_every",
     "evaluate_examples",
     "fuse_reduce",
+    "kernel",
 }
 
 
@@ -369,11 +373,20 @@ class ExperimentConfig(Section):
     output: AbsolutePath
     """Folder for the model, the statement and the figures of the run."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.train.kernel == "ghost" and self.model.dropout > 0:
+            raise ValueError(
+                f"train.kernel is ghost and model.dropout {self.model.dropout:g}: the ghost kernel"
+                " needs a model without dropout; set model.dropout=0 or train.kernel=direct"
+            )
+        return self
+
     def digest(self) -> str:
         """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.
 
         Left out is what changes speed and rounding only: the cluster, ZeRO stage, microbatch,
-        where files lie, and how often checkpoints and evaluations are made.
+        kernel, where files lie, and how often checkpoints and evaluations are made.
         """
         kept = self.model_dump(
             mode="json",

@@ -6,17 +6,16 @@ The judge is a plain loop: each example by itself, Hugging Face's own loss, no p
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from udp_ray.data.cohort import CohortReader, Group
+from udp_ray.data.cohort import Group
 from udp_ray.data.store import TokenStore
-from udp_ray.dp.sampling import Cohort
-from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
-from udp_ray.engine.world import World
-from udp_ray.models.load import trainable_parameters
+from udp_ray.testing.kernels import flat, groups_of, plain_sum
+from udp_ray.testing.kernels import kernel_sum as sum_of
 from udp_ray.testing.training import tiny_model, tiny_users, write_tiny_store
 
 ROUNDING = (
@@ -29,48 +28,13 @@ def store(tmp_path_factory):
     return TokenStore.open(write_tiny_store(tmp_path_factory.mktemp("data") / "s"), verify=False)
 
 
-def groups_of(store, users, microbatch_tokens=64):
-    offsets = store.user_offsets
-    examples = [i for user in users for i in range(offsets[user], offsets[user + 1])]
-    ends = torch.tensor([offsets[user + 1] - offsets[user] for user in users]).cumsum(0)
-    cohort = Cohort(
-        units=torch.tensor(users).numpy(),
-        examples=torch.tensor(examples).numpy(),
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).numpy(),
-    )
-    with CohortReader(
-        store, lambda step: cohort, rank=0, world_size=1, pad_id=0, last_step=1,
-        microbatch_tokens=microbatch_tokens,
-    ) as reader:  # fmt: skip
-        return reader.groups(1)
-
-
 def kernel_sum(groups, *, clip_norm, autocast="off", model=None):
-    model = tiny_model() if model is None else model
-    parameters = trainable_parameters(model)
-    kernel = DirectKernel(model, parameters, clip_norm=clip_norm, autocast=autocast)
-    sums = ClippedSum(parameters, World(rank=0, size=1, device=torch.device("cpu")))
-    kernel.add_clipped(sums, groups)
-    assert all(p.grad is None for p in parameters.values())
-    return sums.views, int(kernel.num_rejected)
-
-
-def plain_sum(users, clip_norm, model=None):
-    model = tiny_model() if model is None else model
-    total = None
-    for texts in users:
-        model.zero_grad()
-        for text in texts:
-            ids = torch.tensor([text])
-            (model(input_ids=ids, labels=ids).loss / len(texts)).backward()
-        flat = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-        flat *= min(1.0, clip_norm / float(flat.norm()))
-        total = flat if total is None else total + flat
-    return total
-
-
-def flat(sums):
-    return torch.cat([value.double().flatten() for value in sums.values()])
+    sums, kernel = sum_of(
+        partial(DirectKernel, clip_norm=clip_norm, autocast=autocast),
+        tiny_model() if model is None else model,
+        groups,
+    )
+    return sums, int(kernel.num_rejected)
 
 
 @pytest.mark.parametrize("clip_norm", [0.1, 1.0, float("inf")])
@@ -78,7 +42,7 @@ def flat(sums):
 def test_the_sum_is_that_of_a_plain_loop_over_users(store, clip_norm, microbatch_tokens):
     users = tiny_users(24, seed=1)[:6]
     sums, _ = kernel_sum(groups_of(store, range(6), microbatch_tokens), clip_norm=clip_norm)
-    assert float((flat(sums) - plain_sum(users, clip_norm)).abs().max()) < ROUNDING
+    assert float((flat(sums) - plain_sum(users, clip_norm, tiny_model())).abs().max()) < ROUNDING
 
 
 def test_tied_embeddings_are_one_parameter_and_exact(store):

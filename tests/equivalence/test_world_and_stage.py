@@ -1,6 +1,7 @@
 """pytest tests/equivalence/test_world_and_stage.py
 
-World size, ZeRO stage, microbatch size and the place of the noise change speed and rounding only.
+World size, ZeRO stage, kernel, microbatch size and the place of the noise change speed and rounding
+only.
 The judge is a plain loop in this file: one process, one example at a time, no padding, no
 DeepSpeed.
 """
@@ -38,6 +39,13 @@ SOUND = {
     "stage 2": {"zero_stage": 2, "microbatch_tokens": 1000},
     "stage 2, fused, small microbatches": {
         "zero_stage": 2, "microbatch_tokens": 13, "fuse_reduce": True,
+    },
+    "ghost, stage 0": {"kernel": "ghost", "zero_stage": 0, "microbatch_tokens": 64},
+    "ghost, stage 1, one microbatch": {
+        "kernel": "ghost", "zero_stage": 1, "microbatch_tokens": 4096,
+    },
+    "ghost, stage 2, some users too large for it": {
+        "kernel": "ghost", "zero_stage": 2, "microbatch_tokens": 13, "fuse_reduce": True,
     },
 }  # fmt: skip
 NOT_PRIVATE = {"noise_multiplier": 0.0, "clip_norm": float("inf")}

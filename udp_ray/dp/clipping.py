@@ -27,7 +27,14 @@ from torch import Tensor
 from udp_ray.dp.sensitivity import Adjacency, sensitivity
 from udp_ray.errors import ConfigError
 
-__all__ = ["Adjacency", "clip_and_add", "clip_factor", "group_norm", "sensitivity"]
+__all__ = [
+    "Adjacency",
+    "clip_and_add",
+    "clip_factor",
+    "group_norm",
+    "sensitivity",
+    "squared_norms",
+]
 
 # Clipped groups aim this much below the bound, so that the roundings on the way (factor and
 # products to float32, each at most 2**-24 relative, norms to float64) end below it.
@@ -62,6 +69,30 @@ def group_norm(grads: Sequence[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     norms = [torch.linalg.vector_norm(block, dtype=torch.float64) for block in blocks]
     return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def squared_norms(grads: Tensor) -> Tensor:
+    """Returns the squared L2 norm of each group's gradient for one parameter.
+
+    Args:
+        grads: One float32 gradient per group, shape (groups, ...). Sensitive.
+
+    Returns:
+        Float64, shape (groups,), on the device of the gradients. Sensitive.
+
+    Raises:
+        ValueError: If the gradients are not float32.
+
+    Edge cases:
+        No values -> 0. Any NaN or infinity -> not finite for that group.
+    """
+    if grads.dtype != torch.float32:
+        raise ValueError(f"a gradient is {grads.dtype}: clipping needs torch.float32")
+    flat = grads.reshape(len(grads), -1)
+    width = max(1, BLOCK_VALUES // max(1, len(grads)))
+    blocks = flat.split(width, dim=1) if grads.device.type == "cpu" else [flat]
+    norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]
+    return torch.stack(norms).square().sum(dim=0)
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:

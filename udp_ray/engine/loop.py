@@ -28,9 +28,9 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine import checkpoint
 from udp_ray.engine.accountant import Accountant
-from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.choose import choose_kernel
 from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.ports import Metrics, Publish, ResumePoint, TrainResult, WorkerKeys
+from udp_ray.engine.ports import Kernel, Metrics, Publish, ResumePoint, TrainResult, WorkerKeys
 from udp_ray.engine.schedule import learning_rate
 from udp_ray.engine.selfcheck import check_noise
 from udp_ray.engine.step import PrivateStep
@@ -168,10 +168,11 @@ class _Training:
         if saved is not None:
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
+        kernel = self._kernel()
         self.zero = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
         )
-        self.private_step = self._private_step()
+        self.private_step = self._private_step(kernel)
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is None:
             self.digest = checkpoint.weights_digest(self.parameters, self.frozen)
@@ -191,14 +192,20 @@ class _Training:
         self.location, self.digest = self.resume.location, self.resume.digest
         return saved
 
-    def _private_step(self) -> PrivateStep:
-        kernel = DirectKernel(
+    def _kernel(self) -> Kernel:
+        return choose_kernel(
+            self.settings.kernel,
             self.model,
             self.parameters,
             clip_norm=self.plan.clip_norm,
+            rows_per_group=self.plan.group_size if self.plan.sampling == "uls" else 1,
+            tokens_per_row=self.store.manifest.block_tokens,
+            microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
-            device=self.world.device,
+            world=self.world,
         )
+
+    def _private_step(self, kernel: Kernel) -> PrivateStep:
         return PrivateStep(
             kernel,
             self.zero,

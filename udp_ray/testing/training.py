@@ -53,6 +53,7 @@ class TinyRun:
     zero_stage: int = 0
     microbatch_tokens: int = 64
     fuse_reduce: bool = False
+    kernel: Literal["direct", "ghost"] = "direct"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.0
     learning_rate: float = 0.5
@@ -104,6 +105,7 @@ class TinyRun:
             schedule=self.schedule,
             checkpoint_every=self.checkpoint_every,
             fuse_reduce=self.fuse_reduce,
+            kernel=self.kernel,
         )
 
     def keys(self, rank: int) -> WorkerKeys:

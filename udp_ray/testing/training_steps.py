@@ -17,9 +17,11 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.clipping import clip_and_add
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.engine.choose import choose_kernel
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.loop import cohorts
+from udp_ray.engine.ports import Kernel
 from udp_ray.engine.selfcheck import check_noise
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.world import World, join_world
@@ -61,9 +63,8 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     """Returns the private step of a run, or a faulty one if the run says so."""
     parameters = trainable_parameters(model)
     plan, keys = run.plan(), run.keys(world.rank)
+    kernel = _kernel(run, model, world)
     zero = ZeroEngine(model, parameters, run.settings(), num_steps=run.num_steps)
-    kernel_class = _ClipEachMicrobatch if run.fault == "clip_each_microbatch" else DirectKernel
-    kernel = kernel_class(model, parameters, clip_norm=plan.clip_norm)
     noise = None if keys.noise is None else GaussianNoise(keys.noise, plan.noise_stddev)
     step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
     step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce)
@@ -137,6 +138,17 @@ def _random_gradients(zero: ZeroEngine, step: int) -> dict[str, Tensor]:
 
 def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
     return ZeroEngine(model, trainable_parameters(model), run.settings(), num_steps=run.num_steps)
+
+
+def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
+    parameters = trainable_parameters(model)
+    clip_norm = run.clip_norm
+    if run.fault == "clip_each_microbatch":
+        return _ClipEachMicrobatch(model, parameters, clip_norm=clip_norm)
+    return choose_kernel(
+        run.kernel, model, parameters, clip_norm=clip_norm, rows_per_group=run.group_size,
+        tokens_per_row=16, microbatch_tokens=run.microbatch_tokens, autocast="off", world=world,
+    )  # fmt: skip
 
 
 class _ClipEachMicrobatch(DirectKernel):

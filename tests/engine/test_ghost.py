@@ -1,0 +1,207 @@
+"""pytest tests/engine/test_ghost.py
+
+The judge is a plain loop: each example by itself, Hugging Face's own loss, no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from udp_ray.data.cohort import Group
+from udp_ray.data.sharing import share, without_groups
+from udp_ray.data.store import TokenStore
+from udp_ray.engine import group_gradients
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.ghost_check import check_exact
+from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.models.load import trainable_parameters
+from udp_ray.testing.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
+from udp_ray.testing.training import tiny_model, tiny_users, write_tiny_store
+
+# Sums stay below 12 * clip norm in float32; the Gram form aims another 1e-6 below the bound.
+ROUNDING = 2e-6
+
+MODELS = {"gpt2": tiny_model, "llama": tiny_llama}
+FORMS = {"by cost": 1.0, "gram": 0.0, "held": 1e9}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return TokenStore.open(write_tiny_store(tmp_path_factory.mktemp("data") / "s"), verify=False)
+
+
+@pytest.fixture
+def users():
+    return tiny_users(24, seed=1)[:12]
+
+
+def ghost(clip_norm, *, microbatch_tokens=300, autocast="off"):
+    return lambda model, parameters: GhostKernel(
+        model, parameters, clip_norm=clip_norm, microbatch_tokens=microbatch_tokens,
+        autocast=autocast,
+    )  # fmt: skip
+
+
+def direct(clip_norm, *, autocast="off"):
+    return lambda model, parameters: DirectKernel(
+        model, parameters, clip_norm=clip_norm, autocast=autocast
+    )
+
+
+def ghost_sum(store, users, clip_norm, model, **options):
+    groups = groups_of(store, users, options.get("microbatch_tokens", 300))
+    sums, _ = kernel_sum(ghost(clip_norm, **options), model, groups)
+    return flat(sums)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("clip_norm", [0.1, 1.0, float("inf")])
+@pytest.mark.parametrize("microbatch_tokens", [13, 64, 4096])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sum_is_that_of_a_plain_loop_over_users(
+    store, users, name, microbatch_tokens, clip_norm, form, monkeypatch
+):
+    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS[form])
+    found = ghost_sum(
+        store, range(12), clip_norm, MODELS[name](), microbatch_tokens=microbatch_tokens
+    )
+    expected = plain_sum(users, clip_norm, MODELS[name]())
+    assert float((found - expected).abs().max()) < ROUNDING
+
+
+def test_each_microbatch_hands_over_every_parameter_once_and_in_the_same_order(store):
+    class Noted:
+        def __init__(self):
+            self.names = []
+
+        def add(self, name, gradient):
+            assert gradient.dtype == torch.float32
+            self.names.append(name)
+
+    model, sums = tiny_model(), Noted()
+    parameters = trainable_parameters(model)
+    microbatches, _ = share(groups_of(store, range(12)), 64)
+    kernel = ghost(1.0)(model, parameters)
+    for microbatch in [*microbatches, without_groups()]:
+        kernel.add_microbatch(sums, microbatch)
+    assert len(microbatches) > 1
+    assert sums.names == list(parameters) * (len(microbatches) + 1)
+
+
+def test_a_microbatch_without_groups_adds_nothing(store):
+    model = tiny_model()
+    sums, kernel = kernel_sum(ghost(1.0), model, groups_of(store, range(3)))
+    before = flat(sums)
+
+    class Sums:
+        def add(self, name, gradient):
+            assert not gradient.any()
+
+    kernel.add_microbatch(Sums(), without_groups())
+    assert torch.equal(flat(sums), before)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_user_whose_gradient_is_not_finite_adds_nothing(store, poison, form, monkeypatch):
+    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS[form])
+    sound = groups_of(store, range(4))
+    (first, *rest), *_ = [group.microbatches for group in groups_of(store, [5])]
+    bad = Group([replace(first, row_weight=first.row_weight * poison), *rest])
+    expected, _ = kernel_sum(ghost(0.5), tiny_model(), sound)
+    found, kernel = kernel_sum(ghost(0.5), tiny_model(), [*sound[:2], bad, *sound[2:]])
+    assert float((flat(found) - flat(expected)).abs().max()) < ROUNDING
+    assert int(kernel.num_rejected) == 1
+
+
+@pytest.mark.parametrize("frozen", ["transformer.wte.weight", "transformer.h", "transformer.ln_f"])
+def test_frozen_parameters_are_left_out(store, users, frozen):
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    found = ghost_sum(store, range(12), 0.1, model)
+    assert float((found - plain_sum(users, 0.1, model)).abs().max()) < ROUNDING
+
+
+def test_the_check_accepts_the_models_that_are_clipped_exactly():
+    for make in MODELS.values():
+        model = make()
+        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+
+
+def test_a_weight_that_another_layer_uses_is_refused_by_name():
+    class Borrowing(nn.Module):
+        def __init__(self, lender):
+            super().__init__()
+            self.lender = [lender]
+
+        def forward(self, values):
+            return nn.functional.linear(values, self.lender[0].weight)
+
+    model = tiny_llama()
+    model.model.layers[0].self_attn.o_proj = Borrowing(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.self_attn\.o_proj\.weight"):
+        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+
+
+def test_dropout_is_refused():
+    model = tiny_model()
+    model.transformer.drop.p = 0.1
+    model.train()
+    with pytest.raises(ConfigError, match=r"set model\.dropout to 0"):
+        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+
+
+def test_an_unknown_layer_is_clipped_exactly(store, users):
+    class Gate(nn.Module):
+        """A layer of no known kind: two parameters, one of which enters twice."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Parameter(torch.linspace(0.5, 1.5, 16))
+            self.mix = nn.Parameter(torch.eye(16) + 0.1)
+
+        def forward(self, values):
+            return torch.sigmoid(values * self.gate) @ self.mix * self.gate
+
+    def make():
+        model = tiny_llama()
+        model.model.layers[0].mlp = Gate()
+        return model
+
+    check_exact(make(), trainable_parameters(make()), torch.device("cpu"))
+    found = ghost_sum(store, range(12), 0.3, make())
+    assert float((found - plain_sum(users, 0.3, make())).abs().max()) < ROUNDING
+
+
+def test_clipping_rows_instead_of_users_would_be_seen(store, users):
+    """The failing arm: a user of several examples, each of them clipped by itself."""
+    rows = [
+        Group([replace(m, input_ids=m.input_ids[r : r + 1], labels=m.labels[r : r + 1],
+                       attention_mask=m.attention_mask[r : r + 1],
+                       row_weight=m.row_weight[r : r + 1])])
+        for group in groups_of(store, [3], 4096) for m in group.microbatches
+        for r in range(len(m.input_ids))
+    ]  # fmt: skip
+    assert len(rows) > 1
+    sums, _ = kernel_sum(ghost(0.05), tiny_model(), rows)
+    assert float(flat(sums).norm()) > 1.2 * 0.05
+
+
+def test_without_the_cross_term_of_tied_embeddings_a_norm_would_be_wrong(store, monkeypatch):
+    """The failing arm of exactness for weights used twice."""
+    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS["gram"])
+    microbatches, _ = share(groups_of(store, range(12), 4096), 4096)
+    model = tiny_model()
+    kernel = ghost(1.0)(model, trainable_parameters(model))
+    tied = kernel.group_gradients(microbatches[0])["transformer.wte.weight"]
+    assert isinstance(tied, group_gradients.Tied)
+    right = tied.held().gradients.double().flatten(1).norm(dim=1).square()
+    without = tied.products.squared_norms() + tied.lookups.squared_norms()
+    assert float((tied.squared_norms() / right - 1).abs().max()) < 1e-5
+    assert float((without / right - 1).abs().max()) > 1e-2

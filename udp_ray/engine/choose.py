@@ -1,0 +1,124 @@
+"""Which kernel clips: the one asked for, or the faster one, measured on made-up tokens.
+
+The measurement sees public numbers alone: the model, the group size, the longest example that the
+store may hold, the microbatch. Rank 0 measures and all ranks do as it says. What comes out differs
+by rounding only, so that a resumed run may choose anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from udp_ray.data.cohort import Group
+from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.ghost_check import check_exact, made_up_group
+from udp_ray.engine.ports import Kernel
+from udp_ray.engine.world import World
+from udp_ray.errors import ConfigError, UnsupportedModelError
+
+MEASURED_TOKENS = 2048
+"""Most tokens of a measured microbatch: enough to tell, and over in a moment."""
+
+MEASURED_GROUPS = 4
+"""Most groups that the direct kernel is measured on; each takes it a pass of its own."""
+
+REPEATS = 3
+"""The fastest counts; the first also pays for what happens once."""
+
+
+def choose_kernel(
+    wanted: Literal["auto", "direct", "ghost"],
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    clip_norm: float,
+    rows_per_group: int,
+    tokens_per_row: int,
+    microbatch_tokens: int,
+    autocast: str,
+    world: World,
+) -> Kernel:
+    """Returns the kernel, the same on all ranks. Collective; call it while parameters are whole.
+
+    Args:
+        wanted: `TrainConfig.kernel`.
+        model: On its device, as it will train.
+        parameters: The trainable ones by name.
+        clip_norm: The plan's.
+        rows_per_group: Most examples of a group: the group size under uls, 1 under els.
+        tokens_per_row: Most tokens of an example that the store may hold.
+        microbatch_tokens: Most tokens of a microbatch.
+        autocast: `ModelConfig.autocast`.
+        world: The ranks.
+
+    Raises:
+        UnsupportedModelError: The ghost kernel was asked for and cannot clip this model.
+        ConfigError: It was asked for and cannot work with these settings.
+    """
+    direct = DirectKernel(
+        model, parameters, clip_norm=clip_norm, autocast=autocast, device=world.device
+    )
+
+    def ghost() -> GhostKernel:
+        return GhostKernel(
+            model,
+            parameters,
+            clip_norm=clip_norm,
+            microbatch_tokens=microbatch_tokens,
+            autocast=autocast,
+            device=world.device,
+        )
+
+    def is_ghost_taken() -> bool:
+        if wanted == "direct":
+            return False
+        try:
+            candidate = ghost()
+            check_exact(model, parameters, world.device)
+        except (ConfigError, UnsupportedModelError):
+            if wanted == "ghost":
+                raise
+            return False
+        if wanted == "ghost":
+            return True
+        groups = _made_up_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
+        few = groups[:MEASURED_GROUPS]
+        sums = ClippedSum(parameters, world)
+        slow = _seconds(direct, sums, few) / len(few)
+        return _seconds(candidate, sums, groups) / len(groups) < slow
+
+    return ghost() if world.from_first(is_ghost_taken) else direct
+
+
+def _made_up_groups(
+    model: nn.Module, rows_per_group: int, tokens_per_row: int, microbatch_tokens: int
+) -> list[Group]:
+    """Returns groups of the largest kind, as many as a measured microbatch holds."""
+    tokens = min(tokens_per_row, microbatch_tokens)
+    rows = min(rows_per_group, microbatch_tokens // tokens)
+    most = min(microbatch_tokens, max(MEASURED_TOKENS, rows * tokens))
+    return [made_up_group(model, rows, tokens)] * (most // (rows * tokens))
+
+
+def _seconds(kernel: Kernel, sums: ClippedSum, groups: Sequence[Group]) -> float:
+    """Returns how long the kernel takes for the groups at best; what it adds is forgotten."""
+    times = []
+    for _ in range(REPEATS):
+        _wait_for_device()
+        start = time.perf_counter()
+        kernel.add_clipped(sums, groups)
+        _wait_for_device()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

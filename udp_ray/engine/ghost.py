@@ -1,0 +1,116 @@
+"""The ghost kernel: many groups per backward pass, none of whose gradients is formed by backward.
+
+    rows of many groups -> forward, backward: each layer's input and output gradient (capture.py)
+      -> each group's norm over all parameters (group_gradients.py) -> clip factors (dp/clipping.py)
+      -> layer by layer the sum over groups, factors inside, in float32 -> the clipped sum
+
+One backward pass, and no parameter's gradient in it: what a weight's gradient would have cost goes
+into the clipped sum instead. Parameters are handed over in the model's order, each exactly once per
+microbatch. A group that fills more than one microbatch goes through the direct kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from udp_ray.data.cohort import Group
+from udp_ray.data.sharing import SharedMicrobatch, share
+from udp_ray.dp.clipping import clip_factor
+from udp_ray.engine.capture import capturing
+from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.ghost_layers import RowLayout, make_layer
+from udp_ray.engine.group_gradients import GroupGradients, total
+from udp_ray.engine.token_loss import autocast_context, row_losses
+from udp_ray.errors import ConfigError
+
+SMALLEST_CLIP_NORM = 1e-6
+"""Norms come from products of float32 squares, which vanish below 1e-38: bounds stay far above."""
+
+
+class GhostKernel:
+    """Adds up the clipped gradients of groups, many per backward pass.
+
+    Build it while the parameters are whole: layers are recognized by what they compute.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        clip_norm: float,
+        microbatch_tokens: int,
+        autocast: str = "off",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Looks at the model's layers.
+
+        Raises:
+            ConfigError: The clip norm is too small for this kernel.
+        """
+        if clip_norm < SMALLEST_CLIP_NORM:
+            raise ConfigError(
+                f"privacy.clip_norm is {clip_norm:g}, below the {SMALLEST_CLIP_NORM:g} that the"
+                " ghost kernel's float32 squares resolve: set train.kernel to direct"
+            )
+        self._model = model
+        self._parameters = dict(parameters)
+        self._clip_norm = clip_norm
+        self._microbatch_tokens = microbatch_tokens
+        self._autocast = autocast
+        self._device = torch.device(device)
+        self._direct = DirectKernel(
+            model, parameters, clip_norm=clip_norm, autocast=autocast, device=device
+        )
+        names = {parameter: name for name, parameter in parameters.items()}
+        layers = {path: make_layer(module, names) for path, module in model.named_modules()}
+        self._layers = {path: layer for path, layer in layers.items() if layer is not None}
+        self._num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
+
+    @property
+    def num_rejected(self) -> Tensor:
+        """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
+        return self._num_rejected + self._direct.num_rejected
+
+    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+        """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
+        microbatches, large = share(groups, self._microbatch_tokens)
+        for microbatch in microbatches:
+            self.add_microbatch(sums, microbatch)
+        self._direct.add_clipped(sums, large)
+
+    def add_microbatch(self, sums: ClippedSum, microbatch: SharedMicrobatch) -> None:
+        """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
+        num_groups = len(microbatch.rows_of_groups)
+        gradients = self.group_gradients(microbatch)
+        squared = torch.zeros(num_groups, dtype=torch.float64, device=self._device)
+        for gradient in gradients.values():
+            squared += gradient.squared_norms()
+        is_rejected = ~torch.isfinite(squared)
+        self._num_rejected += is_rejected.sum()
+        factors = clip_factor(squared.sqrt(), self._clip_norm)
+        # 0 * NaN is NaN: what is not finite has to be masked; on a CPU, where looking costs
+        # nothing, only where there is any.
+        must_mask = self._device.type != "cpu" or bool(is_rejected.any())
+        for name, parameter in self._parameters.items():
+            if name not in gradients:  # without influence on the loss
+                sums.add(name, torch.zeros_like(parameter, dtype=torch.float32))
+                continue
+            gradient = gradients.pop(name)
+            kept = gradient.without(is_rejected) if must_mask else gradient
+            sums.add(name, kept.weighted_sum(factors))
+
+    def group_gradients(self, microbatch: SharedMicrobatch) -> dict[str, GroupGradients]:
+        """Returns the unclipped gradients of one microbatch's groups, by parameter. Sensitive."""
+        layout = RowLayout(microbatch.rows_of_groups, self._device)
+        trainable = list(self._parameters.values())
+        with capturing(self._model, self._layers, trainable, layout, self._device) as capture:
+            with autocast_context(self._autocast, self._device):
+                sums_R, counts_R = row_losses(self._model, microbatch, self._device)
+            weights_R = microbatch.row_weight.to(self._device)
+            capture.backward((weights_R * sums_R / counts_R.clamp(min=1)).sum())
+        return {name: total(uses) for name, uses in capture.uses.items()}

@@ -1,0 +1,244 @@
+"""The gradients of many groups for one parameter: their norms and weighted sums, seldom whole.
+
+A linear layer's gradient for one group is the sum over the group's tokens of an outer product: an
+output gradient times an input. Two ways lead to its norm. *Held*: form it, which for groups of many
+tokens takes less memory than the tokens themselves, and serves for the sum too. *Gram*: the squared
+norm is the sum over pairs of tokens of (input . input) (output gradient . output gradient), which
+for groups of few tokens is far less work. Either way the sum over groups is formed in float32 from
+the very tensors that the norms are of, with the clip factors inside, also where they are bfloat16.
+
+Rounding. A norm that came out too small would let a group exceed its bound. Held gradients are
+added as they are, so their norm, taken in float64, is that of what is added. In the Gram form the
+pairs of tokens cancel, while the roundings of their products (float32, each relative to its own
+pair) do not: they add up like independent errors, to a few units in the last place of the root of
+the sum over pairs of the squared products, which is at most the sum over tokens of |input|^2
+|output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter is added
+to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
+`clipping.ROUNDING_MARGIN`.
+
+Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
+of a table.
+
+Reference:
+    [1] Higham and Mary 2019, "A new approach to probabilistic rounding error analysis".
+    [2] Goodfellow 2015, arXiv:1510.01799 (norms of outer products), and Li et al. 2022,
+        arXiv:2110.05679 (the Gram form for sequences). Departure: a user's rows are one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from udp_ray.dp.clipping import squared_norms
+
+GRAM_SLACK = 2.0**-19
+
+# Held gradients cost one pass over memory per value, the Gram form arithmetic per pair of tokens.
+# Measured on CPU and stated in values held per value of the layer's stored tokens.
+HELD_PER_STORED = 1.0
+
+
+class GroupGradients(Protocol):
+    """The gradients of U groups for one parameter. Sensitive."""
+
+    def squared_norms(self) -> Tensor:
+        """Returns the squared L2 norm of each group's gradient, float64 (U,), not too small."""
+        ...
+
+    def weighted_sum(self, factors_U: Tensor) -> Tensor:
+        """Returns the sum over groups of factor times gradient, float32, shaped as the parameter.
+
+        All gradients must be finite (see `without`): 0 * NaN is NaN.
+        """
+        ...
+
+    def without(self, is_rejected_U: Tensor) -> GroupGradients:
+        """Returns these gradients, those of rejected groups zero whatever they held."""
+        ...
+
+    def held(self) -> Held:
+        """Returns the same gradients, formed."""
+        ...
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Held:
+    """Gradients as they are, float32, (U, *shape of the parameter)."""
+
+    gradients: Tensor
+
+    def squared_norms(self) -> Tensor:
+        return squared_norms(self.gradients)
+
+    def weighted_sum(self, factors_U: Tensor) -> Tensor:
+        flat = self.gradients.flatten(1)
+        return (factors_U @ flat).view(self.gradients.shape[1:])
+
+    def without(self, is_rejected_U: Tensor) -> Held:
+        return Held(_zeroed(self.gradients, is_rejected_U))
+
+    def held(self) -> Held:
+        return self
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Products:
+    """Sums over tokens of outer products: output gradient (U, L, Q) times input (U, L, P)."""
+
+    inputs: Tensor
+    outputs: Tensor
+    is_transposed: bool = False
+    """The parameter has the shape (P, Q), as in GPT-2's Conv1D, instead of (Q, P)."""
+
+    def squared_norms(self) -> Tensor:
+        return _pair_sum(_gram(self.inputs), _gram(self.outputs))
+
+    def weighted_sum(self, factors_U: Tensor) -> Tensor:
+        inputs, outputs = self.inputs.float(), self.outputs.float()
+        if inputs.shape[2] < outputs.shape[2]:  # the factor goes where it costs less
+            inputs = inputs * factors_U[:, None, None]
+        else:
+            outputs = outputs * factors_U[:, None, None]
+        inputs, outputs = inputs.flatten(0, 1), outputs.flatten(0, 1)
+        return inputs.T @ outputs if self.is_transposed else outputs.T @ inputs
+
+    def without(self, is_rejected_U: Tensor) -> Products:
+        return replace(
+            self,
+            inputs=_zeroed(self.inputs, is_rejected_U),
+            outputs=_zeroed(self.outputs, is_rejected_U),
+        )
+
+    def held(self) -> Held:
+        inputs, outputs = self.inputs.float(), self.outputs.float()
+        if self.is_transposed:
+            return Held(torch.bmm(inputs.transpose(1, 2), outputs))
+        return Held(torch.bmm(outputs.transpose(1, 2), inputs))
+
+    @property
+    def is_better_held(self) -> bool:
+        """Whether the formed gradients are no larger than the tokens that they are formed from."""
+        (_, tokens, size_in), size_out = self.inputs.shape, self.outputs.shape[2]
+        return size_in * size_out <= HELD_PER_STORED * tokens * (size_in + size_out)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Lookups:
+    """Sums over tokens of a gradient (U, L, P) that belongs to one row of a table."""
+
+    rows: Tensor
+    """Which row, int64 (U, L)."""
+    outputs: Tensor
+    num_rows: int
+
+    def squared_norms(self) -> Tensor:
+        # What a group adds to one row is gathered at the first token that looked it up.
+        is_same = self.rows[:, :, None] == self.rows[:, None, :]
+        first = is_same.to(torch.uint8).argmax(dim=2)
+        outputs = self.outputs.float()
+        num_groups, tokens, _ = outputs.shape
+        place = first + tokens * torch.arange(num_groups, device=first.device)[:, None]
+        gathered = torch.zeros_like(outputs).flatten(0, 1)
+        gathered.index_add_(0, place.flatten(), outputs.flatten(0, 1))
+        return squared_norms(gathered.view_as(outputs)) + GRAM_SLACK * squared_norms(outputs)
+
+    def weighted_sum(self, factors_U: Tensor) -> Tensor:
+        outputs = self.outputs.float() * factors_U[:, None, None]
+        table = outputs.new_zeros(self.num_rows, outputs.shape[2])
+        return table.index_add_(0, self.rows.flatten(), outputs.flatten(0, 1))
+
+    def without(self, is_rejected_U: Tensor) -> Lookups:
+        return replace(self, outputs=_zeroed(self.outputs, is_rejected_U))
+
+    def held(self) -> Held:
+        num_groups, _, size = self.outputs.shape
+        tables = self.outputs.new_zeros(num_groups * self.num_rows, size, dtype=torch.float32)
+        group = torch.arange(num_groups, device=self.rows.device)[:, None]
+        place = (self.rows + self.num_rows * group).flatten()
+        tables.index_add_(0, place, self.outputs.float().flatten(0, 1))
+        return Held(tables.view(num_groups, self.num_rows, size))
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Tied:
+    """A table that is also a linear layer's weight: the norm of a sum has a cross term."""
+
+    products: Products
+    lookups: Lookups
+
+    def squared_norms(self) -> Tensor:
+        # Row v of the table gets output_t[v] input_t from each token t of the linear layer, and
+        # lookup_s from each token s that looked row v up. The slack of both norms covers the cross
+        # term's roundings, as 2 a b <= a^2 + b^2.
+        close = torch.bmm(self.products.inputs.float(), self.lookups.outputs.float().mT)
+        place = self.lookups.rows[:, None, :].expand_as(close)
+        picked = self.products.outputs.gather(2, place).float()
+        cross = (close * picked).sum(dim=2).double().sum(dim=1)
+        return self.products.squared_norms() + self.lookups.squared_norms() + 2 * cross
+
+    def weighted_sum(self, factors_U: Tensor) -> Tensor:
+        total = self.products.weighted_sum(factors_U)
+        return total.add_(self.lookups.weighted_sum(factors_U))
+
+    def without(self, is_rejected_U: Tensor) -> Tied:
+        return Tied(self.products.without(is_rejected_U), self.lookups.without(is_rejected_U))
+
+    def held(self) -> Held:
+        return Held(self.products.held().gradients + self.lookups.held().gradients)
+
+
+def total(uses: Sequence[GroupGradients]) -> GroupGradients:
+    """Returns the gradients of a parameter that was used several times, in whatever ways."""
+    kinds: dict[object, GroupGradients] = {}
+    for use in uses:
+        key = (type(use), getattr(use, "is_transposed", None))
+        kinds[key] = _sum(kinds[key], use) if key in kinds else use
+    products, lookups = kinds.get((Products, False)), kinds.get((Lookups, None))
+    if len(kinds) == 2 and isinstance(products, Products) and isinstance(lookups, Lookups):
+        tied = Tied(products, lookups)
+        return tied.held() if products.is_better_held else tied
+    if len(kinds) > 1:
+        return Held(reduce(torch.add, [use.held().gradients for use in kinds.values()]))
+    (only,) = kinds.values()
+    is_long = isinstance(only, Products) and only.is_better_held
+    return only.held() if is_long else only
+
+
+def _sum(one: GroupGradients, other: GroupGradients) -> GroupGradients:
+    """Joins two of a kind: their tokens follow one another, so that cross terms are counted."""
+    if isinstance(one, Products) and isinstance(other, Products):
+        return replace(
+            one,
+            inputs=torch.cat([one.inputs, other.inputs], dim=1),
+            outputs=torch.cat([one.outputs, other.outputs], dim=1),
+        )
+    if isinstance(one, Lookups) and isinstance(other, Lookups):
+        return replace(
+            one,
+            rows=torch.cat([one.rows, other.rows], dim=1),
+            outputs=torch.cat([one.outputs, other.outputs], dim=1),
+        )
+    return Held(one.held().gradients + other.held().gradients)
+
+
+def _gram(vectors: Tensor) -> Tensor:
+    vectors = vectors.float()
+    return torch.bmm(vectors, vectors.mT)
+
+
+def _pair_sum(inputs_ULL: Tensor, outputs_ULL: Tensor) -> Tensor:
+    """Returns the sum over pairs of tokens of the products, float64 (U,), with its slack."""
+    pairs = inputs_ULL * outputs_ULL
+    slack = GRAM_SLACK * pairs.diagonal(dim1=1, dim2=2).double().sum(dim=1)
+    return pairs.sum(dim=2).double().sum(dim=1).clamp(min=0) + slack
+
+
+def _zeroed(values: Tensor, is_rejected_U: Tensor) -> Tensor:
+    shape = (-1,) + (1,) * (values.dim() - 1)
+    return torch.where(is_rejected_U.view(shape), 0, values)
