@@ -54,3 +54,7 @@ class CheckpointError(UdpRayError):
 
 class NoiseCheckError(UdpRayError):
     """The run-time check found noise missing, doubled or wrongly scaled; nothing was trained."""
+
+
+class BenchmarkError(UdpRayError):
+    """A benchmark cannot be run as asked, or a contestant does not compute what the others do."""

@@ -95,6 +95,7 @@ def assert_one_sentence(done: Done, *words: str) -> None:
 
 DEMO = ["--config", str(CONFIGS / "demo.yaml")]
 DRY_RUNS = {
+    "benchmark": ["--config", str(CONFIGS / "benchmark.yaml"), "--output", "TMP/out"],
     "demo": ["--data.store", "TMP/d/store", "--output", "TMP/d/private"],
     "mean_estimation": ["--config", str(CONFIGS / "mean_estimation.yaml"), "--output", "TMP/out"],
     "plan": ["--config", str(CONFIGS / "plan_example.yaml"), "--output", "TMP/out"],
@@ -172,6 +173,16 @@ MISTAKES = {
     "pretrain without text": ("pretrain", ["--output", "TMP/out"], ["input"]),
     "demo outside its folder": (
         "demo", ["--data.store", "TMP/a/store", "--output", "TMP/b/out"], ["data.store"],
+    ),
+    "benchmark without a study": ("benchmark", ["--output", "TMP/out"], ["study"]),
+    "benchmark without rounds": (
+        "benchmark", ["--config", str(CONFIGS / "benchmark.yaml"), "--study.rounds", "0"],
+        ["study.rounds", "0"],
+    ),
+    "benchmark of a contestant that nobody knows": (
+        "benchmark",
+        ["--config", str(CONFIGS / "benchmark.yaml"), "--study.contestants", "faster"],
+        ["study.contestants", "faster"],
     ),
     "mean estimation without users": (
         "mean_estimation",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,22 @@ def test_reading_back_shows_the_gradient_and_moves_nothing(stage):
         arrived = zero.read_back(given)
         assert all(torch.equal(arrived[n], given[n]) for n in given)
     assert all(torch.equal(before[n], p) for n, p in zero.parameters.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_ordinary_losses_move_the_weights_by_the_gradient_of_their_sum(stage):
+    zero = engine(zero_stage=stage)
+    before = {n: p.detach().clone() for n, p in zero.parameters.items()}
+
+    def loss(factor):
+        return sum((factor * p).sum() for p in zero.parameters.values())
+
+    for step in (1, 2):  # twice: no gradient of the first may be left over
+        zero.apply_losses([partial(loss, 2.0), partial(loss, 3.0), partial(loss, -1.0)], step)
+        moved = [before[n] - p.detach() for n, p in zero.parameters.items()]
+        assert all(torch.allclose(m, torch.full_like(m, 4.0 * step)) for m in moved)
+    zero.apply({n: torch.ones_like(p) for n, p in zero.parameters.items()}, 3)
+    assert all(torch.allclose(before[n] - p, torch.tensor(9.0)) for n, p in zero.parameters.items())
 
 
 def test_a_step_that_deepspeed_skips_is_an_error_not_a_silence():

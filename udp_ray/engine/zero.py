@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,11 +90,22 @@ class ZeroEngine:
     def apply(self, gradients: Mapping[str, Tensor], step: int) -> None:
         """Moves the weights by the mean over ranks of `gradients`, at the step's learning rate."""
         self._backward(gradients)
-        rate = learning_rate(self._settings, step, num_steps=self._num_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._engine.step()
-        assert self._engine.skipped_steps == 0, "DeepSpeed skipped a step that was paid for"
+        self._step(step)
+
+    def apply_losses(self, losses: Sequence[Callable[[], Tensor]], step: int) -> None:
+        """Moves the weights by the mean over ranks of the gradient of the sum of `losses`.
+
+        Ordinary training, with no clipping and no noise: what a private step is compared with.
+
+        Args:
+            losses: Each returns the loss of one microbatch, when its backward pass is due. There
+                is at least one, and under stages 2 and 3 equally many on all ranks.
+            step: Fixes the learning rate.
+        """
+        for number, loss in enumerate(losses, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(losses))
+            self._engine.backward(loss())
+        self._step(step)
 
     def read_back(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what the optimizer would have been given for `gradients`, and moves nothing.
@@ -133,6 +144,13 @@ class ZeroEngine:
         given = [gradients[name] for name in self.parameters]
         loss = _GivenGradients.apply(given, *self.parameters.values())
         self._engine.backward(loss)
+
+    def _step(self, step: int) -> None:
+        rate = learning_rate(self._settings, step, num_steps=self._num_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._engine.step()
+        assert self._engine.skipped_steps == 0, "DeepSpeed skipped a step that was paid for"
 
     def _held_step(self) -> None:
         """Lets DeepSpeed finish a step, its buffers emptied, while the optimizer stands still."""

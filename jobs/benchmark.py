@@ -1,0 +1,49 @@
+"""Measure speed, memory and overhead, beside training without privacy and beside the peers.
+
+    python jobs/benchmark.py --config jobs/configs/benchmark.yaml --output runs/benchmark
+    python jobs/benchmark.py --config jobs/configs/benchmark.yaml --quick --output runs/quick
+    ray job submit --working-dir . -- python jobs/benchmark.py --config FILE
+
+All contestants of a cell train on the same made-up tokens, in turn, in processes of their own; the
+ceiling is DeepSpeed without clipping and noise. Peers take part where they are installed (pip
+install 'udp-ray[benchmark]'). benchmark.json, benchmark.txt and benchmark.png in the output folder
+hold every cell, the hardware and the versions. On a GPU: jobs/configs/benchmark_gpu.yaml.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
+from udp_ray.config import AbsolutePath, ClusterConfig, Section
+from udp_ray.experiments.benchmark import describe, run_benchmark, save
+from udp_ray.experiments.benchmark_study import Study
+from udp_ray.on_ray.connect import connected
+from udp_ray.outputs import OutputFolder
+
+QUICK = Flag("quick", "Measure small_study instead of study: four cells, under five minutes.")
+
+
+class BenchmarkConfig(Section):
+    study: Study
+    small_study: Study
+    """The study that --quick measures."""
+    cluster: ClusterConfig = ClusterConfig()
+    output: AbsolutePath
+    """Folder for the results."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    job = parse(BenchmarkConfig, __doc__, argv, flags=(QUICK, DRY_RUN))
+    config = job.config
+    study = config.small_study if job.flag("quick") else config.study
+    print(describe(study))
+    if job.flag("dry-run"):
+        return 0
+    folder = Path(config.output)
+    OutputFolder(folder).check(resume=False)
+    print(save(folder, run_benchmark(study, lambda: connected(config.cluster.address))))
+    return 0
+
+
+if __name__ == "__main__":
+    run_job(main)

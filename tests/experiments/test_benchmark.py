@@ -1,0 +1,383 @@
+"""The benchmark: who takes part, that all compute the same, and that figures are what was measured.
+
+No test here asserts a speed: `jobs/benchmark.py` measures, and says which aims it missed.
+"""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from udp_ray.data.cohort import Group
+from udp_ray.data.store import TokenStore
+from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.world import join_world
+from udp_ray.errors import BenchmarkError
+from udp_ray.experiments import benchmark, benchmark_aims, benchmark_parts
+from udp_ray.experiments.benchmark_cells import Times, measured, missing_peers, run_cell
+from udp_ray.experiments.benchmark_contestants import (
+    PlainLoop,
+    PrivateContestant,
+    Task,
+    check_equal,
+    everybody_as_one,
+    open_reader,
+)
+from udp_ray.experiments.benchmark_growth import Curve, curves_of, growth_cells
+from udp_ray.experiments.benchmark_people import build_model, step_tokens, write_people
+from udp_ray.experiments.benchmark_process import Facts, LeftOutError, Team, build
+from udp_ray.experiments.benchmark_study import CEILING, Cell, Growth, ModelShape, Parts, Study
+
+SHAPES = [
+    ModelShape(name=family, family=family, width=16, layers=1, heads=2, vocabulary=64)
+    for family in ("gpt2", "llama")
+]
+ELS = Cell(model="llama", sampling="els", group_size=1, sequence_tokens=8, step_tokens=64)
+ULS = Cell(model="gpt2", sampling="uls", group_size=4, sequence_tokens=8, step_tokens=128)
+RAGGED = ULS.model_copy(update={"lengths": "ragged", "group_size": 2})
+
+FACTS = Facts(10, None)
+
+needs_opacus = pytest.mark.skipif(bool(missing_peers()), reason="opacus is not installed")
+
+
+def study(*cells: Cell, **fields: object) -> Study:
+    values = {
+        "models": SHAPES,
+        "cells": list(cells),
+        "contestants": ["direct"],
+        "microbatch_tokens": 64,
+        "rounds": 2,
+        "num_threads": 1,
+    }
+    return Study.model_validate(values | fields)
+
+
+def task(cell: Cell, folder: Path, name: str = "direct") -> Task:
+    store = write_people(folder, cell, vocabulary=64)
+    return Task(name, cell, study(ELS, contestants=["direct"]), str(store))
+
+
+def groups_of(task: Task) -> list[Group]:
+    contestant = PrivateContestant(task, join_world())
+    with open_reader(task, contestant.draw, join_world()) as reader:
+        return reader.groups(1)
+
+
+# ---- the whole, small
+
+
+def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
+    asked = study(
+        ELS,
+        ULS,
+        contestants=["auto", "ghost", "direct", "torch"],
+        growth=Growth(
+            users=[300, 3000],
+            cohort_size=30,
+            group_sizes=[1, 2],
+            parameters=[],
+            workers=[],
+            base=ULS.model_copy(update={"contestants": ["direct"]}),
+        ),
+    )
+    results = benchmark.run_benchmark(asked, join_ray=lambda: pytest.fail("nothing asks for Ray"))
+    text = benchmark.save(tmp_path / "out", results)
+    saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert (tmp_path / "out" / "benchmark.txt").read_text() == text
+    assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    by_cell: dict[str, dict[str, dict]] = {}
+    for row in saved["cells"]:
+        by_cell.setdefault(row["cell"], {})[row["kernel"]] = row
+    assert {cell: set(rows) for cell, rows in by_cell.items()} == {
+        str(ELS): {CEILING, "auto", "ghost", "direct", "torch"},
+        str(ULS): {CEILING, "auto", "ghost", "direct"},
+    }
+    for rows in by_cell.values():
+        ceiling = rows[CEILING]
+        assert ceiling["ratio"] == 1
+        assert len({row["step_tokens"] for row in rows.values()}) == 1
+        for row in rows.values():
+            assert row["tokens_per_s"] == pytest.approx(row["step_tokens"] / row["step_s"])
+            assert row["ratio"] == pytest.approx(row["tokens_per_s"] / ceiling["tokens_per_s"])
+            assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+            assert row["peak_bytes"] > 0
+        assert rows["ghost"]["chosen"] == "ghost"
+        assert rows["auto"]["chosen"] in ("ghost", "direct")
+    assert {(curve["grows"], curve["what"]) for curve in saved["growth"]} == {
+        ("users", "sampler"),
+        ("group_size", CEILING),
+        ("group_size", "direct"),
+    }
+    assert saved["hardware"]["cores"] >= 1
+    assert saved["versions"]["torch"] == torch.__version__
+
+
+# ---- fairness
+
+
+@pytest.mark.parametrize("cell", [ELS, ULS, RAGGED], ids=str)
+def test_everybody_trains_on_the_same_tokens_in_every_step(cell: Cell, tmp_path: Path) -> None:
+    mine = task(cell, tmp_path)
+    world = join_world()
+    draws = [PrivateContestant(mine, world).draw, everybody_as_one(mine.store, num_workers=1)]
+    rows = []
+    for draw in draws:
+        with open_reader(mine, draw, world) as reader:
+            for step in (1, 2):
+                microbatches = [m for g in reader.groups(step) for m in g.microbatches]
+                tokens = [
+                    tuple(ids[mask.bool()].tolist())
+                    for m in microbatches
+                    for ids, mask in zip(m.input_ids, m.attention_mask, strict=True)
+                ]
+                rows.append(sorted(tokens))
+    assert all(found == rows[0] for found in rows)
+    expected = step_tokens(TokenStore.open(mine.store, verify=False))
+    assert sum(map(len, rows[0])) == expected
+
+
+@pytest.mark.parametrize("name", ["direct", "ghost"])
+@pytest.mark.parametrize("cell", [ELS, ULS, RAGGED], ids=str)
+def test_a_contestant_with_the_right_sum_passes_the_check(
+    cell: Cell, name: str, tmp_path: Path
+) -> None:
+    mine = task(cell, tmp_path, name)
+    PrivateContestant(mine, join_world()).check(groups_of(mine)[:4])
+
+
+@needs_opacus
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("name", ["opacus", "opacus-ghost"])
+def test_opacus_has_the_right_sum_on_both_families(name: str, tmp_path: Path) -> None:
+    world = join_world()
+    for number, family in enumerate(["llama", "gpt2"]):
+        mine = task(ELS.model_copy(update={"model": family}), tmp_path / str(number), name)
+        contestant = build(mine, world)
+        with open_reader(mine, contestant.draw, world) as reader:
+            if (name, family) == ("opacus-ghost", "gpt2"):
+                with pytest.raises(NotImplementedError, match="tying"):
+                    contestant.check(reader.groups(1))
+            else:
+                contestant.check(reader.groups(1))
+                contestant.take(1, reader.groups(1))
+
+
+@pytest.mark.parametrize("fault", ["no clip", "half", "one left out"])
+def test_a_contestant_that_computes_another_sum_is_refused(fault: str, tmp_path: Path) -> None:
+    mine = task(ULS, tmp_path)
+    groups = groups_of(mine)
+    model = build_model(SHAPES[0], max_tokens=8)
+    clip_norm, expected = PlainLoop(model, "off", torch.device("cpu")).clipped_sum(groups)
+    parameters = dict(model.named_parameters())
+    sums = ClippedSum(parameters, join_world())
+    kernel = DirectKernel(model, parameters, clip_norm=1e9 if fault == "no clip" else clip_norm)
+    kernel.add_clipped(sums, groups[1:] if fault == "one left out" else groups)
+    sums.scale(0.5 if fault == "half" else 1.0)
+    with pytest.raises(BenchmarkError, match="'mine' computes another sum"):
+        check_equal("mine", list(sums.views.values()), expected, "off")
+
+
+def test_the_check_clips_some_groups_and_not_all(tmp_path: Path) -> None:
+    groups = groups_of(task(ULS, tmp_path))
+    loop = PlainLoop(build_model(SHAPES[0], max_tokens=8), "off", torch.device("cpu"))
+    clip_norm, _ = loop.clipped_sum(groups)
+    norms = [loop.clipped_sum([group])[0] for group in groups]
+    assert min(norms) < clip_norm < max(norms)
+
+
+# ---- figures are what was measured
+
+
+def test_ratios_come_from_the_times_and_rounds_are_paired() -> None:
+    ceiling = Times(FACTS, [1.0, 2.0, 1.0], peak_bytes=100)
+    mine = Times(FACTS, [2.0, 2.0, 4.0], peak_bytes=150)
+    row = measured(mine, ceiling, num_tokens=80)
+    assert row == {
+        "step_s": 2.0,
+        "tokens_per_s": 40.0,
+        "ratio": 0.5,
+        "ratio_low": 0.25,
+        "ratio_high": 1.0,
+        "peak_bytes": 150,
+        "memory_ratio": 1.5,
+    }
+
+
+def test_memory_that_cannot_be_measured_is_left_open() -> None:
+    row = measured(Times(FACTS, [1.0]), Times(FACTS, [1.0], peak_bytes=100), num_tokens=1)
+    assert row["memory_ratio"] is None
+
+
+def test_slopes_are_those_of_the_logarithms() -> None:
+    assert Curve("users", "x", [(1, 3.0), (10, 300.0)]).slope == pytest.approx(2)
+    assert Curve("users", "x", [(1, 3.0), (7, 3.0), (9, 3.0)]).slope == pytest.approx(0)
+    assert Curve("users", "x", [(5, 3.0)]).slope is None
+
+
+def test_a_growing_group_leaves_the_number_of_users_as_it_is() -> None:
+    growth = Growth(users=[9], group_sizes=[8, 1, 2], parameters=["gpt2"], workers=[1], base=ULS)
+    cells = growth_cells(growth, "group_size")
+    assert [cell.group_size for cell in cells] == [1, 2, 8]
+    assert {cell.num_users for cell in cells} == {ULS.num_users}
+
+
+def test_a_contestant_that_misses_a_cell_has_no_curve() -> None:
+    rows = [{"kernel": "direct", "group_size": size, "step_s": float(size)} for size in (1, 2)]
+    results = [dataclasses.make_dataclass("R", ["rows"])(rows=[row]) for row in rows]
+    results[0].rows.append({"kernel": "opacus", "group_size": 1, "step_s": 1.0})
+    assert [curve.what for curve in curves_of("group_size", results)] == ["direct"]
+
+
+def row(kernel: str, **fields: object) -> dict:
+    cell = {
+        "cell": "a", "kernel": kernel, "sampling": "uls", "group_size": 4, "sequence_tokens": 16,
+        "microbatch_tokens": 64, "num_parameters": 200_000_000, "step_tokens": 1000,
+        "tokens_per_s": 100.0, "step_s": 10.0, "ratio": 1.0, "memory_ratio": 1.0,
+    }  # fmt: skip
+    return cell | fields
+
+
+def test_aims_judge_auto_by_its_worst_cell() -> None:
+    rows = [
+        row("auto", ratio=0.97),
+        row("direct", ratio=0.2),
+        row("opacus", tokens_per_s=101.0),
+        row("auto", cell="b", ratio=0.93, memory_ratio=1.3),
+    ]
+    whole, filled, peers, memory, stall, overhead = benchmark_aims.judge(rows, {})
+    assert (whole.measured, whole.is_met, whole.where) == (0.93, True, "b")
+    assert (filled.measured, filled.is_met) == (0.93, False)
+    assert (peers.is_met, peers.where) == (False, "a")
+    assert (memory.is_met, memory.where) == (False, "b")
+    assert stall.is_met is None
+    assert overhead.is_met is None
+
+
+def test_overhead_is_taken_at_the_models_own_size() -> None:
+    parts = {
+        "noise": [Curve("values", "noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
+        "accountant": {"round_trip_s": 0.02},
+        "stall": {"share": 0.5, "cell": "a"},
+    }
+    cost = benchmark_aims.overhead(row("auto"), parts)
+    assert cost is not None
+    assert cost["seconds"] == pytest.approx(0.22)
+    assert cost["share"] == pytest.approx(0.022)
+    assert cost["least_step_tokens"] == pytest.approx(1100)
+    aims = benchmark_aims.judge([row("auto")], parts)
+    assert [aim.is_met for aim in aims[-2:]] == [False, False]
+
+
+# ---- parts
+
+
+def test_balanced_cohorts_are_never_worse_than_dealt_ones() -> None:
+    parts = Parts(noise_values=[1], stalled=ULS, balance_workers=(2, 8), balance_cohort_size=64)
+    people = {"made up": benchmark_parts.made_up_lengths()}
+    rows = benchmark_parts.measure_balance(people, parts, microbatch_tokens=2048)
+    assert [row["num_workers"] for row in rows] == [2, 8]
+    for found in rows:
+        assert 1 <= found["busiest_over_mean"] <= found["busiest_over_mean_dealt"]
+
+
+def test_the_noise_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_parts, "NOISE_REPEATS", 1)
+    curves = benchmark_parts.measure_noise([10, 1000], num_threads=1)
+    assert [curve.what for curve in curves] == ["noise", "secure noise"]
+    assert all(seconds > 0 for curve in curves for _, seconds in curve.points)
+
+
+@pytest.mark.slow
+def test_the_shipped_people_are_those_that_its_description_counts() -> None:
+    lengths, offsets = benchmark_parts.shipped_lengths()
+    assert (len(offsets) - 1, len(lengths)) == (15_230, 195_694)
+    assert np.diff(offsets).max() > 100 * np.median(np.diff(offsets))
+
+
+@pytest.mark.slow
+def test_waiting_for_data_is_a_share_of_consecutive_steps() -> None:
+    parts = Parts(noise_values=[1], stalled=ULS, stalled_steps=3)
+    found = benchmark_parts.measure_stall(study(ULS), parts)
+    assert 0 <= found["share"] < 1
+    assert found["kernel"] == "direct"
+
+
+# ---- who takes part
+
+
+def test_peers_take_part_in_els_cells_of_one_worker_only() -> None:
+    everybody = ["direct", "opacus", CEILING, "opacus"]
+    asked = study(ELS, contestants=everybody)
+    assert asked.contestants_of(ELS) == [CEILING, "direct", "opacus"]
+    assert asked.contestants_of(ULS) == [CEILING, "direct"]
+    two = ELS.model_copy(update={"num_workers": 2})
+    assert asked.contestants_of(two) == [CEILING, "direct"]
+
+
+@needs_opacus
+@pytest.mark.slow
+def test_a_peer_that_cannot_run_a_model_is_left_out_with_a_sentence() -> None:
+    tied = ELS.model_copy(update={"model": "gpt2"})
+    result = run_cell(study(tied, contestants=["direct", "opacus-ghost"]), tied)
+    assert [row["kernel"] for row in result.rows] == [CEILING, "direct"]
+    assert "opacus-ghost is left out of gpt2 els" in result.left_out[0]
+
+
+@pytest.mark.slow
+def test_a_contestant_of_ours_that_fails_stops_the_benchmark_with_its_reason(
+    tmp_path: Path,
+) -> None:
+    store = write_people(tmp_path, ELS, vocabulary=10_000)  # the model knows 64 of them
+    team = Team(Task("direct", ELS, study(ELS), str(store)))
+    try:
+        with pytest.raises(BenchmarkError, match=r"'direct' failed in llama els .*IndexError"):
+            team.ready()
+    finally:
+        team.stop()
+
+
+@pytest.mark.slow
+def test_two_workers_share_the_tokens_and_tell_the_same_times() -> None:
+    cell = ULS.model_copy(update={"num_workers": 2, "zero_stage": 2})
+    result = run_cell(study(cell), cell)
+    assert [row["kernel"] for row in result.rows] == [CEILING, "direct"]
+    assert {row["step_tokens"] for row in result.rows} == {128}
+
+
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_gpu"])
+def test_the_shipped_studies_make_sense_and_the_quick_one_has_four_cells(name: str) -> None:
+    file = benchmark_parts.ROOT.parent / "jobs" / "configs" / f"{name}.yaml"
+    content = yaml.safe_load(file.read_text())
+    assert "cells, " in benchmark.describe(Study.model_validate(content["study"]))
+    assert len(Study.model_validate(content["small_study"]).cells) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"cells": [ELS.model_copy(update={"model": "none"})]}, "'none'"),
+        ({"models": [SHAPES[1], SHAPES[1]]}, "two models are called 'llama'"),
+        ({"cells": [ELS, ELS]}, "stands twice"),
+        ({"cells": [ULS], "contestants": ["opacus"]}, "no contestant beside"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused(fields: dict, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        study(ELS, **fields)
+
+
+def test_a_model_whose_heads_do_not_fit_is_refused() -> None:
+    with pytest.raises(ValidationError, match="3 heads do not divide"):
+        ModelShape(name="odd", family="gpt2", width=16, layers=1, heads=3, vocabulary=64)
+
+
+def test_a_peers_reason_survives_the_way_between_processes() -> None:
+    assert str(pickle.loads(pickle.dumps(LeftOutError("why")))) == "why"
