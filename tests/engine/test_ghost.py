@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from udp_ray.config import LoraConfig
 from udp_ray.data.cohort import Group
 from udp_ray.data.sharing import share, without_groups
 from udp_ray.data.store import TokenStore
@@ -20,6 +21,7 @@ from udp_ray.engine.ghost import GhostKernel
 from udp_ray.engine.ghost_check import check_exact
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.load import trainable_parameters
+from udp_ray.models.lora import add_adapters
 from udp_ray.testing.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
 from udp_ray.testing.training import tiny_model, tiny_users, write_tiny_store
 
@@ -155,6 +157,90 @@ def test_dropout_is_refused():
     model.train()
     with pytest.raises(ConfigError, match=r"set model\.dropout to 0"):
         check_exact(model, trainable_parameters(model), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpointed_layers_are_captured_once(store, users, name):
+    """Their forward pass runs again within the backward pass."""
+    model = MODELS[name]().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = ghost_sum(store, range(12), 0.1, model)
+    assert float((found - plain_sum(users, 0.1, MODELS[name]())).abs().max()) < ROUNDING
+
+
+def test_a_head_called_once_per_chunk_of_tokens_is_exact(store, users):
+    class Chunked(nn.Linear):
+        """Calls a head on some tokens at a time, as a loss that never holds all logits."""
+
+        def forward(self, values):
+            return torch.cat([self.head(part) for part in values.split(5, dim=1)], dim=1)
+
+    def make():
+        model = tiny_llama()
+        head = model.lm_head
+        model.lm_head = Chunked(1, 1, bias=False).requires_grad_(False)
+        model.lm_head.head = head
+        return model
+
+    found = ghost_sum(store, range(12), 0.1, make())
+    assert float((found - plain_sum(users, 0.1, make())).abs().max()) < ROUNDING
+
+
+def test_adapters_are_clipped_exactly_and_alone(store, users):
+    def make():
+        model = tiny_model()
+        add_adapters(model, LoraConfig(rank=2), dropout=0.0)
+        random = torch.Generator().manual_seed(0)
+        for name, parameter in trainable_parameters(model).items():
+            assert "lora_" in name
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=random) / 4)
+        return model
+
+    check_exact(make(), trainable_parameters(make()), torch.device("cpu"))
+    found = ghost_sum(store, range(12), 0.1, make())
+    assert float((found - plain_sum(users, 0.1, make())).abs().max()) < ROUNDING
+
+
+def alone_and_in_company(store, packed):
+    """Each user's gradient under autocast, by itself and among others, as `packed` packs them."""
+    model = tiny_model()
+    make = ghost(1.0, autocast="bfloat16", microbatch_tokens=4096)
+    kernel = make(model, trainable_parameters(model))
+    groups = groups_of(store, range(12), 4096)
+    together = {}
+    for microbatch in packed(kernel, groups):
+        gradients = kernel.group_gradients(microbatch).values()
+        for place, texts in enumerate(rows_by_group(microbatch)):
+            together[str(texts)] = torch.cat(
+                [g.held().gradients[place].flatten() for g in gradients]
+            )
+    for group in groups:
+        (microbatch,) = packed(kernel, [group])
+        gradients = kernel.group_gradients(microbatch).values()
+        alone = torch.cat([g.held().gradients[0].flatten() for g in gradients])
+        yield alone, together[str(rows_by_group(microbatch)[0])]
+
+
+def rows_by_group(microbatch):
+    ids = [
+        tuple(row[mask.bool()].tolist())
+        for row, mask in zip(microbatch.input_ids, microbatch.attention_mask, strict=True)
+    ]
+    ends = torch.tensor(microbatch.rows_of_groups).cumsum(0).tolist()
+    counts = microbatch.rows_of_groups
+    return [ids[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def test_under_autocast_a_users_gradient_does_not_depend_on_who_shares(store):
+    pairs = list(alone_and_in_company(store, lambda kernel, groups: kernel.share(groups)[0]))
+    assert all(float((a - b).norm() / a.norm()) < 1e-6 for a, b in pairs)
+
+
+def test_padded_to_the_longest_of_a_microbatch_it_would(store):
+    """The failing arm."""
+    pairs = list(alone_and_in_company(store, lambda kernel, groups: share(groups, 4096)[0]))
+    assert max(float((a - b).norm() / a.norm()) for a, b in pairs) > 1e-4
 
 
 def test_an_unknown_layer_is_clipped_exactly(store, users):

@@ -9,7 +9,7 @@ written down. Speed and memory only; as sensitive as the text itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,11 @@ class SharedMicrobatch:
 
 
 def share(
-    groups: Iterable[Group], microbatch_tokens: int
+    groups: Iterable[Group],
+    microbatch_tokens: int,
+    *,
+    length_grid: int | None = None,
+    longest: int | None = None,
 ) -> tuple[list[SharedMicrobatch], list[Group]]:
     """Returns the groups packed into shared microbatches, and those too large to share one.
 
@@ -44,6 +48,10 @@ def share(
     Args:
         groups: Groups as a `CohortReader` gives them.
         microbatch_tokens: Most tokens, padding included, of a microbatch.
+        length_grid: Pad each group to a multiple of this, and let only groups of equal length
+            share: how far a group is padded, and with it each rounding of its gradient, then
+            depends on the group alone. None pads to the longest of a microbatch.
+        longest: No row is padded beyond this, which the model can read.
 
     Returns:
         The shared microbatches, and the groups that fill more than one.
@@ -56,8 +64,21 @@ def share(
             large.append(group)
         else:
             small.append(first)
-    small.sort(key=lambda rows: rows.input_ids.shape, reverse=True)
-    return [_joined(some) for some in _filled(small, microbatch_tokens)], large
+
+    def padded(rows: Microbatch) -> int:
+        length = rows.input_ids.shape[1]
+        on_grid = -(-length // length_grid) * length_grid if length_grid else length
+        return max(length, min(on_grid, longest)) if longest else on_grid
+
+    by_length: dict[int, list[Microbatch]] = {}
+    for rows in small:
+        by_length.setdefault(padded(rows) if length_grid else 0, []).append(rows)
+    microbatches = []
+    for _, alike in sorted(by_length.items(), reverse=True):
+        alike.sort(key=lambda rows: rows.input_ids.shape, reverse=True)
+        for some in _filled(alike, microbatch_tokens, padded):
+            microbatches.append(_joined(some, max(padded(rows) for rows in some)))
+    return microbatches, large
 
 
 def without_groups() -> SharedMicrobatch:
@@ -71,33 +92,34 @@ def without_groups() -> SharedMicrobatch:
     )
 
 
-def _filled(small: Sequence[Microbatch], microbatch_tokens: int) -> Iterable[list[Microbatch]]:
+def _filled(
+    small: Sequence[Microbatch], microbatch_tokens: int, padded: Callable[[Microbatch], int]
+) -> Iterable[list[Microbatch]]:
     """Cuts the sequence where the next group would no longer fit."""
     some: list[Microbatch] = []
-    num_rows = longest = 0
+    num_rows = length = 0
     for rows in small:
-        next_rows = num_rows + rows.input_ids.shape[0]
-        next_longest = max(longest, rows.input_ids.shape[1])
-        if some and next_rows * next_longest > microbatch_tokens:
+        num_rows += len(rows.input_ids)
+        length = max(length, padded(rows))
+        if some and num_rows * length > microbatch_tokens:
             yield some
             some = []
-            next_rows, next_longest = rows.input_ids.shape
+            num_rows, length = len(rows.input_ids), padded(rows)
         some.append(rows)
-        num_rows, longest = next_rows, next_longest
     if some:
         yield some
 
 
-def _joined(some: Sequence[Microbatch]) -> SharedMicrobatch:
-    counts = tuple(rows.input_ids.shape[0] for rows in some)
-    shape = sum(counts), max(rows.input_ids.shape[1] for rows in some)
+def _joined(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
+    counts = tuple(len(rows.input_ids) for rows in some)
+    shape = sum(counts), length
     input_ids = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, NO_LOSS, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     start = 0
     for rows in some:
-        num_rows, length = rows.input_ids.shape
-        part = slice(start, start + num_rows), slice(0, length)
+        num_rows, num_tokens = rows.input_ids.shape
+        part = slice(start, start + num_rows), slice(0, num_tokens)
         input_ids[part] = rows.input_ids
         labels[part] = rows.labels
         attention_mask[part] = rows.attention_mask

@@ -56,9 +56,10 @@ def kernel_sum(
     parameters = trainable_parameters(model)
     kernel = make(model, parameters)
     sums = ClippedSum(parameters, World(rank=0, size=1, device=torch.device("cpu")))
+    hooks = [len(module._forward_hooks) for module in model.modules()]
     kernel.add_clipped(sums, groups)
     assert all(p.grad is None and p.requires_grad for p in parameters.values())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
     return sums.views, kernel
 
 

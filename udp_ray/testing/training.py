@@ -40,7 +40,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 Fault = Literal[
     "none", "realized_divisor", "clip_each_microbatch", "noise_on_all", "no_noise", "half_noise",
-    "noise_twice",
+    "noise_twice", "clip_weighted_pass",
 ]  # fmt: skip
 
 
@@ -54,6 +54,7 @@ class TinyRun:
     microbatch_tokens: int = 64
     fuse_reduce: bool = False
     kernel: Literal["direct", "ghost"] = "direct"
+    autocast: Literal["off", "bfloat16"] = "off"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.0
     learning_rate: float = 0.5
@@ -225,7 +226,7 @@ def run_loop(
         TokenStore.open(run.store, verify=False),
         run.plan(),
         settings=run.settings(),
-        autocast="off",
+        autocast=run.autocast,
         keys=run.keys(dist.get_rank()),
         accountant=accountant,
         publish=publish,

@@ -13,21 +13,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.data.cohort import CohortReader, Group
+from udp_ray.data.sharing import SharedMicrobatch
 from udp_ray.data.store import TokenStore
-from udp_ray.dp.clipping import clip_and_add
+from udp_ray.dp.clipping import clip_and_add, clip_factor
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.choose import choose_kernel
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.ghost import GhostKernel
 from udp_ray.engine.loop import cohorts
 from udp_ray.engine.ports import Kernel
 from udp_ray.engine.selfcheck import check_noise
 from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.token_loss import autocast_context, row_losses
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.models.load import trainable_parameters
+from udp_ray.testing.kernels import flat, groups_of
 from udp_ray.testing.training import TinyOutcome, TinyRun, Weights, tiny_model, weights_of
+
+MOVED_USERS = 6
 
 
 def take_steps(run: TinyRun) -> TinyOutcome:
@@ -142,13 +148,48 @@ def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
 
 def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
     parameters = trainable_parameters(model)
-    clip_norm = run.clip_norm
     if run.fault == "clip_each_microbatch":
-        return _ClipEachMicrobatch(model, parameters, clip_norm=clip_norm)
+        return _ClipEachMicrobatch(model, parameters, clip_norm=run.clip_norm)
+    if run.fault == "clip_weighted_pass":
+        return _ClipWeightedPass(
+            model, parameters, clip_norm=run.clip_norm, autocast=run.autocast,
+            microbatch_tokens=run.microbatch_tokens,
+        )  # fmt: skip
     return choose_kernel(
-        run.kernel, model, parameters, clip_norm=clip_norm, rows_per_group=run.group_size,
-        tokens_per_row=16, microbatch_tokens=run.microbatch_tokens, autocast="off", world=world,
+        run.kernel, model, parameters, clip_norm=run.clip_norm, rows_per_group=run.group_size,
+        tokens_per_row=16, microbatch_tokens=run.microbatch_tokens, autocast=run.autocast,
+        world=world,
     )  # fmt: skip
+
+
+def moves_of_the_sum(runs: list[TinyRun]) -> list[list[float]]:
+    """Returns how far removing each of the first users moves the sum, in clip norms; per run.
+
+    What counts is what arrives at the optimizer, after clipping, reduction and ZeRO's partition.
+    """
+    world = join_world()
+    moves = []
+    for run in runs:
+        model = run.model()
+        step = build_step(run, model, world)
+        store = TokenStore.open(run.store, verify=False)
+        everyone = _arrived(step, store, run, range(MOVED_USERS))
+        without = [
+            _arrived(step, store, run, [other for other in range(MOVED_USERS) if other != user])
+            for user in range(MOVED_USERS)
+        ]
+        moves.append([float((everyone - sums).norm()) / run.clip_norm for sums in without])
+    return moves
+
+
+def _arrived(step: PrivateStep, store: TokenStore, run: TinyRun, users: Iterable[int]) -> Tensor:
+    mine = list(users)[step.world.rank :: step.world.size]
+    step._sum.clear()
+    groups = groups_of(store, mine, run.microbatch_tokens) if mine else []
+    step._kernel.add_clipped(step._sum, groups)
+    step._privatize(None, 0)
+    arrived = step.zero.read_back(step._sum.views)
+    return flat(arrived) * step.plan.divisor
 
 
 class _ClipEachMicrobatch(DirectKernel):
@@ -159,6 +200,25 @@ class _ClipEachMicrobatch(DirectKernel):
         for group in groups:
             for microbatch in group.microbatches:
                 clip_and_add(views, self._microbatch_gradient(microbatch), self._clip_norm)
+
+
+class _ClipWeightedPass(GhostKernel):
+    """Weights the loss by the clip factors and goes through the model again: under autocast the
+    weight gradients of the whole microbatch are then bfloat16 values.
+    """
+
+    def add_microbatch(self, sums: ClippedSum, microbatch: SharedMicrobatch) -> None:
+        squared = sum(g.squared_norms() for g in self.group_gradients(microbatch).values())
+        factors = clip_factor(torch.as_tensor(squared).sqrt(), self._clip_norm)
+        counts = torch.tensor(microbatch.rows_of_groups)
+        with autocast_context(self._autocast, self._device):
+            sums_R, counts_R = row_losses(self._model, microbatch, self._device)
+        weights_R = microbatch.row_weight * factors.repeat_interleave(counts)
+        gradients = torch.autograd.grad(
+            (weights_R * sums_R / counts_R).sum(), list(self._parameters.values())
+        )
+        for name, gradient in zip(self._parameters, gradients, strict=True):
+            sums.add(name, gradient.float())
 
 
 class _RealizedDivisor(PrivateStep):
