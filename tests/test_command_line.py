@@ -141,9 +141,18 @@ def test_no_noise_wants_to_be_accepted_by_name(settings_file: str) -> None:
 
 def test_digest_changes_with_what_a_step_releases_and_with_nothing_else(settings_file: str) -> None:
     digest = read(settings_file).config.digest()
-    for same in (["--train.zero_stage", "2"], ["--cluster.num_workers", "4"], ["--output", "x"]):
+    for same in (
+        ["--train.zero_stage", "2"],
+        ["--train.activation_checkpointing", "true"],
+        ["--cluster.num_workers", "4"],
+        ["--output", "x"],
+    ):
         assert read(settings_file, *same).config.digest() == digest, same
-    for other in (["--train.learning_rate", "9"], ["--privacy.clip_norm", "9"]):
+    for other in (
+        ["--train.learning_rate", "9"],
+        ["--privacy.clip_norm", "9"],
+        ["--model.lora.rank", "9"],
+    ):
         assert read(settings_file, *other).config.digest() != digest, other
 
 

@@ -9,6 +9,7 @@ Expect it to be off by a factor of three either way.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from udp_ray.models.lora import add_adapters
 SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
 FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
+ANOTHER_FORWARD_PASS = 4 / 3  # beside one forward and one backward pass, which costs two
 ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
 ACTIVATIONS_PER_WIDTH = 24  # float32 values kept per token, layer and unit of width
 FLOAT_BYTES = 4
@@ -71,7 +73,8 @@ def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
     attention = ATTENTION_FLOPS * shape.num_layers * shape.width * tokens
     frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (shape.num_parameters - shape.num_trainable)
     per_token = FLOPS_PER_WEIGHT_AND_TOKEN * shape.num_trainable + frozen + attention
-    flops = float(examples * tokens * per_token)
+    passes = ANOTHER_FORWARD_PASS if config.train.activation_checkpointing else 1.0
+    flops = float(examples * tokens * per_token * passes)
     return Estimate(
         num_parameters=shape.num_parameters,
         num_trainable=shape.num_trainable,
@@ -130,6 +133,9 @@ def _memory(config: ExperimentConfig, shape: _Shape) -> int:
     shared = states + (1 if stage >= 1 else 0) + (1 if stage >= 2 else 0)  # with master weights
     tensors = shape.num_trainable * (whole + shared / (workers if stage >= 1 else 1))
     tensors += shape.num_parameters - shape.num_trainable  # frozen weights, and nothing of them
-    per_token = ACTIVATIONS_PER_WIDTH * shape.num_layers * shape.width + 3 * shape.vocab_size
+    # With checkpointing the layers' inputs, and the activations of the one that is computed anew.
+    kept = (shape.num_layers, ACTIVATIONS_PER_WIDTH)
+    layers = sum(kept) if config.train.activation_checkpointing else math.prod(kept)
+    per_token = layers * shape.width + 3 * shape.vocab_size
     activations = per_token * config.train.microbatch_tokens
     return int(FLOAT_BYTES * (tensors + activations))

@@ -35,6 +35,12 @@ SOUND = {
     "stage 0, users over many microbatches": {"zero_stage": 0, "microbatch_tokens": 13},
     "stage 1, fused": {"zero_stage": 1, "fuse_reduce": True},
     "stage 2": {"zero_stage": 2, "microbatch_tokens": 1000},
+    "stage 2, activations computed twice": {"zero_stage": 2, "activation_checkpointing": True},
+    "stage 1, ghost kernel": {"zero_stage": 1, "kernel": "ghost"},
+    "ghost kernel, activations computed twice": {
+        "kernel": "ghost",
+        "activation_checkpointing": True,
+    },
 }
 FAULTS = {
     "no noise": {"fault": "no_noise"},

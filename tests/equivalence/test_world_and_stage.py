@@ -37,6 +37,7 @@ SOUND = {
     "stage 0, users over many microbatches": {"zero_stage": 0, "microbatch_tokens": 13},
     "stage 1, fused": {"zero_stage": 1, "fuse_reduce": True},
     "stage 2": {"zero_stage": 2, "microbatch_tokens": 1000},
+    "stage 1, activations computed twice": {"zero_stage": 1, "activation_checkpointing": True},
     "stage 2, fused, small microbatches": {
         "zero_stage": 2, "microbatch_tokens": 13, "fuse_reduce": True,
     },

@@ -37,7 +37,11 @@ from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError, ConfigError, PrivacyBudgetExceededError
-from udp_ray.models.load import frozen_fingerprint, trainable_parameters
+from udp_ray.models.load import (
+    checkpoint_activations,
+    frozen_fingerprint,
+    trainable_parameters,
+)
 
 SAMPLED_VALUES = 256
 """Values of each parameter that the check after the first step looks at."""
@@ -163,6 +167,8 @@ class _Training:
     def _set_up(self) -> None:
         """Builds the parts, proves the noise, and takes up a checkpoint where there is one."""
         self.model.train()
+        if self.settings.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.frozen = frozen_fingerprint(self.model)
         saved = self._read_checkpoint()
         if saved is not None:

@@ -92,6 +92,23 @@ def refuse_coupled_examples(name: str, model: nn.Module) -> None:
             raise UnsupportedModelError(_experts_message(name, f"{path}, {kind}"))
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Has the model compute its layers' activations anew in the backward pass, in training mode.
+
+    Non-reentrant, so that it also works where gradients are asked for by `torch.autograd.grad`, and
+    of a frozen model's adapters.
+
+    Raises:
+        ConfigError: If the architecture does not support it.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"train.activation_checkpointing is true, which {type(model).__name__} cannot do: set"
+            " it to false, and train.microbatch_tokens lower"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that train by name, a shared tensor once, in the model's own order.
 

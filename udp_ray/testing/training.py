@@ -53,6 +53,7 @@ class TinyRun:
     zero_stage: int = 0
     microbatch_tokens: int = 64
     fuse_reduce: bool = False
+    activation_checkpointing: bool = False
     kernel: Literal["direct", "ghost"] = "direct"
     autocast: Literal["off", "bfloat16"] = "off"
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -100,6 +101,7 @@ class TinyRun:
         return TrainConfig(
             zero_stage=self.zero_stage,
             microbatch_tokens=self.microbatch_tokens,
+            activation_checkpointing=self.activation_checkpointing,
             optimizer=self.optimizer,
             momentum=self.momentum,
             learning_rate=self.learning_rate,

@@ -29,7 +29,7 @@ from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.token_loss import autocast_context, row_losses
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.models.load import trainable_parameters
+from udp_ray.models.load import checkpoint_activations, trainable_parameters
 from udp_ray.testing.kernels import flat, groups_of
 from udp_ray.testing.training import TinyOutcome, TinyRun, Weights, tiny_model, weights_of
 
@@ -67,6 +67,8 @@ def take_empty_step(run: TinyRun, step: int) -> Weights:
 
 def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     """Returns the private step of a run, or a faulty one if the run says so."""
+    if run.activation_checkpointing:
+        checkpoint_activations(model.train())
     parameters = trainable_parameters(model)
     plan, keys = run.plan(), run.keys(world.rank)
     kernel = _kernel(run, model, world)
