@@ -197,8 +197,8 @@ def test_the_check_clips_some_groups_and_not_all(tmp_path: Path) -> None:
 
 
 def test_ratios_come_from_the_times_and_rounds_are_paired() -> None:
-    ceiling = Times(FACTS, [1.0, 2.0, 1.0], peak_bytes=100)
-    mine = Times(FACTS, [2.0, 2.0, 4.0], peak_bytes=150)
+    ceiling = Times(FACTS, [1.0, 2.0, 1.0], [3.0, 4.0, 5.0], peak_bytes=100)
+    mine = Times(FACTS, [2.0, 2.0, 4.0], [6.0, 5.0, 4.0], peak_bytes=150)
     row = measured(mine, ceiling, num_tokens=80)
     assert row == {
         "step_s": 2.0,
@@ -206,13 +206,17 @@ def test_ratios_come_from_the_times_and_rounds_are_paired() -> None:
         "ratio": 0.5,
         "ratio_low": 0.25,
         "ratio_high": 1.0,
+        "processor_s": 5.0,
+        "processor_ratio": 0.8,
         "peak_bytes": 150,
         "memory_ratio": 1.5,
     }
 
 
 def test_memory_that_cannot_be_measured_is_left_open() -> None:
-    row = measured(Times(FACTS, [1.0]), Times(FACTS, [1.0], peak_bytes=100), num_tokens=1)
+    row = measured(
+        Times(FACTS, [1.0], [1.0]), Times(FACTS, [1.0], [1.0], peak_bytes=100), num_tokens=1
+    )
     assert row["memory_ratio"] is None
 
 

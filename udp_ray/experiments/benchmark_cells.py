@@ -42,6 +42,8 @@ class Times:
     facts: Facts
     seconds: list[float] = field(default_factory=list)
     """Of the step of each round."""
+    processor_seconds: list[float] = field(default_factory=list)
+    """The same on the processor's cores, added up."""
     peak_bytes: int | None = None
 
 
@@ -86,7 +88,9 @@ def measured(times: Times, ceiling: Times, num_tokens: int) -> Row:
     """Returns what a contestant's times say, beside the ceiling's of the same rounds.
 
     The ratio is that of the medians; low and high are the extremes over rounds, each round by
-    itself, and show how noisy the machine was.
+    itself, and show how noisy the machine was. The processor's ratio is that of the seconds spent
+    on its cores, which other work on a shared machine hardly changes; on a GPU it is the host's
+    part alone.
     """
     paired = [theirs / ours for ours, theirs in zip(times.seconds, ceiling.seconds, strict=True)]
     memory_ratio = None
@@ -98,6 +102,8 @@ def measured(times: Times, ceiling: Times, num_tokens: int) -> Row:
         "ratio": median(ceiling.seconds) / median(times.seconds),
         "ratio_low": min(paired),
         "ratio_high": max(paired),
+        "processor_s": median(times.processor_seconds),
+        "processor_ratio": median(ceiling.processor_seconds) / median(times.processor_seconds),
         "peak_bytes": times.peak_bytes,
         "memory_ratio": memory_ratio,
     }
@@ -121,7 +127,9 @@ def _take_turns(tasks: list[Task], rounds: int) -> tuple[dict[str, Times], list[
             shift = number % len(teams)  # nobody always follows the same neighbour
             names = list(teams)
             for name in names[shift:] + names[:shift]:
-                times[name].seconds += teams[name].turn().seconds
+                turn = teams[name].turn()
+                times[name].seconds += turn.seconds
+                times[name].processor_seconds += turn.processor_seconds
         for name, team in teams.items():
             team.finish()
             times[name].peak_bytes = team.peak_bytes

@@ -53,12 +53,14 @@ class LeftOutError(BenchmarkError):
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn of a contestant took: the slowest worker's times, per step."""
+    """What one turn of a contestant took."""
 
     seconds: list[float]
-    """Of each step, reading included."""
+    """Of each step on the slowest worker, reading included."""
     waits: list[float]
     """The part of each step that was waiting for the reader."""
+    processor_seconds: list[float]
+    """Of each step, on the processor's cores, added up over threads and workers."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,8 @@ class Team:
         """Has all workers take some steps one after the other."""
         self._ask(("turn", steps))
         answers = self._answers()
-        seconds, waits = zip(*answers, strict=True)
-        return Turn(
-            *([max(times) for times in zip(*each, strict=True)] for each in (seconds, waits))
-        )
+        seconds, waits, processor = (zip(*each, strict=True) for each in zip(*answers, strict=True))
+        return Turn(list(map(max, seconds)), list(map(max, waits)), list(map(sum, processor)))
 
     def finish(self) -> None:
         """Ends the workers, who tell their peak memory."""
@@ -227,17 +227,18 @@ def build(task: Task, world: World) -> Contestant:
 
 def _timed_steps(
     contestant: Contestant, reader: Any, first: int, steps: int, world: World
-) -> tuple[list[float], list[float]]:
-    seconds, waits = [], []
+) -> tuple[list[float], list[float], list[float]]:
+    seconds, waits, processor = [], [], []
     for step in range(first, first + steps):
         _synchronize(world)
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         groups = reader.groups(step)
         waits.append(time.perf_counter() - start)
         contestant.take(step, groups)
         _synchronize(world)
         seconds.append(time.perf_counter() - start)
-    return seconds, waits
+        processor.append(time.process_time() - begun)
+    return seconds, waits, processor
 
 
 def _give_back(world: World) -> None:

@@ -38,8 +38,14 @@ def _heading(results: dict[str, Any]) -> str:
 
 
 def _cells(rows: Iterable[dict[str, Any]]) -> str:
-    head = f"{'':44} {'tokens/s':>10} {'of ceiling':>10} {'(rounds)':>13} {'MiB':>7} {'memory':>7}"
-    lines = ["All contestants of a cell in turn, medians", head]
+    head = (
+        f"{'':24} {'tokens/s':>10} {'of ceiling':>10} {'(rounds)':>13} {'cores':>6}"
+        f" {'MiB':>7} {'memory':>7}"
+    )
+    lines = [
+        "All contestants of a cell in turn, medians; cores: the ratio by seconds on the processor",
+        head,
+    ]
     cell = None
     for row in rows:
         if row["cell"] != cell:
@@ -49,9 +55,9 @@ def _cells(rows: Iterable[dict[str, Any]]) -> str:
                 f" {row['step_tokens']:,} tokens a step"
             )
         lines.append(
-            f"  {_kernel(row):42} {row['tokens_per_s']:10,.0f} {row['ratio']:10.2f}"
-            f" {row['ratio_low']:6.2f}-{row['ratio_high']:<6.2f} {_mebibytes(row):>7}"
-            f" {_number(row['memory_ratio']):>7}"
+            f"  {_kernel(row):22} {row['tokens_per_s']:10,.0f} {row['ratio']:10.2f}"
+            f" {row['ratio_low']:6.2f}-{row['ratio_high']:<6.2f} {row['processor_ratio']:6.2f}"
+            f" {_mebibytes(row):>7} {_number(row['memory_ratio']):>7}"
         )
     return "\n".join(lines)
 
