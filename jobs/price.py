@@ -10,11 +10,10 @@ puts the tight accountant of ELS beside two known conversions, and ULS at equal 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from udp_ray.command_line import DRY_RUN, JSON, Flag, parse, run_job
 from udp_ray.config import DataConfig, PrivacyConfig, Section
-from udp_ray.data.manifest import PRIVATE_FILE, PrivateCounts
+from udp_ray.data.remote import is_at_hand, is_prepared, read_counts
 from udp_ray.dp import price
 from udp_ray.dp.comparison import compare
 from udp_ray.dp.plan import PrivacyPlan
@@ -41,11 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _counts(config: PriceConfig) -> tuple[int | None, int | None]:
     """Returns the store's users, and the examples that they keep; None if there is no store."""
-    if config.data is None or not (Path(config.data.store) / PRIVATE_FILE).exists():
+    if config.data is None or not _is_wanted(config.data.store, config.privacy):
         return None, None
-    counts = PrivateCounts.read(Path(config.data.store)).train
+    counts = read_counts(config.data.store).train
     most = config.privacy.group_size
     return counts.num_users, sum(min(n, most) * k for n, k in counts.examples_per_user.items())
+
+
+def _is_wanted(store: str, privacy: PrivacyConfig) -> bool:
+    """Returns whether to look at a store: if it is here, or if only it knows the population."""
+    return is_at_hand(store) or (privacy.population is None and is_prepared(store))
 
 
 if __name__ == "__main__":

@@ -16,18 +16,48 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from udp_ray.durable import vanishes_with_job
+from udp_ray.errors import ConfigError
+from udp_ray.location import absolute, holds_secret, is_url
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _absolute_path(value: str) -> str:
-    """Makes a local path absolute; leaves URLs alone."""
-    return value if "://" in value else str(Path(value).expanduser().absolute())
+def _refuse_secret(value: str, info: ValidationInfo) -> None:
+    """Refuses a URL that would give a secret away, in words that do not."""
+    if holds_secret(value):
+        raise ValueError(
+            f"{info.field_name} is a URL with a password or key in it, which Ray and outputs would"
+            " write down: leave it out, and give credentials by the nodes' role or their ~/.aws"
+        )
 
 
-AbsolutePath = Annotated[str, AfterValidator(_absolute_path)]
+def _place(value: str, info: ValidationInfo) -> str:
+    """Makes a path absolute; leaves URLs alone."""
+    _refuse_secret(value, info)
+    return absolute(value)
+
+
+def _local_folder(value: str, info: ValidationInfo) -> str:
+    if is_url(value):
+        raise ValueError(f"{info.field_name} is {_place(value, info)}: give a folder, not a URL")
+    return absolute(value)
+
+
+AbsolutePath = Annotated[str, AfterValidator(_place)]
+"""A path or URL."""
+LocalFolder = Annotated[str, AfterValidator(_local_folder)]
 
 
 def _absolute_if_folder(value: str) -> str:
@@ -201,17 +231,24 @@ class DataConfig(Section):
     num_shards: PositiveInt = 16
     """Shard files of the store; part of its identity, independent of the cluster."""
     store: AbsolutePath
-    """Folder of the user-sharded token store."""
+    """Folder of the user-sharded token store, or a URL such as s3://bucket/chats."""
+    cache: LocalFolder | None = None
+    """Folder on each node's local disk for its copy of a store at a URL; open to its owner only.
+    Default: ~/.cache/udp-ray/stores."""
     heldout: float | list[str] | None = None
     """Held-out users: a share of users in (0, 1), chosen by a hash of the user, or a separate
     input whose users do not occur in data.input. Default: none."""
     ledger: str | None = None
-    """SQLAlchemy URL of the privacy ledger. Default: ledger.sqlite beside data.store."""
+    """SQLAlchemy URL of the privacy ledger. Default: ledger.sqlite beside data.store, if that is a
+    folder."""
 
     @field_validator("input", "heldout", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _one_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
+        values = [value] if isinstance(value, str) else value
+        for each in values if isinstance(values, list) else []:
+            _refuse_secret(str(each), info)
+        return values
 
     @field_validator("heldout", mode="before")
     @classmethod
@@ -236,7 +273,16 @@ class DataConfig(Section):
 
     @property
     def ledger_url(self) -> str:
-        """The URL of the ledger, with its default filled in."""
+        """The URL of the ledger, with its default filled in.
+
+        Raises:
+            ConfigError: There is no default beside a store that is not in a folder.
+        """
+        if self.ledger is None and is_url(self.store):
+            raise ConfigError(
+                f"data.ledger is missing: data.store is {self.store}, beside which no ledger can"
+                " be kept, so give postgresql://user@host/database or sqlite:////folder/file"
+            )
         return self.ledger or f"sqlite:///{Path(self.store).parent / 'ledger.sqlite'}"
 
 
@@ -345,12 +391,22 @@ class ClusterConfig(Section):
     """CPU cores that each worker reserves."""
     address: str | None = None
     """Ray cluster to join. Default: the one that the job runs in, else a new local one."""
-    storage: str | None = None
+    storage: AbsolutePath | None = None
     """Folder or URL that all nodes reach, for checkpoints. Default: output/checkpoints."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts of the workers before the run gives up."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds to wait for a cluster that grows by itself; 0 refuses at once what does not fit."""
+
+    @field_validator("storage")
+    @classmethod
+    def _refuse_fleeting(cls, value: str | None) -> str | None:
+        if value is not None and not is_url(value) and vanishes_with_job(Path(value)):
+            raise ValueError(
+                f"cluster.storage {value} lies in a job's temporary package directory and would"
+                " vanish with the job: give an absolute path that all nodes reach, or a URL"
+            )
+        return value
 
 
 # What changes speed and rounding, or when something is shown, but not what a step releases.
@@ -374,7 +430,7 @@ class ExperimentConfig(Section):
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
-    output: AbsolutePath
+    output: LocalFolder
     """Folder for the model, the statement and the figures of the run."""
 
     @model_validator(mode="after")

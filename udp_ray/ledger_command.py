@@ -5,11 +5,10 @@ spending = run_command("set-budget", config, dry_run=False)
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeVar
 
 from udp_ray.config import DataConfig, Section
-from udp_ray.data.manifest import MANIFEST_FILE, Manifest
+from udp_ray.data.remote import is_prepared, read_manifest
 from udp_ray.dp.ledger import Ledger, Spending
 from udp_ray.errors import ConfigError
 
@@ -68,9 +67,9 @@ def _open(config: LedgerConfig) -> Ledger:
     if config.ledger is not None:
         return Ledger.open(config.ledger)
     data = _needed(config.data, "ledger")
-    if not (Path(data.store) / MANIFEST_FILE).exists():
+    if not is_prepared(data.store):
         return Ledger.open(data.ledger_url)
-    manifest = Manifest.read(Path(data.store))
+    manifest = read_manifest(data.store)
     return Ledger.open(data.ledger or manifest.ledger_url, expected_id=manifest.ledger_id)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import ConfigError
 
 RUN_FILE = "run.json"
@@ -44,6 +45,11 @@ class OutputFolder:
         Raises:
             ConfigError: With the remedy.
         """
+        if vanishes_with_job(self.path):
+            raise ConfigError(
+                f"output {self.path} lies in a job's temporary package directory and would vanish"
+                " with the job: give an absolute path"
+            )
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"output {self.path} is a file: give a folder")
         if resume and not (self.path / RUN_FILE).is_file():

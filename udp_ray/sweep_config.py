@@ -22,10 +22,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from udp_ray.config import (
     SPEED_ONLY,
-    AbsolutePath,
     ClusterConfig,
     DataConfig,
     ExperimentConfig,
+    LocalFolder,
     ModelConfig,
     PositiveFloat,
     PositiveInt,
@@ -168,7 +168,7 @@ class SweepJobConfig(Section):
     model: ModelConfig
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
-    output: AbsolutePath
+    output: LocalFolder
     """Folder for what the sweep releases."""
 
     @model_validator(mode="after")

@@ -14,9 +14,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from udp_ray.data.describe import describe_counts
-from udp_ray.data.finish import Origin, finish
+from udp_ray.data.finish import Origin, collect, finish
 from udp_ray.data.manifest import Manifest, PrivateCounts
 from udp_ray.data.read import find_pieces
+from udp_ray.data.remote import is_prepared, open_store, put_store
 from udp_ray.data.source import Columns
 from udp_ray.data.stages import Task, read_examples, write_shards
 from udp_ray.data.store import TokenStore
@@ -68,6 +69,35 @@ def test_the_folder_becomes_a_store_that_opens(tmp_path, byte_tokenizer):
     assert (store.num_users, store.num_examples) == (30, 200)
     assert (counts.rows_read, counts.rows_without_text) == (202, 2)
     assert PrivateCounts.read(tmp_path / "store") == counts
+
+
+def test_shards_that_went_to_a_url_become_the_same_store(tmp_path, byte_tokenizer):
+    here = task(tmp_path / "store", byte_tokenizer, ROWS, [("someone else", "held out")])
+    run(here)
+    place = f"file://{tmp_path}/files/people"
+    work = replace(here, folder=tmp_path / "aside", url=place)
+    results = stages(work)
+    assert not (tmp_path / "aside").exists()  # a worker leaves nothing on its own disk
+    delivered = collect(work, results)
+    assert {shard for shard in delivered if "/" in shard} == {"heldout/shard-00003.bin"}
+    finish(replace(work, url=None), results, ORIGIN)
+    assert not is_prepared(place)
+    put_store(work.folder, place, delivered=delivered)
+    store = open_store(place, cache=str(tmp_path / "cache"), verify=True)
+    original = TokenStore.open(tmp_path / "store", verify=True)
+    assert store.manifest == original.manifest
+    assert store.heldout is not None
+    assert store.heldout.num_users == 1
+
+
+def test_a_shard_damaged_on_its_way_is_noticed_before_there_is_a_store(tmp_path, byte_tokenizer):
+    place = f"file://{tmp_path}/files/people"
+    work = replace(task(tmp_path / "aside", byte_tokenizer, ROWS), url=place)
+    results = stages(work)
+    shard = tmp_path / "files" / "people" / "shard-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
+    with pytest.raises(DataError, match=r"shard-00001\.bin is damaged"):
+        collect(work, results)
 
 
 def test_until_the_last_manifest_nothing_opens(tmp_path, byte_tokenizer):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from udp_ray.data.manifest import Manifest, PrivateCounts, StoreCounts
 from udp_ray.data.source import Columns, Piece
 
@@ -40,11 +38,11 @@ def estimate(num_bytes: int, num_shards: int, token_bytes: int) -> list[str]:
     ]
 
 
-def describe_store(path: Path, manifest: Manifest) -> str:
+def describe_store(place: str, manifest: Manifest) -> str:
     """Returns what may be said of a store in public."""
     heldout = ", with a held-out part" if manifest.heldout else ""
     return (
-        f"prepared {manifest.name} into {manifest.num_shards} shards{heldout}: {path}\n"
+        f"prepared {manifest.name} into {manifest.num_shards} shards{heldout}: {place}\n"
         f"ledger {manifest.ledger_id}: {manifest.ledger_url}"
     )
 

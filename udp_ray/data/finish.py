@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from udp_ray.data.manifest import Manifest, PrivateCounts, ShardEntry, StoreCounts
+from udp_ray.data.remote import bring_shards
 from udp_ray.data.stages import Task, parse_result, parse_tally, write_empty_shard
 from udp_ray.data.store import HELDOUT_FOLDER, TokenStore
 from udp_ray.errors import DataError
+from udp_ray.location import below
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,28 @@ def finish(task: Task, results: dict[int, str], origin: Origin) -> tuple[Manifes
     _write(task.folder, manifest, counts)
     _refuse_overlap(TokenStore.open(task.folder, verify=False))
     return manifest, counts
+
+
+def collect(task: Task, results: Mapping[int, str]) -> set[str]:
+    """Brings shards that went to a URL into the task's folder, to be checked and described.
+
+    Returns:
+        Their files, relative to the folder.
+    """
+    if task.url is None:
+        return set()
+    delivered: set[str] = set()
+    for first, place in (
+        (0, task.url),
+        (task.placement.num_shards, below(task.url, HELDOUT_FOLDER)),
+    ):
+        folder = task.folder_of(first)
+        numbers = range(first, first + task.placement.num_shards)
+        entries = [parse_result(results[number])[0] for number in numbers if number in results]
+        if entries:
+            bring_shards(place, entries, folder)
+        delivered |= {(folder / e.file).relative_to(task.folder).as_posix() for e in entries}
+    return delivered
 
 
 def _manifest(task: Task, part: Part, origin: Origin, heldout: str | None) -> Manifest:

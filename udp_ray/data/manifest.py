@@ -95,14 +95,22 @@ class Manifest(_Part):
         Raises:
             DataError: If there is no store there, or its manifest cannot be understood.
         """
-        text = _read(directory, MANIFEST_FILE)
+        return cls.parse(_read(directory, MANIFEST_FILE), str(directory / MANIFEST_FILE))
+
+    @classmethod
+    def parse(cls, text: str, place: str) -> Self:
+        """Returns the manifest that stood at a place.
+
+        Raises:
+            DataError: If it cannot be understood.
+        """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
             raise DataError(
-                f"{directory / MANIFEST_FILE} is not a manifest of version {SCHEMA_VERSION}"
+                f"{place} is not a manifest of version {SCHEMA_VERSION}"
                 f" ({field}: {first['msg']}): prepare the store again with this version"
             ) from error
 

@@ -8,7 +8,9 @@ once even when a task is repeated.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +22,12 @@ from udp_ray.data.assemble import assemble_shard
 from udp_ray.data.hashing import HASH_BYTES
 from udp_ray.data.manifest import ShardEntry, StoreCounts
 from udp_ray.data.read import read_rows
+from udp_ray.data.remote import put
 from udp_ray.data.source import Columns, Piece
 from udp_ray.data.store import HELDOUT_FOLDER, Shard, write_shard
 from udp_ray.data.tokenize import Placement, TextEncoder, example_schema, tokenize_rows
 from udp_ray.errors import DataError
+from udp_ray.location import below
 
 TALLY = -1
 """The shard number of rows that are no examples but counts, as int64 in the token column."""
@@ -41,7 +45,9 @@ class Task:
     placement: Placement
     max_examples_per_user: int | None
     folder: Path
-    """Where the store comes into being; a folder that all nodes share."""
+    """Where the store comes into being; a folder that all nodes share, unless it has a URL."""
+    url: str | None = None
+    """Where each shard goes as soon as it is written, instead of staying in the folder."""
 
     @property
     def has_heldout(self) -> bool:
@@ -52,6 +58,12 @@ class Task:
         """Returns the folder of a shard; those of held-out users are numbered last."""
         is_heldout = number >= self.placement.num_shards
         return self.folder / HELDOUT_FOLDER if is_heldout else self.folder
+
+    def url_of(self, number: int, file: str) -> str:
+        """Returns the URL of a shard's file."""
+        assert self.url is not None
+        name = (self.folder_of(number) / file).relative_to(self.folder)
+        return below(self.url, name.as_posix())
 
 
 def read_examples(batch: pa.Table, task: Task) -> Iterator[pa.Table]:
@@ -126,9 +138,10 @@ def parse_result(result: str) -> tuple[ShardEntry, StoreCounts]:
 
 
 def _write(number: int, shard: Shard, task: Task) -> str:
-    folder = task.folder_of(number)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    entry = write_shard(folder, number % task.placement.num_shards, shard)
+    with _workplace(number, task) as folder:
+        entry = write_shard(folder, number % task.placement.num_shards, shard)
+        if task.url is not None:
+            put(folder / entry.file, task.url_of(number, entry.file))
     sizes, users = np.unique(np.diff(shard.user_offsets), return_counts=True)
     counts = StoreCounts(
         num_users=shard.num_users,
@@ -137,6 +150,18 @@ def _write(number: int, shard: Shard, task: Task) -> str:
         examples_per_user=dict(zip(sizes.tolist(), users.tolist(), strict=True)),
     )
     return json.dumps([entry.model_dump(mode="json"), counts.model_dump(mode="json")])
+
+
+@contextmanager
+def _workplace(number: int, task: Task) -> Iterator[Path]:
+    """Gives the folder that a shard is written to, for the owner only."""
+    if task.url is not None:
+        with tempfile.TemporaryDirectory(prefix="udp-ray-") as scratch:
+            yield Path(scratch)
+        return
+    folder = task.folder_of(number)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    yield folder
 
 
 def _tally(num_rows: int, num_without_text: int, token_type: np.dtype) -> pa.Table:

@@ -16,7 +16,6 @@ that belong to the ledger: who copies it while a run is on copies all three.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import secrets
 import sqlite3
@@ -35,12 +34,12 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.pool import QueuePool
 
+from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import LedgerError, LedgerUnavailableError
 
 BUSY_TIMEOUT_S = 30.0
 CONNECT_TIMEOUT_S = 10
 OWNER_ONLY = 0o600
-PACKAGE_FOLDERS = {"working_dir_files", "py_modules_files"}  # below Ray's runtime_resources
 NETWORK_DISKS = {
     "nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs",
     "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.ceph", "fuse.rclone",
@@ -286,13 +285,11 @@ def public_url(url: str | URL) -> str:
 
 def _refuse_fleeting(path: Path) -> None:
     """Refuses the copy of the working directory that Ray makes for a job and throws away."""
-    for parts in (path.parts, path.resolve().parts):
-        for above, folder in itertools.pairwise(parts):
-            if above == "runtime_resources" and folder in PACKAGE_FOLDERS:
-                raise LedgerError(
-                    f"the ledger would lie in {path.parent}, which is a job's temporary package"
-                    " directory and vanishes with the job: give data.ledger an absolute path"
-                )
+    if vanishes_with_job(path):
+        raise LedgerError(
+            f"the ledger would lie in {path.parent}, which is a job's temporary package directory"
+            " and vanishes with the job: give data.ledger an absolute path"
+        )
 
 
 def _refuse_network_disk(path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from udp_ray.config import AbsolutePath, PositiveFloat, PositiveInt, Section
-from udp_ray.data.manifest import PrivateCounts
+from udp_ray.data.remote import read_counts
 from udp_ray.dp.planning import (
     TIE,
     Prediction,
@@ -104,7 +104,7 @@ class PlanConfig(Section):
             )
         histogram: Any = self.examples_per_user
         if self.store is not None:
-            counts = PrivateCounts.read(Path(self.store)).train.examples_per_user
+            counts = read_counts(self.store).train.examples_per_user
             histogram = {n: users for n, users in counts.items() if n > 0}
         return Workload(
             population=self.population,

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from udp_ray.config import ExperimentConfig, PrivacyConfig
-from udp_ray.data.manifest import MANIFEST_FILE
+from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.location import below
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 from udp_ray.outputs import CHECKPOINTS_FOLDER, OutputFolder
 from udp_ray.provenance import code_digest
@@ -42,13 +42,13 @@ class Run:
     @property
     def run_folder(self) -> str:
         """Folder or URL of this run's checkpoints."""
-        return f"{self.storage}/{self.run_id}"
+        return below(self.storage, self.run_id)
 
     @property
     def storage(self) -> str:
         """Folder or URL under which Ray keeps checkpoints."""
         default = str(self.folder.path / CHECKPOINTS_FOLDER)
-        return (self.config.cluster.storage or default).rstrip("/")
+        return self.config.cluster.storage or default
 
     def identity(self) -> RunIdentity:
         """Returns what the statement says of which run this is."""
@@ -64,7 +64,7 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         DataError: The store is damaged, or is not the one that the settings mean.
         LedgerError: The ledger that guards the store is missing, or another one is there.
     """
-    store = TokenStore.open(config.data.store, verify=True)
+    store = open_store(config.data.store, cache=config.data.cache, verify=True)
     check_store(config, store)
     ledger_url = config.data.ledger or store.manifest.ledger_url
     ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
@@ -89,9 +89,8 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
 
 def plan_of(config: ExperimentConfig) -> PrivacyPlan:
     """Returns the plan of a run that is not to be started, with a store or declared numbers."""
-    is_prepared = (Path(config.data.store) / MANIFEST_FILE).exists()
-    if is_prepared or config.privacy.population is None:
-        store = TokenStore.open(config.data.store, verify=False)
+    if config.privacy.population is None or is_at_hand(config.data.store):
+        store = open_store(config.data.store, cache=config.data.cache, verify=False)
         check_store(config, store)
         return _plan_on(config.privacy, store)
     return PrivacyPlan.from_config(config.privacy, num_users=None)

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,15 +29,23 @@ from ray.exceptions import RayTaskError
 
 from udp_ray.config import DataConfig
 from udp_ray.data.describe import describe_input, describe_store, estimate
-from udp_ray.data.finish import Origin, finish
+from udp_ray.data.finish import Origin, collect, finish
 from udp_ray.data.manifest import Manifest, PrivateCounts
 from udp_ray.data.read import column_names, find_pieces, require_columns
+from udp_ray.data.remote import (
+    cache_folder,
+    discard,
+    put_store,
+    refuse_occupied,
+)
 from udp_ray.data.source import Columns, Piece
 from udp_ray.data.stages import Task, read_examples, write_shards
 from udp_ray.data.store import publish
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.dp.ledger_database import parse_url, public_url
+from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import DataError, UdpRayError
+from udp_ray.location import is_url
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 from udp_ray.on_ray.connect import connected
 from udp_ray.on_ray.registration import Registration, registered
@@ -66,11 +74,17 @@ class Input:
 class Prepared:
     """A store that was made."""
 
-    path: Path
+    place: str
+    """Folder or URL."""
     manifest: Manifest
     counts: PrivateCounts
     """Sensitive."""
     is_new_ledger: bool
+
+    @property
+    def path(self) -> Path:
+        """The folder, of a store that lies in one."""
+        return Path(self.place)
 
 
 def find_input(data: DataConfig) -> Input:
@@ -116,15 +130,14 @@ def prepare(data: DataConfig, *, tokenizer: str, address: str | None = None) -> 
     Raises:
         UdpRayError: If the settings or the input cannot be used; nothing is left behind.
     """
-    path = Path(data.store)
-    refuse_existing(path)
+    refuse_existing(data.store)
     parse_url(data.ledger_url)  # a URL that cannot be used is refused before a cluster starts
     encoder = load_encoder(tokenizer, data.block_tokens)
     found = find_input(data)
     with (
         connected(address),
         registered(data.name, data.ledger_url) as registration,
-        _folder_aside(path) as aside,
+        _folder_aside(data) as aside,
     ):
         task = Task(
             pieces=(*found.pieces, *found.heldout_pieces),
@@ -138,12 +151,19 @@ def prepare(data: DataConfig, *, tokenizer: str, address: str | None = None) -> 
             ),
             max_examples_per_user=data.max_examples_per_user,
             folder=aside,
+            url=data.store if is_url(data.store) else None,
         )
         results = run_stages(task)
-        manifest, counts = finish(task, results, _origin(data, found, registration))
+        delivered = collect(task, results)
+        manifest, counts = finish(
+            replace(task, url=None), results, _origin(data, found, registration)
+        )
         registration.confirm(manifest.digest())
-        publish(aside, path)
-    return Prepared(path, manifest, counts, registration.aside is not None)
+        if task.url is None:
+            publish(aside, Path(data.store))
+        else:
+            put_store(aside, task.url, delivered=delivered)
+    return Prepared(data.store, manifest, counts, registration.aside is not None)
 
 
 def dry_run_text(data: DataConfig, *, tokenizer: str) -> str:
@@ -152,7 +172,7 @@ def dry_run_text(data: DataConfig, *, tokenizer: str) -> str:
     Raises:
         UdpRayError: What `prepare` would raise before it starts to read.
     """
-    refuse_existing(Path(data.store))
+    refuse_existing(data.store)
     encoder = load_encoder(tokenizer, data.block_tokens)
     found = find_input(data)
     lines = describe_input([*found.pieces, *found.heldout_pieces], found.columns)
@@ -172,7 +192,7 @@ def dry_run_text(data: DataConfig, *, tokenizer: str) -> str:
 
 def prepared_text(prepared: Prepared) -> str:
     """Returns what may be said of a store that was made; says so if it has a new ledger."""
-    text = describe_store(prepared.path, prepared.manifest)
+    text = describe_store(prepared.place, prepared.manifest)
     if prepared.is_new_ledger:
         text += (
             "\nthis ledger is NEW and knows of no earlier spending: if models were trained on these"
@@ -181,12 +201,21 @@ def prepared_text(prepared: Prepared) -> str:
     return text
 
 
-def refuse_existing(path: Path) -> None:
-    """Refuses to prepare into a folder with something in it.
+def refuse_existing(place: str) -> None:
+    """Refuses to prepare into a place with something in it, or into one that does not last.
 
     Raises:
-        DataError: If there is anything.
+        DataError: If it is such a place.
     """
+    if is_url(place):
+        refuse_occupied(place)
+        return
+    path = Path(place)
+    if vanishes_with_job(path):
+        raise DataError(
+            f"data.store {path} lies in a job's temporary package directory and would vanish with"
+            " the job: give an absolute path that all nodes reach"
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"data.store {path} is not empty: choose another folder, or remove it")
 
@@ -264,13 +293,21 @@ def _origin(data: DataConfig, found: Input, registration: Registration) -> Origi
 
 
 @contextmanager
-def _folder_aside(path: Path) -> Iterator[Path]:
-    """Gives a folder beside `path`, for the owner only, that is gone afterwards unless renamed."""
+def _folder_aside(data: DataConfig) -> Iterator[Path]:
+    """Gives a folder for the owner only, beside the store's or, if that is a URL, on this node.
+
+    It is gone afterwards unless renamed, and so is what an unfinished store has left at its URL.
+    """
+    path = cache_folder(data.cache) / data.name if is_url(data.store) else Path(data.store)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     aside.mkdir(mode=0o700)
     try:
         yield aside
+    except BaseException:
+        if is_url(data.store):
+            discard(data.store)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from udp_ray.config import ExperimentConfig
-from udp_ray.data.manifest import MANIFEST_FILE
+from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Attempt, Budget, Digests, Ledger, TrialAdmission, plan_digest
 from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.sweep import Configuration, PlannedSweep, plan_sweep
 from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.location import below
 from udp_ray.on_ray.admission import check_store, new_run_id
 from udp_ray.outputs import CHECKPOINTS_FOLDER, OutputFolder
 from udp_ray.provenance import code_digest
@@ -60,7 +61,7 @@ class Sweep:
         given = self.config.cluster.storage
         if given is None:
             return str(self.trials_folder / CHECKPOINTS_FOLDER)
-        return f"{given.rstrip('/')}/{self.sweep_id}"
+        return below(given, self.sweep_id)
 
     def trial_folder(self, number: int) -> Path:
         """Returns the output folder of a trial."""
@@ -94,7 +95,7 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
         DataError: The store is damaged, is another one, or has no held-out people.
         LedgerError: The ledger that guards the store is missing, or another one is there.
     """
-    store = TokenStore.open(config.data.store, verify=True)
+    store = open_store(config.data.store, cache=config.data.cache, verify=True)
     _check_data(config, store)
     ledger_url = config.data.ledger or store.manifest.ledger_url
     ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
@@ -121,9 +122,8 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
 
 def plan_of_sweep(config: SweepJobConfig) -> PlannedSweep:
     """Returns a sweep that is not to be started, with a store or declared numbers."""
-    is_prepared = (Path(config.data.store) / MANIFEST_FILE).exists()
-    if is_prepared or config.privacy.population is None:
-        store = TokenStore.open(config.data.store, verify=False)
+    if config.privacy.population is None or is_at_hand(config.data.store):
+        store = open_store(config.data.store, cache=config.data.cache, verify=False)
         _check_data(config, store)
         return _plan_on(config, store)
     return plan_sweep(config, num_users=None, kept_examples=lambda group_size: None)

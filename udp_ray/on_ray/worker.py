@@ -21,10 +21,11 @@ from pyarrow.fs import FileSelector, FileType
 from ray.train import Checkpoint
 
 from udp_ray.config import ExperimentConfig
-from udp_ray.data.store import TokenStore
+from udp_ray.data.remote import open_store
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.loop import ResumePoint, TrainResult, WorkerKeys, train
 from udp_ray.errors import CheckpointError, LedgerError, UdpRayError
+from udp_ray.location import below, name_of
 from udp_ray.models.load import load_model
 from udp_ray.on_ray.accountant import (
     AttemptAccountant,
@@ -82,7 +83,8 @@ def _begin(remote: RemoteAccountant, rank: int) -> AttemptStart | None:
 
 def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: int) -> TrainResult:
     config = job.config
-    store = TokenStore.open(config.data.store, verify=False)  # the driver has verified it
+    # The driver has verified it; a store at a URL was verified when this node fetched it.
+    store = open_store(config.data.store, cache=config.data.cache, verify=False)
     secrets = remote.secrets(start.number, rank, code=code_digest(), store=store.digest)
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     checkpoints = RunCheckpoints(job.run_folder, start)
@@ -137,7 +139,7 @@ class RunCheckpoints:
         dist.barrier()
         if checkpoint is None:
             return None
-        location = f"{self._folder}/{name}"
+        location = below(self._folder, name)
         # When a worker dies, Ray skips the report of the others without an error.
         stored = Checkpoint(location)
         if stored.filesystem.get_file_info(stored.path).type is not FileType.Directory:
@@ -146,7 +148,7 @@ class RunCheckpoints:
 
     def committed(self, location: str) -> None:
         """Removes all checkpoints but this one and the one committed before it."""
-        kept = {Path(place).name for place in (location, self._last_committed) if place}
+        kept = {name_of(place) for place in (location, self._last_committed) if place}
         self._last_committed = location
         folder = Checkpoint(self._folder)
         for entry in folder.filesystem.get_file_info(FileSelector(folder.path)):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from itertools import pairwise
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import numpy as np
 
 from udp_ray.data.manifest import Manifest, PrivateCounts, StoreCounts, TokenizerInfo
+from udp_ray.data.remote import open_store
 from udp_ray.data.store import HELDOUT_FOLDER, Shard, TokenStore, write_shard
 
 Users = list[list[list[int]]]
@@ -89,6 +91,11 @@ def write_store(
         path
     )
     return path
+
+
+def tell_digest(place: str, cache: str, told: SimpleQueue[str]) -> None:
+    """Opens a store as a process of its own would, and tells its digest."""
+    told.put(open_store(place, cache=cache, verify=False).digest)
 
 
 def _shard(users: Users, hashes: list[bytes], starts: list[list[int]], vocab_size: int) -> Shard:
