@@ -29,7 +29,7 @@ from udp_ray.testing.training import tiny_model, tiny_users, write_tiny_store
 ROUNDING = 2e-6
 
 MODELS = {"gpt2": tiny_model, "llama": tiny_llama}
-FORMS = {"by cost": 1.0, "gram": 0.0, "held": 1e9}
+FORMS = {"by cost": 2.0, "gram": 0.0, "held": 1e9}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def ghost_sum(store, users, clip_norm, model, **options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("clip_norm", [0.1, 1.0, float("inf")])
-@pytest.mark.parametrize("microbatch_tokens", [13, 64, 4096])
+@pytest.mark.parametrize("clip_norm", [0.1, float("inf")])
+@pytest.mark.parametrize("microbatch_tokens", [13, 300])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_sum_is_that_of_a_plain_loop_over_users(
     store, users, name, microbatch_tokens, clip_norm, form, monkeypatch

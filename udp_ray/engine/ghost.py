@@ -66,6 +66,7 @@ class GhostKernel:
                 f"privacy.clip_norm is {clip_norm:g}, below the {SMALLEST_CLIP_NORM:g} that the"
                 " ghost kernel's float32 squares resolve: set train.kernel to direct"
             )
+        assert torch.get_float32_matmul_precision() == "highest", "TF32 would round the norms"
         self._model = model
         self._parameters = dict(parameters)
         self._clip_norm = clip_norm
