@@ -34,6 +34,7 @@ from udp_ray.engine.ports import Kernel, Metrics, Publish, ResumePoint, TrainRes
 from udp_ray.engine.schedule import learning_rate
 from udp_ray.engine.selfcheck import check_noise
 from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.token_loss import chunk_logits
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError, ConfigError, PrivacyBudgetExceededError
@@ -174,6 +175,8 @@ class _Training:
         if saved is not None:
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
+        if self.settings.zero_stage < 3:  # there, all ranks must call the head equally often
+            chunk_logits(self.model, microbatch_tokens=self.settings.microbatch_tokens)
         kernel = self._kernel()
         self.zero = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps

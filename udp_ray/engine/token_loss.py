@@ -1,19 +1,44 @@
 """The loss of a causal language model, per token: position t is predicted from those before it.
 
-Shapes: rows R, tokens T, vocabulary V.
+Logits are the largest tensor there is: one value per token and word. `chunk_logits` tells, before a
+run, whether a model's logits are its output head's on the last hidden states; then they are made
+piece by piece, for positions with loss alone, and made anew in the backward pass, so that never
+more than a piece of them is held. Other models' logits are made whole.
+
+How a row is cut into pieces depends on its padded length and on public numbers, never on the rows
+beside it: under bfloat16 a product of another shape may round otherwise, and what one person adds
+must not depend on who else is there. For the same reason positions without loss are dropped in
+float32 only, where it changes no more than a float32 rounding.
+
+Shapes: rows R, tokens T, positions with loss K (at most T), width D, vocabulary V.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 NO_LOSS = -100
 """The label of a position that carries no loss: padding, a prompt, the first token."""
+
+CHUNK_LOGITS = 2**25
+"""Logits of a full microbatch that are held at once (128 MiB in float32): 667 tokens of GPT-2's
+50,257 words. Speed and memory only; smaller pieces are slower, since all but the last are computed
+twice."""
+
+POSITIONS_GRID = 16
+"""Positions are kept in multiples of this: few shapes, and no narrow products in bfloat16."""
+
+SAME_LOGITS = 1e-5
+"""Largest accepted difference to a model's own logits, relative to the largest of them."""
 
 
 class Rows(Protocol):
@@ -34,6 +59,32 @@ def autocast_context(autocast: str, device: torch.device) -> AbstractContextMana
     return nullcontext()
 
 
+def chunk_logits(
+    model: nn.Module, *, microbatch_tokens: int, chunk_logits: int = CHUNK_LOGITS
+) -> bool:
+    """Has `row_losses` make this model's logits in chunks, if that gives the model's own.
+
+    Found out on made-up tokens, because some architectures scale, cap or change their logits in
+    ways unknown here. Call it while the parameters are whole, before kernels are built.
+
+    Args:
+        model: A causal language model, on its device.
+        microbatch_tokens: Most tokens of a microbatch; its logits are held in equal pieces.
+        chunk_logits: Most logits held at once.
+
+    Returns:
+        Whether it does; else this model's logits stay whole.
+    """
+    _heads.pop(model, None)
+    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        return False
+    head = _Head.of(model, microbatch_tokens, chunk_logits)
+    if head is None or not _gives_the_same_logits(model, head):
+        return False
+    _heads[model] = head
+    return True
+
+
 def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns each row's summed loss and its number of tokens with loss.
 
@@ -45,13 +96,123 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
     Returns:
         (sums_R, counts_R), float32. A row without loss has sum 0 and count 0.
     """
-    labels_RT = rows.labels.to(device)[:, 1:]
-    logits_RTV = model(
-        input_ids=rows.input_ids.to(device),
-        attention_mask=rows.attention_mask.to(device),
-        use_cache=False,
-    ).logits[:, :-1]
-    losses_RT = functional.cross_entropy(
-        logits_RTV.float().transpose(1, 2), labels_RT, ignore_index=NO_LOSS, reduction="none"
+    head = _heads.get(model)
+    labels_RT = rows.labels[:, 1:]
+    counts_R = (labels_RT != NO_LOSS).sum(dim=1).to(device).float()
+    inputs = {
+        "input_ids": rows.input_ids.to(device),
+        "attention_mask": rows.attention_mask.to(device),
+        "use_cache": False,
+    }
+    if head is None:
+        logits_RTV = model(**inputs).logits[:, :-1]
+        return _summed_losses(logits_RTV, labels_RT.to(device)), counts_R
+    hidden_RTD = model.base_model(**inputs)[0][:, :-1]  # type: ignore[operator]
+    return head.summed_losses(*_with_loss_only(hidden_RTD, labels_RT)), counts_R
+
+
+def _with_loss_only(hidden_RTD: Tensor, labels_RT: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves each row's positions with loss to its front, and cuts off what no row needs.
+
+    Labels come from the host, so their shapes are known there without waiting for the device.
+    """
+    if torch.is_autocast_enabled(hidden_RTD.device.type):
+        return hidden_RTD, labels_RT.to(hidden_RTD.device)
+    has_loss_RT = labels_RT != NO_LOSS
+    needed = max(1, int(has_loss_RT.sum(dim=1).max()))
+    most = -(-needed // POSITIONS_GRID) * POSITIONS_GRID
+    if most >= labels_RT.shape[1]:
+        return hidden_RTD, labels_RT.to(hidden_RTD.device)
+    first_RK = has_loss_RT.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    labels_RK = labels_RT.gather(1, first_RK).to(hidden_RTD.device)
+    index = first_RK.to(hidden_RTD.device)[..., None].expand(-1, -1, hidden_RTD.shape[2])
+    return hidden_RTD.gather(1, index), labels_RK
+
+
+def _summed_losses(logits_RKV: Tensor, labels_RK: Tensor) -> Tensor:
+    losses = functional.cross_entropy(
+        logits_RKV.float().flatten(0, 1),
+        labels_RK.flatten(),
+        ignore_index=NO_LOSS,
+        reduction="none",
     )
-    return losses_RT.sum(dim=1), (labels_RT != NO_LOSS).sum(dim=1).float()
+    return losses.view(labels_RK.shape).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What makes logits of the last hidden states, and in how many pieces."""
+
+    layer: nn.Module
+    """Called as a module on (R, K, D): kernels hook it, and count on rows to come first."""
+    scale: float
+    cap: float | None
+    num_chunks: int
+    num_words: int
+    is_random: bool
+    """Whether the layer draws random numbers, as an adapter with dropout does."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, microbatch_tokens: int, chunk_logits: int) -> _Head | None:
+        layer = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        if layer is None:
+            return None
+        return cls(
+            layer=layer,
+            scale=getattr(config, "logit_scale", 1.0)  # Cohere
+            / getattr(config, "logits_scaling", 1.0),  # Granite
+            cap=getattr(config, "final_logit_softcapping", None),  # Gemma
+            num_chunks=-(-microbatch_tokens * config.vocab_size // chunk_logits),
+            num_words=config.vocab_size,
+            is_random=any(isinstance(part, nn.Dropout) for part in layer.modules()),
+        )
+
+    def logits(self, hidden_RKD: Tensor) -> Tensor:
+        """Returns logits, scaled and capped as the model's settings say."""
+        logits_RKV: Tensor = self.layer(hidden_RKD)
+        if self.scale != 1.0:
+            logits_RKV = logits_RKV * self.scale
+        return logits_RKV if self.cap is None else self.cap * torch.tanh(logits_RKV / self.cap)
+
+    def summed_losses(self, hidden_RKD: Tensor, labels_RK: Tensor) -> Tensor:
+        """Returns each row's summed loss, from one chunk of logits after the other.
+
+        The backward pass begins with the last chunk, which is therefore kept and not made anew.
+        """
+        width = max(1, -(-labels_RK.shape[1] // self.num_chunks))
+        if torch.is_autocast_enabled(hidden_RKD.device.type):
+            width = -(-width // POSITIONS_GRID) * POSITIONS_GRID
+        *firsts, last = zip(
+            hidden_RKD.split(width, dim=1), labels_RK.split(width, dim=1), strict=True
+        )
+        sums_R = [
+            checkpoint(self._losses, *chunk, use_reentrant=False, preserve_rng_state=self.is_random)
+            for chunk in firsts
+        ]
+        return torch.stack([*sums_R, self._losses(*last)]).sum(dim=0)
+
+    def _losses(self, hidden_RKD: Tensor, labels_RK: Tensor) -> Tensor:
+        return _summed_losses(self.logits(hidden_RKD), labels_RK)
+
+
+_heads: WeakKeyDictionary[nn.Module, _Head] = WeakKeyDictionary()
+"""The models whose logits are made in chunks; all others' are made whole."""
+
+
+def _gives_the_same_logits(model: PreTrainedModel, head: _Head) -> bool:
+    device = next(model.parameters()).device
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(head.num_words, (2, 8), generator=random).to(device)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0  # padding, as microbatches have it
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        expected = model(**inputs).logits[mask.bool()]
+        found = head.logits(model.base_model(**inputs)[0])[mask.bool()]
+    model.train(was_training)
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= SAME_LOGITS * expected.abs().max())

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import PreTrainedModel
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Ledger
@@ -128,7 +128,7 @@ class RefusingAccountant:
         raise FencedError("a newer attempt of this run has begun")
 
 
-def die_in_forward_pass(model: nn.Module, number: int) -> None:
+def die_in_forward_pass(model: PreTrainedModel, number: int) -> None:
     """Kills this process in its n-th forward pass for a gradient."""
     passes = count(1)
 
@@ -136,7 +136,7 @@ def die_in_forward_pass(model: nn.Module, number: int) -> None:
         if torch.is_grad_enabled() and next(passes) == number:
             die()
 
-    model.register_forward_pre_hook(count_and_die)
+    model.get_input_embeddings().register_forward_pre_hook(count_and_die)
 
 
 def die() -> None:

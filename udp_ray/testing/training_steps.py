@@ -26,12 +26,22 @@ from udp_ray.engine.loop import cohorts
 from udp_ray.engine.ports import Kernel
 from udp_ray.engine.selfcheck import check_noise
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.token_loss import autocast_context, row_losses
+from udp_ray.engine.token_loss import autocast_context, chunk_logits, row_losses
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.models.load import checkpoint_activations, trainable_parameters
 from udp_ray.testing.kernels import flat, groups_of
-from udp_ray.testing.training import TinyOutcome, TinyRun, Weights, tiny_model, weights_of
+from udp_ray.testing.training import (
+    VOCABULARY,
+    TinyOutcome,
+    TinyRun,
+    Weights,
+    tiny_model,
+    weights_of,
+)
+
+CHUNK_LOGITS = 8 * VOCABULARY
+"""Few enough that most microbatches need several chunks."""
 
 MOVED_USERS = 6
 
@@ -69,6 +79,7 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     """Returns the private step of a run, or a faulty one if the run says so."""
     if run.activation_checkpointing:
         checkpoint_activations(model.train())
+    chunk_logits(model, microbatch_tokens=run.microbatch_tokens, chunk_logits=CHUNK_LOGITS)
     parameters = trainable_parameters(model)
     plan, keys = run.plan(), run.keys(world.rank)
     kernel = _kernel(run, model, world)
