@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udp_ray.dp.clipping import BLOCK_VALUES, clip_and_add, clip_factor, group_norm, sensitivity
+from udp_ray.dp.clipping import (
+    BLOCK_VALUES,
+    clip_and_add,
+    clip_factor,
+    group_norm,
+    sensitivity,
+    squared_norms,
+)
 from udp_ray.errors import ConfigError
 
 # Norms are float64 sums of exact squares: what is left is float64's rounding.
@@ -142,3 +149,21 @@ def test_a_clip_norm_that_is_not_positive_is_refused(clip_norm):
 def test_replacing_one_user_counts_twice():
     assert sensitivity("add_or_remove_one", 0.5) == 0.5
     assert sensitivity("replace_one", 0.5) == 1.0
+
+
+def test_squared_norms_are_those_of_each_group_by_itself():
+    rng = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.arange(-2, 3)[:, None, None]
+    grads = torch.randn(5, 300, 700, generator=rng) * scales
+    grads[3, 7, 7] = torch.nan
+    found = squared_norms(grads)
+    assert torch.isnan(found).tolist() == [False, False, False, True, False]
+    for group in (0, 1, 2, 4):
+        norm = true_norm(grads[group])
+        assert float(found[group].sqrt()) == pytest.approx(norm, rel=NORM_TOLERANCE)
+    assert squared_norms(torch.zeros(2, 0)).tolist() == [0.0, 0.0]
+
+
+def test_squared_norms_refuse_bfloat16():
+    with pytest.raises(ValueError, match="float32"):
+        squared_norms(torch.zeros(2, 3, dtype=torch.bfloat16))

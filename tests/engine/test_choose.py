@@ -52,6 +52,10 @@ def test_a_group_larger_than_a_microbatch_can_be_measured():
     chosen("auto", rows_per_group=8, tokens_per_row=30, microbatch_tokens=20)
 
 
+def test_a_store_of_longer_examples_than_the_model_reads_can_be_measured():
+    chosen("auto", tokens_per_row=1000)
+
+
 def test_settings_with_dropout_and_the_ghost_kernel_contradict_each_other():
     settings = {
         "privacy": {

@@ -151,6 +151,12 @@ def test_a_weight_that_another_layer_uses_is_refused_by_name():
         check_exact(model, trainable_parameters(model), torch.device("cpu"))
 
 
+def test_a_clip_norm_below_what_float32_squares_resolve_is_refused():
+    model = tiny_model()
+    with pytest.raises(ConfigError, match=r"privacy\.clip_norm is 1e-09"):
+        ghost(1e-9)(model, trainable_parameters(model))
+
+
 def test_dropout_is_refused():
     model = tiny_model()
     model.transformer.drop.p = 0.1

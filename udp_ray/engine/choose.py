@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -99,10 +99,11 @@ def choose_kernel(
 
 
 def _made_up_groups(
-    model: nn.Module, rows_per_group: int, tokens_per_row: int, microbatch_tokens: int
+    model: Any, rows_per_group: int, tokens_per_row: int, microbatch_tokens: int
 ) -> list[Group]:
     """Returns groups of the largest kind, as many as a measured microbatch holds."""
-    tokens = min(tokens_per_row, microbatch_tokens)
+    longest = getattr(model.config, "max_position_embeddings", tokens_per_row)
+    tokens = min(tokens_per_row, microbatch_tokens, longest)
     rows = min(rows_per_group, microbatch_tokens // tokens)
     most = min(microbatch_tokens, max(MEASURED_TOKENS, rows * tokens))
     return [made_up_group(model, rows, tokens)] * (most // (rows * tokens))
