@@ -397,6 +397,8 @@ class ClusterConfig(Section):
     """Restarts of the workers before the run gives up."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds to wait for a cluster that grows by itself; 0 refuses at once what does not fit."""
+    ledger_wait_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds that training waits for a ledger whose database is away, before it stops."""
 
     @field_validator("storage")
     @classmethod

@@ -52,6 +52,14 @@ class CheckpointError(UdpRayError):
     """A checkpoint is missing, cut short or belongs to another run."""
 
 
+class StorageError(UdpRayError):
+    """Something could not be written: no room, a read-only disk, no permission."""
+
+
+class WorkersLostError(UdpRayError):
+    """Training workers died more often than a run may restart them."""
+
+
 class NoiseCheckError(UdpRayError):
     """The run-time check found noise missing, doubled or wrongly scaled; nothing was trained."""
 

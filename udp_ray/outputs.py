@@ -22,6 +22,7 @@ from typing import Any
 
 from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import ConfigError
+from udp_ray.storage import writing
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -77,9 +78,23 @@ class OutputFolder:
             ) from None
 
     def claim(self, run_id: str) -> None:
-        """Makes the folder this run's own."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write_json(RUN_FILE, {"run_id": run_id})
+        """Makes the folder this run's own; nothing happens if it is already.
+
+        Raises:
+            ConfigError: If another run has come to stand there meanwhile.
+            StorageError: If the folder cannot be written.
+        """
+        with writing(RUN_FILE, self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:  # exclusively: two drivers may have found the folder empty
+                with (self.path / RUN_FILE).open("x") as file:
+                    file.write(_to_json({"run_id": run_id}))
+            except FileExistsError:
+                if self.run_id() != run_id:
+                    raise ConfigError(
+                        f"output {self.path} was taken by run {self.run_id()} just now: give"
+                        " another folder"
+                    ) from None
 
     def release(self) -> None:
         """Undoes `claim` for a run that was not admitted."""
@@ -89,14 +104,27 @@ class OutputFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a value as JSON; not-a-number and infinity are refused."""
-        write_aside(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+        write_aside(self.path / name, _to_json(value))
 
 
 def write_aside(file: Path, content: str | bytes) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half of it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    with aside.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(file)
+    """Writes a file under another name and renames it, so that no reader sees half of it.
+
+    Raises:
+        StorageError: If it cannot be written; then the old file stands as it was.
+    """
+    with writing(file.name, file.parent):
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        try:
+            with aside.open("wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        aside.replace(file)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -18,11 +18,11 @@ from udp_ray.errors import (
 )
 from udp_ray.on_ray.accountant import (
     Charge,
-    RemoteAccountant,
     RunAccountant,
     read_evaluations,
     start_accountant,
 )
+from udp_ray.on_ray.remote_accountant import RemoteAccountant
 
 PLAN = {"z": 1.0}
 DIGESTS = Digests(plan=plan_digest(PLAN), config="config", code="code", store="store")

@@ -30,6 +30,7 @@ from torch import Tensor
 from udp_ray.engine.world import World
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError
+from udp_ray.storage import writing
 
 FORMAT = 1
 FROZEN = "frozen_weights"
@@ -99,7 +100,11 @@ def write(
     provenance: Mapping[str, Any],
     world: World,
 ) -> str:
-    """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective."""
+    """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
+
+    Raises:
+        StorageError: There is no room, or the folder may not be written; on all ranks.
+    """
     optimizer = zero.optimizer_state()
 
     def write_files() -> str:
@@ -121,7 +126,11 @@ def write(
         os.rename(aside, directory)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    return world.from_first(write_files)
+    def write_or_refuse() -> str:
+        with writing(f"the checkpoint of step {step}", directory.parent):
+            return write_files()
+
+    return world.from_first(write_or_refuse)
 
 
 def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:

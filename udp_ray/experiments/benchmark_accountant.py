@@ -143,6 +143,7 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
             digests=DIGESTS,
             on_mismatch="refuse",
             metrics_file=os.devnull,
+            patience_s=0.0,
         )
     waits = measure_waits(
         charge,

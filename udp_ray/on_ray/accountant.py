@@ -5,10 +5,9 @@ is. It is pinned to the driver's node, because SQLite is safe on a local disk on
 through it from the ledger to the workers' memory and are never put into a config, a file or a log:
 the noise key goes to rank 0 alone.
 
-    accountant = start_accountant(charge)                  # driver
-    remote = RemoteAccountant(accountant)                  # worker; its errors are our own
-    attempt = remote.begin()                               # rank 0, once per worker group
-    remote.of_attempt(attempt.number).authorize(1, digest) # the engine's accountant
+    remote = RemoteAccountant(start_accountant(charge))    # driver
+
+What workers and the driver ask it by stands in `remote_accountant.py`, which knows no database.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ from typing import Any, Literal, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from udp_ray.dp.keys import StreamKey
 from udp_ray.dp.ledger import Attempt, Digests, Ledger, RunRecord
 from udp_ray.errors import DataError, FencedError, LedgerUnavailableError, UdpRayError
+from udp_ray.on_ray.remote_accountant import AttemptStart, Progress, WorkerSecrets, own_errors
 from udp_ray.outputs import write_aside
 
 Result = TypeVar("Result")
 
-PATIENCE_S = 120.0  # how long a ledger may be away before the run stops
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
+BESIDE = "beside"
+"""Ray's name for the thread that answers while the ledger is waited for."""
 
 EVALUATION = "heldout/"
 """Prefix of the metrics of an evaluation."""
@@ -50,46 +50,8 @@ class Charge:
     on_mismatch: Literal["refuse", "rekey"]
     metrics_file: str
     """Where the evaluations of committed checkpoints are kept, on the driver's node."""
-    patience_s: float = PATIENCE_S
-
-
-@dataclass(frozen=True)
-class AttemptStart:
-    """Where a new attempt begins. Public: it is broadcast among the workers."""
-
-    number: int
-    step: int
-    location: str | None
-    digest: str | None
-
-
-@dataclass(frozen=True)
-class WorkerSecrets:
-    """The secrets that one rank needs. Sensitive, except the id."""
-
-    key_id: str
-    sampling: StreamKey
-    noise: StreamKey | None
-    selfcheck: StreamKey | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, in public numbers."""
-
-    attempts: int = 0
-    step: int = 0
-    """Last step authorized."""
-    charged_steps: int = 0
-    """Steps charged so far; more than `step` where some were charged and their weights lost."""
-    committed_step: int = 0
-    metrics: tuple[dict[str, float], ...] = ()
-    """What has left since the caller last asked, oldest first."""
-    num_metrics: int = 0
-    budget_message: str | None = None
-    """Why training ended early, in the ledger's words."""
-    error: UdpRayError | None = None
-    """The user's mistake, or refusal, that stopped the run for good."""
+    patience_s: float
+    """How long the ledger may be away before the run stops."""
 
 
 class RunAccountant:
@@ -102,6 +64,7 @@ class RunAccountant:
         self._repaid = 0  # steps charged a second time, after a re-keying
         self._metrics: list[dict[str, float]] = []
         self._progress = Progress()
+        self._asked_at: float | None = None  # while the ledger is asked
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -208,9 +171,15 @@ class RunAccountant:
         if self._progress.error is None and not isinstance(error, FencedError):
             self._update(error=error)
 
+    @ray.method(concurrency_group=BESIDE)
     def progress(self, seen: int) -> Progress:
-        """Returns how far the run is, with the metrics after the first `seen`."""
-        return replace(self._progress, metrics=tuple(self._metrics[seen:]))
+        """Returns how far the run is, with the metrics after the first `seen`.
+
+        Answers in a thread of its own, also while another call waits for the ledger.
+        """
+        asked = self._asked_at
+        waiting = 0.0 if asked is None else time.monotonic() - asked
+        return replace(self._progress, metrics=tuple(self._metrics[seen:]), waiting_s=waiting)
 
     def _update(self, **changes: Any) -> None:
         self._progress = replace(self._progress, **changes)
@@ -232,15 +201,19 @@ class RunAccountant:
 
     def _patiently(self, ask: Callable[[], Result]) -> Result:
         """Asks the ledger again while its database is away, for a bounded time."""
-        deadline, pause = time.monotonic() + self._charge.patience_s, FIRST_PAUSE_S
-        while True:
-            try:
-                return ask()
-            except LedgerUnavailableError:
-                if time.monotonic() + pause > deadline:
-                    raise
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        self._asked_at = time.monotonic()
+        deadline, pause = self._asked_at + self._charge.patience_s, FIRST_PAUSE_S
+        try:
+            while True:
+                try:
+                    return ask()
+                except LedgerUnavailableError:
+                    if time.monotonic() + pause > deadline:
+                        raise
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+        finally:
+            self._asked_at = None
 
 
 def start_accountant(charge: Charge) -> ray.actor.ActorHandle:
@@ -248,79 +221,10 @@ def start_accountant(charge: Charge) -> ray.actor.ActorHandle:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # A restarted accountant knows no attempt, so the workers begin a new one: nothing is lost.
     options = {"num_cpus": 0, "max_restarts": 3, "scheduling_strategy": here}
-    actor = ray.remote(RunAccountant).options(**options).remote(charge)
-    _own_errors(lambda: ray.get(actor.check.remote()))
+    actor = ray.remote(concurrency_groups={BESIDE: 1})(RunAccountant).options(**options)
+    actor = actor.remote(charge)
+    own_errors(lambda: ray.get(actor.check.remote()))
     return actor
-
-
-class RemoteAccountant:
-    """The accountant as workers and driver see it: the same calls, and errors of our own."""
-
-    def __init__(self, actor: ray.actor.ActorHandle):
-        self.actor = actor
-
-    def begin(self) -> AttemptStart | None:
-        """See `RunAccountant.begin`."""
-        return self._ask("begin")
-
-    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
-        """See `RunAccountant.secrets`."""
-        return _own_errors(
-            lambda: ray.get(self.actor.secrets.remote(number, rank, code=code, store=store))
-        )
-
-    def of_attempt(self, number: int) -> AttemptAccountant:
-        """Returns the accountant that the engine asks."""
-        return AttemptAccountant(self, number)
-
-    def stop(self, error: UdpRayError) -> None:
-        """See `RunAccountant.stop`."""
-        self._ask("stop", error)
-
-    def end(self, number: int, budget_message: str | None) -> None:
-        """See `RunAccountant.end`."""
-        self._ask("end", number, budget_message)
-
-    def finish(self) -> RunRecord:
-        """See `RunAccountant.finish`."""
-        return self._ask("finish")
-
-    def progress(self, seen: int) -> Progress:
-        """See `RunAccountant.progress`."""
-        return self._ask("progress", seen)
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        return _own_errors(lambda: ray.get(getattr(self.actor, method).remote(*arguments)))
-
-
-@dataclass(frozen=True)
-class AttemptAccountant:
-    """One attempt's accountant; satisfies `engine.accountant.Accountant`. Rank 0 holds it."""
-
-    remote: RemoteAccountant
-    number: int
-
-    def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Returns once the step is durably reserved."""
-        self.remote._ask("authorize", self.number, step, starting_checkpoint)
-
-    def commit(self, step: int, location: str, digest: str) -> None:
-        """Records durably that all steps up to this one are in the checkpoint."""
-        self.remote._ask("commit", self.number, step, location, digest)
-
-    def record_metrics(self, metrics: dict[str, float]) -> None:
-        """Hands on the numbers of a committed checkpoint."""
-        self.remote._ask("record_metrics", self.number, metrics)
-
-
-def _own_errors(ask: Callable[[], Result]) -> Result:
-    """Unwraps an error of ours from Ray's, whose text is a remote traceback."""
-    try:
-        return ask()
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UdpRayError):
-            raise error.cause from None
-        raise
 
 
 def keep_evaluation(file: Path, metrics: dict[str, float]) -> None:

@@ -6,7 +6,6 @@ No Ray here: all of it happens on the driver, and nothing is written or charged 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,43 +17,11 @@ from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError, DataError, UdpRayError
-from udp_ray.location import below
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
-from udp_ray.outputs import CHECKPOINTS_FOLDER, OutputFolder
+from udp_ray.on_ray.run import Run
+from udp_ray.outputs import OutputFolder
 from udp_ray.provenance import code_digest
 from udp_ray.report import PrivacyStatement
-from udp_ray.statement_parts import RunIdentity
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run, checked and priced; nothing is written or charged yet."""
-
-    run_id: str
-    config: ExperimentConfig
-    folder: OutputFolder
-    ledger: Ledger
-    ledger_url: str
-    plan: PrivacyPlan
-    digests: Digests
-    statement: PrivacyStatement
-
-    @property
-    def run_folder(self) -> str:
-        """Folder or URL of this run's checkpoints."""
-        return below(self.storage, self.run_id)
-
-    @property
-    def storage(self) -> str:
-        """Folder or URL under which Ray keeps checkpoints."""
-        default = str(self.folder.path / CHECKPOINTS_FOLDER)
-        return self.config.cluster.storage or default
-
-    def identity(self) -> RunIdentity:
-        """Returns what the statement says of which run this is."""
-        return RunIdentity.of(
-            self.run_id, self.digests, ledger_id=self.ledger.id, ledger_url=self.ledger.url
-        )
 
 
 def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) -> Run:
@@ -128,6 +95,7 @@ def admit(run: Run, *, resume: bool) -> None:
         PrivacyBudgetExceededError: It does not fit in what the dataset has left.
         ConfigError: The run to resume has ended.
         ReplayRefusedError: It was begun with other settings, code or data.
+        StorageError: The output folder cannot be written.
     """
     if resume:
         _check_resumable(run)
@@ -164,12 +132,3 @@ def _check_resumable(run: Run) -> None:
     differing = run.digests.differing(record.digests)
     # The ledger decides; asked here as well, before workers are started for nothing.
     refuse_mismatch(run.run_id, differing, run.config.privacy.on_mismatch)
-
-
-def without_secrets(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns the settings without the ledger's URL, which may hold a database password.
-
-    The store's manifest names the ledger as well.
-    """
-    data = config.data.model_copy(update={"ledger": None})
-    return config.model_copy(update={"data": data})

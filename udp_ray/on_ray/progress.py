@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,9 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.on_ray.accountant import Progress, RemoteAccountant
+from udp_ray.on_ray.remote_accountant import Progress, RemoteAccountant
 
 POLL_S = 0.5
+TOLD_AFTER_S = 5.0  # of waiting for the ledger
 CURVE_POINTS = 24
 
 
@@ -72,7 +75,8 @@ class ProgressDisplay:
         self._seen = 0
         self._attempt = 0
         self._bar = tqdm(total=plan.num_steps, unit="step", dynamic_ncols=True, desc="training")
-        self._writer = SummaryWriter(str(folder))
+        self._curves = _Curves(folder)
+        self._is_waiting = False
         self._shown: dict[str, str] = {}
         self._last_shown: dict[str, str] = {}
         self._over = threading.Event()
@@ -91,7 +95,7 @@ class ProgressDisplay:
         self._over.set()
         self._thread.join()
         self._bar.close()
-        self._writer.close()
+        self._curves.close()
 
     def _follow(self) -> None:
         is_last = False
@@ -106,6 +110,9 @@ class ProgressDisplay:
     def _show(self, progress: Progress) -> None:
         if progress.attempts > max(1, self._attempt) and self._attempt:
             tqdm.write(f"the workers were restarted; going on after step {progress.step}")
+        if progress.waiting_s > TOLD_AFTER_S and not self._is_waiting:
+            tqdm.write("the ledger does not answer: training waits for it; see to its database")
+        self._is_waiting = progress.waiting_s > TOLD_AFTER_S
         self._attempt = progress.attempts
         self._seen = max(self._seen, progress.num_metrics)
         for metrics in progress.metrics:
@@ -117,14 +124,44 @@ class ProgressDisplay:
 
     def _take(self, metrics: dict[str, float]) -> None:
         step = int(metrics["step"])
-        for name, value in metrics.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, step)
-        self._writer.add_scalar("privacy/epsilon", self._curve.at(step), step)
-        self._writer.flush()
+        values = {name: value for name, value in metrics.items() if name != "step"}
+        self._curves.add(step, values | {"privacy/epsilon": self._curve.at(step)})
         for name, label in (
             ("heldout/token_loss", "held-out loss"),
             ("train/expected_units_per_s", "expected users/s"),
         ):
             if name in metrics:
                 self._shown[label] = f"{metrics[name]:.4g}"
+
+
+class _Curves:
+    """TensorBoard's files. They are a convenience: a full disk ends them, and not the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        with self._or_without():
+            self._writer = SummaryWriter(str(folder))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Writes the values of a step."""
+        if self._writer is None:
+            return
+        with self._or_without():
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            with self._or_without():
+                self._writer.close()
+
+    @contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            tqdm.write(f"no more curves are written to {self._folder} ({error.strerror})")

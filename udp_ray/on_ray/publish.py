@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +28,15 @@ from udp_ray.models.load import (
     load_tokenizer,
     trainable_parameters,
 )
-from udp_ray.on_ray.accountant import RemoteAccountant, read_evaluations
-from udp_ray.on_ray.admission import Run, without_secrets
+from udp_ray.on_ray.accountant import read_evaluations
 from udp_ray.on_ray.progress import EpsilonCurve
-from udp_ray.on_ray.worker import open_checkpoint
+from udp_ray.on_ray.remote_accountant import RemoteAccountant
+from udp_ray.on_ray.result import RunResult
+from udp_ray.on_ray.run import Run, without_secrets
+from udp_ray.on_ray.stored import open_checkpoint
 from udp_ray.outputs import CONFIG_FILE, CURVES_FILE, METRICS_FILE, OutputFolder, write_aside
-from udp_ray.report import PrivacyStatement
 from udp_ray.statement_parts import DatasetTotal
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended, and what it left."""
-
-    run_id: str
-    output: Path
-    statement: PrivacyStatement
-    step: int
-    """The last step that the published weights hold."""
-    metrics: tuple[dict[str, float], ...]
-    """Held-out evaluations by step, with the epsilon spent until then."""
-    budget_message: str | None
-    """Why training ended before its last step; None if it did not."""
-    has_adapters: bool = False
-    """Whether only adapters were trained, which stand beside their base model."""
-
-    def to_text(self) -> str:
-        """Returns what a person wants to know at the end."""
-        rows = ["", "Held-out people", "    step  token loss  perplexity  user loss   epsilon"]
-        rows += [
-            f"  {row['step']:6.0f}  {row['token_loss']:10.4f}  {row['token_perplexity']:10.2f}"
-            f"  {row['user_loss']:9.4f}  {float(row['epsilon']):8.3f}"
-            for row in self.metrics
-        ]
-        held_out = rows if self.metrics else []
-        early = f" Training ended early: {self.budget_message}." if self.budget_message else ""
-        what = "adapters" if self.has_adapters else "weights"
-        opened_by = "AutoPeftModelForCausalLM" if self.has_adapters else "AutoModelForCausalLM"
-        written = (
-            f"Written to {self.output}: the {what} of step {self.step}, which"
-            f" {opened_by}.from_pretrained opens.{early}"
-        )
-        return "\n".join([self.statement.to_text(), *held_out, "", written])
+from udp_ray.storage import writing
 
 
 def publish_run(
@@ -83,13 +49,15 @@ def publish_run(
 
     Raises:
         CheckpointError: Nothing was committed, or the checkpoint is not the ledger's.
+        StorageError: The output folder cannot be written.
     """
     record = run.ledger.run(run.run_id)
     budget_message = accountant.progress(0).budget_message
     if budget_message is not None:
         announce(f"training ended at step {record.committed_step}: {budget_message}")
     folder = run.folder
-    _publish_model(run.config, record, folder)
+    with _without_bars():
+        _publish_model(run.config, record, folder)
     metrics = _with_epsilon(record, read_evaluations(folder.path / METRICS_FILE), curve)
     folder.write_json(METRICS_FILE, metrics)
     points = curve.points(record.charged_steps)
@@ -122,17 +90,20 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
             f"no checkpoint of run {record.run_id} was committed within its budget, so there is"
             " nothing to release: begin a new run, with a smaller train.checkpoint_every"
         )
-    aside = Path(tempfile.mkdtemp(prefix=".model-", dir=folder.path))
-    with open_checkpoint(record.checkpoint) as directory, _without_bars():
+    with open_checkpoint(record.checkpoint) as directory:
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
-        model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
-        checkpoint.refuse_other_frozen(frozen_fingerprint(model))
-        checkpoint.load_weights(trainable_parameters(model))
+    model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
+    checkpoint.refuse_other_frozen(frozen_fingerprint(model))
+    checkpoint.load_weights(trainable_parameters(model))
+    tokenizer = load_tokenizer(config.data.tokenizer or config.model.name)
+    with (
+        writing("the model", folder.path),
+        tempfile.TemporaryDirectory(prefix=".model-", dir=folder.path) as aside,
+    ):
         model.save_pretrained(aside)
-        load_tokenizer(config.data.tokenizer or config.model.name).save_pretrained(aside)
-    for file in sorted(aside.iterdir()):
-        file.replace(folder.path / file.name)
-    aside.rmdir()
+        tokenizer.save_pretrained(aside)
+        for file in sorted(Path(aside).iterdir()):
+            file.replace(folder.path / file.name)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.dp.ledger import Budget, Digests, Ledger, RunRecord
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import UdpRayError
-from udp_ray.on_ray.admission import Run
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.carry_out import carry_out
+from udp_ray.on_ray.run import Run
 from udp_ray.outputs import METRICS_FILE, OutputFolder
 from udp_ray.report import PrivacyStatement
 

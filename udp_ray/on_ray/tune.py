@@ -25,8 +25,10 @@ from ray.train import Checkpoint
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from udp_ray.dp.ledger import TrialRecord
+from udp_ray.errors import LedgerUnavailableError
 from udp_ray.on_ray.capacity import require_capacity, runs_at_a_time
 from udp_ray.on_ray.connect import connected
+from udp_ray.on_ray.stored import require_writable
 from udp_ray.on_ray.sweep import Sweep, admit_sweep, has_ended, plan_of_sweep, prepare_sweep
 from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep, result_of
 from udp_ray.on_ray.trial import ERROR_FILE, TRIAL, TrialJob, run_trial
@@ -65,6 +67,8 @@ def run_sweep(
         _forget(sweep)  # in case a crash came between the end and the tidying up
     with connected(config.cluster.address):
         require_capacity(config.cluster, announce)
+        if config.cluster.storage is not None and not resume:
+            require_writable(sweep.storage)
         attempt = admit_sweep(sweep, resume=resume)
         announce(f"sweep {sweep.sweep_id}: {'going on' if resume else 'admitted'}")
         try:
@@ -193,7 +197,10 @@ def _follow(sweep: Sweep, task: ray.ObjectRef, announce: Callable[[str], None]) 
         is_over = bool(done)
         if sweep.is_secret:
             continue
-        trials = sweep.ledger.trials(sweep.sweep_id)
+        try:
+            trials = sweep.ledger.trials(sweep.sweep_id)
+        except LedgerUnavailableError:
+            continue  # the trials wait for it, each for itself
         for trial in trials:
             if trial.number not in told and not _is_open(trial):
                 told.add(trial.number)

@@ -21,7 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.world import join_world
-from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
+from udp_ray.on_ray.accountant import Charge, start_accountant
+from udp_ray.on_ray.remote_accountant import RemoteAccountant
 
 CALLS_FILE = "calls"
 

@@ -9,55 +9,37 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from pyarrow.fs import FileSelector, FileType
+from pyarrow.fs import FileSelector
 from ray.train import Checkpoint
 
-from udp_ray.config import ExperimentConfig
 from udp_ray.data.remote import open_store
-from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.loop import ResumePoint, TrainResult, WorkerKeys, train
-from udp_ray.errors import CheckpointError, LedgerError, UdpRayError
+from udp_ray.errors import LedgerError, StorageError, UdpRayError
 from udp_ray.location import below, name_of
 from udp_ray.models.load import load_model
-from udp_ray.on_ray.accountant import (
+from udp_ray.on_ray.remote_accountant import (
     AttemptAccountant,
     AttemptStart,
     RemoteAccountant,
     WorkerSecrets,
 )
+from udp_ray.on_ray.stored import open_checkpoint, remove, require_stored
+from udp_ray.on_ray.worker_job import WorkerJob
 from udp_ray.provenance import code_digest
+from udp_ray.storage import writing
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
 
-@dataclass(frozen=True)
-class WorkerJob:
-    """What a worker is told. Public: Ray may write it down."""
-
-    config: ExperimentConfig
-    """Without the ledger's URL."""
-    plan: PrivacyPlan
-    run_folder: str
-    """Folder or URL of the run's checkpoints."""
-    provenance: dict[str, str]
-    accountant: ray.actor.ActorHandle
-
-
-def run_worker(settings: dict[str, Any]) -> None:
-    """Trains on this worker. Ray Train calls it on all workers at once.
-
-    Args:
-        settings: {"job": WorkerJob}; Ray Train hands over a dict.
-    """
-    job: WorkerJob = settings["job"]
+def work(job: WorkerJob) -> None:
+    """Trains on this worker; all workers of a run do so at once."""
     remote = RemoteAccountant(job.accountant)
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
@@ -128,32 +110,38 @@ class RunCheckpoints:
         self._last_committed = start.location
 
     def publish(self, step: int, checkpoint: Path | None) -> str | None:
-        """Moves a finished checkpoint into Ray's storage; see `engine.loop.Publish`."""
+        """Moves a finished checkpoint into Ray's storage; see `engine.loop.Publish`.
+
+        Raises:
+            StorageError: There is no room for it, or the storage may not be written.
+        """
         # The attempt is in the name: a repeated step must not write over an older checkpoint.
         name = f"{CHECKPOINT_PREFIX}{step:08d}-attempt-{self._attempt}"
-        ray.train.report(
-            {"step": step},
-            checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None,
-            checkpoint_dir_name=name,
-        )
-        dist.barrier()
-        if checkpoint is None:
-            return None
         location = below(self._folder, name)
-        # When a worker dies, Ray skips the report of the others without an error.
-        stored = Checkpoint(location)
-        if stored.filesystem.get_file_info(stored.path).type is not FileType.Directory:
-            raise RuntimeError(f"Ray Train did not store {location}: a worker has left")
-        return location
+        try:
+            with writing(f"the checkpoint of step {step}", self._folder):
+                ray.train.report(
+                    {"step": step},
+                    checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None,
+                    checkpoint_dir_name=name,
+                )
+                if checkpoint is not None:
+                    require_stored(checkpoint, Checkpoint(location))
+        except StorageError:
+            remove(Checkpoint(location))  # half of it, and the room is needed
+            raise
+        dist.barrier()
+        return None if checkpoint is None else location
 
     def committed(self, location: str) -> None:
         """Removes all checkpoints but this one and the one committed before it."""
         kept = {name_of(place) for place in (location, self._last_committed) if place}
         self._last_committed = location
         folder = Checkpoint(self._folder)
-        for entry in folder.filesystem.get_file_info(FileSelector(folder.path)):
-            if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in kept:
-                folder.filesystem.delete_dir(entry.path)
+        with writing("changes", self._folder):
+            for entry in folder.filesystem.get_file_info(FileSelector(folder.path)):
+                if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in kept:
+                    folder.filesystem.delete_dir(entry.path)
 
 
 @dataclass(frozen=True)
@@ -179,18 +167,3 @@ def _resume_point(start: AttemptStart) -> Iterator[ResumePoint | None]:
         return
     with open_checkpoint(start.location) as directory:
         yield ResumePoint(Path(directory), start.digest, start.step, start.location)
-
-
-def open_checkpoint(location: str) -> AbstractContextManager[str]:
-    """Returns a checkpoint as a local folder, fetched if it lies elsewhere.
-
-    Raises:
-        CheckpointError: If it is gone.
-    """
-    checkpoint = Checkpoint(location)
-    if checkpoint.filesystem.get_file_info(checkpoint.path).type is not FileType.Directory:
-        raise CheckpointError(
-            f"checkpoint {location} is gone, and the ledger names no other: restore it, or begin a"
-            " new run"
-        )
-    return checkpoint.as_directory()

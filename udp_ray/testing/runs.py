@@ -26,17 +26,22 @@ SEED = 11
 
 
 def tiny_experiment(
-    folder: Path, *, num_users: int = NUM_USERS, **overrides: dict[str, Any]
+    folder: Path,
+    *,
+    num_users: int = NUM_USERS,
+    ledger_url: str | None = None,
+    **overrides: dict[str, Any],
 ) -> ExperimentConfig:
     """Returns the settings of a run whose store, ledger and model stand in `folder`.
 
     Args:
         folder: Made ready on the first call; later calls find and share what is there.
         num_users: Users of the store, when it is made.
+        ledger_url: Where the ledger is made, then; default: a file in the folder.
         overrides: Fields of a section, as `privacy={"num_steps": 3}`.
     """
     if not (folder / "store").exists():
-        _make_ready(folder, num_users)
+        _make_ready(folder, num_users, ledger_url or f"sqlite:///{folder / 'ledger.sqlite'}")
     sections: dict[str, dict[str, Any]] = {
         "privacy": {
             "noise_multiplier": 1.0,
@@ -69,11 +74,11 @@ def to_folder(config: ExperimentConfig, output: Path) -> ExperimentConfig:
     return config.model_copy(update={"output": str(output)})
 
 
-def _make_ready(folder: Path, num_users: int) -> None:
+def _make_ready(folder: Path, num_users: int, ledger_url: str) -> None:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "model")
     tiny_model().save_pretrained(folder / "model")
-    with Ledger.create(f"sqlite:///{folder / 'ledger.sqlite'}") as ledger:
+    with Ledger.create(ledger_url) as ledger:
         ledger.register_dataset(DATASET)
         write_store(
             folder / "store",

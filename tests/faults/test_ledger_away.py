@@ -1,0 +1,222 @@
+"""The ledger's database away for a while in the middle of training: SQLite and PostgreSQL.
+
+pytest tests/faults/test_ledger_away.py
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.data.store import TokenStore
+from udp_ray.dp import ledger_database
+from udp_ray.dp.ledger import Ledger
+from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.on_ray.accountant import Charge, RunAccountant
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.testing.aftermath import (
+    Undisturbed,
+    require_one_sentence,
+    require_unreleased,
+    run_id_in,
+    unheard,
+)
+from udp_ray.testing.ledger_processes import DATASET, DIGESTS, admit, new_ledger
+from udp_ray.testing.lockers import Locker
+from udp_ray.testing.moments import Moment, paused_at
+from udp_ray.testing.postgres import NoServerError, PostgresServer, find_programs
+from udp_ray.testing.runs import tiny_experiment, to_folder
+
+STEP = 5
+AWAY_S = 8.0  # until a person is told, and longer than any single step
+
+
+def patient(config: ExperimentConfig, output: Path, wait_s: float) -> ExperimentConfig:
+    cluster = config.cluster.model_copy(update={"ledger_wait_s": wait_s})
+    return to_folder(config.model_copy(update={"cluster": cluster}), output)
+
+
+def move(file: Path, aside: Path) -> None:
+    file.rename(aside)
+
+
+def file_of(config: ExperimentConfig) -> Path:
+    return Path(config.data.ledger_url.removeprefix("sqlite:///"))
+
+
+# ---- SQLite
+
+
+@pytest.mark.slow
+def test_training_stops_cleanly_when_the_ledger_stays_locked(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, lockers, said = tmp_path / "output", [], []
+    disturbed = patient(config, output, 1.0)
+    try:
+        with (
+            paused_at(Moment("authorized", STEP), tmp_path / "moment",
+                      lambda pid: lockers.append(Locker(file_of(config)))),
+            pytest.raises(LedgerUnavailableError) as caught,
+        ):  # fmt: skip
+            train_on_ray(disturbed, announce=said.append)
+    finally:
+        for locker in lockers:
+            locker.let_go()
+    require_one_sentence(caught.value, "does not answer", "locked", "see to its database")
+    assert "--resume" in said[-1]
+    record = ledger.run(run_id_in(output))
+    assert (record.charged_steps, record.committed_step) == (STEP, 4)
+    require_unreleased(output)
+    train_on_ray(disturbed, resume=True, announce=unheard)
+    undisturbed.require_alike(output, ledger)
+
+
+@pytest.mark.slow
+def test_training_stops_when_the_ledgers_file_is_moved_away(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, file, aside = tmp_path / "output", file_of(config), tmp_path / "moved.sqlite"
+    disturbed = to_folder(config, output)
+    try:
+        with (
+            paused_at(Moment("authorized", STEP), tmp_path / "moment",
+                      lambda pid: move(file, aside)),
+            pytest.raises(LedgerError) as caught,
+        ):  # fmt: skip
+            train_on_ray(disturbed, announce=unheard)
+        assert not file.exists()  # and none was made in its place
+    finally:
+        aside.rename(file)
+    require_one_sentence(caught.value, "no ledger", "restore")
+    assert ledger.run(run_id_in(output)).charged_steps == STEP
+    train_on_ray(disturbed, resume=True, announce=unheard)
+    undisturbed.require_alike(output, ledger)
+
+
+# ---- PostgreSQL
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    try:
+        server = PostgresServer(find_programs())
+        server.start()
+    except NoServerError as error:
+        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="module")
+def on_server(
+    server: PostgresServer, config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory
+) -> ExperimentConfig:
+    """The same run, with its ledger on a server."""
+    return tiny_experiment(
+        tmp_path_factory.mktemp("postgres"),
+        ledger_url=server.new_url(),
+        data={"ledger": None},
+        privacy={"num_steps": config.privacy.num_steps},
+        train={"checkpoint_every": config.train.checkpoint_every},
+    )
+
+
+@pytest.mark.slow
+def test_training_waits_for_a_server_that_crashes_and_comes_back(
+    server: PostgresServer, on_server: ExperimentConfig, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+
+    def crash(pid: int) -> None:
+        server.stop(crash=True)
+        threading.Timer(AWAY_S, server.start).start()
+
+    with paused_at(Moment("authorized", STEP), tmp_path / "moment", crash):
+        train_on_ray(patient(on_server, output, 60.0), announce=unheard)
+    with Ledger.open(ledger_url(on_server)) as ledger:
+        assert ledger.run(run_id_in(output)).num_attempts == 1
+        undisturbed.require_alike(output, ledger)
+
+
+def ledger_url(config: ExperimentConfig) -> str:
+    return TokenStore.open(config.data.store, verify=False).manifest.ledger_url
+
+
+# ---- the accountant by itself
+
+
+@pytest.fixture
+def charge(tmp_path: Path) -> Charge:
+    with new_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
+        admit(ledger)
+        return Charge(
+            ledger_url=ledger.url, ledger_id=ledger.id, run_id="run", digests=DIGESTS,
+            on_mismatch="refuse", metrics_file=str(tmp_path / "metrics.json"), patience_s=30.0,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite says soon that somebody else holds the lock."""
+    monkeypatch.setattr(ledger_database, "BUSY_TIMEOUT_S", 0.05)
+
+
+def locked_for(charge: Charge, ask: Callable[[], None], seconds: float) -> float:
+    """Asks while the ledger is locked for a while; returns how long the answer took."""
+    locker = Locker(Path(charge.ledger_url.removeprefix("sqlite:///")))
+    threading.Timer(seconds, locker.let_go).start()
+    begun = time.monotonic()
+    ask()
+    return time.monotonic() - begun
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(charge: Charge) -> None:
+    accountant, seen = RunAccountant(charge), []
+    attempt = accountant.begin()
+    assert attempt is not None
+
+    def ask() -> None:
+        threading.Timer(0.5, lambda: seen.append(accountant.progress(0))).start()
+        accountant.authorize(attempt.number, 1, "start")
+
+    took = locked_for(charge, ask, 1.5)
+    assert 1.0 <= took < 30.0
+    assert 0.3 < seen[0].waiting_s < took
+    assert seen[0].step == 0
+    assert accountant.progress(0).waiting_s == 0
+    assert accountant.progress(0).charged_steps == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_ledger_locked_for_too_long_grants_nothing(charge: Charge) -> None:
+    accountant = RunAccountant(replace(charge, patience_s=0.3))
+    attempt = accountant.begin()
+    assert attempt is not None
+
+    def ask() -> None:
+        with pytest.raises(LedgerUnavailableError, match="locked"):
+            accountant.authorize(attempt.number, 1, "start")
+
+    assert locked_for(charge, ask, 1.5) < 1.5
+    with Ledger.open(charge.ledger_url) as ledger:
+        time.sleep(1.5)
+        assert ledger.run("run").charged_steps == 0
+        assert ledger.dataset_names() == [DATASET]
+
+
+def test_the_lock_is_one_that_writers_feel(charge: Charge) -> None:
+    file = Path(charge.ledger_url.removeprefix("sqlite:///"))
+    locker = Locker(file)
+    other = sqlite3.connect(file, timeout=0.05, isolation_level=None)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        other.execute("BEGIN IMMEDIATE")
+    locker.let_go()
+    other.execute("BEGIN IMMEDIATE")
+    other.close()

@@ -1,0 +1,181 @@
+"""Storage that is full, or turns read-only, while a run wants to keep something.
+
+pytest tests/faults/test_storage.py
+"""
+
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.dp.ledger import Ledger
+from udp_ray.errors import ConfigError, StorageError
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.outputs import OutputFolder, write_aside
+from udp_ray.storage import writing
+from udp_ray.testing.aftermath import (
+    Undisturbed,
+    require_one_sentence,
+    require_unreleased,
+    run_id_in,
+    unheard,
+)
+from udp_ray.testing.disks import SmallDisk
+from udp_ray.testing.jobs import finished_job
+from udp_ray.testing.moments import Moment, paused_at
+from udp_ray.testing.runs import DATASET, to_folder
+
+STEP = 4
+HALF_A_CHECKPOINT = 20_000  # bytes; a checkpoint of the tiny model takes 35,000
+
+
+def on_disk(config: ExperimentConfig, output: Path, disk: SmallDisk) -> ExperimentConfig:
+    """The run's checkpoints go to the disk."""
+    cluster = config.cluster.model_copy(update={"storage": str(disk.folder)})
+    return to_folder(config.model_copy(update={"cluster": cluster}), output)
+
+
+def checkpoints(disk: SmallDisk) -> list[str]:
+    return sorted(folder.name for folder in disk.folder.rglob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_training_at_the_last_checkpoint_that_is_whole(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    disk: SmallDisk,
+) -> None:  # fmt: skip
+    disturbed, said = on_disk(config, tmp_path / "output", disk), []
+    with (
+        paused_at(Moment("publishing", STEP), tmp_path / "moment",
+                  lambda pid: disk.fill(but=HALF_A_CHECKPOINT)),
+        pytest.raises(StorageError) as caught,
+    ):  # fmt: skip
+        train_on_ray(disturbed, announce=said.append)
+    require_one_sentence(
+        caught.value, "checkpoint of step 4", str(disk.folder), "no space left", "make room"
+    )
+    assert "--resume" in said[-1]
+    run = ledger.run(run_id_in(tmp_path / "output"))
+    assert (run.committed_step, run.charged_steps) == (2, STEP)
+    assert checkpoints(disk) == ["checkpoint-00000002-attempt-1"]  # nothing half-written
+    require_unreleased(tmp_path / "output")
+    disk.make_room()
+    train_on_ray(disturbed, resume=True, announce=unheard)
+    undisturbed.require_alike(tmp_path / "output", ledger)
+
+
+@pytest.mark.slow
+def test_storage_that_turns_read_only_stops_training(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    disk: SmallDisk,
+) -> None:  # fmt: skip
+    disturbed = on_disk(config, tmp_path / "output", disk)
+    with (
+        paused_at(Moment("publishing", STEP), tmp_path / "moment",
+                  lambda pid: disk.forbid_writing()),
+        pytest.raises(StorageError) as caught,
+    ):  # fmt: skip
+        train_on_ray(disturbed, announce=unheard)
+    require_one_sentence(caught.value, "checkpoint of step 4", "read-only", "make it writable")
+    assert ledger.run(run_id_in(tmp_path / "output")).committed_step == 2
+    require_unreleased(tmp_path / "output")
+    disk.allow_writing()
+    train_on_ray(disturbed, resume=True, announce=unheard)
+    undisturbed.require_alike(tmp_path / "output", ledger)
+
+
+@pytest.mark.slow
+def test_an_output_folder_that_is_full_at_the_end_costs_nothing_but_a_resume(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    disk: SmallDisk,
+) -> None:  # fmt: skip
+    output = disk.folder / "output"
+    cluster = config.cluster.model_copy(update={"storage": str(tmp_path / "checkpoints")})
+    disturbed = to_folder(config.model_copy(update={"cluster": cluster}), output)
+    said: list[str] = []
+    with (
+        paused_at(Moment("committed", 6), tmp_path / "moment", lambda pid: disk.fill()),
+        pytest.raises(StorageError) as caught,
+    ):
+        train_on_ray(disturbed, announce=said.append)
+    require_one_sentence(caught.value, str(output), "no space left", "make room")
+    assert "--resume" in said[-1]
+    require_unreleased(output)
+    disk.make_room()
+    train_on_ray(disturbed, resume=True, announce=unheard)
+    undisturbed.require_alike(output, ledger)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_storage_that_cannot_be_written_is_refused_before_anything_is_spent(
+    config: ExperimentConfig, ledger: Ledger, tmp_path: Path, disk: SmallDisk
+) -> None:
+    before = len(ledger.spent(DATASET).runs)
+    disk.forbid_writing()
+    for disturbed in (
+        on_disk(config, tmp_path / "output", disk),
+        to_folder(config, disk.folder / "output"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            train_on_ray(disturbed, announce=unheard)
+        require_one_sentence(caught.value, str(disk.folder), "read-only", "make it writable")
+    assert len(ledger.spent(DATASET).runs) == before
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.slow
+def test_a_person_sees_a_sentence_and_no_traceback(
+    config: ExperimentConfig, tmp_path: Path, disk: SmallDisk
+) -> None:
+    disk.forbid_writing()
+    job = finished_job("train", to_folder(config, disk.folder / "output"), tmp_path)
+    assert job.returncode == 2
+    assert "Traceback" not in job.stdout
+    assert job.stdout.splitlines()[-1].startswith("error: run.json could not be written to")
+
+
+# ---- the parts, without Ray
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one(disk: SmallDisk) -> None:
+    file = disk.folder / "metrics.json"
+    write_aside(file, "old")
+    disk.fill()
+    with pytest.raises(StorageError, match=r"metrics\.json could not be written"):
+        write_aside(file, "new" * 100_000)
+    assert [each.name for each in disk.folder.iterdir() if each.name != "ballast"] == [file.name]
+    assert file.read_text() == "old"
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE, which needs no mount."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StorageError, match="raise the limit"):
+            write_aside(tmp_path / "file", "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_nobody_can_mend_stays_what_it_is(tmp_path: Path) -> None:
+    broken = OSError(5, "Input/output error")
+    with pytest.raises(OSError, match="Input/output") as caught, writing("a file", tmp_path):
+        raise broken
+    assert caught.value is broken
+
+
+def test_two_drivers_cannot_both_take_an_empty_output_folder(tmp_path: Path) -> None:
+    first, second = OutputFolder(tmp_path / "output"), OutputFolder(tmp_path / "output")
+    first.check(resume=False)
+    second.check(resume=False)  # both have looked
+    first.claim("one")
+    first.claim("one")  # a trial that is taken up again
+    with pytest.raises(ConfigError, match="was taken by run one just now"):
+        second.claim("two")
+    assert first.run_id() == "one"

@@ -1,0 +1,96 @@
+"""Workers and the accountant killed in the middle of a step, on a real Ray cluster.
+
+pytest tests/faults/test_workers.py
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.dp.ledger import Ledger
+from udp_ray.errors import WorkersLostError
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.testing.aftermath import (
+    TOLERANCE,
+    Undisturbed,
+    distance,
+    require_one_sentence,
+    require_unreleased,
+    run_id_in,
+    unheard,
+)
+from udp_ray.testing.moments import Moment, kill, paused_at
+from udp_ray.testing.runs import to_folder
+
+pytestmark = pytest.mark.slow
+STEP = 5  # between the checkpoints of steps 4 and 6
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [Moment("authorized", STEP, rank=0), Moment("authorized", STEP, rank=1),
+     Moment("noised", STEP, rank=0)],
+    ids=["rank 0, reserved", "rank 1, reserved", "rank 0, noised"],
+)  # fmt: skip
+def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    moment: Moment,
+) -> None:  # fmt: skip
+    output = tmp_path / "output"
+    charged: list[int] = []
+
+    def look_and_kill(pid: int) -> None:
+        charged.append(ledger.run(run_id_in(output)).charged_steps)
+        kill(pid)
+
+    with paused_at(moment, tmp_path / "moment", look_and_kill):
+        train_on_ray(to_folder(config, output), announce=unheard)
+    assert charged == [STEP]  # reserved before the kill, its weights lost, and not charged again
+    assert ledger.run(run_id_in(output)).num_attempts > 1
+    undisturbed.require_alike(output, ledger)
+
+
+def test_a_killed_accountant_is_replaced_and_forgets_nothing(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+
+    def kill_the_accountant(pid: int) -> None:
+        for process in psutil.Process().children(recursive=True):
+            if "RunAccountant" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                return
+        raise AssertionError("there is no accountant")
+
+    with paused_at(Moment("authorized", STEP), tmp_path / "moment", kill_the_accountant):
+        train_on_ray(to_folder(config, output), announce=unheard)
+    undisturbed.require_alike(output, ledger)
+
+
+def test_a_run_whose_workers_die_too_often_says_so_and_can_be_resumed(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    once = config.cluster.model_copy(update={"max_failures": 0})
+    fragile = to_folder(config.model_copy(update={"cluster": once}), output)
+    said: list[str] = []
+    with (
+        paused_at(Moment("authorized", STEP, rank=1), tmp_path / "moment", kill),
+        pytest.raises(WorkersLostError) as caught,
+    ):
+        train_on_ray(fragile, announce=said.append)
+    require_one_sentence(caught.value, "worker 1 died", "max_failures = 0", "--resume")
+    assert "has not ended" in said[-1]
+    require_unreleased(output)
+    train_on_ray(fragile, resume=True, announce=unheard)
+    undisturbed.require_alike(output, ledger)
+
+
+def test_the_comparison_would_notice_a_step_too_few(undisturbed: Undisturbed) -> None:
+    before, after = sorted((undisturbed.result.output / "checkpoints").rglob("weights.safetensors"))
+    assert distance(load_file(before), load_file(after)) > 100 * TOLERANCE

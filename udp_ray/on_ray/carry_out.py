@@ -1,0 +1,143 @@
+"""The part of a run between its admission and its published folder, by the driver of run or trial.
+
+It trusts the ledger, and not Ray's snapshot, about which checkpoint is the last; what it publishes
+is made from that one alone. What only publishing needs is loaded then: the workers are started
+seconds earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ray
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.errors import WorkersLostError
+from udp_ray.on_ray.accountant import Charge, start_accountant
+from udp_ray.on_ray.capacity import worker_resources
+from udp_ray.on_ray.progress import EpsilonCurve, ProgressDisplay
+from udp_ray.on_ray.remote_accountant import RemoteAccountant
+from udp_ray.on_ray.result import RunResult
+from udp_ray.on_ray.run import Run, without_secrets
+from udp_ray.on_ray.worker_job import WorkerJob, run_worker
+from udp_ray.outputs import METRICS_FILE, TENSORBOARD_FOLDER
+
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+
+def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunResult:
+    """Trains an admitted run to its end, on the cluster that was joined, and publishes it."""
+    if resume:
+        _forget_ray_snapshot(run.run_folder)
+    announce(f"run {run.run_id}: {'going on' if resume else 'admitted'}")
+    curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
+    accountant = RemoteAccountant(start_accountant(_charge(run)))
+    try:
+        _train(run, accountant, curve)
+        from udp_ray.on_ray.publish import publish_run
+
+        return publish_run(run, accountant, curve, announce)
+    except BaseException:
+        announce(f"run {run.run_id} has not ended: mend the cause, then go on with --resume")
+        raise
+
+
+def _forget_ray_snapshot(run_folder: str) -> None:
+    """Removes Ray's memory of the run's checkpoints, which insists on files that are gone."""
+    folder = Checkpoint(run_folder)
+    snapshot = f"{folder.path}/{RAY_SNAPSHOT}"
+    if folder.filesystem.get_file_info(snapshot).is_file:
+        folder.filesystem.delete_file(snapshot)
+
+
+def _charge(run: Run) -> Charge:
+    return Charge(
+        ledger_url=run.ledger_url,
+        ledger_id=run.ledger.id,
+        run_id=run.run_id,
+        digests=run.digests,
+        on_mismatch=run.config.privacy.on_mismatch,
+        metrics_file=str(run.folder.path / METRICS_FILE),
+        patience_s=run.config.cluster.ledger_wait_s,
+    )
+
+
+def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> None:
+    """Runs the workers until the last checkpoint is committed.
+
+    Raises:
+        UdpRayError: The one that stopped a worker.
+        WorkersLostError: The workers died more often than they may.
+        ray.train.TrainingFailedError: They failed by a fault of ours.
+    """
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"job": _worker_job(run, accountant)},
+        torch_config=TorchConfig(backend="nccl" if run.config.cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=run.config.cluster.num_workers,
+            use_gpu=run.config.cluster.use_gpu,
+            resources_per_worker=worker_resources(run.config.cluster),
+        ),
+        run_config=RunConfig(
+            name=run.run_id,
+            storage_path=run.storage,
+            failure_config=FailureConfig(max_failures=run.config.cluster.max_failures),
+            worker_runtime_env={"env_vars": _environment(run.config)},
+        ),
+    )
+    failure: ray.train.TrainingFailedError | None = None
+    folder = run.folder.path / TENSORBOARD_FOLDER
+    with ProgressDisplay(accountant, run.plan, curve, folder):
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            failure = error
+    stopped_by = accountant.progress(0).error
+    if stopped_by is not None:
+        raise stopped_by
+    if failure is not None:
+        raise lost_workers(failure, run.config.cluster.max_failures) or failure
+
+
+def lost_workers(
+    failure: ray.train.TrainingFailedError, max_failures: int
+) -> WorkersLostError | None:
+    """Returns what to say if workers were killed or their nodes went away; None otherwise.
+
+    A worker that dies leaves others waiting for it, whose errors say no more than that.
+    """
+    failures = getattr(failure, "worker_failures", {})
+    # Ray Train finds out by asking after its workers' health, and keeps the answer inside.
+    causes = {
+        rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()
+    }
+    gone = (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError)
+    lost = sorted(rank for rank, cause in causes.items() if isinstance(cause, gone))
+    if not lost:
+        return None
+    return WorkersLostError(
+        f"training worker {lost[0]} died, and cluster.max_failures = {max_failures} restarts are"
+        " used up: see whether its node was lost or its memory ran out (Ray's logs say), then go"
+        " on with --resume"
+    )
+
+
+def _worker_job(run: Run, accountant: RemoteAccountant) -> WorkerJob:
+    return WorkerJob(
+        config=without_secrets(run.config),  # Ray may write the job down
+        plan=run.plan,
+        run_folder=run.run_folder,
+        provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},
+        accountant=accountant.actor,
+    )
+
+
+def _environment(config: ExperimentConfig) -> dict[str, str]:
+    threads = str(max(1, int(config.cluster.cpus_per_worker)))
+    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if not config.cluster.use_gpu:
+        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return variables

@@ -1,0 +1,98 @@
+"""Nodes of a Ray cluster as real ones: each a `ray start` of its own, which can be switched off.
+
+with Head(num_cpus=0) as head:
+    spare = head.add_node(num_cpus=2)
+    ...                      # jobs with cluster.address = head.address
+    spare.switch_off()
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Self
+
+import psutil  # type: ignore[import-untyped]
+
+STARTED = "Ray runtime started"
+STORE_BYTES = 256 << 20
+
+
+class Node:
+    """One node: `ray start --block`, and all that runs below it."""
+
+    def __init__(self, options: Sequence[str]):
+        """Starts it, and returns once it has joined."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+        command += [f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        said = []
+        for line in self._process.stdout:
+            said.append(line)
+            if STARTED in line:
+                return
+        raise RuntimeError("the node does not start: " + "".join(said))
+
+    def runs(self, pid: int) -> bool:
+        """Returns whether a process is one of this node's."""
+        return pid in {process.pid for process in self._below()}
+
+    def switch_off(self) -> None:
+        """Kills all its processes at once, as when its machine loses power."""
+        if self._process.poll() is not None:
+            return
+        doomed = [*self._below(), psutil.Process(self._process.pid)]
+        for process in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        psutil.wait_procs(doomed[:-1], timeout=10)
+        self._process.communicate()
+
+    def _below(self) -> list[psutil.Process]:
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+
+class Head(Node):
+    """The node that others and drivers join."""
+
+    def __init__(self, *, num_cpus: int):
+        """Starts it with ports and a folder of its own."""
+        self.address = f"127.0.0.1:{_free_port()}"
+        # Sockets lie in the folder, and their names must be short.
+        self._folder = tempfile.mkdtemp(prefix="ray-head-")
+        self._nodes: list[Node] = []
+        options = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--num-cpus={num_cpus}"]
+        options += [f"--temp-dir={self._folder}", "--node-ip-address=127.0.0.1"]
+        options += ["--include-dashboard=false", f"--ray-client-server-port={_free_port()}"]
+        super().__init__(options)
+
+    def add_node(self, *, num_cpus: int) -> Node:
+        """Starts a further node."""
+        options = [f"--address={self.address}", f"--num-cpus={num_cpus}"]
+        self._nodes.append(Node([*options, "--node-ip-address=127.0.0.1"]))
+        return self._nodes[-1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for node in (*self._nodes, self):
+            node.switch_off()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
