@@ -85,6 +85,22 @@ def read_counts(place: str) -> PrivateCounts:
     return PrivateCounts.model_validate_json(_read(place, PRIVATE_FILE))
 
 
+def users_and_examples(
+    place: str, *, most_per_user: int, is_needed: bool
+) -> tuple[int | None, int | None]:
+    """Returns a store's users, and the examples that they keep. None and None if there is no store.
+
+    Args:
+        place: Folder or URL of the store.
+        most_per_user: Examples that each user keeps.
+        is_needed: False: a store that is not at hand need not be asked.
+    """
+    if not (is_at_hand(place) or (is_needed and is_prepared(place))):
+        return None, None
+    counts = read_counts(place).train
+    return counts.num_users, sum(min(n, most_per_user) * k for n, k in counts.examples_per_user.items())
+
+
 # ---- from there to here
 
 

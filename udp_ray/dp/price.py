@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from udp_ray.dp.comparison import Comparison
@@ -11,7 +12,12 @@ from udp_ray.dp.plan import PrivacyPlan, json_number
 UNITS = {"uls": "users", "els": "examples"}
 
 
-def to_json(plan: PrivacyPlan, comparison: Comparison | None = None) -> str:
+def to_json(
+    plan: PrivacyPlan,
+    comparison: Comparison | None = None,
+    *,
+    memory_bytes: Mapping[str, int] | None = None,
+) -> str:
     """Returns the price of a plan as one JSON object, flat but for the comparison.
 
     Keys that do not apply to the sampler are null, so that scripts find the same keys always.
@@ -39,6 +45,8 @@ def to_json(plan: PrivacyPlan, comparison: Comparison | None = None) -> str:
     found: dict[str, Any] = {name: json_number(value) for name, value in values.items()}
     if comparison is not None:
         found["comparison"] = comparison.to_dict()
+    if memory_bytes is not None:
+        found["memory_bytes"] = dict(memory_bytes)
     return json.dumps(found, allow_nan=False)
 
 

@@ -47,10 +47,10 @@ class DirectKernel:
         """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
         views = list(sums.views.values())
         for group in groups:
-            is_finite = clip_and_add(views, self._gradient(group), self._clip_norm)
+            is_finite = clip_and_add(views, self.group_gradient(group), self._clip_norm)
             self.num_rejected += ~is_finite.to(self._device)
 
-    def _gradient(self, group: Group) -> list[Tensor]:
+    def group_gradient(self, group: Group) -> list[Tensor]:
         """Returns the group's unclipped gradient, float32. Sensitive."""
         first, *others = group.microbatches
         total = self._microbatch_gradient(first)

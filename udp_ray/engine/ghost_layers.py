@@ -223,18 +223,28 @@ def _scaling(module: nn.Module, own: Mapping[str, str]) -> _Scaling | None:
         return None
     random = torch.Generator().manual_seed(0)
     made_up = torch.randn(3, 5, len(weight), generator=random).to(weight.device)
-    trial = {n: torch.randn(p.shape, generator=random).to(p) for n, p in parameters.items()}
+    trial = {
+        name: torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
+        for name, parameter in parameters.items()
+    }
     for neutral in (1.0, 0.0):  # 0 where the layer multiplies by 1 + weight
-        bare = copy.deepcopy(module).requires_grad_(False)
-        for name, parameter in bare.named_parameters():
-            parameter.fill_(neutral if name == "weight" else 0.0)
+        plain = {n: torch.full_like(p, neutral if n == "weight" else 0.0) for n, p in trial.items()}
         try:
-            found, scaled = functional_call(bare, trial, (made_up,)), bare(made_up)
+            found = functional_call(module, trial, (made_up,))
+            scaled = functional_call(module, plain, (made_up,))
         except (TypeError, RuntimeError, ValueError):
             return None
         if not isinstance(found, Tensor) or found.shape != made_up.shape:
             return None
         expected = (trial["weight"] + 1 - neutral) * scaled + trial.get("bias", 0.0)
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-            return _Scaling(own, bare)
+            return _Scaling(own, _filled(module, plain))
     return None
+
+
+def _filled(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy of the module with these parameters, which do not train."""
+    filled = copy.deepcopy(module).requires_grad_(False)
+    for name, parameter in filled.named_parameters():
+        parameter.copy_(values[name])
+    return filled

@@ -85,6 +85,13 @@ def chunk_logits(
     return True
 
 
+def assume_chunks(model: PreTrainedModel, *, microbatch_tokens: int) -> None:
+    """Does as `chunk_logits`, unchecked: for a model without values, whose memory is counted."""
+    head = _Head.of(model, microbatch_tokens, CHUNK_LOGITS)
+    if head is not None:
+        _heads[model] = head
+
+
 def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns each row's summed loss and its number of tokens with loss.
 

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from udp_ray.config import LoraConfig
+from udp_ray.config import LoraConfig, ModelConfig
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.lora import add_adapters
 
@@ -75,6 +75,27 @@ def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> 
     refuse_coupled_examples(name, model)
     if lora is not None:
         add_adapters(model, lora, dropout=dropout)
+    return model
+
+
+def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
+    """Returns the model that `load_model` would, its shapes at least: no weights are read or drawn.
+
+    Call it under `torch.device("meta")`.
+
+    Raises:
+        ConfigError: If there is no such model, or it has no layers as `lora` names them.
+    """
+    config = _load_config(settings.name)
+    _set_dropout(config, settings.dropout)
+    try:
+        model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError):
+        raise ConfigError(
+            f"model.name is {settings.name!r}, which is no causal language model: name another"
+        ) from None
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, dropout=settings.dropout)
     return model
 
 

@@ -1,0 +1,233 @@
+"""What a rank holds at its peak, worked out beforehand: for `jobs/price.py --memory` and dry runs.
+
+What the kernel needs is not estimated but counted: the very kernel goes over the largest microbatch
+of a run on fake tensors, which have shapes and no values. What ZeRO holds is arithmetic, from what
+DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration.
+
+    memory = estimate_memory(config.model, config.train, plan, config.data, config.cluster)
+    memory.total_bytes, print(memory.to_text())
+
+Not in it: Python, torch and the CUDA context (some 0.5 GiB), the memory-mapped store, and what an
+allocator keeps back: glibc's up to a fifth on CPUs, unless MALLOC_MMAP_THRESHOLD_ is set.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from udp_ray.config import ClusterConfig, DataConfig, ModelConfig, TrainConfig
+from udp_ray.data.balance import pack
+from udp_ray.data.cohort import Group, Microbatch
+from udp_ray.data.sharing import share
+from udp_ray.dp.noise import CHUNK_VALUES
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.clipped_sum import BUCKET_VALUES
+from udp_ray.engine.direct import DirectKernel
+from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.peak_memory import PeakMemory
+from udp_ray.engine.token_loss import assume_chunks
+from udp_ray.errors import ConfigError
+from udp_ray.models.load import checkpoint_activations, model_without_weights, trainable_parameters
+
+FLOAT_BYTES = 4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on rank 0, which holds the most."""
+
+    weights: int
+    """The model in float32, its buffers too."""
+    clipped_sum: int
+    """The running sum of clipped gradients."""
+    optimizer: int
+    """The optimizer's state, and the master weights that ZeRO partitions."""
+    zero: int
+    """ZeRO's buckets."""
+    kernel: int
+    """Activations, and gradients on their way into the sum; gone before the update."""
+    update: int
+    """Noise, and gradients on their way to the optimizer; not there while a kernel works."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The most at any moment."""
+        lasting = self.weights + self.clipped_sum + self.optimizer + self.zero
+        return lasting + max(self.kernel, self.update)
+
+    def to_dict(self) -> dict[str, int]:
+        """Returns the parts and the total."""
+        return asdict(self) | {"total": self.total_bytes}
+
+    def to_text(self) -> str:
+        """Returns a table for a terminal."""
+        rows = [
+            ("weights", self.weights),
+            ("clipped sum", self.clipped_sum),
+            ("optimizer", self.optimizer),
+            ("ZeRO's buckets", self.zero),
+            ("clipping (then gone)", self.kernel),
+            ("update (then gone)", self.update),
+            ("at the peak", self.total_bytes),
+        ]
+        lines = [f"  {name:<21} {size / GIB:9.3f} GiB" for name, size in rows]
+        return "\n".join(["Memory of a rank, beside some 0.5 GiB of programs", *lines])
+
+
+def estimate_memory(
+    model: ModelConfig | None,
+    train: TrainConfig,
+    plan: PrivacyPlan,
+    data: DataConfig | None,
+    cluster: ClusterConfig,
+) -> MemoryEstimate:
+    """Returns what rank 0 holds.
+
+    Args:
+        model: The model's settings.
+        train: Stage, kernel, optimizer, microbatch.
+        plan: Gives the examples of a group.
+        data: Gives the most tokens of an example.
+        cluster: Gives the world size.
+
+    Raises:
+        ConfigError: If there is no such model, or a section is missing.
+    """
+    if model is None or data is None:
+        missing = "model" if model is None else "data"
+        raise ConfigError(f"section {missing!r} is missing, and the memory depends on it: give it")
+    block_tokens, num_workers = data.block_tokens, cluster.num_workers
+    with torch.device("meta"):
+        fake = model_without_weights(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _put_on_cpu(fake)
+        if train.activation_checkpointing:
+            checkpoint_activations(fake.train())
+        if train.zero_stage < 3:
+            assume_chunks(fake, microbatch_tokens=train.microbatch_tokens)
+        parameters = trainable_parameters(fake)
+        rows = plan.group_size if plan.sampling == "uls" else 1
+        kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)
+    weights = _bytes([*fake.parameters(), *fake.buffers()])
+    trained = _bytes(parameters.values())
+    return MemoryEstimate(
+        weights=weights,
+        clipped_sum=trained,
+        optimizer=_optimizer_bytes(trained, train, num_workers),
+        zero=min(trained, FLOAT_BYTES * BUCKET_VALUES) if train.zero_stage else 0,
+        kernel=kernel,
+        update=_update_bytes(trained, train, num_workers),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _put_on_cpu(model: nn.Module) -> None:
+    """Replaces tensors without values on the meta device by such on the CPU, whose kernels count.
+
+    Under a FakeTensorMode. Tied parameters stay tied.
+    """
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    own[name] = made.setdefault(id(tensor), _empty_like(tensor))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns the optimizer's state and ZeRO's master weights, of which a rank has its share."""
+    tensors = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    if train.zero_stage == 0:
+        return trained * tensors
+    return trained * (tensors + 1) // num_workers
+
+
+def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy."""
+    noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
+    reduced = trained if train.zero_stage == 0 else trained // num_workers
+    return max(noise, trained + reduced)
+
+
+def _kernel_bytes(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    settings: ModelConfig,
+    train: TrainConfig,
+    *,
+    rows: int,
+    tokens: int,
+) -> int:
+    """Returns the most that a kernel holds over its largest microbatch. Under a FakeTensorMode.
+
+    Where the kernel is chosen at the start of a run, the larger of the two counts.
+    """
+    group = _largest_group(rows, tokens, train.microbatch_tokens)
+    is_large = len(group.microbatches) > 1  # then the direct kernel takes it in any case
+    counts = []
+    if train.kernel != "ghost" or is_large:
+        direct = DirectKernel(model, parameters, clip_norm=1.0, autocast=settings.autocast)
+        with PeakMemory() as memory:
+            direct.group_gradient(group)
+        counts.append(memory.peak_bytes)
+    if train.kernel != "direct" and settings.dropout == 0 and not is_large:
+        counts.append(_ghost_bytes(model, parameters, settings, train, group))
+    return max(counts)
+
+
+def _ghost_bytes(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    settings: ModelConfig,
+    train: TrainConfig,
+    group: Group,
+) -> int:
+    """Returns what the ghost kernel holds over a microbatch as full as it gets."""
+    # It looks at what layers compute, on made-up input, and copies some, which fake tensors bewail.
+    with unset_fake_temporarily(), warnings.catch_warnings(action="ignore", category=UserWarning):
+        kernel = GhostKernel(
+            model,
+            parameters,
+            clip_norm=1.0,
+            microbatch_tokens=train.microbatch_tokens,
+            autocast=settings.autocast,
+        )
+    tokens = group.microbatches[0].input_ids.numel()
+    num_groups = max(1, train.microbatch_tokens // tokens)
+    (shared,), _ = share([group] * num_groups, train.microbatch_tokens)
+    factors = torch.ones(num_groups)
+    with PeakMemory() as memory:
+        gradients = kernel.group_gradients(shared)
+        for gradient in gradients.values():
+            gradient.squared_norms()
+        for name in list(gradients):
+            gradients.pop(name).weighted_sum(factors)
+    return memory.peak_bytes
+
+
+def _largest_group(rows: int, tokens: int, microbatch_tokens: int) -> Group:
+    packed = pack([tokens] * rows, microbatch_tokens)
+    return Group([_microbatch(len(some), tokens) for some in packed])
+
+
+def _microbatch(rows: int, tokens: int) -> Microbatch:
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    return Microbatch(ids, ids, ids, torch.ones(rows))
