@@ -12,15 +12,8 @@ adds what a worker holds, of a model that need not be here but for its configura
 
 from collections.abc import Sequence
 
+from udp_ray import config as settings
 from udp_ray.command_line import DRY_RUN, JSON, Flag, parse, run_job
-from udp_ray.config import (
-    ClusterConfig,
-    DataConfig,
-    ModelConfig,
-    PrivacyConfig,
-    Section,
-    TrainConfig,
-)
 from udp_ray.data.remote import users_and_examples
 from udp_ray.dp import price
 from udp_ray.dp.comparison import compare
@@ -30,41 +23,35 @@ COMPARE = Flag("compare", "Also price ELS by three accountants, and ULS at equal
 MEMORY = Flag("memory", "Also work out the memory of a worker, from the model's configuration.")
 
 
-class PriceConfig(Section):
-    privacy: PrivacyConfig
-    data: DataConfig | None = None
-    model: ModelConfig | None = None
-    train: TrainConfig = TrainConfig()
-    cluster: ClusterConfig = ClusterConfig()
+class PriceConfig(settings.Section):
+    privacy: settings.PrivacyConfig
+    data: settings.DataConfig | None = None
+    model: settings.ModelConfig | None = None
+    train: settings.TrainConfig = settings.TrainConfig()
+    cluster: settings.ClusterConfig = settings.ClusterConfig()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(PriceConfig, __doc__, argv, flags=(JSON, COMPARE, MEMORY, DRY_RUN))
-    num_users, num_examples = _counts(job.config)
-    plan = PrivacyPlan.from_config(
-        job.config.privacy, num_users=num_users, num_examples=num_examples
+    config, privacy = job.config, job.config.privacy
+    num_users, num_examples = users_and_examples(
+        config.data and config.data.store,
+        most_per_user=privacy.group_size,
+        is_needed=privacy.population is None,
     )
+    plan = PrivacyPlan.from_config(privacy, num_users=num_users, num_examples=num_examples)
     # A price touches nothing, so a dry run is the same.
     comparison = compare(plan) if job.flag("compare") else None
-    memory = _memory(job.config, plan) if job.flag("memory") else None
+    memory = None
+    if job.flag("memory"):
+        from udp_ray.memory import estimate_memory  # a price alone must not wait for torch
+
+        memory = estimate_memory(config.model, config.train, plan, config.data, config.cluster)
     if job.flag("json"):
         print(price.to_json(plan, comparison, memory_bytes=memory and memory.to_dict()))
     else:
         print(price.to_text(plan, comparison), *([memory.to_text()] if memory else []), sep="\n\n")
     return 0
-
-
-def _memory(config: PriceConfig, plan: PrivacyPlan):
-    from udp_ray.memory import estimate_memory  # a price alone must not wait for torch
-
-    return estimate_memory(config.model, config.train, plan, config.data, config.cluster)
-
-
-def _counts(config: PriceConfig) -> tuple[int | None, int | None]:
-    if config.data is None:
-        return None, None
-    needed, most = config.privacy.population is None, config.privacy.group_size
-    return users_and_examples(config.data.store, most_per_user=most, is_needed=needed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Expect it to be off by a factor of three either way. The memory is closer: see `
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import yaml
+from transformers import GPT2Config
 
 from jobs import price
-from udp_ray.data.manifest import PrivateCounts, StoreCounts
+from udp_ray.data.manifest import MANIFEST_FILE, PrivateCounts, StoreCounts
 from udp_ray.errors import ConfigError
 
 PRIVACY = {
@@ -79,6 +80,7 @@ def test_counts_come_from_the_store_where_the_settings_give_none(tmp_path, capsy
         num_users=3_000, num_examples=10_000, num_tokens=1, examples_per_user={1: 1_000, 5: 2_000}
     )
     PrivateCounts(train=counts).write(tmp_path)
+    (tmp_path / MANIFEST_FILE).write_text("{}")  # there is a store; a price reads no more of it
     settings = {
         "privacy": {"sampling": "els", "delta": 1e-6, "clip_norm": 1.0, "noise_multiplier": 2.0}
         | {"batch_size": 70, "group_size": 3, "num_steps": 10},
@@ -90,3 +92,19 @@ def test_counts_come_from_the_store_where_the_settings_give_none(tmp_path, capsy
     assert (found["population"], found["population_is_declared"]) == (3_000, False)
     assert found["num_examples"] == 1_000 + 3 * 2_000
     assert found["sampling_probability"] == 0.01
+
+
+def test_memory_is_worked_out_without_weights(tmp_path, capsys):
+    GPT2Config(
+        n_embd=64, n_layer=2, n_head=2, vocab_size=500, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(tmp_path)
+    settings = ["--data.name", "people", "--data.store", str(tmp_path / "none")]
+    settings += ["--model.name", str(tmp_path), "--memory"]
+    found = answer([*options(noise_multiplier=1.0), *settings], capsys)["memory_bytes"]
+    parts = sum(found[name] for name in ("weights", "clipped_sum", "optimizer", "zero"))
+    assert found["total"] == parts + max(found["kernel"], found["update"])
+    assert found["weights"] > 4 * 64 * 500
+    assert price.main([*options(noise_multiplier=1.0), *settings]) == 0
+    assert "at the peak" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="'model' is missing"):
+        price.main([*options(noise_multiplier=1.0), "--memory"])

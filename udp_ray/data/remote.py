@@ -86,19 +86,20 @@ def read_counts(place: str) -> PrivateCounts:
 
 
 def users_and_examples(
-    place: str, *, most_per_user: int, is_needed: bool
+    place: str | None, *, most_per_user: int, is_needed: bool
 ) -> tuple[int | None, int | None]:
     """Returns a store's users, and the examples that they keep. None and None if there is no store.
 
     Args:
-        place: Folder or URL of the store.
+        place: Folder or URL of the store, if there is one.
         most_per_user: Examples that each user keeps.
         is_needed: False: a store that is not at hand need not be asked.
     """
-    if not (is_at_hand(place) or (is_needed and is_prepared(place))):
+    if place is None or not (is_at_hand(place) or (is_needed and is_prepared(place))):
         return None, None
     counts = read_counts(place).train
-    return counts.num_users, sum(min(n, most_per_user) * k for n, k in counts.examples_per_user.items())
+    kept = sum(min(n, most_per_user) * k for n, k in counts.examples_per_user.items())
+    return counts.num_users, kept
 
 
 # ---- from there to here

@@ -16,7 +16,7 @@ Shapes: rows R, tokens T, positions with loss K (at most T), width D, vocabulary
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -89,7 +89,7 @@ def assume_chunks(model: PreTrainedModel, *, microbatch_tokens: int) -> None:
     """Does as `chunk_logits`, unchecked: for a model without values, whose memory is counted."""
     head = _Head.of(model, microbatch_tokens, CHUNK_LOGITS)
     if head is not None:
-        _heads[model] = head
+        _heads[model] = replace(head, keeps_all=True)
 
 
 def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,9 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
         logits_RTV = model(**inputs).logits[:, :-1]
         return _summed_losses(logits_RTV, labels_RT.to(device)), counts_R
     hidden_RTD = model.base_model(**inputs)[0][:, :-1]  # type: ignore[operator]
-    return head.summed_losses(*_with_loss_only(hidden_RTD, labels_RT)), counts_R
+    if not head.keeps_all and not torch.is_autocast_enabled(device.type):
+        hidden_RTD, labels_RT = _with_loss_only(hidden_RTD, labels_RT)
+    return head.summed_losses(hidden_RTD, labels_RT.to(device)), counts_R
 
 
 def _with_loss_only(hidden_RTD: Tensor, labels_RT: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,15 +125,13 @@ def _with_loss_only(hidden_RTD: Tensor, labels_RT: Tensor) -> tuple[Tensor, Tens
 
     Labels come from the host, so their shapes are known there without waiting for the device.
     """
-    if torch.is_autocast_enabled(hidden_RTD.device.type):
-        return hidden_RTD, labels_RT.to(hidden_RTD.device)
     has_loss_RT = labels_RT != NO_LOSS
     needed = max(1, int(has_loss_RT.sum(dim=1).max()))
     most = -(-needed // POSITIONS_GRID) * POSITIONS_GRID
     if most >= labels_RT.shape[1]:
-        return hidden_RTD, labels_RT.to(hidden_RTD.device)
+        return hidden_RTD, labels_RT
     first_RK = has_loss_RT.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
-    labels_RK = labels_RT.gather(1, first_RK).to(hidden_RTD.device)
+    labels_RK = labels_RT.gather(1, first_RK)
     index = first_RK.to(hidden_RTD.device)[..., None].expand(-1, -1, hidden_RTD.shape[2])
     return hidden_RTD.gather(1, index), labels_RK
 
@@ -158,6 +158,8 @@ class _Head:
     num_words: int
     is_random: bool
     """Whether the layer draws random numbers, as an adapter with dropout does."""
+    keeps_all: bool = False
+    """Whether positions without loss are kept, as they are under autocast in any case."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, microbatch_tokens: int, chunk_logits: int) -> _Head | None:
