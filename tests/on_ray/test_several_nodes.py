@@ -1,0 +1,105 @@
+"""Runs over several nodes: raylets of one machine, and hosts with addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+
+from udp_ray.data.remote import DEFAULT_CACHE
+from udp_ray.testing.hosts import Hosts, NoHostsError
+from udp_ray.testing.placements import ACCOUNTANT, WORKER
+from udp_ray.testing.runs import tiny_experiment
+from udp_ray.verification import verify
+
+PROGRAM = "udp_ray.testing.placements"
+PATIENCE_S = 400
+NUM_STEPS = 4
+
+pytestmark = pytest.mark.slow
+
+
+def settings(folder: Path, *, store: str) -> Path:
+    """Writes the settings of a run with two workers, from text; returns their file."""
+    values = tiny_experiment(folder, privacy={"num_steps": NUM_STEPS}).model_dump(mode="json")
+    rows = [
+        {"who": f"user {user}", "text": " ".join(f"w{1 + (user + n + k) % 40}" for k in range(8))}
+        for user in range(24)
+        for n in range(1 + user % 3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    values["data"] |= {
+        "input": [str(folder / "rows.parquet")],
+        "user_column": "who",
+        "heldout": 0.25,
+        "num_shards": 4,
+        "store": store,
+        "ledger": f"sqlite:///{folder / 'own.sqlite'}",
+    }
+    file = folder / "settings.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def check(said: str, output: Path) -> dict[str, Any]:
+    """Checks where a finished run's processes were; returns the nodes."""
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
+    accountants, workers = found["actors"][ACCOUNTANT], found["actors"][WORKER]
+    assert set(accountants) == {found["driver"]}
+    assert len(workers) == len(set(workers)) == 2
+    assert verify(output).agrees
+    return found
+
+
+def test_workers_land_on_different_nodes_and_the_accountant_beside_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One mode for nodes and driver, whatever an earlier test's cluster has left in the environment.
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+    file = settings(tmp_path, store=str(tmp_path / "prepared"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        done = subprocess.run(
+            [sys.executable, "-m", PROGRAM, str(file), cluster.address, "prepare", "train"],
+            capture_output=True, text=True, check=False, timeout=PATIENCE_S,
+        )  # fmt: skip
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    found = check(done.stdout, tmp_path / "output")
+    assert found["driver"] not in found["actors"][WORKER]
+
+
+def test_prepare_and_train_go_over_two_hosts_and_each_fetches_the_store_once(
+    tmp_path: Path,
+) -> None:
+    file = settings(tmp_path, store=f"file://{tmp_path}/files/people")
+    try:
+        with Hosts(tmp_path / "hosts", 2) as hosts:
+            address = hosts.start_ray()
+            done = hosts.run(
+                0, sys.executable, "-m", PROGRAM, str(file), address, "prepare", "train",
+                timeout_s=PATIENCE_S,
+            )  # fmt: skip
+            copies = [
+                list((hosts.home(n) / DEFAULT_CACHE.relative_to("~")).glob("test-people-*"))
+                for n in range(2)
+            ]
+    except NoHostsError as error:
+        pytest.skip(str(error))
+    assert done.returncode == 0, done.stderr
+    check(done.stdout, tmp_path / "output")
+    assert [len(of_host) for of_host in copies] == [1, 1]
+    assert copies[0][0].name == copies[1][0].name

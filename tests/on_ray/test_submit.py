@@ -1,0 +1,191 @@
+"""Jobs as they are really submitted: `ray job submit` to a head with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+import udp_ray
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.ledger import Ledger
+from udp_ray.provenance import code_digest
+from udp_ray.sweep_verification import verify_sweep
+from udp_ray.testing.heads import RayHead
+from udp_ray.testing.runs import tiny_experiment
+from udp_ray.verification import verify
+
+REPOSITORY = Path(udp_ray.__file__).parent.parent
+NUM_STEPS = 4
+RUNTIME_ENV = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    with RayHead(tmp_path_factory.mktemp("head"), num_cpus=2) as head:
+        yield head
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text keyed by user, a model, and the settings of all jobs."""
+    folder = tmp_path_factory.mktemp("project")
+    settings = tiny_experiment(folder, privacy={"num_steps": NUM_STEPS}).model_dump(mode="json")
+    rows = [
+        {"who": f"user {user}", "text": " ".join(f"w{1 + (user + n + k) % 40}" for k in range(8))}
+        for user in range(24)
+        for n in range(1 + user % 3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    settings["data"] |= {
+        "input": [str(folder / "rows.parquet")],
+        "user_column": "who",
+        "heldout": 0.25,
+        "num_shards": 3,
+        "store": str(folder / "prepared" / "store"),
+    }
+    write_settings(folder / "settings.yaml", settings)
+    settings["privacy"] |= {"epsilon": 8.0, "noise_multiplier": None}
+    settings["sweep"] = {"release": "all", "clip_norm": [0.5, 1.0]}
+    settings["cluster"]["num_workers"] = 1
+    write_settings(folder / "sweep.yaml", settings)
+    return folder
+
+
+def write_settings(file: Path, settings: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(settings))
+
+
+@pytest.fixture(scope="module")
+def prepared(head: RayHead, project: Path) -> TokenStore:
+    done = head.submit(
+        "python", "jobs/prepare.py", "--config", str(project / "settings.yaml"),
+        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "prepared test-people" in done.stdout
+    return TokenStore.open(project / "prepared" / "store", verify=True)
+
+
+def test_a_submitted_job_prepares_a_store(prepared: TokenStore, project: Path) -> None:
+    assert prepared.num_users + (prepared.heldout.num_users if prepared.heldout else 0) == 24
+    with Ledger.open(f"sqlite:///{project / 'prepared' / 'ledger.sqlite'}") as ledger:
+        assert ledger.id == prepared.manifest.ledger_id
+
+
+def test_a_submitted_job_trains_with_the_code_that_was_submitted(
+    head: RayHead, project: Path, prepared: TokenStore
+) -> None:
+    output = project / "trained"
+    done = head.submit(
+        "python", "jobs/train.py", "--config", str(project / "settings.yaml"),
+        "--output", str(output),
+        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert AutoModelForCausalLM.from_pretrained(output)
+    assert verify(output).agrees
+    run_id = json.loads((output / "run.json").read_text())["run_id"]
+    with Ledger.open(prepared.manifest.ledger_url) as ledger:
+        record = ledger.run(run_id)
+    assert (record.state, record.charged_steps) == ("finished", NUM_STEPS)
+    assert record.digests.code == code_digest()  # the head's Python path does not lead here
+    assert "Traceback" not in done.stdout
+
+
+def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenStore) -> None:
+    output = project / "swept"
+    done = head.submit(
+        "python", "jobs/sweep.py", "--config", str(project / "sweep.yaml"),
+        "--output", str(output),
+        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    trials = json.loads((output / "trials.json").read_text())
+    assert len(trials) == 2
+    assert verify_sweep(output, ledger_url=None).agrees
+    assert (output / "best.yaml").is_file()
+
+
+def test_a_users_mistake_is_one_sentence_and_a_failed_job(head: RayHead, project: Path) -> None:
+    done = head.submit(
+        "python", "jobs/train.py", "--config", str(project / "settings.yaml"),
+        "--privacy.clip_norm", "-1",
+        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout
+    said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert set(said) == {"error: privacy.clip_norm is '-1': input should be greater than 0"}
+    job = head.jobs()[-1]
+    assert (job["status"], job["driver_exit_code"]) == ("FAILED", 2)
+
+
+@pytest.mark.parametrize(
+    ("job", "options", "word"),
+    [
+        ("prepare", {"--data.store": "stores/here", "--data.ledger": "KEPT"}, "data.store"),
+        ("prepare", {"--data.ledger": "sqlite:///ledger.sqlite", "--data.store": "KEPT"}, "ledger"),
+        ("train", {"--output": "runs/first"}, "output"),
+        ("train", {"--cluster.storage": "checkpoints", "--output": "KEPT"}, "cluster.storage"),
+    ],
+    ids=["store", "ledger", "output", "storage"],
+)
+def test_what_would_vanish_with_the_job_is_refused(
+    head: RayHead, project: Path, prepared: TokenStore, job: str, options: dict[str, str], word: str
+) -> None:
+    kept = {
+        "--output": f"{project}/other",
+        "--data.store": f"{project}/other",
+        "--data.ledger": f"sqlite:///{project}/other.db",
+    }
+    given = [
+        part
+        for name, value in options.items()
+        for part in (name, kept[name] if value == "KEPT" else value)
+    ]
+    done = head.submit(
+        "python", f"jobs/{job}.py", "--config", str(project / "settings.yaml"), *given,
+        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode != 0
+    said = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
+    assert word in said
+    assert "temporary package directory" in said
+    assert not (project / "other").exists()
+    assert not (project / "other.db").exists()
+
+
+@pytest.mark.parametrize("token", ["0" * 64, ""], ids=["a wrong token", "no token"])
+def test_without_the_clusters_token_nothing_is_submitted(
+    head: RayHead, tmp_path: Path, token: str
+) -> None:
+    before = len(head.jobs())
+    trace = tmp_path / "it-ran"
+    (tmp_path / "empty").mkdir()
+    done = head.submit("touch", str(trace), working_dir=tmp_path / "empty", token=token)
+    assert done.returncode != 0
+    assert "uthentication" in done.stdout
+    assert head.status_without_token() == 401
+    assert len(head.jobs()) == before
+    assert not trace.exists()
+    # The other arm: the same job with the token runs.
+    done = head.submit("touch", str(trace), working_dir=tmp_path / "empty")
+    assert done.returncode == 0, done.stdout
+    assert trace.exists()
+
+
+def test_nobody_but_its_owner_reads_the_heads_token(head: RayHead) -> None:
+    file = Path(head.environment()["HOME"]) / ".ray" / "auth_token"
+    assert file.stat().st_mode & 0o077 == 0
+    assert head.token not in json.dumps([*head.jobs(), dict(os.environ)])
