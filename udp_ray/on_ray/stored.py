@@ -12,9 +12,11 @@ from ray.train import Checkpoint
 from udp_ray.errors import CheckpointError, ConfigError
 from udp_ray.storage import writing
 
+PROBE = "probe"
+
 
 def require_writable(folder: str) -> None:
-    """Tries whether checkpoints can be kept in a folder, before anything is spent on them.
+    """Tries whether checkpoints can be kept in a new folder, before anything is spent on them.
 
     Raises:
         StorageError: If it may not be written.
@@ -24,7 +26,11 @@ def require_writable(folder: str) -> None:
         with writing("checkpoints", folder):
             place = Checkpoint(folder)
             place.filesystem.create_dir(place.path)
-            place.filesystem.delete_dir(place.path)
+            with place.filesystem.open_output_stream(f"{place.path}/{PROBE}") as stream:
+                stream.write(b"?")
+            place.filesystem.delete_file(f"{place.path}/{PROBE}")
+            with suppress(FileNotFoundError):  # an object store may know no empty folders
+                place.filesystem.delete_dir(place.path)
     except OSError as error:
         raise ConfigError(
             f"cluster.storage {folder} cannot be used ({str(error).splitlines()[0]}): mend it, or"
