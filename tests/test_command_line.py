@@ -94,6 +94,19 @@ def test_environment_does_not_reach_the_settings(
         (["--cluster.num_workers", "0"], ["cluster.num_workers", "0"]),
         (["--train.evaluate_every", "70"], ["train.evaluate_every", "train.checkpoint_every"]),
         (["--data.name", "a/b"], ["data.name", "a/b"]),
+        (["--train.offload", "optimizer"], ["train.offload", "train.zero_stage"]),
+        (
+            ["--train.zero_stage", "3", "--train.kernel", "direct"],
+            ["train.zero_stage", "train.kernel", "train.zero_stage 2"],
+        ),
+        (
+            ["--train.zero_stage", "3", "--model.dropout", "0.1"],
+            ["train.zero_stage", "model.dropout 0.1"],
+        ),
+        (
+            ["--train.zero_stage", "3", "--train.microbatch_tokens", "255"],
+            ["train.microbatch_tokens", "data.block_tokens", "privacy.group_size", "256"],
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_field_and_value(
@@ -142,7 +155,7 @@ def test_no_noise_wants_to_be_accepted_by_name(settings_file: str) -> None:
 def test_digest_changes_with_what_a_step_releases_and_with_nothing_else(settings_file: str) -> None:
     digest = read(settings_file).config.digest()
     for same in (
-        ["--train.zero_stage", "2"],
+        ["--train.zero_stage", "3"],
         ["--train.activation_checkpointing", "true"],
         ["--cluster.num_workers", "4"],
         ["--output", "x"],

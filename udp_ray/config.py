@@ -335,7 +335,10 @@ class TrainConfig(Section):
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: what is partitioned over workers (0 nothing, 1 optimizer state,
-    2 gradients too, 3 parameters too)."""
+    2 gradients too, 3 parameters and clipped sums too)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What ZeRO 3 keeps in host memory instead of a GPU's: nothing, the optimizer's state and its
+    copy of the weights, or the weights of layers that are not at work as well."""
     microbatch_tokens: PositiveInt = 8192
     """Most tokens, padding included, in one backward pass. Speed and memory only."""
     activation_checkpointing: bool = False
@@ -366,9 +369,11 @@ class TrainConfig(Section):
     """Most held-out examples per evaluation during training; before and after use all."""
     kernel: Literal["auto", "direct", "ghost"] = "auto"
     """What clips: direct, one user (els: example) per backward pass; ghost, many per pass, for a
-    model without dropout; auto, the faster one, by a short measurement on made-up tokens."""
+    model without dropout; auto, the faster one, by a short measurement on made-up tokens, and ghost
+    under zero_stage 3, which direct cannot work with."""
     fuse_reduce: bool = False
-    """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less."""
+    """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less. No
+    effect under zero_stage 3, which reduces layer by layer as gradients come."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -376,6 +381,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"train.evaluate_every is {self.evaluate_every}, not a multiple of"
                 f" train.checkpoint_every = {self.checkpoint_every}: metrics leave with checkpoints"
+            )
+        if self.offload != "none" and self.zero_stage < 3:
+            raise ValueError(
+                f"train.offload is {self.offload} but train.zero_stage is {self.zero_stage}, which"
+                " keeps the weights whole on each worker: set train.zero_stage 3, or offload none"
+            )
+        if self.zero_stage == 3 and self.kernel == "direct":
+            raise ValueError(
+                "train.zero_stage is 3 and train.kernel direct, which forms a user's whole gradient"
+                " while stage 3 keeps slices: set train.kernel auto, or train.zero_stage 2"
             )
         return self
 
@@ -414,6 +429,7 @@ class ClusterConfig(Section):
 # What changes speed and rounding, or when something is shown, but not what a step releases.
 SPEED_ONLY = {
     "zero_stage",
+    "offload",
     "microbatch_tokens",
     "activation_checkpointing",
     "checkpoint_every",
@@ -422,6 +438,26 @@ SPEED_ONLY = {
     "fuse_reduce",
     "kernel",
 }
+
+
+def require_fitting_groups(
+    rows_per_group: int, tokens_per_row: int, microbatch_tokens: int
+) -> None:
+    """Raises ConfigError if a group may be too large for a microbatch of ZeRO 3.
+
+    Args:
+        rows_per_group: Most examples that are clipped as one.
+        tokens_per_row: Most tokens of an example.
+        microbatch_tokens: Most tokens of a microbatch.
+    """
+    if rows_per_group * tokens_per_row > microbatch_tokens:
+        raise ConfigError(
+            f"train.zero_stage is 3, where a group must fit one microbatch, and a group of"
+            f" {rows_per_group} examples (privacy.group_size, or 1 under els) of"
+            f" {tokens_per_row} tokens (data.block_tokens) has more than the {microbatch_tokens}"
+            " of train.microbatch_tokens: raise the last to"
+            f" {rows_per_group * tokens_per_row}, or set train.zero_stage 2"
+        )
 
 
 class ExperimentConfig(Section):
@@ -442,7 +478,23 @@ class ExperimentConfig(Section):
                 f"train.kernel is ghost and model.dropout {self.model.dropout:g}: the ghost kernel"
                 " needs a model without dropout; set model.dropout=0 or train.kernel=direct"
             )
+        if self.train.zero_stage == 3:
+            self._check_sliced()
         return self
+
+    def _check_sliced(self) -> None:
+        if self.model.dropout > 0:
+            raise ValueError(
+                f"train.zero_stage is 3 and model.dropout {self.model.dropout:g}: only the ghost"
+                " kernel works with slices, and it needs a model without dropout; set"
+                " model.dropout=0 or train.zero_stage=2"
+            )
+        is_uls = self.privacy.sampling == "uls"
+        require_fitting_groups(
+            self.privacy.group_size if is_uls else 1,
+            self.data.block_tokens,
+            self.train.microbatch_tokens,
+        )
 
     def digest(self) -> str:
         """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.

@@ -57,10 +57,11 @@ def test_only_on_ray_and_tests_helpers_import_ray() -> None:
 
 
 def test_only_the_zero_engine_imports_deepspeed() -> None:
+    # Two files, because what stage 3 does otherwise would make one of them too long to read.
     importers = {
         str(f.relative_to(PACKAGE)) for f in PACKAGE.rglob("*.py") if "deepspeed" in roots(f)
     }
-    assert importers == {"engine/zero.py"}
+    assert importers == {"engine/zero.py", "engine/zero_slices.py"}
 
 
 def test_nothing_in_the_package_imports_jobs_or_tests() -> None:

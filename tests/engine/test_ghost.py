@@ -49,6 +49,12 @@ def ghost(clip_norm, *, microbatch_tokens=300, autocast="off"):
     )  # fmt: skip
 
 
+def sliced(model):
+    return GhostKernel(
+        model, trainable_parameters(model), clip_norm=1.0, microbatch_tokens=64, is_sliced=True
+    )
+
+
 def direct(clip_norm, *, autocast="off"):
     return lambda model, parameters: DirectKernel(
         model, parameters, clip_norm=clip_norm, autocast=autocast
@@ -269,6 +275,8 @@ def test_an_unknown_layer_is_clipped_exactly(store, users):
     check_exact(make(), trainable_parameters(make()), torch.device("cpu"))
     found = ghost_sum(store, range(12), 0.3, make())
     assert float((found - plain_sum(users, 0.3, make())).abs().max()) < ROUNDING
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp .*set train\.zero_stage to 2"):
+        sliced(make())
 
 
 def test_clipping_rows_instead_of_users_would_be_seen(store, users):

@@ -14,9 +14,13 @@ from udp_ray.testing.training import TinyRun, tiny_model
 from udp_ray.testing.training_steps import build_step, take_empty_step
 
 
-@pytest.mark.parametrize("fuse_reduce", [False, True])
-def test_an_empty_cohort_moves_the_weights_by_the_noise_over_the_divisor(fuse_reduce):
-    run = TinyRun(store="", fuse_reduce=fuse_reduce, zero_stage=2)
+@pytest.mark.parametrize(
+    "change",
+    [{"zero_stage": 2}, {"zero_stage": 2, "fuse_reduce": True}, {"zero_stage": 3}],
+    ids=str,
+)
+def test_an_empty_cohort_moves_the_weights_by_the_noise_over_the_divisor(change):
+    run = TinyRun(store="", kernel="ghost", **change)
     noise = GaussianNoise(RunKey.from_seed(run.seed).noise(), run.noise_multiplier * run.clip_norm)
     for weights in run_on_ranks(2, take_empty_step, run, 3):
         for name, before in tiny_model().named_parameters():

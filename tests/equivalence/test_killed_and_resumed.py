@@ -40,6 +40,28 @@ def undisturbed(run):
         pytest.param(Death(authorize=4), (2, 1), (4, 2), id="authorized, noise not drawn"),
         pytest.param(Death(rank=1, forward_pass=14), (2, 2), (1, 0), id="rank 1, mid-step"),
         pytest.param(Death(commit=4), (1, 0), (2, 1), id="published, not committed"),
+        pytest.param(Death(authorize=4), (2, 3), (3, 3), id="stage 3, on to three ranks"),
+        pytest.param(
+            Death(rank=1, forward_pass=14),
+            (2, 3),
+            (1, 0),
+            id="stage 3 mid-step, on to stage 0",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Death(commit=4),
+            (4, 3),
+            (2, 3),
+            id="stage 3, from four to two ranks",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Death(authorize=4),
+            (3, 1),
+            (2, 3),
+            id="from stage 1 on to stage 3",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_killed_run_resumed_elsewhere_ends_alike(
@@ -49,18 +71,14 @@ def test_a_killed_run_resumed_elsewhere_ends_alike(
     make_ledger(url, run)
     ranks, stage = before
     with pytest.raises(WorldFailed, match="-9"):
-        run_on_ranks(
-            ranks, train_with_ledger, replace(run, zero_stage=stage), url, str(tmp_path), death
-        )
+        run_on_ranks(ranks, train_with_ledger, at_stage(run, stage), url, str(tmp_path), death)
     with Ledger.open(url) as ledger:
         interrupted = ledger.run(RUN_ID)
     assert interrupted.committed_step == 2
     assert interrupted.charged_steps in (3, 4)
 
     ranks, stage = after
-    outcome = run_on_ranks(
-        ranks, train_with_ledger, replace(run, zero_stage=stage), url, str(tmp_path)
-    )[0]
+    outcome = run_on_ranks(ranks, train_with_ledger, at_stage(run, stage), url, str(tmp_path))[0]
     with Ledger.open(url) as ledger:
         finished = ledger.run(RUN_ID)
     assert finished.charged_steps == run.num_steps
@@ -71,6 +89,10 @@ def test_a_killed_run_resumed_elsewhere_ends_alike(
 def test_losing_the_optimizer_state_would_show(run, undisturbed):
     without = run_on_ranks(1, train_tiny, replace(run, momentum=0.0))[0].weights
     assert distance(without, undisturbed) > 1000 * TOLERANCE
+
+
+def at_stage(run, stage):
+    return replace(run, zero_stage=stage, kernel="ghost" if stage == 3 else run.kernel)
 
 
 def distance(one, other):

@@ -48,18 +48,25 @@ SOUND = {
     "ghost, stage 2, some users too large for it": {
         "kernel": "ghost", "zero_stage": 2, "microbatch_tokens": 13, "fuse_reduce": True,
     },
+    "stage 3": {"kernel": "ghost", "zero_stage": 3, "microbatch_tokens": 64},
 }  # fmt: skip
 NOT_PRIVATE = {"noise_multiplier": 0.0, "clip_norm": float("inf")}
 PLAIN = {f"{name}, not private": NOT_PRIVATE | change for name, change in SOUND.items()}
 ADAMW = {
     f"adamw, stage {stage}": {"optimizer": "adamw", "learning_rate": 0.01, "zero_stage": stage}
     for stage in (0, 1, 2)
-}
+} | {
+    "adamw, stage 3, state offloaded": {
+        "optimizer": "adamw", "learning_rate": 0.01, "zero_stage": 3, "kernel": "ghost",
+        "offload": "optimizer",
+    },
+}  # fmt: skip
 FAULTS = {
     "realized divisor": {"fault": "realized_divisor", "zero_stage": 1},
     "clip each microbatch": {"fault": "clip_each_microbatch", "microbatch_tokens": 13},
     "no noise": {"fault": "no_noise", "zero_stage": 2},
     "noise on all": {"fault": "noise_on_all", "zero_stage": 2},
+    "noise on all, stage 3": {"fault": "noise_on_all", "zero_stage": 3, "kernel": "ghost"},
 }
 CASES = SOUND | PLAIN | ADAMW | FAULTS
 
@@ -101,7 +108,7 @@ def test_adamw_weights_equal_those_of_a_plain_loop_over_groups(weights, judged, 
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_fault_shows_in_the_weights(weights, judged, case):
-    is_harmless = case == "noise on all" and weights["ranks"] == 1  # rank 0 is all ranks
+    is_harmless = case.startswith("noise on all") and weights["ranks"] == 1  # rank 0 is all ranks
     assert (distance(weights[case], judged["private"]) > FAULT_IS_VISIBLE) != is_harmless
 
 

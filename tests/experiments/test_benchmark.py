@@ -180,7 +180,7 @@ def test_a_contestant_that_computes_another_sum_is_refused(fault: str, tmp_path:
     sums = ClippedSum(parameters, join_world())
     kernel = DirectKernel(model, parameters, clip_norm=1e9 if fault == "no clip" else clip_norm)
     kernel.add_clipped(sums, groups[1:] if fault == "one left out" else groups)
-    sums.scale(0.5 if fault == "half" else 1.0)
+    sums.divide(2.0 if fault == "half" else 1.0)
     with pytest.raises(BenchmarkError, match="'mine' computes another sum"):
         check_equal("mine", list(sums.views.values()), expected, "off")
 

@@ -18,7 +18,6 @@ from udp_ray.testing.aftermath import (
 )
 from udp_ray.testing.runs import DATASET, tiny_experiment
 
-
 Damage = Callable[[Path], None]
 
 

@@ -105,14 +105,14 @@ def write(
     Raises:
         StorageError: There is no room, or the folder may not be written; on all ranks.
     """
-    optimizer = zero.optimizer_state()
+    weights, optimizer = zero.weights(), zero.optimizer_state()  # whole on rank 0 only
 
     def write_files() -> str:
         aside = directory.with_name(directory.name + ".partial")
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)  # left by an attempt that died before commit
         aside.mkdir(parents=True)
-        save_file(_on_cpu(zero.parameters), aside / WEIGHTS)
+        save_file(weights, aside / WEIGHTS)
         save_file(_flattened(optimizer), aside / OPTIMIZER)
         manifest = {
             "format": FORMAT,
@@ -210,7 +210,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _flattened(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return _on_cpu({f"{k}/{name}": t for k, group in state.items() for name, t in group.items()})
+    return {f"{kind}/{name}": t for kind, group in state.items() for name, t in group.items()}
 
 
 def _unflattened(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

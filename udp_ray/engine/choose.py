@@ -2,7 +2,8 @@
 
 The measurement sees public numbers alone: the model, the group size, the longest example that the
 store may hold, the microbatch. Rank 0 measures and all ranks do as it says. What comes out differs
-by rounding only, so that a resumed run may choose anew.
+by rounding only, so that a resumed run may choose anew. Under ZeRO 3 there is no choice: gradients
+exist layer by layer only, as the ghost kernel makes them, and each group has to fit a microbatch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from udp_ray.config import require_fitting_groups
 from udp_ray.data.cohort import Group
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
@@ -48,12 +50,13 @@ def choose_kernel(
     microbatch_tokens: int,
     autocast: str,
     world: World,
+    is_sliced: bool = False,
 ) -> Kernel:
     """Returns the kernel, the same on all ranks. Collective; call it while parameters are whole.
 
     Args:
         wanted: `TrainConfig.kernel`.
-        model: On its device, as it will train.
+        model: On its device, as it will train; before it is cut it may be in host memory.
         parameters: The trainable ones by name.
         clip_norm: The plan's.
         rows_per_group: Most examples of a group: the group size under uls, 1 under els.
@@ -61,11 +64,14 @@ def choose_kernel(
         microbatch_tokens: Most tokens of a microbatch.
         autocast: `ModelConfig.autocast`.
         world: The ranks.
+        is_sliced: Parameters will be in slices (ZeRO 3), so that only the ghost kernel can work.
 
     Raises:
         UnsupportedModelError: The ghost kernel was asked for and cannot clip this model.
         ConfigError: It was asked for and cannot work with these settings.
     """
+    if is_sliced:
+        require_fitting_groups(rows_per_group, tokens_per_row, microbatch_tokens)
     direct = DirectKernel(
         model, parameters, clip_norm=clip_norm, autocast=autocast, device=world.device
     )
@@ -78,6 +84,7 @@ def choose_kernel(
             microbatch_tokens=microbatch_tokens,
             autocast=autocast,
             device=world.device,
+            is_sliced=is_sliced,
         )
 
     def is_ghost_taken() -> bool:
@@ -85,12 +92,12 @@ def choose_kernel(
             return False
         try:
             candidate = ghost()
-            check_exact(model, parameters, world.device)
+            check_exact(model, parameters, next(iter(parameters.values())).device)
         except (ConfigError, UnsupportedModelError):
-            if wanted == "ghost":
+            if wanted == "ghost" or is_sliced:
                 raise
             return False
-        if wanted == "ghost":
+        if wanted == "ghost" or is_sliced:
             return True
         groups = _made_up_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
         return _is_faster(candidate, direct, ClippedSum(parameters, world), groups)

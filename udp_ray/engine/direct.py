@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from udp_ray.data.cohort import Group, Microbatch
 from udp_ray.dp.clipping import clip_and_add
-from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.ports import RunningSum
 from udp_ray.engine.token_loss import autocast_context, row_losses
 
 
@@ -43,7 +43,7 @@ class DirectKernel:
         self.num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
         """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
 
-    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
         views = list(sums.views.values())
         for group in groups:

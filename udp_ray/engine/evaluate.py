@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from udp_ray.data.cohort import CohortReader, Group
+from udp_ray.data.sharing import without_groups
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.token_loss import autocast_context, row_losses
 from udp_ray.engine.world import World
@@ -69,6 +70,7 @@ def evaluate(
     microbatch_tokens: int,
     autocast: str = "off",
     max_examples: int | None = None,
+    is_collective: bool = False,
 ) -> HeldoutMetrics:
     """Returns the losses of held-out users, equal on all ranks. Collective.
 
@@ -81,6 +83,8 @@ def evaluate(
         max_examples: Stop before the user whose examples would exceed this number, but take at
             least one user. Users stand in the store by their keyed hash, in an order unrelated to
             what they wrote, so the first ones are a fair sample. None takes all.
+        is_collective: Each pass through the model waits for the other ranks (ZeRO 3), so all make
+            equally many: those with less to do pass made-up tokens, which count nowhere.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     num_users = _num_users_within(heldout.user_offsets, max_examples)
@@ -96,8 +100,11 @@ def evaluate(
     )
     with reader, _evaluating(model), autocast_context(autocast, world.device):
         for chunk in range(chunks):
-            for user in reader.groups(chunk):
+            users = reader.groups(chunk)
+            for user in users:
                 totals += _user_totals(model, user, world.device)
+            if is_collective:
+                _wait_in_passes(model, sum(len(user.microbatches) for user in users), world)
     dist.all_reduce(totals)
     loss, tokens, mean_losses, users = totals.tolist()
     return HeldoutMetrics(
@@ -139,6 +146,14 @@ def _user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
         loss += sums_R.double().sum()
         tokens += counts_R.double().sum()
     return torch.stack([loss, tokens, loss / tokens, torch.ones_like(loss)])
+
+
+def _wait_in_passes(model: nn.Module, num_passes: int, world: World) -> None:
+    """Makes as many passes as this rank has made fewer than another."""
+    most = torch.tensor(num_passes, device=world.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    for _ in range(int(most.item()) - num_passes):
+        row_losses(model, without_groups(), world.device)
 
 
 @contextmanager

@@ -6,7 +6,8 @@
 
 One backward pass, and no parameter's gradient in it: what a weight's gradient would have cost goes
 into the clipped sum instead. Parameters are handed over in the model's order, each exactly once per
-microbatch. A group that fills more than one microbatch goes through the direct kernel.
+microbatch. A group that fills more than one microbatch goes through the direct kernel,
+which ZeRO 3 cannot run: there each group must fit (`choose.py`).
 
 What a group adds must not depend on who shares its microbatch, or one person's absence would move
 what others add. In float32 the padded length changes a gradient by float32 rounding; in bfloat16 by
@@ -23,15 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from udp_ray.data.cohort import Group
-from udp_ray.data.sharing import SharedMicrobatch, share
+from udp_ray.data.sharing import SharedMicrobatch, share, without_groups
 from udp_ray.dp.clipping import clip_factor
 from udp_ray.engine.capture import capturing
-from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
-from udp_ray.engine.ghost_layers import RowLayout, make_layer
+from udp_ray.engine.ghost_layers import RowLayout, make_layer, needs_parameters
 from udp_ray.engine.group_gradients import GroupGradients, total
+from udp_ray.engine.ports import RunningSum
 from udp_ray.engine.token_loss import autocast_context, row_losses
-from udp_ray.errors import ConfigError
+from udp_ray.errors import ConfigError, UnsupportedModelError
 
 SMALLEST_CLIP_NORM = 1e-6
 """Norms come from products of float32 squares, which vanish below 1e-38: bounds stay far above."""
@@ -43,7 +44,8 @@ LENGTH_GRID = 16
 class GhostKernel:
     """Adds up the clipped gradients of groups, many per backward pass.
 
-    Build it while the parameters are whole: layers are recognized by what they compute.
+    Build it while the parameters are whole: layers are recognized by what they compute. Later they
+    may be in slices (ZeRO 3): only the model's own forward and backward pass reads them.
     """
 
     def __init__(
@@ -55,11 +57,22 @@ class GhostKernel:
         microbatch_tokens: int,
         autocast: str = "off",
         device: torch.device | str = "cpu",
+        is_sliced: bool = False,
     ) -> None:
         """Looks at the model's layers.
 
+        Args:
+            model: The model, which may still be elsewhere than on `device`.
+            parameters: The trainable ones by name.
+            clip_norm: The plan's.
+            microbatch_tokens: Most tokens, padding included, of a microbatch.
+            autocast: `ModelConfig.autocast`.
+            device: Where it trains.
+            is_sliced: Parameters will be in slices.
+
         Raises:
             ConfigError: The clip norm is too small for this kernel.
+            UnsupportedModelError: A layer needs its parameters whole, which will be in slices.
         """
         if clip_norm < SMALLEST_CLIP_NORM:
             raise ConfigError(
@@ -69,6 +82,7 @@ class GhostKernel:
         assert torch.get_float32_matmul_precision() == "highest", "TF32 would round the norms"
         self._model = model
         self._parameters = dict(parameters)
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._clip_norm = clip_norm
         self._microbatch_tokens = microbatch_tokens
         self._autocast = autocast
@@ -79,6 +93,8 @@ class GhostKernel:
         names = {parameter: name for name, parameter in parameters.items()}
         layers = {path: make_layer(module, names) for path, module in model.named_modules()}
         self._layers = {path: layer for path, layer in layers.items() if layer is not None}
+        if is_sliced:
+            self._refuse_layers_of_whole_parameters()
         self._num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
 
     @property
@@ -86,10 +102,11 @@ class GhostKernel:
         """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
         return self._num_rejected + self._direct.num_rejected
 
-    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
         microbatches, large = self.share(groups)
-        for microbatch in microbatches:
+        num_missing = sums.num_rounds(len(microbatches)) - len(microbatches)
+        for microbatch in [*microbatches, *([without_groups()] * num_missing)]:
             self.add_microbatch(sums, microbatch)
         self._direct.add_clipped(sums, large)
 
@@ -102,7 +119,7 @@ class GhostKernel:
             longest=getattr(self._model.config, "max_position_embeddings", None),
         )
 
-    def add_microbatch(self, sums: ClippedSum, microbatch: SharedMicrobatch) -> None:
+    def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
         """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
         num_groups = len(microbatch.rows_of_groups)
         gradients = self.group_gradients(microbatch)
@@ -115,9 +132,9 @@ class GhostKernel:
         # 0 * NaN is NaN: what is not finite has to be masked; on a CPU, where looking costs
         # nothing, only where there is any.
         must_mask = self._device.type != "cpu" or bool(is_rejected.any())
-        for name, parameter in self._parameters.items():
+        for name, shape in self._shapes.items():
             if name not in gradients:  # without influence on the loss
-                sums.add(name, torch.zeros_like(parameter, dtype=torch.float32))
+                sums.add(name, torch.zeros(shape, device=self._device))
                 continue
             gradient = gradients.pop(name)
             kept = gradient.without(is_rejected) if must_mask else gradient
@@ -133,3 +150,12 @@ class GhostKernel:
             weights_R = microbatch.row_weight.to(self._device)
             capture.backward((weights_R * sums_R / counts_R.clamp(min=1)).sum())
         return {name: total(uses) for name, uses in capture.uses.items()}
+
+    def _refuse_layers_of_whole_parameters(self) -> None:
+        for path, layer in self._layers.items():
+            if needs_parameters(layer):
+                kind = type(self._model.get_submodule(path)).__name__
+                raise UnsupportedModelError(
+                    f"the layer {path} ({kind}) can only be clipped with its parameters whole, and"
+                    " train.zero_stage 3 cuts them: set train.zero_stage to 2, or freeze the layer"
+                )

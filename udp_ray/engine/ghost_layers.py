@@ -102,6 +102,11 @@ def make_layer(module: nn.Module, names: Mapping[nn.Parameter, str]) -> Layer | 
     return _scaling(module, own) or _Other(module, own)
 
 
+def needs_parameters(layer: Layer) -> bool:
+    """Whether a layer reads its parameters outside of the model's own forward and backward pass."""
+    return isinstance(layer, _Other)
+
+
 @dataclass(frozen=True)
 class _Linear:
     """An affine map of features: `nn.Linear`, or GPT-2's Conv1D, whose weight is transposed."""
@@ -160,7 +165,8 @@ class _Scaling:
         uses: Uses = {}
         if "weight" in self.own:
             with torch.no_grad():
-                scaled = layout.by_group(self.bare(saved[0].float()))
+                bare = self.bare.to(grad.device)  # it was copied where the model then was
+                scaled = layout.by_group(bare(saved[0].float()))
             uses[self.own["weight"]] = Held((outputs * scaled).sum(dim=1))
         if "bias" in self.own:
             uses[self.own["bias"]] = Held(outputs.sum(dim=1))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.config import TrainConfig
@@ -67,7 +68,7 @@ def train(
 
     Args:
         model: Float32 causal language model, the same initial weights on all ranks; on return it
-            holds the trained weights on all ranks.
+            holds the trained weights on all ranks (after ZeRO 3 in host memory).
         store: The users' examples; `store.heldout` (or None) is what evaluation reads.
         plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
         settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
@@ -93,7 +94,7 @@ def train(
     world = join_world()
     training = _Training(
         world=world,
-        model=model.to(world.device),
+        model=model,
         parameters=trainable_parameters(model),
         store=store,
         plan=plan,
@@ -172,10 +173,15 @@ class _Training:
             checkpoint_activations(self.model)
         self.frozen = frozen_fingerprint(self.model)
         saved = self._read_checkpoint()
-        if saved is not None:
+        if saved is None:
+            self.digest = checkpoint.weights_digest(self.parameters, self.frozen)
+        else:
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
-        if self.settings.zero_stage < 3:  # there, all ranks must call the head equally often
+        if self.settings.zero_stage < 3:
+            # Stage 3 moves slices of a model that need not fit on the device; and there, all ranks
+            # must call the head equally often.
+            self.model.to(self.world.device)
             chunk_logits(self.model, microbatch_tokens=self.settings.microbatch_tokens)
         kernel = self._kernel()
         self.zero = ZeroEngine(
@@ -183,9 +189,7 @@ class _Training:
         )
         self.private_step = self._private_step(kernel)
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
-        if saved is None:
-            self.digest = checkpoint.weights_digest(self.parameters, self.frozen)
-        else:
+        if saved is not None:
             saved.load_optimizer(self.zero)
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
@@ -212,6 +216,7 @@ class _Training:
             microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
             world=self.world,
+            is_sliced=self.settings.zero_stage == 3,
         )
 
     def _private_step(self, kernel: Kernel) -> PrivateStep:
@@ -256,12 +261,13 @@ class _Training:
 
     def _take_step(self, reader: CohortReader) -> None:
         is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
-        before = _samples(self.parameters) if is_first else []
+        before = _samples(self.zero) if is_first else []
         self.private_step.run(self.step + 1, reader.groups(self.step + 1))
         self.step += 1
         if is_first and self.plan.noise_stddev > 0:
             # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
-            _check_moved(before, _samples(self.parameters), is_each=self.frozen is not None)
+            is_each = self.frozen is not None
+            _check_moved(before, _samples(self.zero), self.world, is_each=is_each)
 
     def _checkpoint(self, *, is_last: bool) -> None:
         """Evaluates, writes, publishes, commits, and only then tells."""
@@ -303,6 +309,7 @@ class _Training:
             microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
             max_examples=None if is_whole else self.settings.evaluate_examples,
+            is_collective=self.zero.is_sliced,
         ).to_dict()
 
     def _progress(self) -> Metrics:
@@ -341,25 +348,33 @@ def cohorts(plan: PrivacyPlan, key: StreamKey, store: TokenStore) -> Callable[[i
     return lambda step: sampler.cohort(step, store.user_offsets)
 
 
-def _samples(parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+def _samples(zero: ZeroEngine) -> list[Tensor]:
     """A few values of each parameter, enough to see whether an update happened at all."""
-    return [p.detach().reshape(-1)[:SAMPLED_VALUES].clone() for p in parameters.values()]
+    held = (zero.held(name).reshape(-1)[:SAMPLED_VALUES] for name in zero.parameters)
+    return [values.clone() for values in held]
 
 
-def _check_moved(before: list[Tensor], after: list[Tensor], *, is_each: bool) -> None:
+def _check_moved(before: list[Tensor], after: list[Tensor], world: World, *, is_each: bool) -> None:
     """Refuses a step that moved nothing, or, if `is_each`, one that left any parameter as it was.
 
     Noise reaches every value, so a whole parameter stays only where its values are so large that
     the update is rounded away: right for a norm's weight of 1, and never so for adapters.
+    Collective: a parameter has moved if any rank saw it move.
     """
-    pairs = zip(before, after, strict=True)
-    num_moved = sum(not torch.equal(old, new) for old, new in pairs)
+    findings = torch.tensor(
+        [float(not torch.equal(old, new)) for old, new in zip(before, after, strict=True)]
+        + [float(not math.isfinite(sum(new.sum().item() for new in after)))],
+        device=world.device,
+    )
+    dist.all_reduce(findings, op=dist.ReduceOp.MAX)
+    *has_moved, is_infinite = findings.tolist()
+    num_moved = int(sum(has_moved))
     if num_moved < (len(before) if is_each else 1):
         raise ConfigError(
             f"the first step moved {num_moved or 'no'} of {len(before)} trainable weights:"
             " train.learning_rate is too small for float32, or nothing trains; raise it"
         )
-    if not all(math.isfinite(new.sum().item()) for new in after):
+    if is_infinite:
         raise ConfigError(
             "the first step made weights infinite: train.learning_rate is too large; lower it"
         )

@@ -6,14 +6,15 @@ the secrets of its rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from udp_ray.data.cohort import Group
 from udp_ray.dp.keys import StreamKey
-from udp_ray.engine.clipped_sum import ClippedSum
 
 Metrics = dict[str, float]
 """Public numbers by name, names as paths: train/learning_rate, heldout/token_loss."""
@@ -47,13 +48,32 @@ class ResumePoint:
     """The name under which the ledger knows it; TrainResult.location if no step is added."""
 
 
+class RunningSum(Protocol):
+    """The sum of a step's clipped gradients: `ClippedSum`, or `SlicedSum` under ZeRO 3."""
+
+    @property
+    def views(self) -> Mapping[str, Tensor]:
+        """What this rank holds, by parameter name: whole parameters, or its slices (ZeRO 3)."""
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Adds to one parameter's part a clipped float32 gradient of the parameter's shape."""
+
+    def num_rounds(self, own: int) -> int:
+        """Returns how many microbatches a kernel that has `own` must run.
+
+        Under ZeRO 3 the largest number of any rank, because each forward pass and each `add` waits
+        for the others: a kernel makes up the rest with microbatches that add zeros.
+        """
+
+
 class Kernel(Protocol):
     """Turns groups into the sum of their clipped gradients."""
 
-    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         """Adds each group's gradient, clipped to the clip norm as a whole, to `sums`.
 
-        Nothing else may change: gradients of parameters stay unset, and no rank waits for another.
+        Nothing else may change: gradients of parameters stay unset, and no rank waits for another
+        but through `sums` and, under ZeRO 3, the model.
         """
 
 

@@ -7,12 +7,18 @@ The divisor is the plan's expected size, a public number; how many groups came i
 rank without groups, or a step without any, runs the same path: the noise is added all the same.
 With `fuse_reduce` every rank hands ZeRO its own sum and rank 0 its sum plus noise: ZeRO's reduction
 adds them up, which saves one reduction and gives the same distribution.
+
+Under ZeRO 3 no rank ever holds the whole sum:
+
+    groups -> kernel: clipped gradients, layer by layer -> reduced and scattered into slices
+           -> noise drawn by rank 0 in chunks, sent to the slices -> over divisor -> ZeRO
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from udp_ray.data.cohort import Group
@@ -20,6 +26,7 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.ports import Kernel
+from udp_ray.engine.sliced_sum import SlicedSum
 from udp_ray.engine.world import World
 from udp_ray.engine.zero import ZeroEngine
 
@@ -54,8 +61,12 @@ class PrivateStep:
         self.zero = zero
         self._kernel = kernel
         self._noise = noise
-        self._fuse_reduce = fuse_reduce
-        self._sum = ClippedSum(zero.parameters, world)
+        self._sum: ClippedSum | SlicedSum
+        if zero.is_sliced:
+            noise_dtype = torch.float64 if plan.secure_noise else torch.float32
+            self._sum = SlicedSum(zero.shapes, world, noise_dtype=noise_dtype)
+        else:
+            self._sum = ClippedSum(zero.parameters, world, fuse_reduce=fuse_reduce)
 
     def run(self, step: int, groups: Iterable[Group]) -> None:
         """Takes the step: nothing about the groups leaves it but the moved weights. Collective."""
@@ -75,12 +86,10 @@ class PrivateStep:
         return self.zero.read_back(self._sum.views)
 
     def _privatize(self, noise: GaussianNoise | None, step: int) -> None:
-        """Makes the buffers of all ranks add up to world size / divisor * (clipped sum + noise)."""
-        if not self._fuse_reduce:
-            self._sum.move_to_first()
+        """Makes of the clipped sums what gives ZeRO (clipped sum + noise) / divisor."""
+        self._sum.reduce()
         self._add_noise(noise, step)
-        self._sum.scale(self.world.size / self.plan.divisor)
+        self._sum.divide(self.plan.divisor)
 
     def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
-        if noise is not None:
-            self._sum.add_noise(noise, step)
+        self._sum.add_noise(noise, step)

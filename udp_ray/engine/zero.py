@@ -1,9 +1,10 @@
-"""DeepSpeed ZeRO, stages 0 to 2, as a place to put a gradient: the only file that knows DeepSpeed.
+"""DeepSpeed ZeRO as a place to put a gradient: with `zero_slices.py` all that knows DeepSpeed.
 
-The gradient of a private step does not come from a loss. So nothing is back-propagated here: an
-autograd function whose backward returns given tensors is passed through `engine.backward`, which
-then reduces and partitions them as it would any gradient. Ranks are averaged; a caller who has the
-whole sum on rank 0 and zeros elsewhere multiplies by the world size.
+The gradient of a private step does not come from a loss. So nothing is back-propagated here: in
+stages 0 to 2 an autograd function whose backward returns given tensors is passed through
+`engine.backward`, which then reduces and partitions them as it would any gradient. Ranks are
+averaged; a caller who has the whole sum on rank 0 and zeros elsewhere multiplies by the world size.
+In stage 3 each rank hands in the slices that its optimizer will use.
 
 What DeepSpeed does by itself and must not here is switched off and read back: its gradient clipping
 (on by default), skipped steps (each was paid for), round-robin gradients. Optimizer state is made
@@ -19,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.config import TrainConfig
+from udp_ray.engine.optimizer import make_optimizer, state_kinds
 from udp_ray.engine.schedule import learning_rate
-from udp_ray.errors import ConfigError
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,6 +37,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
+
+from udp_ray.engine.zero_slices import SlicedParameters, slice_model, sliced_options
 
 logger.setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
 warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
@@ -61,35 +65,50 @@ class ZeroEngine:
         """Wraps `model`, which must be float32 and equal on all ranks. Collective.
 
         Args:
-            model: The model; stays usable by itself and always holds the whole weights.
+            model: The model, which stays usable by itself. In stages 0 to 2 it always holds the
+                whole weights. In stage 3 it comes in host memory and holds slices from now on, and
+                a forward or backward pass is collective.
             parameters: The trainable ones by name, in the same order on all ranks.
-            settings: Optimizer, schedule and ZeRO stage.
+            settings: Optimizer, schedule, ZeRO stage and offload.
             num_steps: Steps of the run, for the schedule.
         """
-        if settings.zero_stage > 2:
-            raise ConfigError(
-                f"train.zero_stage is {settings.zero_stage}, which this version cannot train with:"
-                " set 0, 1 or 2"
-            )
         self.parameters = dict(parameters)
-        self.state_kinds = _state_kinds(settings)
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        """Of the whole parameters."""
+        self.state_kinds = state_kinds(settings)
         """The tensors that the optimizer keeps per parameter, by torch's names."""
+        self.is_sliced = settings.zero_stage == 3
+        """Whether gradients come in slices, and passes through the model are collective."""
         self._settings = settings
         self._num_steps = num_steps
-        self._optimizer = _make_optimizer(list(self.parameters.values()), settings)
+        config = _deepspeed_config(model, settings)
+        if self.is_sliced:
+            slice_model(model, config, _device())
+        self._optimizer = make_optimizer(list(self.parameters.values()), settings)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=list(self.parameters.values()),
             optimizer=self._optimizer,
-            config=_deepspeed_config(settings.zero_stage),
+            config=config,
             dist_init_required=False,
         )
         _check_switches(self._engine)
+        self._form: SlicedParameters | _WholeParameters
+        if self.is_sliced:
+            self._form = SlicedParameters(self._engine, self.parameters, self.shapes)
+        else:
+            self._form = _WholeParameters(self._engine, self.parameters)
         self._create_optimizer_state()
 
     def apply(self, gradients: Mapping[str, Tensor], step: int) -> None:
-        """Moves the weights by the mean over ranks of `gradients`, at the step's learning rate."""
-        self._backward(gradients)
+        """Moves the weights at the step's learning rate.
+
+        Args:
+            gradients: By name. Stages 0 to 2: whole, and their mean over ranks counts. Stage 3:
+                this rank's slices.
+            step: Fixes the learning rate.
+        """
+        self._form.hand_over(gradients)
         self._step(step)
 
     def apply_losses(self, losses: Sequence[Callable[[], Tensor]], step: int) -> None:
@@ -103,6 +122,8 @@ class ZeroEngine:
             step: Fixes the learning rate.
         """
         for number, loss in enumerate(losses, start=1):
+            if self.is_sliced:  # or else each gradient takes the place of the one before
+                self._engine.optimizer.clear_backward_seen_flag()
             self._engine.set_gradient_accumulation_boundary(number == len(losses))
             self._engine.backward(loss())
         self._step(step)
@@ -110,40 +131,62 @@ class ZeroEngine:
     def read_back(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns what the optimizer would have been given for `gradients`, and moves nothing.
 
-        Collective. Each rank's slice passes through the same reduction as in `apply`, then all
-        slices are put together on every rank.
+        Collective. In stages 0 to 2 each rank's slice passes through the same reduction as in
+        `apply`, then all slices are put together on every rank. In stage 3 it is what the held
+        optimizer found: this rank's slices, padding left out, flat.
         """
-        self._backward(gradients)
-        arrived = {name: safe_get_full_grad(p).clone() for name, p in self.parameters.items()}
+        self._form.hand_over(gradients)
+        if not self.is_sliced:
+            arrived = {name: safe_get_full_grad(p).clone() for name, p in self.parameters.items()}
+            self._held_step()
+            return arrived
+        self._optimizer.found = []
         self._held_step()
-        return arrived
+        flat = torch.cat([part.to(self._engine.device) for part in self._optimizer.found])
+        self._optimizer.found = None
+        lengths = [gradients[name].numel() for name in self.parameters]
+        slices = dict(zip(self.parameters, flat.split(lengths), strict=True))
+        return {name: part[: self._num_held(name)] for name, part in slices.items()}
+
+    def held(self, name: str) -> Tensor:
+        """Returns what this rank holds of a trainable parameter: all of it, or a flat slice."""
+        return self._form.held(name)
+
+    def held_range(self, name: str) -> tuple[int, int]:
+        """Returns which values of the flattened parameter those are: start and stop."""
+        return self._form.held_range(name)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the whole weights by name, in host memory, on rank 0; else {}. Collective."""
+        wholes = {name: self._form.weight(name) for name in self.parameters}
+        return {name: whole for name, whole in wholes.items() if whole is not None}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns the optimizer's state as {kind: {parameter: whole tensor}}. Collective."""
-        return {
-            kind: {name: self._get_state(p, kind) for name, p in self.parameters.items()}
+        """Returns the state as {kind: {parameter: whole tensor}} on rank 0 as `weights` does."""
+        wholes = {
+            kind: {name: self._form.state(name, kind) for name in self.parameters}
             for kind in self.state_kinds
+        }
+        return {
+            kind: {name: whole for name, whole in tensors.items() if whole is not None}
+            for kind, tensors in wholes.items()
         }
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """Sets the state saved by `optimizer_state` after `step`, at any world size and stage."""
         for kind in self.state_kinds:
-            for name, parameter in self.parameters.items():
-                self._set_state(parameter, kind, state[kind][name].to(parameter.device))
+            for name in self.parameters:
+                self._form.set_state(name, kind, state[kind][name])
         for entry in self._optimizer.state.values():
             if "step" in entry:
                 entry["step"].fill_(step)
 
     def close(self) -> None:
-        """Takes DeepSpeed off the model, whose parameters own their memory again."""
-        self._engine.destroy()
-        for parameter in self.parameters.values():
-            parameter.data = parameter.data.clone()
+        """Takes DeepSpeed off the model, whose parameters are whole and own their memory again.
 
-    def _backward(self, gradients: Mapping[str, Tensor]) -> None:
-        given = [gradients[name] for name in self.parameters]
-        loss = _GivenGradients.apply(given, *self.parameters.values())
-        self._engine.backward(loss)
+        After stage 3 they lie in host memory.
+        """
+        self._form.release()
 
     def _step(self, step: int) -> None:
         rate = learning_rate(self._settings, step, num_steps=self._num_steps)
@@ -160,26 +203,67 @@ class ZeroEngine:
 
     def _create_optimizer_state(self) -> None:
         """Fills the state with zeros now, and has ZeRO link its slices to parameter names."""
-        for group in self._optimizer.param_groups:
-            for tensor in group["params"]:  # under ZeRO 1 and 2 this rank's flat slice
-                entry = self._optimizer.state[tensor]
-                for kind in self.state_kinds:
-                    entry[kind] = torch.zeros_like(tensor, requires_grad=False)
-                if self._settings.optimizer == "adamw":
-                    entry["step"] = torch.tensor(0.0)
-        self._backward({name: torch.zeros_like(p) for name, p in self.parameters.items()})
+        self._optimizer.state_kinds = self.state_kinds
+        self._form.hand_over({name: self._form.zeros(name) for name in self.parameters})
         self._held_step()
 
-    def _get_state(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        if self._settings.zero_stage == 0:
-            return self._optimizer.state[parameter][kind].clone()
-        return safe_get_full_optimizer_state(parameter, kind)
+    def _num_held(self, name: str) -> int:
+        start, stop = self.held_range(name)
+        return stop - start
 
-    def _set_state(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        if self._settings.zero_stage == 0:
-            self._optimizer.state[parameter][kind].copy_(value)
+
+class _WholeParameters:
+    """Trainable parameters that every rank holds whole: ZeRO 0 to 2."""
+
+    def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._engine = engine
+        self._parameters = parameters
+
+    def hand_over(self, gradients: Mapping[str, Tensor]) -> None:
+        """Makes the mean over ranks of `gradients` the gradient of the coming step. Collective."""
+        given = [gradients[name] for name in self._parameters]
+        self._engine.backward(_GivenGradients.apply(given, *self._parameters.values()))
+
+    def zeros(self, name: str) -> Tensor:
+        return torch.zeros_like(self._parameters[name], requires_grad=False)
+
+    def held(self, name: str) -> Tensor:
+        return self._parameters[name].detach()
+
+    def held_range(self, name: str) -> tuple[int, int]:
+        return 0, self._parameters[name].numel()
+
+    def weight(self, name: str) -> Tensor | None:
+        return _on_first(self._parameters[name].detach())
+
+    def state(self, name: str, kind: str) -> Tensor | None:
+        parameter = self._parameters[name]
+        if self._engine.zero_optimization_stage() == 0:
+            return _on_first(self._engine.optimizer.state[parameter][kind])
+        return _on_first(safe_get_full_optimizer_state(parameter, kind))
+
+    def set_state(self, name: str, kind: str, whole: Tensor) -> None:
+        parameter = self._parameters[name]
+        if self._engine.zero_optimization_stage() == 0:
+            self._engine.optimizer.state[parameter][kind].copy_(whole)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            safe_set_full_optimizer_state(parameter, whole.to(parameter.device), kind)
+
+    def release(self) -> None:
+        self._engine.destroy()
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.clone()
+
+
+def _on_first(whole: Tensor) -> Tensor | None:
+    """Returns a copy in host memory on rank 0, None elsewhere."""
+    return whole.to("cpu", copy=True) if dist.get_rank() == 0 else None
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 class _GivenGradients(torch.autograd.Function):
@@ -195,52 +279,14 @@ class _GivenGradients(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-class _Holdable(torch.optim.Optimizer):
-    """An optimizer that can be told to stand still, which leaves weights and state bit for bit."""
-
-    is_held = False
-
-    def step(self, closure: Any = None) -> Any:
-        return None if self.is_held else super().step(closure)
-
-
-class _AdamW(_Holdable, torch.optim.AdamW):
-    pass
-
-
-class _SGD(_Holdable, torch.optim.SGD):
-    pass
-
-
-def _make_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> _Holdable:
-    if settings.optimizer == "sgd":
-        return _SGD(
-            parameters,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
-    return _AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _state_kinds(settings: TrainConfig) -> tuple[str, ...]:
-    if settings.optimizer == "adamw":
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if settings.momentum else ()
-
-
-def _deepspeed_config(stage: int) -> dict[str, Any]:
+def _deepspeed_config(model: nn.Module, settings: TrainConfig) -> dict[str, Any]:
+    stage = settings.zero_stage
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; it sees no batch of ours
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1.0, which would clip the noisy mean
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # ours, which can be held, also on the host
         "steps_per_print": None,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
@@ -250,6 +296,7 @@ def _deepspeed_config(stage: int) -> dict[str, Any]:
             "overlap_comm": False,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
+            **(sliced_options(model, settings.offload) if stage == 3 else {}),
         },
     }
 

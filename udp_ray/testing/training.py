@@ -40,7 +40,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 Fault = Literal[
     "none", "realized_divisor", "clip_each_microbatch", "noise_on_all", "no_noise", "half_noise",
-    "noise_twice", "clip_weighted_pass",
+    "noise_twice", "misplaced_noise", "clip_weighted_pass",
 ]  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class TinyRun:
     store: str
     sampling: Literal["uls", "els"] = "uls"
     zero_stage: int = 0
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     microbatch_tokens: int = 64
     fuse_reduce: bool = False
     activation_checkpointing: bool = False
@@ -100,6 +101,7 @@ class TinyRun:
         """Returns the settings of the engine."""
         return TrainConfig(
             zero_stage=self.zero_stage,
+            offload=self.offload,
             microbatch_tokens=self.microbatch_tokens,
             activation_checkpointing=self.activation_checkpointing,
             optimizer=self.optimizer,
@@ -156,7 +158,7 @@ def tiny_users(num_users: int, seed: int) -> Users:
 def write_tiny_store(path: Path) -> Path:
     """Writes the store of two dozen users, and five held-out ones."""
     users, heldout = tiny_users(NUM_USERS, seed=1), tiny_users(5, seed=2)
-    return write_store(path, users, heldout=heldout, vocab_size=VOCABULARY)
+    return write_store(path, users, heldout=heldout, vocab_size=VOCABULARY, block_tokens=16)
 
 
 def weights_of(model: nn.Module) -> Weights:

@@ -19,12 +19,12 @@ from udp_ray.dp.clipping import clip_and_add, clip_factor
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.choose import choose_kernel
-from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
 from udp_ray.engine.loop import cohorts
-from udp_ray.engine.ports import Kernel
+from udp_ray.engine.ports import Kernel, RunningSum
 from udp_ray.engine.selfcheck import check_noise
+from udp_ray.engine.slices import cut
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.token_loss import autocast_context, chunk_logits, row_losses
 from udp_ray.engine.world import World, join_world
@@ -60,6 +60,7 @@ def take_steps(run: TinyRun) -> TinyOutcome:
     with reader:
         for step in range(1, run.num_steps + 1):
             private_step.run(step, reader.groups(step))
+    private_step.zero.close()
     return TinyOutcome(weights_of(model))
 
 
@@ -71,7 +72,9 @@ def take_many_steps(runs: list[TinyRun]) -> list[TinyOutcome]:
 def take_empty_step(run: TinyRun, step: int) -> Weights:
     """Takes one step with an empty cohort and returns the weights."""
     model = tiny_model()
-    build_step(run, model, join_world()).run(step, [])
+    private_step = build_step(run, model, join_world())
+    private_step.run(step, [])
+    private_step.zero.close()
     return weights_of(model)
 
 
@@ -125,34 +128,45 @@ def _snapshot(zero: ZeroEngine) -> dict[str, Tensor]:
         for kind, tensors in zero.optimizer_state().items()
         for name, tensor in tensors.items()
     }
-    return {**state, **{name: p.detach().clone() for name, p in zero.parameters.items()}}
+    held = {name: zero.held(name).clone() for name in zero.parameters}
+    return {**state, **zero.weights(), **{f"held/{name}": values for name, values in held.items()}}
 
 
 def state_travels_between_stages() -> bool:
-    """Whether a step after loading the state at the next stage equals a step without a break."""
+    """Whether a step after loading the state at another stage equals a step without a break."""
     join_world()
-    equal: list[bool] = []
-    adamw, sgd = TinyRun(store="", optimizer="adamw"), TinyRun(store="", momentum=0.9)
-    for stage in (0, 1, 2):
-        for run in (replace(adamw, zero_stage=stage), replace(sgd, zero_stage=stage)):
-            old = _zero_engine(run, tiny_model())
-            for step in (1, 2):
-                old.apply(_random_gradients(old, step), step)
-            model = tiny_model()
-            with torch.no_grad():
-                for name, parameter in trainable_parameters(model).items():
-                    parameter.copy_(old.parameters[name])
-            new = _zero_engine(replace(run, zero_stage=(stage + 1) % 3), model)
-            new.load_optimizer_state(old.optimizer_state(), step=2)
-            for zero in (old, new):
-                zero.apply(_random_gradients(zero, 3), 3)
-            equal += [torch.equal(p, new.parameters[n]) for n, p in old.parameters.items()]
-    return all(equal)
+    adamw = TinyRun(store="", optimizer="adamw", kernel="ghost")
+    sgd = TinyRun(store="", momentum=0.9, kernel="ghost")
+    return all(
+        _state_travels(run, stage, other)
+        for run in (adamw, sgd)
+        for stage, other in ((0, 1), (1, 2), (2, 0), (0, 3), (3, 2), (3, 3), (1, 3))
+    )
+
+
+def _state_travels(run: TinyRun, stage: int, other: int) -> bool:
+    old = _zero_engine(replace(run, zero_stage=stage), tiny_model())
+    for step in (1, 2):
+        old.apply(_random_gradients(old, step), step)
+    box = [(old.weights(), old.optimizer_state())]
+    dist.broadcast_object_list(box, src=0)
+    (weights, state), model = box[0], tiny_model()
+    model.load_state_dict(weights, strict=False)
+    new = _zero_engine(replace(run, zero_stage=other), model)
+    new.load_optimizer_state(state, step=2)
+    for zero in (old, new):
+        zero.apply(_random_gradients(zero, 3), 3)
+    left, right = old.weights(), new.weights()
+    return all(torch.equal(weight, right[name]) for name, weight in left.items())
 
 
 def _random_gradients(zero: ZeroEngine, step: int) -> dict[str, Tensor]:
+    """Returns what a rank hands over, of gradients that are the same at all stages."""
     random = torch.Generator().manual_seed(step)
-    return {n: torch.randn(p.shape, generator=random) for n, p in zero.parameters.items()}
+    wholes = {name: torch.randn(shape, generator=random) for name, shape in zero.shapes.items()}
+    if not zero.is_sliced:
+        return wholes
+    return {n: cut(whole, dist.get_rank(), dist.get_world_size()) for n, whole in wholes.items()}
 
 
 def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
@@ -171,7 +185,7 @@ def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
     return choose_kernel(
         run.kernel, model, parameters, clip_norm=run.clip_norm, rows_per_group=run.group_size,
         tokens_per_row=16, microbatch_tokens=run.microbatch_tokens, autocast=run.autocast,
-        world=world,
+        world=world, is_sliced=run.zero_stage == 3,
     )  # fmt: skip
 
 
@@ -208,7 +222,7 @@ def _arrived(step: PrivateStep, store: TokenStore, run: TinyRun, users: Iterable
 class _ClipEachMicrobatch(DirectKernel):
     """Clips microbatches instead of groups: a user of k microbatches counts k times."""
 
-    def add_clipped(self, sums: ClippedSum, groups: Iterable[Group]) -> None:
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         views = list(sums.views.values())
         for group in groups:
             for microbatch in group.microbatches:
@@ -220,7 +234,7 @@ class _ClipWeightedPass(GhostKernel):
     weight gradients of the whole microbatch are then bfloat16 values.
     """
 
-    def add_microbatch(self, sums: ClippedSum, microbatch: SharedMicrobatch) -> None:
+    def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
         squared = sum(g.squared_norms() for g in self.group_gradients(microbatch).values())
         factors = clip_factor(torch.as_tensor(squared).sqrt(), self._clip_norm)
         counts = torch.tensor(microbatch.rows_of_groups)
@@ -254,6 +268,11 @@ class _NoiseOnAllRanks(PrivateStep):
 
     def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
         super()._add_noise(noise or self.everyones_noise, step)
+        if self.zero.is_sliced:  # whose noise of other ranks can only come as their gradients
+            for name, shape in self.zero.shapes.items():
+                drawn = self.everyones_noise.tensor(step, name, tuple(shape))
+                self._sum.add(name, torch.zeros(shape) if self.world.is_first else drawn)
+            self._sum.reduce()
 
 
 class _NoNoise(PrivateStep):
@@ -271,9 +290,22 @@ class _NoiseTwice(PrivateStep):
         super()._add_noise(noise, step)
 
 
+class _MisplacedNoise(PrivateStep):
+    """Adds to each rank's slices the noise of its neighbour's."""
+
+    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+        before = {name: part.clone() for name, part in self._sum.views.items()}
+        super()._add_noise(noise, step)
+        for name, part in self._sum.views.items():
+            everyones = [torch.empty_like(part) for _ in range(self.world.size)]
+            dist.all_gather(everyones, part - before[name])
+            part.copy_(before[name] + everyones[self.world.rank - 1])
+
+
 _FAULTY_STEPS: dict[str, Callable[..., PrivateStep]] = {
     "realized_divisor": _RealizedDivisor,
     "noise_on_all": _NoiseOnAllRanks,
     "no_noise": _NoNoise,
     "noise_twice": _NoiseTwice,
+    "misplaced_noise": _MisplacedNoise,
 }

@@ -1,0 +1,110 @@
+"""pytest tests/equivalence/test_stage_3.py
+
+Whole runs under ZeRO 3, with evaluations and checkpoints, equal those of one process at stage 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from udp_ray.engine import checkpoint
+from udp_ray.engine.world import join_world
+from udp_ray.testing.distributed import WorldFailed, run_on_ranks
+from udp_ray.testing.training import TinyRun, train_tiny, write_tiny_store
+
+TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
+
+LOSS_TOLERANCE = 1e-5  # a loss of about 4 in float32, from weights that differ by the above
+
+SLICED = {"zero_stage": 3, "kernel": "ghost"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    join_world()
+    store = write_tiny_store(tmp_path_factory.mktemp("data") / "store")
+    return TinyRun(store=str(store), num_steps=3, checkpoint_every=2, momentum=0.9)
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    """One process, stage 0, the direct kernel."""
+    return train_tiny(run)
+
+
+@pytest.fixture(scope="module")
+def sliced(run, tmp_path_factory):
+    """Two ranks, stage 3; the checkpoints stay."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return run_on_ranks(2, train_tiny, replace(run, **SLICED), None, None, str(folder))
+
+
+def test_all_ranks_end_with_the_weights_of_one_process(alone, sliced):
+    for outcome in sliced:
+        assert distance(outcome.weights, alone.weights) < TOLERANCE
+
+
+def test_evaluations_are_those_of_one_process(alone, sliced):
+    ours, theirs = told(sliced[0]), told(alone)
+    assert len(ours) == len(theirs) > 1
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in mine:
+            if name.startswith("heldout/"):
+                assert mine[name] == pytest.approx(other[name], rel=LOSS_TOLERANCE)
+
+
+def test_a_checkpoint_holds_the_whole_weights_and_state(alone, sliced):
+    result = sliced[0].result
+    saved = checkpoint.read(Path(result.location), expected_digest=result.digest)
+    assert saved.step == 3
+    for name, weight in sliced[0].weights.items():
+        assert np.array_equal(saved.weights[name], weight)
+        assert saved.optimizer["momentum_buffer"][name].shape == weight.shape
+
+
+def test_before_any_step_the_digest_is_that_of_every_stage(alone, sliced):
+    starts = {event[2] for o in (alone, sliced[0]) for event in o.events[:2] if len(event) > 2}
+    assert len(starts) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_without_groups_run_along(run, num_ranks):
+    few = replace(run, cohort_size=1, num_steps=6)
+    alone = train_tiny(few).weights
+    for outcome in run_on_ranks(num_ranks, train_tiny, replace(few, **SLICED)):
+        assert distance(outcome.weights, alone) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_what_lies_in_host_memory_changes_nothing(run, alone, offload):
+    offloaded = replace(run, offload=offload, microbatch_tokens=4096, **SLICED)
+    for outcome in run_on_ranks(2, train_tiny, offloaded):
+        assert distance(outcome.weights, alone.weights) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_adapters_train_in_slices(run):
+    lora = replace(run, lora_rank=2)
+    outcome = run_on_ranks(2, train_tiny, replace(lora, **SLICED))[0]
+    assert distance(outcome.weights, train_tiny(lora).weights) < TOLERANCE
+
+
+def test_a_group_that_may_not_fit_a_microbatch_is_refused_up_front(run):
+    with pytest.raises(WorldFailed, match=r"train\.microbatch_tokens"):
+        run_on_ranks(1, train_tiny, replace(run, microbatch_tokens=13, **SLICED))
+
+
+def told(outcome):
+    return [event[1] for event in outcome.events if event[0] == "metrics"]
+
+
+def distance(one, other):
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[n] - other[n]).max()) for n in one)

@@ -1,0 +1,46 @@
+"""pytest -m slow tests/on_ray/test_train_stage_3.py"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from udp_ray.dp.ledger import Ledger
+from udp_ray.on_ray.train import train_on_ray
+from udp_ray.testing.faults import worker_killed_after
+from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder
+from udp_ray.verification import verify
+
+KILL_AFTER = 6  # between the checkpoints of steps 4 and 8
+TOLERANCE = 1e-5  # as in test_train.py
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_run_in_slices_with_a_killed_worker_ends_with_the_weights_of_stage_0(
+    tmp_path: Path,
+) -> None:
+    steps = {"privacy": {"num_steps": 10}}
+    common = {"checkpoint_every": 4, "microbatch_tokens": 128}
+    whole = tiny_experiment(tmp_path, **steps, train=common)
+    sliced = tiny_experiment(
+        tmp_path, **steps, train={**common, "zero_stage": 3, "offload": "optimizer"}
+    )
+    expected = train_on_ray(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
+    with (
+        Ledger.open(sliced.data.ledger_url) as ledger,
+        worker_killed_after(ledger, DATASET, KILL_AFTER) as killed,
+    ):
+        result = train_on_ray(to_folder(sliced, tmp_path / "sliced"), announce=lambda text: None)
+        record = ledger.run(result.run_id)
+    assert killed
+    assert record.num_attempts > 1
+    assert record.charged_steps == 10
+    one, other = (load_file(Path(r.output) / "model.safetensors") for r in (result, expected))
+    assert one.keys() == other.keys()
+    assert max(float(np.abs(one[name] - other[name]).max()) for name in one) < TOLERANCE
+    assert [row["step"] for row in result.metrics] == [row["step"] for row in expected.metrics]
+    AutoModelForCausalLM.from_pretrained(result.output)
+    assert verify(result.output).agrees
