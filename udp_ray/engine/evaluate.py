@@ -101,10 +101,13 @@ def evaluate(
     with reader, _evaluating(model), autocast_context(autocast, world.device):
         for chunk in range(chunks):
             users = reader.groups(chunk)
+            num_passes = sum(len(user.microbatches) for user in users)
+            # Asked before the first pass, in which a rank already waits for the others.
+            num_missing = _missing_passes(num_passes, world) if is_collective else 0
             for user in users:
                 totals += _user_totals(model, user, world.device)
-            if is_collective:
-                _wait_in_passes(model, sum(len(user.microbatches) for user in users), world)
+            for _ in range(num_missing):
+                row_losses(model, without_groups(), world.device)
     dist.all_reduce(totals)
     loss, tokens, mean_losses, users = totals.tolist()
     return HeldoutMetrics(
@@ -148,12 +151,11 @@ def _user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
     return torch.stack([loss, tokens, loss / tokens, torch.ones_like(loss)])
 
 
-def _wait_in_passes(model: nn.Module, num_passes: int, world: World) -> None:
-    """Makes as many passes as this rank has made fewer than another."""
+def _missing_passes(num_passes: int, world: World) -> int:
+    """Returns how many passes this rank makes fewer than the one with the most. Collective."""
     most = torch.tensor(num_passes, device=world.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    for _ in range(int(most.item()) - num_passes):
-        row_losses(model, without_groups(), world.device)
+    return int(most.item()) - num_passes
 
 
 @contextmanager

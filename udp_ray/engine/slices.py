@@ -7,7 +7,7 @@
     >>> held_range(2, 3, num_ranks=4)     # a slice may be padding only
     (2, 2)
 
-`engine/zero3.py` checks on each start that DeepSpeed cuts in the same way.
+`engine/zero_slices.py` checks on each start that DeepSpeed cuts in the same way.
 """
 
 from __future__ import annotations
