@@ -18,6 +18,10 @@ from udp_ray.testing.training import TinyRun, train_tiny, write_tiny_store
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 
+# With one user expected the noise drives weights to 4 and losses to 40, where both one unit in the
+# last place and what a rounding does to the next gradient are larger. Seen: 2.8e-6 after six steps.
+FEW_TOLERANCE = 1e-5
+
 LOSS_TOLERANCE = 1e-5  # a loss of about 4 in float32, from weights that differ by the above
 
 SLICED = {"zero_stage": 3, "kernel": "ghost"}
@@ -78,7 +82,7 @@ def test_ranks_without_groups_run_along(run, num_ranks):
     few = replace(run, cohort_size=1, num_steps=6)
     alone = train_tiny(few).weights
     for outcome in run_on_ranks(num_ranks, train_tiny, replace(few, **SLICED)):
-        assert distance(outcome.weights, alone) < TOLERANCE
+        assert distance(outcome.weights, alone) < FEW_TOLERANCE
 
 
 @pytest.mark.slow
