@@ -82,7 +82,8 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     """Returns the private step of a run, or a faulty one if the run says so."""
     if run.activation_checkpointing:
         checkpoint_activations(model.train())
-    chunk_logits(model, microbatch_tokens=run.microbatch_tokens, chunk_logits=CHUNK_LOGITS)
+    if run.zero_stage < 3:
+        chunk_logits(model, microbatch_tokens=run.microbatch_tokens, chunk_logits=CHUNK_LOGITS)
     parameters = trainable_parameters(model)
     plan, keys = run.plan(), run.keys(world.rank)
     kernel = _kernel(run, model, world)
