@@ -42,7 +42,7 @@ def undisturbed(run):
         pytest.param(Death(commit=4), (1, 0), (2, 1), id="published, not committed"),
         pytest.param(Death(authorize=4), (2, 3), (3, 3), id="stage 3, on to three ranks"),
         pytest.param(
-            Death(rank=1, forward_pass=14),
+            Death(rank=1, forward_pass=8),
             (2, 3),
             (1, 0),
             id="stage 3 mid-step, on to stage 0",
