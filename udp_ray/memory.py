@@ -2,7 +2,8 @@
 
 What the kernel needs is not estimated but counted: the very kernel goes over the largest microbatch
 of a run on fake tensors, which have shapes and no values. What ZeRO holds is arithmetic, from what
-DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration.
+DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration. Checked against
+processes at stages 0 to 2 (`tests/test_memory.py`); at stage 3 it is arithmetic alone.
 
     memory = estimate_memory(config.model, config.train, plan, config.data, config.cluster)
     memory.total_bytes, print(memory.to_text())
@@ -38,6 +39,8 @@ from udp_ray.models.load import checkpoint_activations, model_without_weights, t
 
 FLOAT_BYTES = 4
 GIB = 2**30
+LIVE_BYTES = FLOAT_BYTES * 2**27
+"""What ZeRO 3 keeps whole at most, unless a layer is larger; `zero_slices.LIVE_VALUES`."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,12 @@ def estimate_memory(
         kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)
     weights = _bytes([*fake.parameters(), *fake.buffers()])
     trained = _bytes(parameters.values())
+    is_sliced = train.zero_stage == 3
+    if is_sliced:  # its own slices, and what is whole while layers are at work
+        weights = weights // num_workers + min(weights, LIVE_BYTES)
     return MemoryEstimate(
         weights=weights,
-        clipped_sum=trained,
+        clipped_sum=trained // num_workers if is_sliced else trained,
         optimizer=_optimizer_bytes(trained, train, num_workers),
         zero=min(trained, FLOAT_BYTES * BUCKET_VALUES) if train.zero_stage else 0,
         kernel=kernel,
@@ -163,6 +169,8 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy."""
     noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
+    if train.zero_stage == 3:
+        return noise + trained // num_workers
     reduced = trained if train.zero_stage == 0 else trained // num_workers
     return max(noise, trained + reduced)
 

@@ -166,14 +166,12 @@ def test_what_would_vanish_with_the_job_is_refused(
     assert not (project / "other.db").exists()
 
 
-@pytest.mark.parametrize("token", ["0" * 64, ""], ids=["a wrong token", "no token"])
-def test_without_the_clusters_token_nothing_is_submitted(
-    head: RayHead, tmp_path: Path, token: str
-) -> None:
+def test_without_the_clusters_token_nothing_is_submitted(head: RayHead, tmp_path: Path) -> None:
+    wrong = "0" * 64  # an empty one would make Ray look for the owner's file
     before = len(head.jobs())
     trace = tmp_path / "it-ran"
     (tmp_path / "empty").mkdir()
-    done = head.submit("touch", str(trace), working_dir=tmp_path / "empty", token=token)
+    done = head.submit("touch", str(trace), working_dir=tmp_path / "empty", token=wrong)
     assert done.returncode != 0
     assert "uthentication" in done.stdout
     assert head.status_without_token() == 401
