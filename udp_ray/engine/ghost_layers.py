@@ -154,8 +154,10 @@ class _Scaling:
     """A layer that computes weight * h(x) + bias feature by feature, as LayerNorm and RMSNorm."""
 
     own: Mapping[str, str]
-    bare: nn.Module
-    """A copy of the module that computes h(x)."""
+    module: nn.Module
+    """A copy, which no hooks of the model's are on."""
+    neutral: Mapping[str, Tensor]
+    """Parameters with which it computes h(x)."""
 
     def saved(self, call: Call, output: Tensor) -> list[Tensor]:
         return [call.tensors[0].detach()] if "weight" in self.own else []
@@ -165,8 +167,10 @@ class _Scaling:
         uses: Uses = {}
         if "weight" in self.own:
             with torch.no_grad():
-                bare = self.bare.to(grad.device)  # it was copied where the model then was
-                scaled = layout.by_group(bare(saved[0].float()))
+                # They were made where the model then was.
+                neutral = {name: value.to(grad.device) for name, value in self.neutral.items()}
+                bare = functional_call(self.module, neutral, (saved[0].float(),))
+                scaled = layout.by_group(bare)
             uses[self.own["weight"]] = Held((outputs * scaled).sum(dim=1))
         if "bias" in self.own:
             uses[self.own["bias"]] = Held(outputs.sum(dim=1))
@@ -244,13 +248,5 @@ def _scaling(module: nn.Module, own: Mapping[str, str]) -> _Scaling | None:
             return None
         expected = (trial["weight"] + 1 - neutral) * scaled + trial.get("bias", 0.0)
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
-            return _Scaling(own, _filled(module, plain))
+            return _Scaling(own, copy.deepcopy(module).requires_grad_(False), plain)
     return None
-
-
-def _filled(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """Returns a copy of the module with these parameters, which do not train."""
-    filled = copy.deepcopy(module).requires_grad_(False)
-    for name, parameter in filled.named_parameters():
-        parameter.copy_(values[name])
-    return filled
