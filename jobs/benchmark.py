@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     folder = Path(config.output)
     OutputFolder(folder).check(resume=False)
-    print(save(folder, run_benchmark(study, lambda: connected(config.cluster.address))))
+    text = ""
+    for results in run_benchmark(study, lambda: connected(config.cluster.address)):
+        text = save(folder, results)  # what there is so far: a run that is cut short keeps it
+    print(text)
     return 0
 
 

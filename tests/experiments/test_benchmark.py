@@ -88,8 +88,11 @@ def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
             base=ULS.model_copy(update={"contestants": ["direct"]}),
         ),
     )
-    results = benchmark.run_benchmark(asked, join_ray=lambda: pytest.fail("nothing asks for Ray"))
-    text = benchmark.save(tmp_path / "out", results)
+    seen = []
+    for results in benchmark.run_benchmark(asked, lambda: pytest.fail("nothing asks for Ray")):
+        text = benchmark.save(tmp_path / "out", results)
+        seen.append((len({row["cell"] for row in results.cells}), "UNFINISHED" in text))
+    assert seen == [(1, True), (2, True), (2, True), (2, False)]
     saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert (tmp_path / "out" / "benchmark.txt").read_text() == text
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
@@ -151,6 +154,24 @@ def test_a_contestant_with_the_right_sum_passes_the_check(
 ) -> None:
     mine = task(cell, tmp_path, name)
     PrivateContestant(mine, join_world()).check(groups_of(mine)[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_sum_in_slices_is_compared_too(
+    is_right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = task(ULS.model_copy(update={"zero_stage": 3}), tmp_path, "ghost")
+    groups = groups_of(mine)
+    contestant = PrivateContestant(mine, join_world())
+    if is_right:
+        contestant.check(groups)
+        contestant.take(1, groups)
+        return
+    whole = PlainLoop.clipped_sum
+    monkeypatch.setattr(PlainLoop, "clipped_sum", lambda loop, groups: whole(loop, groups[1:]))
+    with pytest.raises(BenchmarkError, match="computes another sum"):
+        contestant.check(groups)
 
 
 @needs_opacus
@@ -349,10 +370,11 @@ def test_a_contestant_of_ours_that_fails_stops_the_benchmark_with_its_reason(
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_tokens_and_tell_the_same_times() -> None:
-    cell = ULS.model_copy(update={"num_workers": 2, "zero_stage": 2})
+@pytest.mark.parametrize(("stage", "kernel"), [(2, "direct"), (3, "ghost")])
+def test_two_workers_share_the_tokens_and_tell_the_same_times(stage: int, kernel: str) -> None:
+    cell = ULS.model_copy(update={"num_workers": 2, "zero_stage": stage, "contestants": [kernel]})
     result = run_cell(study(cell), cell)
-    assert [row["kernel"] for row in result.rows] == [CEILING, "direct"]
+    assert [row["kernel"] for row in result.rows] == [CEILING, kernel]
     assert {row["step_tokens"] for row in result.rows} == {128}
 
 
@@ -371,6 +393,7 @@ def test_the_shipped_studies_make_sense_and_the_quick_one_has_four_cells(name: s
         ({"models": [SHAPES[1], SHAPES[1]]}, "two models are called 'llama'"),
         ({"cells": [ELS, ELS]}, "stands twice"),
         ({"cells": [ULS], "contestants": ["opacus"]}, "no contestant beside"),
+        ({"cells": [ULS.model_copy(update={"zero_stage": 3})]}, "is of ZeRO 3, where 'direct'"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(fields: dict, words: str) -> None:

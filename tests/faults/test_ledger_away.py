@@ -53,6 +53,23 @@ def file_of(config: ExperimentConfig) -> Path:
 
 
 @pytest.mark.slow
+def test_training_waits_for_a_ledger_that_is_locked_for_a_while(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "output"
+
+    def lock(pid: int) -> None:
+        threading.Timer(AWAY_S, Locker(file_of(config)).let_go).start()
+
+    with paused_at(Moment("authorized", STEP), tmp_path / "moment", lock):
+        train_on_ray(patient(config, output, 60.0), announce=unheard)
+    assert "training waits for it" in "".join(capsys.readouterr())
+    assert ledger.run(run_id_in(output)).num_attempts == 1
+    undisturbed.require_alike(output, ledger)
+
+
+@pytest.mark.slow
 def test_training_stops_cleanly_when_the_ledger_stays_locked(
     config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -141,6 +158,31 @@ def test_training_waits_for_a_server_that_crashes_and_comes_back(
         train_on_ray(patient(on_server, output, 60.0), announce=unheard)
     with Ledger.open(ledger_url(on_server)) as ledger:
         assert ledger.run(run_id_in(output)).num_attempts == 1
+        undisturbed.require_alike(output, ledger)
+
+
+@pytest.mark.slow
+def test_training_stops_cleanly_when_a_server_stays_away(
+    server: PostgresServer, on_server: ExperimentConfig, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, said = tmp_path / "output", []
+    disturbed = patient(on_server, output, 1.0)
+    try:
+        with (
+            paused_at(Moment("authorized", STEP), tmp_path / "moment",
+                      lambda pid: server.stop(crash=True)),
+            pytest.raises(LedgerUnavailableError) as caught,
+        ):  # fmt: skip
+            train_on_ray(disturbed, announce=said.append)
+    finally:
+        server.start()
+    require_one_sentence(caught.value, "does not answer", "see to its database")
+    assert "--resume" in said[-1]
+    require_unreleased(output)
+    with Ledger.open(ledger_url(on_server)) as ledger:
+        record = ledger.run(run_id_in(output))
+        assert (record.charged_steps, record.committed_step) == (STEP, 4)
+        train_on_ray(disturbed, resume=True, announce=unheard)
         undisturbed.require_alike(output, ledger)
 
 

@@ -1,7 +1,7 @@
 """The benchmark: our kernels, the ceiling without privacy, and the peers, in turn in one run.
 
-results = run_benchmark(study)
-save(folder, results)            # benchmark.json, benchmark.txt, benchmark.png
+for results in run_benchmark(study, join_ray):       # what there is so far, at last all of it
+    save(folder, results)        # benchmark.json, benchmark.txt, benchmark.png
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,9 @@ class Results:
     versions: dict[str, str]
     commit: str | None
     seconds: float
-    """Wall clock of the whole benchmark."""
+    """Wall clock since the benchmark began."""
+    is_complete: bool
+    """Whether all of the study was measured."""
 
     @property
     def aims(self) -> list[Aim]:
@@ -62,8 +64,10 @@ class Results:
         }
 
 
-def run_benchmark(study: Study, join_ray: Callable[[], AbstractContextManager[None]]) -> Results:
-    """Runs a study and returns what it measured.
+def run_benchmark(
+    study: Study, join_ray: Callable[[], AbstractContextManager[None]]
+) -> Iterator[Results]:
+    """Runs a study and yields what it has measured so far: after each cell, at last all of it.
 
     Args:
         study: What to measure.
@@ -74,24 +78,27 @@ def run_benchmark(study: Study, join_ray: Callable[[], AbstractContextManager[No
         BenchmarkError: A contestant of ours failed, or computes another sum than a plain loop.
     """
     begun = time.monotonic()
-    results = list(run_cells(study, study.cells))
-    left_out = [reason for result in results for reason in result.left_out]
-    asked = {name for cell in study.cells for name in study.contestants_of(cell)}
-    if asked & set(missing_peers()):
-        left_out.append(
-            f"Opacus is not installed, so {' and '.join(OPACUS)} are left out: pip install"
-            " 'udp-ray[benchmark]' adds it"
-        )
-    return Results(
-        cells=[row for result in results for row in result.rows],
-        growth=measure_growth(study, study.growth) if study.growth else [],
-        parts=_measure_parts(study, study.parts, join_ray) if study.parts else {},
-        left_out=left_out,
+    results = Results(
+        cells=[],
+        growth=[],
+        parts={},
+        left_out=_missing(study),
         hardware=hardware(study),
         versions={"python": platform.python_version(), **versions(PACKAGES)},
         commit=git_commit(),
-        seconds=time.monotonic() - begun,
+        seconds=0.0,
+        is_complete=False,
     )
+    for cell in run_cells(study, study.cells):
+        results.cells.extend(cell.rows)
+        results.left_out.extend(cell.left_out)
+        yield replace(results, seconds=time.monotonic() - begun)
+    if study.growth:
+        results.growth.extend(measure_growth(study, study.growth))
+        yield replace(results, seconds=time.monotonic() - begun)
+    if study.parts:
+        results.parts.update(_measure_parts(study, study.parts, join_ray))
+    yield replace(results, seconds=time.monotonic() - begun, is_complete=True)
 
 
 def describe(study: Study) -> str:
@@ -141,6 +148,16 @@ def hardware(study: Study) -> dict[str, Any]:
 def num_threads(study: Study) -> int:
     """Returns the threads of a contestant's workers together."""
     return study.num_threads or len(os.sched_getaffinity(0))
+
+
+def _missing(study: Study) -> list[str]:
+    asked = {name for cell in study.cells for name in study.contestants_of(cell)}
+    if not asked & set(missing_peers()):
+        return []
+    return [
+        f"Opacus is not installed, so {' and '.join(OPACUS)} are left out: pip install"
+        " 'udp-ray[benchmark]' adds it"
+    ]
 
 
 def _measure_parts(

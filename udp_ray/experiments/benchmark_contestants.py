@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.config import TrainConfig
@@ -34,6 +35,8 @@ from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.loop import cohorts
 from udp_ray.engine.ports import Kernel
+from udp_ray.engine.sliced_sum import SlicedSum
+from udp_ray.engine.slices import cut
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.token_loss import autocast_context, row_losses
 from udp_ray.engine.world import World
@@ -97,53 +100,74 @@ class Contestant(Protocol):
 class PrivateContestant:
     """One of our kernels, in the engine's own private step."""
 
+    chosen: str | None = None
+    """Known once `check` has built the kernel."""
+
     def __init__(self, task: Task, world: World) -> None:
         self._task = task
         self._world = world
-        self._model = task.model().to(world.device)
-        self._parameters = trainable_parameters(self._model)
-        plan = plan_of(task.cell, task.study.clip_norm)
-        kernel = self._kernel(task.name, plan.clip_norm)
-        self.chosen: str | None = "direct" if isinstance(kernel, DirectKernel) else "ghost"
-        zero = ZeroEngine(self._model, self._parameters, task.settings(), num_steps=plan.num_steps)
-        noise = GaussianNoise(
-            run_key().noise(), plan.noise_stddev, num_threads=torch.get_num_threads()
-        )
-        self._step = PrivateStep(
-            kernel,
-            zero,
-            plan,
-            noise if world.is_first else None,
-            world=world,
-        )
+        self._is_sliced = task.cell.zero_stage == 3
+        self._plan = plan_of(task.cell, task.study.clip_norm)
         store = TokenStore.open(task.store, verify=False)
-        self.draw: Callable[[int], Draw] = cohorts(plan, run_key().sampling(), store)
+        self.draw: Callable[[int], Draw] = cohorts(self._plan, run_key().sampling(), store)
+        self._step: PrivateStep
 
     def check(self, groups: Sequence[Group]) -> None:
-        """Compares the kernel's clipped sum with a plain loop's, half of the groups clipped."""
-        autocast = self._task.study.autocast
-        loop = PlainLoop(self._model, autocast, self._world.device)
-        clip_norm, expected = loop.clipped_sum(groups)
-        sums = ClippedSum(self._parameters, self._world)
-        self._kernel(self.chosen, clip_norm).add_clipped(sums, groups)
-        check_equal(self._task.name, list(sums.views.values()), expected, autocast)
+        """Builds the step, and compares its kernel's clipped sum with a plain loop's.
+
+        The bound clips half of the groups. Kernels and loop come before ZeRO 3 cuts the model.
+        """
+        task, world = self._task, self._world
+        model = task.model() if self._is_sliced else task.model().to(world.device)
+        parameters = trainable_parameters(model)
+        device = next(iter(parameters.values())).device
+        clip_norm, expected = PlainLoop(model, task.study.autocast, device).clipped_sum(groups)
+        kernel = self._kernel(model, parameters, task.name, self._plan.clip_norm)
+        self.chosen = "direct" if isinstance(kernel, DirectKernel) else "ghost"
+        judged = self._kernel(model, parameters, self.chosen, clip_norm)
+        zero = ZeroEngine(model, parameters, task.settings(), num_steps=self._plan.num_steps)
+        sums: ClippedSum | SlicedSum
+        if self._is_sliced:
+            sums = SlicedSum(zero.shapes, world)
+            expected = [self._own_slice(part) for part in expected]
+        else:
+            sums = ClippedSum(parameters, world)
+        judged.add_clipped(sums, groups)
+        if self._is_sliced:
+            sums.reduce()
+        check_equal(task.name, list(sums.views.values()), expected, task.study.autocast)
+        noise = GaussianNoise(
+            run_key().noise(), self._plan.noise_stddev, num_threads=torch.get_num_threads()
+        )
+        self._step = PrivateStep(
+            kernel, zero, self._plan, noise if world.is_first else None, world=world
+        )
 
     def take(self, step: int, groups: Sequence[Group]) -> None:
         """Takes a private step."""
         self._step.run(step, groups)
 
-    def _kernel(self, wanted: Any, clip_norm: float) -> Kernel:
+    def _own_slice(self, part: Tensor) -> Tensor:
+        """Returns this rank's slice of a tensor's sum over ranks. Collective."""
+        whole = part.to(self._world.device)
+        dist.all_reduce(whole)
+        return cut(whole, self._world.rank, self._world.size).to(self._world.device)
+
+    def _kernel(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], wanted: Any, clip_norm: float
+    ) -> Kernel:
         cell = self._task.cell
         return choose_kernel(
             wanted,
-            self._model,
-            self._parameters,
+            model,
+            parameters,
             clip_norm=clip_norm,
             rows_per_group=cell.group_size if cell.sampling == "uls" else 1,
             tokens_per_row=cell.sequence_tokens,
             microbatch_tokens=self._task.study.microbatch_tokens,
             autocast=self._task.study.autocast,
             world=self._world,
+            is_sliced=self._is_sliced,
         )
 
 
@@ -153,8 +177,9 @@ class CeilingContestant:
     chosen: str | None = None
 
     def __init__(self, task: Task, world: World) -> None:
-        self._loss = partial(mean_loss, task.model().to(world.device), task.study.autocast)
-        model = self._loss.args[0]
+        is_sliced = task.cell.zero_stage == 3
+        model = task.model() if is_sliced else task.model().to(world.device)
+        self._loss = partial(mean_loss, model, task.study.autocast)
         self._device = world.device
         self._zero = ZeroEngine(
             model, trainable_parameters(model), task.settings(), num_steps=1_000_000

@@ -126,4 +126,11 @@ def _draw_growth(panel: Axes, quantity: str, curves: Sequence[dict[str, Any]]) -
 def _plain_ticks(axis: Axis) -> None:
     """Writes the numbers of a logarithmic axis out, where it is so short that it needs them."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+    axis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
+
+
+class _PlainLogFormatter(LogFormatter):
+    """As its parent, which chooses what is labelled, but 0.6 instead of 6e-01."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return f"{value:g}" if super().__call__(value, position) else ""

@@ -17,6 +17,7 @@ def to_text(results: dict[str, Any]) -> str:
     """Returns the whole report of results, as `Results.to_dict` gives them."""
     parts = [
         _heading(results),
+        "" if results["is_complete"] else "UNFINISHED: this is what was measured until it ended",
         _cells(results["cells"]),
         *results["left_out"],
         _growth(results["growth"]) if results["growth"] else "",

@@ -195,6 +195,11 @@ class Study(Section):
                     f"the cell {cell} has no contestant beside {CEILING!r}: peers take part in els"
                     " cells of one worker only, so name one of our kernels"
                 )
+            if cell.zero_stage == 3 and "direct" in self.contestants_of(cell):
+                raise ValueError(
+                    f"the cell {cell} is of ZeRO 3, where 'direct' cannot clip: its contestants"
+                    " are auto or ghost"
+                )
         return self
 
     def model(self, name: str) -> ModelShape:
