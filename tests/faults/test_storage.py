@@ -3,15 +3,18 @@
 pytest tests/faults/test_storage.py
 """
 
+import json
 import resource
 import signal
 from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
+from udp_ray.config import DataConfig, ExperimentConfig
+from udp_ray.data.store import TokenStore
 from udp_ray.dp.ledger import Ledger
 from udp_ray.errors import ConfigError, StorageError
+from udp_ray.on_ray.prepare import prepare
 from udp_ray.on_ray.train import train_on_ray
 from udp_ray.outputs import OutputFolder, write_aside
 from udp_ray.storage import writing
@@ -123,6 +126,47 @@ def test_storage_that_cannot_be_written_is_refused_before_anything_is_spent(
         require_one_sentence(caught.value, str(disk.folder), "read-only", "make it writable")
     assert len(ledger.spent(DATASET).runs) == before
     assert not (tmp_path / "output").exists()
+
+
+@pytest.fixture
+def people(tmp_path: Path, byte_tokenizer: Path, disk: SmallDisk) -> DataConfig:
+    """Settings of a store on the disk, of forty people and some 300,000 tokens."""
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"who": f"user {n % 40}", "text": f"{n}" * 1000} for n in range(100)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return DataConfig(
+        name="people", input=[str(rows)], user_column="who", tokenizer=str(byte_tokenizer),
+        num_shards=2, store=str(disk.folder / "store"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_disk_that_is_full_while_preparing_leaves_nothing_half_made(
+    people: DataConfig, tmp_path: Path, disk: SmallDisk
+) -> None:
+    disk.fill(but=HALF_A_CHECKPOINT)
+    with pytest.raises(StorageError) as caught:
+        prepare(people, tokenizer=str(people.tokenizer))
+    require_one_sentence(caught.value, "shard-0", str(disk.folder), "no space left", "make room")
+    assert [file.name for file in disk.folder.iterdir()] == ["ballast"]
+    assert not (tmp_path / "ledger.sqlite").exists()
+    disk.make_room()
+    prepare(people, tokenizer=str(people.tokenizer))
+    assert TokenStore.open(people.store, verify=True).num_users == 40
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_store_that_cannot_be_written_is_refused_in_one_sentence(
+    people: DataConfig, tmp_path: Path, disk: SmallDisk
+) -> None:
+    disk.forbid_writing()
+    with pytest.raises(StorageError) as caught:
+        prepare(people, tokenizer=str(people.tokenizer))
+    require_one_sentence(
+        caught.value, "the store", str(disk.folder), "read-only", "make it writable"
+    )
+    assert not (tmp_path / "ledger.sqlite").exists()
 
 
 @pytest.mark.slow

@@ -26,11 +26,15 @@ from udp_ray.data.remote import put
 from udp_ray.data.source import Columns, Piece
 from udp_ray.data.store import HELDOUT_FOLDER, Shard, write_shard
 from udp_ray.data.tokenize import Placement, TextEncoder, example_schema, tokenize_rows
-from udp_ray.errors import DataError
+from udp_ray.errors import DataError, UdpRayError
 from udp_ray.location import below
 
 TALLY = -1
 """The shard number of rows that are no examples but counts, as int64 in the token column."""
+
+REFUSED = -2
+"""The shard number of a row whose result is why a shard could not be written: an error of this
+stage would reach the driver as Ray's, without its cause."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def write_shards(block: pa.Table, task: Task) -> pa.Table:
         task: What to do.
 
     Returns:
-        Columns shard (TALLY for the tallies) and result (JSON).
+        Columns shard (TALLY for the tallies) and result (JSON, or REFUSED and a sentence).
     """
     numbers = pc.unique(block["shard"]).to_pylist() if block.num_rows else []
     results: list[tuple[int, str]] = []
@@ -107,8 +111,11 @@ def write_shards(block: pa.Table, task: Task) -> pa.Table:
             results.append((TALLY, json.dumps(counts.tolist())))
             continue
         shard = assemble_shard(examples, task.placement.key, task.max_examples_per_user)
-        result = _write(number, shard, task)
-        results.append((number, result))
+        try:
+            results.append((number, _write(number, shard, task)))
+        except UdpRayError as refusal:
+            results.append((REFUSED, str(refusal)))
+            break
     return pa.table(
         {
             "shard": pa.array([number for number, _ in results], pa.int32()),

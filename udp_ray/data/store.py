@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from udp_ray.data.manifest import Manifest, ShardEntry
 from udp_ray.errors import DataError
+from udp_ray.storage import writing
 
 HELDOUT_FOLDER = "heldout"
 USER_HASH_BYTES = 16
@@ -220,12 +221,15 @@ def write_shard(directory: Path, number: int, shard: Shard) -> ShardEntry:
 
     The file appears whole or not at all. A task that is repeated after a worker died replaces its
     own earlier, equal file.
+
+    Raises:
+        StorageError: If there is no room, or the folder may not be written.
     """
     path = directory / shard_file(number)
     aside = directory / f".{path.name}.{secrets.token_hex(8)}"
     sha256 = hashlib.sha256()
     num_bytes = 0
-    with aside.open("xb") as file:
+    with writing(path.name, directory), aside.open("xb") as file:
         for part in shard.to_parts():
             num_bytes += file.write(part)
             sha256.update(part)
@@ -249,7 +253,8 @@ def publish(aside: Path, store: Path) -> None:
     for folder, _, _ in os.walk(aside):
         _sync_folder(Path(folder))
     try:
-        aside.rename(store)
+        with writing("the store", store.parent):
+            aside.rename(store)
     except OSError as error:
         raise DataError(
             f"data.store {store} is not empty: choose another folder, or remove it"

@@ -39,16 +39,17 @@ from udp_ray.data.remote import (
     refuse_occupied,
 )
 from udp_ray.data.source import Columns, Piece
-from udp_ray.data.stages import Task, read_examples, write_shards
+from udp_ray.data.stages import REFUSED, Task, read_examples, write_shards
 from udp_ray.data.store import publish
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.dp.ledger_database import parse_url, public_url
 from udp_ray.durable import vanishes_with_job
-from udp_ray.errors import DataError, UdpRayError
+from udp_ray.errors import DataError, StorageError, UdpRayError
 from udp_ray.location import is_url
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 from udp_ray.on_ray.connect import connected
 from udp_ray.on_ray.registration import Registration, registered
+from udp_ray.storage import writing
 
 _MOST_PIECES = 4096
 _LEAST_PIECE_BYTES = 1 << 20
@@ -252,6 +253,8 @@ def run_stages(task: Task) -> dict[int, str]:
         )
         try:
             for row in rows.iter_rows():
+                if row["shard"] == REFUSED:
+                    raise StorageError(row["result"])
                 assert row["shard"] not in results, "a shard was split over two tasks"
                 results[row["shard"]] = row["result"]
         except Exception as error:
@@ -299,9 +302,10 @@ def _folder_aside(data: DataConfig) -> Iterator[Path]:
     It is gone afterwards unless renamed, and so is what an unfinished store has left at its URL.
     """
     path = cache_folder(data.cache) / data.name if is_url(data.store) else Path(data.store)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    aside.mkdir(mode=0o700)
+    with writing("the store", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir(mode=0o700)
     try:
         yield aside
     except BaseException:
