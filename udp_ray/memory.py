@@ -114,8 +114,11 @@ def estimate_memory(
         _put_on_cpu(fake)
         if train.activation_checkpointing:
             checkpoint_activations(fake.train())
-        if train.zero_stage < 3:
-            assume_chunks(fake, microbatch_tokens=train.microbatch_tokens)
+        assume_chunks(
+            fake,
+            microbatch_tokens=train.microbatch_tokens,
+            even_for=block_tokens if train.zero_stage == 3 else None,
+        )
         parameters = trainable_parameters(fake)
         rows = plan.group_size if plan.sampling == "uls" else 1
         kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)

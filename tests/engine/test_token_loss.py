@@ -244,3 +244,31 @@ def test_how_a_row_is_cut_does_not_depend_on_the_rows_beside_it():
             )  # fmt: skip
             row_losses(model, batch, CPU)
     assert seen == 3 * [16, 16, 15]
+
+
+@pytest.mark.parametrize("autocast", ["off", "bfloat16"])
+def test_where_ranks_gather_the_head_together_it_is_called_equally_often_for_any_rows(autocast):
+    model = tiny_llama().train()
+    calls = []
+    model.lm_head.register_forward_hook(lambda module, args, output: calls.append(1))
+
+    def losses(chunk, row_tokens, shape):
+        chunk_logits(
+            model, microbatch_tokens=4 * 48, chunk_logits=chunk * VOCABULARY, even_for=row_tokens
+        )
+        calls.clear()
+        ids = torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(5))
+        labels = ids.masked_fill(torch.arange(shape[1]) < 1, NO_LOSS)
+        batch = Microbatch(ids, labels, torch.ones_like(ids), torch.ones(shape[0]))
+        with autocast_context(autocast, CPU):
+            sums, _ = row_losses(model, batch, CPU)
+        return sums.detach(), len(calls)
+
+    shapes = [(4, 48), (2, 48), (6, 30), (1, 17), (3, 2)]
+    even = [losses(40, 48, shape) for shape in shapes]
+    assert len({number for _, number in even}) == 1
+    assert even[0][1] == (3 if autocast == "bfloat16" else 5)
+    assert len({losses(40, None, shape)[1] for shape in shapes}) > 1
+    for (sums, _), shape in zip(even, shapes, strict=True):
+        whole, _ = losses(10_000, None, shape)
+        assert torch.allclose(sums, whole, rtol=1e-2 if autocast == "bfloat16" else 1e-5)

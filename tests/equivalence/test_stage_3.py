@@ -14,13 +14,16 @@ import pytest
 from udp_ray.engine import checkpoint
 from udp_ray.engine.world import join_world
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, train_tiny, write_tiny_store
+from udp_ray.testing.training import VOCABULARY, TinyRun, train_tiny, write_tiny_store
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 
 # With one user expected the noise drives weights to 4 and losses to 40, where both one unit in the
 # last place and what a rounding does to the next gradient are larger. Seen: 2.8e-6 after six steps.
 FEW_TOLERANCE = 1e-5
+
+# What bfloat16 makes of another cut of the same sums. One step moves weights by 30 times as much.
+ROUGH_TOLERANCE = 5e-3
 
 LOSS_TOLERANCE = 1e-5  # a loss of about 4 in float32, from weights that differ by the above
 
@@ -91,6 +94,23 @@ def test_what_lies_in_host_memory_changes_nothing(run, alone, offload):
     offloaded = replace(run, offload=offload, microbatch_tokens=4096, **SLICED)
     for outcome in run_on_ranks(2, train_tiny, offloaded):
         assert distance(outcome.weights, alone.weights) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("autocast", ["off", "bfloat16"])
+@pytest.mark.parametrize("has_checkpointing", [False, True])
+def test_logits_come_in_pieces_on_all_ranks_alike(run, autocast, has_checkpointing, tmp_path):
+    """Microbatches of unequal shapes, whose logits are held a quarter at a time."""
+    store = write_tiny_store(tmp_path / "store", block_tokens=64)  # four pieces on the grid
+    few = replace(
+        run, store=str(store), microbatch_tokens=128, autocast=autocast,
+        activation_checkpointing=has_checkpointing, **SLICED,
+    )  # fmt: skip
+    pieces = replace(few, chunk_logits=few.microbatch_tokens * VOCABULARY // 4)
+    (whole,) = run_on_ranks(1, train_tiny, few)
+    tolerance = TOLERANCE if autocast == "off" else ROUGH_TOLERANCE
+    for outcome in run_on_ranks(2, train_tiny, pieces):
+        assert distance(outcome.weights, whole.weights) < tolerance
 
 
 @pytest.mark.slow

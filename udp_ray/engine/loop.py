@@ -178,11 +178,14 @@ class _Training:
         else:
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
-        if self.settings.zero_stage < 3:
-            # Stage 3 moves slices of a model that need not fit on the device; and there, all ranks
-            # must call the head equally often.
+        is_sliced = self.settings.zero_stage == 3
+        if not is_sliced:  # else slices are moved, of a model that need not fit on the device
             self.model.to(self.world.device)
-            chunk_logits(self.model, microbatch_tokens=self.settings.microbatch_tokens)
+        chunk_logits(
+            self.model,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            even_for=self.store.manifest.block_tokens if is_sliced else None,
+        )
         kernel = self._kernel()
         self.zero = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps

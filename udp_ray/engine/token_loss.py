@@ -3,7 +3,8 @@
 Logits are the largest tensor there is: one value per token and word. `chunk_logits` tells, before a
 run, whether a model's logits are its output head's on the last hidden states; then they are made
 piece by piece, for positions with loss alone, and made anew in the backward pass, so that never
-more than a piece of them is held. Other models' logits are made whole.
+more than a piece of them is held. Other models' logits are made whole. Under ZeRO 3 ranks gather
+the head together, so all make equally many pieces, some of padding.
 
 How a row is cut into pieces depends on its padded length and on public numbers, never on the rows
 beside it: under bfloat16 a product of another shape may round otherwise, and what one person adds
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -60,7 +62,11 @@ def autocast_context(autocast: str, device: torch.device) -> AbstractContextMana
 
 
 def chunk_logits(
-    model: nn.Module, *, microbatch_tokens: int, chunk_logits: int = CHUNK_LOGITS
+    model: nn.Module,
+    *,
+    microbatch_tokens: int,
+    chunk_logits: int = CHUNK_LOGITS,
+    even_for: int | None = None,
 ) -> bool:
     """Has `row_losses` make this model's logits in chunks, if that gives the model's own.
 
@@ -71,6 +77,8 @@ def chunk_logits(
         model: A causal language model, on its device.
         microbatch_tokens: Most tokens of a microbatch; its logits are held in equal pieces.
         chunk_logits: Most logits held at once.
+        even_for: Most tokens of a row, if parameters will be in slices (ZeRO 3): ranks then gather
+            them together, and make equally many pieces of whatever rows each has.
 
     Returns:
         Whether it does; else this model's logits stay whole.
@@ -81,15 +89,17 @@ def chunk_logits(
     head = _Head.of(model, microbatch_tokens, chunk_logits)
     if head is None or not _gives_the_same_logits(model, head):
         return False
-    _heads[model] = head
+    _heads[model] = replace(head, even_for=even_for)
     return True
 
 
-def assume_chunks(model: PreTrainedModel, *, microbatch_tokens: int) -> None:
+def assume_chunks(
+    model: PreTrainedModel, *, microbatch_tokens: int, even_for: int | None = None
+) -> None:
     """Does as `chunk_logits`, unchecked: for a model without values, whose memory is counted."""
     head = _Head.of(model, microbatch_tokens, CHUNK_LOGITS)
     if head is not None:
-        _heads[model] = replace(head, keeps_all=True)
+        _heads[model] = replace(head, keeps_all=True, even_for=even_for)
 
 
 def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -160,6 +170,8 @@ class _Head:
     """Whether the layer draws random numbers, as an adapter with dropout does."""
     keeps_all: bool = False
     """Whether positions without loss are kept, as they are under autocast in any case."""
+    even_for: int | None = None
+    """Most tokens of a row, if the layer is to be called equally often whatever the rows are."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, microbatch_tokens: int, chunk_logits: int) -> _Head | None:
@@ -189,16 +201,28 @@ class _Head:
 
         The backward pass begins with the last chunk, which is therefore kept and not made anew.
         """
-        width = max(1, -(-labels_RK.shape[1] // self.num_chunks))
+        num_chunks, grid = self.num_chunks, 1
         if torch.is_autocast_enabled(hidden_RKD.device.type):
-            width = -(-width // POSITIONS_GRID) * POSITIONS_GRID
+            grid = POSITIONS_GRID
+            if self.even_for is not None:  # else the longest row would be padded
+                num_chunks = max(1, min(num_chunks, -(-(self.even_for - 1) // grid)))
+        width = grid * -(-labels_RK.shape[1] // (num_chunks * grid))
+        if self.even_for is not None:
+            missing = num_chunks * width - labels_RK.shape[1]
+            hidden_RKD = functional.pad(hidden_RKD, (0, 0, 0, missing))
+            labels_RK = functional.pad(labels_RK, (0, missing), value=NO_LOSS)
         *firsts, last = zip(
             hidden_RKD.split(width, dim=1), labels_RK.split(width, dim=1), strict=True
         )
-        sums_R = [
-            checkpoint(self._losses, *chunk, use_reentrant=False, preserve_rng_state=self.is_random)
-            for chunk in firsts
-        ]
+        again = partial(
+            checkpoint,
+            self._losses,
+            use_reentrant=False,
+            preserve_rng_state=self.is_random,
+            # A weight in slices is not whole when tensors would be compared, but when it is used.
+            determinism_check="default" if self.even_for is None else "none",
+        )
+        sums_R = [again(*chunk) for chunk in firsts]
         return torch.stack([*sums_R, self._losses(*last)]).sum(dim=0)
 
     def _losses(self, hidden_RKD: Tensor, labels_RK: Tensor) -> Tensor:

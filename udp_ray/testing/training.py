@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +26,11 @@ from udp_ray.config import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine import loop
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
 from udp_ray.engine.loop import Metrics, ResumePoint, TrainResult, WorkerKeys, train
+from udp_ray.engine.token_loss import chunk_logits
 from udp_ray.engine.world import join_world
 from udp_ray.errors import PrivacyBudgetExceededError
 from udp_ray.models.load import trainable_parameters
@@ -55,6 +60,8 @@ class TinyRun:
     microbatch_tokens: int = 64
     fuse_reduce: bool = False
     activation_checkpointing: bool = False
+    chunk_logits: int | None = None
+    """Most logits held at once, instead of far more than there are."""
     kernel: Literal["direct", "ghost"] = "direct"
     autocast: Literal["off", "bfloat16"] = "off"
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -155,10 +162,12 @@ def tiny_users(num_users: int, seed: int) -> Users:
     ]
 
 
-def write_tiny_store(path: Path) -> Path:
+def write_tiny_store(path: Path, block_tokens: int = 16) -> Path:
     """Writes the store of two dozen users, and five held-out ones."""
     users, heldout = tiny_users(NUM_USERS, seed=1), tiny_users(5, seed=2)
-    return write_store(path, users, heldout=heldout, vocab_size=VOCABULARY, block_tokens=16)
+    return write_store(
+        path, users, heldout=heldout, vocab_size=VOCABULARY, block_tokens=block_tokens
+    )
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -200,8 +209,19 @@ def train_tiny(
     """
     events: list[tuple[Any, ...]] = []
     accountant = RecordingAccountant(events, last_step) if dist.get_rank() == 0 else None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, chunks_of(run.chunk_logits):
         return run_loop(run, accountant, events, Path(checkpoints or folder), resume)
+
+
+@contextmanager
+def chunks_of(logits: int | None) -> Iterator[None]:
+    """Has training hold so few logits at once."""
+    if logits is not None:
+        loop.chunk_logits = partial(chunk_logits, chunk_logits=logits)
+    try:
+        yield
+    finally:
+        loop.chunk_logits = chunk_logits
 
 
 def run_loop(
