@@ -71,6 +71,11 @@ CASES = [
         for kernel in ("direct", "ghost")
         for stage in (0, 1, 2)
     ),
+    *(
+        pytest.param(model, {"zero_stage": 3, "num_workers": workers}, marks=slow)
+        for model in ("gpt2", "llama")
+        for workers in (1, 2)
+    ),
     pytest.param("gpt2", {"lora": {"rank": 8}}, marks=slow),
     pytest.param("llama", {"lora": {"rank": 8}, "kernel": "direct"}, marks=slow),
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 What the kernel needs is not estimated but counted: the very kernel goes over the largest microbatch
 of a run on fake tensors, which have shapes and no values. What ZeRO holds is arithmetic, from what
 DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration. Checked against
-processes at stages 0 to 2 (`tests/test_memory.py`); at stage 3 it is arithmetic alone.
+processes at every stage (`tests/test_memory.py`).
 
     memory = estimate_memory(config.model, config.train, plan, config.data, config.cluster)
     memory.total_bytes, print(memory.to_text())
@@ -32,6 +32,7 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.clipped_sum import BUCKET_VALUES
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.group_gradients import summed_squared_norms
 from udp_ray.engine.peak_memory import PeakMemory
 from udp_ray.engine.token_loss import assume_chunks
 from udp_ray.errors import ConfigError
@@ -53,17 +54,16 @@ class MemoryEstimate:
     """The running sum of clipped gradients."""
     optimizer: int
     """The optimizer's state, and the master weights that ZeRO partitions."""
-    zero: int
-    """ZeRO's buckets."""
     kernel: int
     """Activations, and gradients on their way into the sum; gone before the update."""
     update: int
-    """Noise, and gradients on their way to the optimizer; not there while a kernel works."""
+    """Noise, gradients on their way to the optimizer and ZeRO's buckets for them; not there while a
+    kernel works."""
 
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
-        lasting = self.weights + self.clipped_sum + self.optimizer + self.zero
+        lasting = self.weights + self.clipped_sum + self.optimizer
         return lasting + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -76,7 +76,6 @@ class MemoryEstimate:
             ("weights", self.weights),
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
-            ("ZeRO's buckets", self.zero),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
             ("at the peak", self.total_bytes),
@@ -131,7 +130,6 @@ def estimate_memory(
         weights=weights,
         clipped_sum=trained // num_workers if is_sliced else trained,
         optimizer=_optimizer_bytes(trained, train, num_workers),
-        zero=min(trained, FLOAT_BYTES * BUCKET_VALUES) if train.zero_stage else 0,
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
     )
@@ -170,12 +168,17 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
-    """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy."""
+    """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy.
+
+    From stage 1 on it does so in buckets.
+    """
     noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
     if train.zero_stage == 3:
         return noise + trained // num_workers
-    reduced = trained if train.zero_stage == 0 else trained // num_workers
-    return max(noise, trained + reduced)
+    if train.zero_stage == 0:
+        return max(noise, 2 * trained)
+    bucket = min(trained, FLOAT_BYTES * BUCKET_VALUES)
+    return max(noise, trained + trained // num_workers + bucket)
 
 
 def _kernel_bytes(
@@ -227,8 +230,7 @@ def _ghost_bytes(
     factors = torch.ones(num_groups)
     with PeakMemory() as memory:
         gradients = kernel.group_gradients(shared)
-        for gradient in gradients.values():
-            gradient.squared_norms()
+        summed_squared_norms(gradients.values())
         for name in list(gradients):
             gradients.pop(name).weighted_sum(factors)
     return memory.peak_bytes

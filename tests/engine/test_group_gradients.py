@@ -10,7 +10,7 @@ import torch
 
 from udp_ray.dp.clipping import ROUNDING_MARGIN
 from udp_ray.engine import group_gradients
-from udp_ray.engine.group_gradients import Lookups, Products, Tied, total
+from udp_ray.engine.group_gradients import Lookups, Products, Tied, summed_squared_norms, total
 
 # Half the margin: the other half is for the roundings of factors and products.
 TOO_SMALL = ROUNDING_MARGIN / 2
@@ -112,3 +112,27 @@ def test_a_weight_used_by_several_calls_has_one_norm():
     assert float((found / true_norms(inputs, outputs) - 1).abs().max()) < TOO_LARGE
     apart = sum(call.squared_norms() for call in calls).sqrt()  # the failing arm
     assert float((apart / true_norms(inputs, outputs) - 1).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES[:2], ids=["short", "long"])
+def test_layers_of_one_input_have_one_norm_that_is_never_too_small(kind, size, monkeypatch):
+    """Query, key and value, beside a layer with another input and a bias."""
+    inputs, outputs = tokens(kind, **size, seed=4)
+    others, thirds = tokens(kind, **size, seed=5)
+    layers = [Products(inputs, outputs), Products(inputs, thirds), Products(others, thirds)]
+    bias = layers[0].held()
+    products = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(1) or bmm(a, b))
+    found = summed_squared_norms([*layers, bias]).sqrt()
+    num_blocks = len(products) // 2
+    assert len(products) == 2 * num_blocks  # three layers, two inputs
+    monkeypatch.undo()
+    squares = [true_norms(layer.inputs, layer.outputs).square() for layer in layers]
+    right = (sum(squares) + squares[0]).sqrt()
+    assert float((found / right).min()) > 1 - TOO_SMALL
+    if kind == "plain":
+        assert float((found / right).max()) < 1 + TOO_LARGE
+        one_less = summed_squared_norms([layers[0], layers[2], bias]).sqrt()  # the failing arm
+        assert float((one_less / right).min()) < 1 - 1e-3

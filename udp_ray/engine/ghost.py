@@ -29,7 +29,7 @@ from udp_ray.dp.clipping import clip_factor
 from udp_ray.engine.capture import capturing
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost_layers import RowLayout, make_layer, needs_parameters
-from udp_ray.engine.group_gradients import GroupGradients, total
+from udp_ray.engine.group_gradients import GroupGradients, summed_squared_norms, total
 from udp_ray.engine.ports import RunningSum
 from udp_ray.engine.token_loss import autocast_context, row_losses
 from udp_ray.errors import ConfigError, UnsupportedModelError
@@ -121,11 +121,8 @@ class GhostKernel:
 
     def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
         """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
-        num_groups = len(microbatch.rows_of_groups)
         gradients = self.group_gradients(microbatch)
-        squared = torch.zeros(num_groups, dtype=torch.float64, device=self._device)
-        for gradient in gradients.values():
-            squared += gradient.squared_norms()
+        squared = summed_squared_norms(gradients.values())
         is_rejected = ~torch.isfinite(squared)
         self._num_rejected += is_rejected.sum()
         factors = clip_factor(squared.sqrt(), self._clip_norm)

@@ -27,7 +27,7 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Protocol
@@ -101,7 +101,7 @@ class Products:
     """The parameter has the shape (P, Q), as in GPT-2's Conv1D, instead of (Q, P)."""
 
     def squared_norms(self) -> Tensor:
-        return _pair_sum(self.inputs, self.outputs)
+        return _pair_sum(self.inputs, [self.outputs])
 
     def weighted_sum(self, factors_U: Tensor) -> Tensor:
         inputs, outputs = self.inputs.float(), self.outputs.float()
@@ -231,18 +231,42 @@ def _sum(one: GroupGradients, other: GroupGradients) -> GroupGradients:
     return Held(one.held().gradients + other.held().gradients)
 
 
-def _pair_sum(inputs_ULP: Tensor, outputs_ULQ: Tensor) -> Tensor:
+def summed_squared_norms(gradients: Iterable[GroupGradients]) -> Tensor:
+    """Returns the squared norm of each group's gradient over all parameters, float64 (U,).
+
+    Layers of one input (query, key and value; gate and up) share the products of its tokens.
+    """
+    parts: list[Tensor] = []
+    of_input: dict[object, tuple[Tensor, list[Tensor]]] = {}
+    for gradient in gradients:
+        if isinstance(gradient, Products):
+            inputs = gradient.inputs
+            key = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype)
+            of_input.setdefault(key, (inputs, []))[1].append(gradient.outputs)
+        else:
+            parts.append(gradient.squared_norms())
+    parts += [_pair_sum(inputs, outputs) for inputs, outputs in of_input.values()]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _pair_sum(inputs_ULP: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Returns the squared norms of sums of outer products, float64 (U,), with their slack.
 
     The matrices of pairs are symmetric: blocks of tokens above the diagonal count twice.
+
+    Args:
+        inputs_ULP: The inputs of layers that share them.
+        outputs: The output gradients of each layer, (U, L, Q).
     """
     total_U = inputs_ULP.new_zeros(len(inputs_ULP), dtype=torch.float64)
     inputs = inputs_ULP.float().split(BLOCK_TOKENS, dim=1)
-    outputs = outputs_ULQ.float().split(BLOCK_TOKENS, dim=1)
+    blocks = [output.float().split(BLOCK_TOKENS, dim=1) for output in outputs]
     for i in range(len(inputs)):
         for j in range(i, len(inputs)):
-            pairs = torch.bmm(inputs[i], inputs[j].mT)
-            pairs *= torch.bmm(outputs[i], outputs[j].mT)
+            pairs = torch.bmm(blocks[0][i], blocks[0][j].mT)
+            for block in blocks[1:]:
+                pairs.baddbmm_(block[i], block[j].mT)
+            pairs *= torch.bmm(inputs[i], inputs[j].mT)
             # Row sums in float32 are within the slack, sums of them in float64.
             total_U += (1 if i == j else 2) * pairs.sum(dim=2).double().sum(dim=1)
             if i == j:

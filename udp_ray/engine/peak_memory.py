@@ -30,6 +30,7 @@ class PeakMemory(TorchDispatchMode):
         self.peak_bytes = 0
         """The most that was held at once."""
         self._sizes: dict[int, int] = {}
+        self._older: set[int] = set()  # storages that were there before, as weights are
 
     def __torch_dispatch__(
         self,
@@ -38,15 +39,19 @@ class PeakMemory(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        for storage in _storages((args, kwargs)):  # a view of a weight takes nothing
+            name = storage._cdata
+            if name not in self._sizes and name not in self._older:
+                self._older.add(name)
+                weakref.finalize(storage, self._older.discard, name)
         result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._note(leaf.untyped_storage())
+        for storage in _storages(result):
+            self._note(storage)
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         name = storage._cdata
-        if name in self._sizes:
+        if name in self._sizes or name in self._older:
             return
         self._sizes[name] = storage.nbytes()
         self.live_bytes += storage.nbytes()
@@ -55,3 +60,9 @@ class PeakMemory(TorchDispatchMode):
 
     def _forget(self, name: int) -> None:
         self.live_bytes -= self._sizes.pop(name, 0)
+
+
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [
+        leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
+    ]

@@ -60,6 +60,7 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
         microbatch_tokens=config.train.microbatch_tokens,
         autocast=config.model.autocast,
         world=world,
+        is_sliced=config.train.zero_stage == 3,
     )
     zero = ZeroEngine(model, parameters, config.train, num_steps=2)
     key = RunKey.from_seed(0).noise()
