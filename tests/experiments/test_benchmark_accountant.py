@@ -1,6 +1,6 @@
-"""The measurement of the accountant: it measures real ledgers, and what it measures is enough.
+"""The measurement of the accountant: it measures real ledgers, and a slow one would show.
 
-The rates asserted here are far below those in the README, because tests share their machine.
+How fast they are is said by the benchmark and the README; a test that shares its machine cannot.
 """
 
 import time
@@ -37,7 +37,6 @@ def test_each_measured_step_is_reserved_durably_in_a_real_ledger(url: str) -> No
     with Ledger.open(url) as ledger:
         (run,) = ledger.spent(DATASET).runs
     assert run.charged_steps == NUM_STEPS + WARM_UP
-    assert rate.steps_per_s > 100
     assert rate.waits.median <= rate.waits.p99 <= rate.waits.longest
     assert (rate.flushes_per_s is None) == (rate.kind == "postgresql")
     assert rate.kind in rate.to_text()
@@ -70,9 +69,13 @@ def test_waits_are_ordered() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
-def test_workers_wait_for_the_accountant_less_than_a_hundredth_of_a_second(tmp_path: Path) -> None:
-    """A hundredth of a step of one second."""
+def test_a_round_trip_is_rank_0s_call_and_the_way_of_the_verdict_to_all_ranks(
+    tmp_path: Path,
+) -> None:
     wait = round_trip(f"sqlite:///{tmp_path / 'ledger.sqlite'}", 100)
     assert wait.num_workers == 2
-    assert wait.call.median < wait.waits.median < 0.01
+    assert 0 < wait.call.median < wait.waits.median
     assert wait.share_of(1.0) == wait.waits.median
+    with Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
+        (run,) = ledger.spent(DATASET).runs
+    assert run.charged_steps == 100 + WARM_UP  # each was durable
