@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,7 @@ class OutputFolder:
         with writing(RUN_FILE, self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:  # exclusively: two drivers may have found the folder empty
-                with (self.path / RUN_FILE).open("x") as file:
-                    file.write(_to_json({"run_id": run_id}))
+                write_new(self.path / RUN_FILE, _to_json({"run_id": run_id}))
             except FileExistsError:
                 if self.run_id() != run_id:
                     raise ConfigError(
@@ -107,6 +107,26 @@ class OutputFolder:
         write_aside(self.path / name, _to_json(value))
 
 
+def write_new(file: Path, content: str) -> None:
+    """Writes a file that is not there yet, whole from the moment in which it is there.
+
+    Raises:
+        FileExistsError: If it is there; it stands as it was.
+        StorageError: If it cannot be written.
+    """
+    with writing(file.name, file.parent):
+        aside = _written_aside(file, content.encode())
+        try:
+            os.link(aside, file)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with file.open("x") as stream:
+                stream.write(content)
+        finally:
+            aside.unlink()
+
+
 def write_aside(file: Path, content: str | bytes) -> None:
     """Writes a file under another name and renames it, so that no reader sees half of it.
 
@@ -114,16 +134,22 @@ def write_aside(file: Path, content: str | bytes) -> None:
         StorageError: If it cannot be written; then the old file stands as it was.
     """
     with writing(file.name, file.parent):
-        aside = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            with aside.open("wb") as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
+        aside = _written_aside(file, content.encode() if isinstance(content, str) else content)
         aside.replace(file)
+
+
+def _written_aside(file: Path, content: bytes) -> Path:
+    """Writes the content durably beside a file, under a name of its own, and returns that."""
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with aside.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
 
 
 def _to_json(value: Any) -> str:

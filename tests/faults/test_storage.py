@@ -3,7 +3,9 @@
 pytest tests/faults/test_storage.py
 """
 
+import errno
 import json
+import os
 import resource
 import signal
 from pathlib import Path
@@ -212,6 +214,35 @@ def test_what_nobody_can_mend_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output") as caught, writing("a file", tmp_path):
         raise broken
     assert caught.value is broken
+
+
+def test_nobody_sees_half_of_a_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that dies while it claims a folder leaves all of run.json, or none of it."""
+    seen = []
+    linked = os.link
+
+    def look(source: Path, target: Path) -> None:
+        seen.append(target.exists())
+        linked(source, target)
+        seen.append(json.loads(target.read_text()))
+
+    monkeypatch.setattr(os, "link", look)
+    OutputFolder(tmp_path / "output").claim("one")
+    assert seen == [False, {"run_id": "one"}]
+    assert [file.name for file in (tmp_path / "output").iterdir()] == ["run.json"]
+
+
+def test_a_file_system_without_hard_links_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    OutputFolder(tmp_path / "output").claim("one")
+    with pytest.raises(ConfigError, match="was taken by run one"):
+        OutputFolder(tmp_path / "output").claim("two")
+    assert OutputFolder(tmp_path / "output").run_id() == "one"
 
 
 def test_two_drivers_cannot_both_take_an_empty_output_folder(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def kill_after(job: subprocess.Popen[str], output: Path, ledger: Ledger, num_ste
     try:
         while not (output / "run.json").exists():
             assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
         run_id = json.loads((output / "run.json").read_text())["run_id"]
         wait_for_steps(ledger, run_id, num_steps, timeout_s=PATIENCE_S)
     finally:
