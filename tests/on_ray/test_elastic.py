@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,11 @@ from udp_ray.testing.object_store import ObjectStore
 from udp_ray.testing.runs import tiny_experiment, to_folder
 from udp_ray.verification import verify
 
-NUM_STEPS = 18
+NUM_STEPS = 60
 EVERY = 3
 WORKERS = (4, 2, 4)
 """Of the attempts; each but the last is killed some steps after it began."""
-STEPS_OF_AN_ATTEMPT = 5
+STEPS_OF_AN_ATTEMPT = 4
 # Another number of workers adds the same gradients in another order. One step changes weights by
 # more than a thousand times as much (see the failing arm).
 TOLERANCE = 1e-5
@@ -81,14 +82,15 @@ def finish(job: subprocess.Popen[str]) -> str:
     return text
 
 
-def kill_after(job: subprocess.Popen[str], output: Path, ledger: Ledger, num_steps: int) -> None:
-    """Kills a run's driver, and with it its cluster, once so many steps are charged."""
+def kill_in(job: subprocess.Popen[str], output: Path, ledger: Ledger, attempt: int) -> None:
+    """Kills a run's driver, and with it its cluster, once an attempt has taken new steps."""
     try:
         while not (output / "run.json").exists():
             assert job.poll() is None, job.communicate()[0]
             time.sleep(0.1)
         run_id = json.loads((output / "run.json").read_text())["run_id"]
-        wait_for_steps(ledger, run_id, num_steps, timeout_s=PATIENCE_S)
+        wait = partial(wait_for_steps, ledger, run_id, timeout_s=PATIENCE_S, attempt=attempt)
+        wait(wait(0) + STEPS_OF_AN_ATTEMPT)
     finally:
         os.kill(job.pid, signal.SIGKILL)
         job.communicate()
@@ -118,7 +120,7 @@ def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend
     with Ledger.open(config.data.ledger_url) as ledger:
         job = start(disturbed, variables)
         for attempt, workers in enumerate(WORKERS[1:], start=1):
-            kill_after(job, output, ledger, attempt * STEPS_OF_AN_ATTEMPT)
+            kill_in(job, output, ledger, attempt)
             job = start(disturbed, variables, "--resume", f"--cluster.num_workers={workers}")
         said = finish(job)
         run_id = json.loads((output / "run.json").read_text())["run_id"]
@@ -130,7 +132,9 @@ def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend
     assert ours["spent"] == theirs["spent"]
     assert verify(output).agrees
     if places != "folders":
-        kept = sorted(file.name for file in (objects.files / "checkpoints" / run_id).glob("check*"))
+        kept = sorted(
+            file.name for file in (objects.files / "checkpoints" / run_id).glob("checkpoint-*")
+        )
         assert len(kept) == 2
         texts = [file.read_bytes() for file in output.rglob("*") if file.is_file()]
         for secret in (objects.key_id, objects.secret):

@@ -18,8 +18,10 @@ PAUSE_S = 0.02
 TRAIN_WORKER = "RayTrainWorker"
 
 
-def wait_for_steps(ledger: Ledger, run_id: str, num_steps: int, *, timeout_s: float) -> None:
-    """Returns once a run has that many steps charged.
+def wait_for_steps(
+    ledger: Ledger, run_id: str, num_steps: int, *, timeout_s: float, attempt: int = 1
+) -> int:
+    """Returns how many steps of a run are charged, once they are that many and in that attempt.
 
     Raises:
         TimeoutError: If it has not in time.
@@ -27,8 +29,9 @@ def wait_for_steps(ledger: Ledger, run_id: str, num_steps: int, *, timeout_s: fl
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
-            if ledger.run(run_id).charged_steps >= num_steps:
-                return
+            record = ledger.run(run_id)
+            if record.charged_steps >= num_steps and record.num_attempts >= attempt:
+                return record.charged_steps
         except LedgerError:
             pass  # not admitted yet
         time.sleep(PAUSE_S)
