@@ -38,6 +38,7 @@ MARKERS = {
     "opacus-ghost": "^",
 }
 GROWTH_HEIGHT = 3.1
+MILLION = 1_000_000
 WHAT_GROWS = {
     "users": "users in the data",
     "group_size": "group size G",
@@ -113,14 +114,18 @@ def _draw_growth(panel: Axes, quantity: str, curves: Sequence[dict[str, Any]]) -
         panel.plot(x, y, "o-", ms=4, color=colour, label=f"{curve['what']}{slope}")
     panel.set_xscale("log")
     panel.set_yscale("log")
-    if quantity in ("group_size", "workers"):
+    if quantity in ("group_size", "workers", "parameters"):  # few, and close together
         panel.set_xticks(sorted({at for curve in curves for at, _ in curve["points"]}), minor=False)
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.xaxis.set_major_formatter(lambda value, _: _short(value))
     _plain_ticks(panel.yaxis)
     panel.set_xlabel(WHAT_GROWS[quantity])
     panel.grid(alpha=0.25)
     panel.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _short(value: float) -> str:
+    return f"{value:g}" if value < MILLION else f"{value / MILLION:.3g} million"
 
 
 def _plain_ticks(axis: Axis) -> None:
