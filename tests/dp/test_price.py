@@ -101,7 +101,7 @@ def test_memory_is_worked_out_without_weights(tmp_path, capsys):
     settings = ["--data.name", "people", "--data.store", str(tmp_path / "none")]
     settings += ["--model.name", str(tmp_path), "--memory"]
     found = answer([*options(noise_multiplier=1.0), *settings], capsys)["memory_bytes"]
-    parts = sum(found[name] for name in ("weights", "clipped_sum", "optimizer", "zero"))
+    parts = sum(found[name] for name in ("weights", "clipped_sum", "optimizer"))
     assert found["total"] == parts + max(found["kernel"], found["update"])
     assert found["weights"] > 4 * 64 * 500
     assert price.main([*options(noise_multiplier=1.0), *settings]) == 0
