@@ -60,10 +60,9 @@ class OutputFolder:
                 " folder of an interrupted run"
             )
         if not resume and self.path.is_dir() and any(self.path.iterdir()):
-            raise ConfigError(
-                f"output {self.path} is not empty: give another folder, or --resume to go on with"
-                " the run in it"
-            )
+            has_run = (self.path / RUN_FILE).is_file()
+            other = "--resume to go on with the run in it" if has_run else "remove it"
+            raise ConfigError(f"output {self.path} is not empty: give another folder, or {other}")
 
     def run_id(self) -> str:
         """Returns the id of the run in this folder.
