@@ -42,7 +42,7 @@ def test_round_robin_is_caught_as_unbalanced():
     assert busiest_over_mean(tokens, np.arange(400) % 8, 8) > 1.05
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     tokens=st.lists(st.integers(0, 10_000), max_size=60),
     num_workers=st.integers(1, 9),
@@ -61,7 +61,7 @@ def test_a_giant_user_goes_alone():
     assert workers.tolist() == [1, 0, 1, 1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lengths=st.lists(st.integers(1, 300), max_size=30),
     microbatch_tokens=st.integers(1, 1000),

@@ -60,7 +60,7 @@ def test_without_parameters_the_norm_is_zero():
     assert bool(clip_and_add([], [], 1.0))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 2**32 - 1),
     exponent=st.floats(-40, 37),

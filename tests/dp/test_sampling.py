@@ -30,7 +30,7 @@ def groups(cohort):
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=SIZES,
     step=st.integers(0, 10**9),
@@ -50,7 +50,7 @@ def test_a_cohort_is_well_formed(sizes, step, probability, group_size):
         assert len(examples) == min(group_size, len(own))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes=SIZES, step=st.integers(0, 1000), group_size=st.integers(1, 20))
 def test_removing_the_last_user_leaves_everyone_else_as_they_were(sizes, step, group_size):
     sampler = user_sampler(0.4, group_size)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from udp_ray.engine.world import join_world
@@ -18,6 +17,7 @@ from udp_ray.testing.training import (
     NUM_USERS,
     VOCABULARY,
     TinyRun,
+    distance,
     tiny_users,
     train_tiny,
     write_tiny_store,
@@ -46,10 +46,6 @@ def uls(everyone):
 
 def els_run(everyone, **changes):
     return replace(everyone, sampling="els", num_examples=NUM_USERS, **changes)
-
-
-def distance(these, those):
-    return max(np.abs(these[name] - those[name]).max() for name in these)
 
 
 def test_with_one_example_a_user_els_and_uls_train_the_same_weights(everyone, uls):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from udp_ray.dp.ledger import Ledger
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, train_tiny, write_tiny_store
+from udp_ray.testing.training import TinyRun, distance, train_tiny, write_tiny_store
 from udp_ray.testing.training_deaths import RUN_ID, Death, make_ledger, train_with_ledger
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
@@ -93,7 +92,3 @@ def test_losing_the_optimizer_state_would_show(run, undisturbed):
 
 def at_stage(run, stage):
     return replace(run, zero_stage=stage, kernel="ghost" if stage == 3 else run.kernel)
-
-
-def distance(one, other):
-    return max(float(np.abs(one[n] - other[n]).max()) for n in one)

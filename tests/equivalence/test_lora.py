@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
@@ -20,7 +19,7 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.sampling import PoissonUserSampler
 from udp_ray.engine.world import join_world
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, tiny_model, train_tiny, write_tiny_store
+from udp_ray.testing.training import TinyRun, distance, tiny_model, train_tiny, write_tiny_store
 from udp_ray.testing.training_deaths import Death, make_ledger, train_with_ledger
 from udp_ray.testing.training_steps import take_many_steps
 
@@ -169,9 +168,3 @@ def drawn_users(run):
                 for a, b in zip(cohort.offsets[:-1], cohort.offsets[1:], strict=True)
             ],
         )
-
-
-def distance(one, other):
-    """The largest difference of any weight."""
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[n] - other[n]).max()) for n in one)

@@ -14,7 +14,7 @@ import pytest
 from udp_ray.engine import checkpoint
 from udp_ray.engine.world import join_world
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import VOCABULARY, TinyRun, train_tiny, write_tiny_store
+from udp_ray.testing.training import VOCABULARY, TinyRun, distance, train_tiny, write_tiny_store
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 
@@ -127,8 +127,3 @@ def test_a_group_that_may_not_fit_a_microbatch_is_refused_up_front(run):
 
 def told(outcome):
     return [event[1] for event in outcome.events if event[0] == "metrics"]
-
-
-def distance(one, other):
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[n] - other[n]).max()) for n in one)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.sampling import PoissonUserSampler
 from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training import TinyRun, tiny_model, write_tiny_store
+from udp_ray.testing.training import TinyRun, distance, tiny_model, write_tiny_store
 from udp_ray.testing.training_steps import take_many_steps
 
 # Weights are below 2, so one float32 rounding is at most 1.2e-7; a step adds a few of them, and
@@ -177,9 +176,3 @@ def drawn_users(run):
                 for a, b in zip(cohort.offsets[:-1], cohort.offsets[1:], strict=True)
             ],
         )
-
-
-def distance(one, other):
-    """The largest difference of any weight."""
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[n] - other[n]).max()) for n in one)

@@ -18,7 +18,6 @@ from udp_ray.on_ray.train import train_on_ray
 from udp_ray.testing.aftermath import (
     TOLERANCE,
     Undisturbed,
-    distance,
     require_one_sentence,
     require_unreleased,
     run_id_in,
@@ -26,6 +25,7 @@ from udp_ray.testing.aftermath import (
 )
 from udp_ray.testing.moments import Moment, kill, paused_at
 from udp_ray.testing.runs import to_folder
+from udp_ray.testing.training import distance
 
 pytestmark = pytest.mark.slow
 STEP = 5  # between the checkpoints of steps 4 and 6

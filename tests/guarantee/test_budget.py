@@ -17,7 +17,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udp_ray.dp.keys import RunKey
@@ -166,7 +166,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15)
 @given(EVENTS, st.integers(1, 8))
 def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, events, num_steps):
     """A model that only counts draws: distinct (key, step) pairs, by whoever was let through."""

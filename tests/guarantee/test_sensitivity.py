@@ -41,7 +41,7 @@ def largest_move(mechanism, users, clip_norm, replacement=None):
     return max(ratios)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     users=user_datasets(NUM_PARAMETERS, most_users=9, most_examples=MOST_EXAMPLES),
     replacement=user_gradients(NUM_PARAMETERS, most_examples=MOST_EXAMPLES),

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -22,9 +21,11 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.data.remote import put_store
 from udp_ray.dp.ledger import Ledger
 from udp_ray.location import below
+from udp_ray.testing.aftermath import weights
 from udp_ray.testing.faults import wait_for_steps
 from udp_ray.testing.object_store import ObjectStore
 from udp_ray.testing.runs import tiny_experiment, to_folder
+from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
 NUM_STEPS = 60
@@ -96,12 +97,6 @@ def kill_in(job: subprocess.Popen[str], output: Path, ledger: Ledger, attempt: i
         job.communicate()
 
 
-def distance(one: Path, other: Path) -> float:
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    return max(float(np.abs(first[name] - second[name]).max()) for name in first)
-
-
 @pytest.mark.parametrize("places", ["folders", "an object store"])
 def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend(
     config: ExperimentConfig, undisturbed: Path, objects: ObjectStore, places: str,
@@ -127,7 +122,7 @@ def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend
         record = ledger.run(run_id)
     assert (record.state, record.charged_steps, record.num_keys) == ("finished", NUM_STEPS, 1)
     assert record.num_attempts >= len(WORKERS)  # more if Ray lost a worker on a busy machine
-    assert distance(output / "model.safetensors", undisturbed / "model.safetensors") < TOLERANCE
+    assert distance(weights(output), weights(undisturbed)) < TOLERANCE
     ours, theirs = [json.loads((at / "privacy.json").read_text()) for at in (output, undisturbed)]
     assert ours["spent"] == theirs["spent"]
     assert verify(output).agrees
@@ -151,8 +146,9 @@ def at_urls(config: ExperimentConfig, objects: ObjectStore, cache: Path) -> Expe
 
 def test_the_comparison_of_weights_would_notice_one_checkpoint_less(undisturbed: Path) -> None:
     run_id = json.loads((undisturbed / "run.json").read_text())["run_id"]
-    before, after = sorted((undisturbed / "checkpoints" / run_id).glob("checkpoint-*"))
-    moved = distance(before / "weights.safetensors", after / "weights.safetensors")
+    kept = sorted((undisturbed / "checkpoints" / run_id).glob("checkpoint-*"))
+    before, after = (load_file(each / "weights.safetensors") for each in kept)
+    moved = distance(before, after)
     assert moved > 100 * EVERY * TOLERANCE
 
 

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
 from udp_ray.data.remote import DEFAULT_CACHE
+from udp_ray.testing.faults import TRAIN_WORKER
 from udp_ray.testing.hosts import Hosts, NoHostsError
-from udp_ray.testing.placements import ACCOUNTANT, WORKER
-from udp_ray.testing.runs import tiny_experiment
+from udp_ray.testing.placements import ACCOUNTANT
+from udp_ray.testing.runs import text_of_people, tiny_experiment
 from udp_ray.verification import verify
 
 PROGRAM = "udp_ray.testing.placements"
@@ -31,16 +30,7 @@ pytestmark = pytest.mark.slow
 def settings(folder: Path, *, store: str) -> Path:
     """Writes the settings of a run with two workers, from text; returns their file."""
     values = tiny_experiment(folder, privacy={"num_steps": NUM_STEPS}).model_dump(mode="json")
-    rows = [
-        {"who": f"user {user}", "text": " ".join(f"w{1 + (user + n + k) % 40}" for k in range(8))}
-        for user in range(24)
-        for n in range(1 + user % 3)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    values["data"] |= {
-        "input": [str(folder / "rows.parquet")],
-        "user_column": "who",
-        "heldout": 0.25,
+    values["data"] |= text_of_people(folder) | {
         "num_shards": 4,
         "store": store,
         "ledger": f"sqlite:///{folder / 'own.sqlite'}",
@@ -53,7 +43,7 @@ def settings(folder: Path, *, store: str) -> Path:
 def check(said: str, output: Path) -> dict[str, Any]:
     """Checks where a finished run's processes were; returns the nodes."""
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    accountants, workers = found["actors"][ACCOUNTANT], found["actors"][WORKER]
+    accountants, workers = found["actors"][ACCOUNTANT], found["actors"][TRAIN_WORKER]
     assert set(accountants) == {found["driver"]}
     assert len(workers) == len(set(workers)) == 2
     assert verify(output).agrees
@@ -79,7 +69,7 @@ def test_workers_land_on_different_nodes_and_the_accountant_beside_the_driver(
         cluster.shutdown()
     assert done.returncode == 0, done.stderr
     found = check(done.stdout, tmp_path / "output")
-    assert found["driver"] not in found["actors"][WORKER]
+    assert found["driver"] not in found["actors"][TRAIN_WORKER]
 
 
 def test_prepare_and_train_go_over_two_hosts_and_each_fetches_the_store_once(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -20,7 +19,7 @@ from udp_ray.dp.ledger import Ledger
 from udp_ray.provenance import code_digest
 from udp_ray.sweep_verification import verify_sweep
 from udp_ray.testing.heads import RayHead
-from udp_ray.testing.runs import tiny_experiment
+from udp_ray.testing.runs import text_of_people, tiny_experiment
 from udp_ray.verification import verify
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
@@ -41,16 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text keyed by user, a model, and the settings of all jobs."""
     folder = tmp_path_factory.mktemp("project")
     settings = tiny_experiment(folder, privacy={"num_steps": NUM_STEPS}).model_dump(mode="json")
-    rows = [
-        {"who": f"user {user}", "text": " ".join(f"w{1 + (user + n + k) % 40}" for k in range(8))}
-        for user in range(24)
-        for n in range(1 + user % 3)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
-    settings["data"] |= {
-        "input": [str(folder / "rows.parquet")],
-        "user_column": "who",
-        "heldout": 0.25,
+    settings["data"] |= text_of_people(folder) | {
         "num_shards": 3,
         "store": str(folder / "prepared" / "store"),
     }
@@ -66,12 +56,18 @@ def write_settings(file: Path, settings: dict[str, Any]) -> None:
     file.write_text(yaml.safe_dump(settings))
 
 
-@pytest.fixture(scope="module")
-def prepared(head: RayHead, project: Path) -> TokenStore:
-    done = head.submit(
-        "python", "jobs/prepare.py", "--config", str(project / "settings.yaml"),
+def submitted(
+    head: RayHead, job: str, project: Path, *options: str, settings: str = "settings.yaml"
+) -> subprocess.CompletedProcess[str]:
+    return head.submit(
+        "python", f"jobs/{job}.py", "--config", str(project / settings), *options,
         working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prepared(head: RayHead, project: Path) -> TokenStore:
+    done = submitted(head, "prepare", project)
     assert done.returncode == 0, done.stdout
     assert "prepared test-people" in done.stdout
     return TokenStore.open(project / "prepared" / "store", verify=True)
@@ -87,11 +83,7 @@ def test_a_submitted_job_trains_with_the_code_that_was_submitted(
     head: RayHead, project: Path, prepared: TokenStore
 ) -> None:
     output = project / "trained"
-    done = head.submit(
-        "python", "jobs/train.py", "--config", str(project / "settings.yaml"),
-        "--output", str(output),
-        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
-    )  # fmt: skip
+    done = submitted(head, "train", project, "--output", str(output))
     assert done.returncode == 0, done.stdout
     assert AutoModelForCausalLM.from_pretrained(output)
     assert verify(output).agrees
@@ -105,11 +97,7 @@ def test_a_submitted_job_trains_with_the_code_that_was_submitted(
 
 def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenStore) -> None:
     output = project / "swept"
-    done = head.submit(
-        "python", "jobs/sweep.py", "--config", str(project / "sweep.yaml"),
-        "--output", str(output),
-        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
-    )  # fmt: skip
+    done = submitted(head, "sweep", project, "--output", str(output), settings="sweep.yaml")
     assert done.returncode == 0, done.stdout
     trials = json.loads((output / "trials.json").read_text())
     assert len(trials) == 2
@@ -118,11 +106,7 @@ def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenSto
 
 
 def test_a_users_mistake_is_one_sentence_and_a_failed_job(head: RayHead, project: Path) -> None:
-    done = head.submit(
-        "python", "jobs/train.py", "--config", str(project / "settings.yaml"),
-        "--privacy.clip_norm", "-1",
-        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
-    )  # fmt: skip
+    done = submitted(head, "train", project, "--privacy.clip_norm", "-1")
     assert done.returncode != 0
     assert "Traceback" not in done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
@@ -154,10 +138,7 @@ def test_what_would_vanish_with_the_job_is_refused(
         for name, value in options.items()
         for part in (name, kept[name] if value == "KEPT" else value)
     ]
-    done = head.submit(
-        "python", f"jobs/{job}.py", "--config", str(project / "settings.yaml"), *given,
-        working_dir=REPOSITORY, runtime_env=RUNTIME_ENV,
-    )  # fmt: skip
+    done = submitted(head, job, project, *given)
     assert done.returncode != 0
     said = next(line for line in done.stdout.splitlines() if line.startswith("error: "))
     assert word in said

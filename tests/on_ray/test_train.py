@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,8 +31,10 @@ from udp_ray.on_ray.capacity import require_capacity
 from udp_ray.on_ray.progress import EpsilonCurve
 from udp_ray.on_ray.train import RunResult, describe_run, train_on_ray
 from udp_ray.outputs import OutputFolder
+from udp_ray.testing.aftermath import weights
 from udp_ray.testing.faults import train_workers, wait_for_steps, worker_killed_after
 from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder
+from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
 NUM_STEPS = 24
@@ -65,15 +66,6 @@ def ledger(config: ExperimentConfig) -> Iterator[Ledger]:
 @pytest.fixture(scope="module")
 def undisturbed(config: ExperimentConfig, folder: Path, ray_2_cpus: None) -> RunResult:
     return train_on_ray(to_folder(config, folder / "undisturbed"), announce=lambda text: None)
-
-
-def weights(output: Path) -> dict[str, np.ndarray]:
-    return load_file(output / "model.safetensors")
-
-
-def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
 def test_a_run_leaves_a_model_that_transformers_opens(undisturbed: RunResult) -> None:

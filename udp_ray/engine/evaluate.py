@@ -103,7 +103,7 @@ def evaluate(
             users = reader.groups(chunk)
             num_passes = sum(len(user.microbatches) for user in users)
             # Asked before the first pass, in which a rank already waits for the others.
-            num_missing = _missing_passes(num_passes, world) if is_collective else 0
+            num_missing = world.largest(num_passes) - num_passes if is_collective else 0
             for user in users:
                 totals += _user_totals(model, user, world.device)
             for _ in range(num_missing):
@@ -149,13 +149,6 @@ def _user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
         loss += sums_R.double().sum()
         tokens += counts_R.double().sum()
     return torch.stack([loss, tokens, loss / tokens, torch.ones_like(loss)])
-
-
-def _missing_passes(num_passes: int, world: World) -> int:
-    """Returns how many passes this rank makes fewer than the one with the most. Collective."""
-    most = torch.tensor(num_passes, device=world.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most.item()) - num_passes
 
 
 @contextmanager

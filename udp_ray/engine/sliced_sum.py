@@ -70,9 +70,7 @@ class SlicedSum:
 
         Collective. How many groups came to which rank is sensitive: the number stays among ranks.
         """
-        most = torch.tensor(own, device=self._world.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return int(most.item())
+        return self._world.largest(own)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Adds all ranks' clipped float32 gradients of one parameter. Collective.

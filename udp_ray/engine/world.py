@@ -55,6 +55,12 @@ class World:
             raise box[1]
         return box[0]
 
+    def largest(self, own: int) -> int:
+        """Returns the largest of the ranks' numbers, on every rank. Collective."""
+        most = torch.tensor(own, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most.item())
+
 
 def join_world() -> World:
     """Returns this process's world, on the process group that exists or on a new one of its own.
@@ -62,7 +68,7 @@ def join_world() -> World:
     A group of our own stays until the process ends: DeepSpeed keeps references to it, and a later
     engine in the same process would meet a dead group.
     """
-    device = _device()
+    device = own_device()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -72,15 +78,16 @@ def join_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def _leave_world() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _device() -> torch.device:
+def own_device() -> torch.device:
+    """Returns where this process computes."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _rank_variables() -> dict[str, str]:

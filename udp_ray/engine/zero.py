@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from udp_ray.config import TrainConfig
 from udp_ray.engine.optimizer import make_optimizer, state_kinds
 from udp_ray.engine.schedule import learning_rate
+from udp_ray.engine.world import own_device
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -83,7 +84,7 @@ class ZeroEngine:
         self._num_steps = num_steps
         config = _deepspeed_config(model, settings)
         if self.is_sliced:
-            slice_model(model, config, _device())
+            slice_model(model, config, own_device())
         self._optimizer = make_optimizer(list(self.parameters.values()), settings)
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -258,12 +259,6 @@ class _WholeParameters:
 def _on_first(whole: Tensor) -> Tensor | None:
     """Returns a copy in host memory on rank 0, None elsewhere."""
     return whole.to("cpu", copy=True) if dist.get_rank() == 0 else None
-
-
-def _device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 class _GivenGradients(torch.autograd.Function):

@@ -8,12 +8,10 @@ undisturbed.require_alike(result.output, num_keys=1)
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -21,6 +19,7 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.dp.ledger import Ledger
 from udp_ray.on_ray.train import RunResult, train_on_ray
 from udp_ray.testing.runs import to_folder
+from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
 WEIGHTS = "model.safetensors"
@@ -75,12 +74,6 @@ def run_id_in(output: Path) -> str:
 def weights(output: Path) -> dict[str, NDArray[Any]]:
     """Returns the weights that a run has released."""
     return load_file(output / WEIGHTS)
-
-
-def distance(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> float:
-    """Returns the largest difference of two models' weights."""
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
 def unheard(text: str) -> None:

@@ -22,9 +22,9 @@ from ray._private.state import actors
 from udp_ray.config import ExperimentConfig
 from udp_ray.on_ray.prepare import prepare
 from udp_ray.on_ray.train import train_on_ray
+from udp_ray.testing.faults import TRAIN_WORKER
 
 ACCOUNTANT = "RunAccountant"
-WORKER = "RayTrainWorker"
 PAUSE_S = 0.2
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
             train_on_ray(config, announce=lambda text: None)
     nodes = {
         kind: [node for name, node in seen.values() if kind in name]
-        for kind in (ACCOUNTANT, WORKER)
+        for kind in (ACCOUNTANT, TRAIN_WORKER)
     }
     found = {"driver": ray.get_runtime_context().get_node_id(), "actors": nodes}
     sys.stdout.write(json.dumps(found) + "\n")

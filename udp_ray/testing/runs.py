@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -67,6 +69,17 @@ def tiny_experiment(
     for section, fields in overrides.items():
         sections[section] |= fields
     return ExperimentConfig.model_validate({**sections, "output": str(folder / "output")})
+
+
+def text_of_people(folder: Path) -> dict[str, Any]:
+    """Writes text keyed by user, in words that the model knows; returns what `data` says of it."""
+    rows = [
+        {"who": f"user {user}", "text": " ".join(f"w{1 + (user + n + k) % 40}" for k in range(8))}
+        for user in range(NUM_USERS)
+        for n in range(1 + user % 3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    return {"input": [str(folder / "rows.parquet")], "user_column": "who", "heldout": 0.25}
 
 
 def to_folder(config: ExperimentConfig, output: Path) -> ExperimentConfig:

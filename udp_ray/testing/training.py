@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -173,6 +173,12 @@ def write_tiny_store(path: Path, block_tokens: int = 16) -> Path:
 def weights_of(model: nn.Module) -> Weights:
     """Returns copies of the trainable weights."""
     return {n: p.detach().cpu().numpy().copy() for n, p in trainable_parameters(model).items()}
+
+
+def distance(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> float:
+    """Returns the largest difference of two models' weights."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
 
 
 class RecordingAccountant:
