@@ -169,6 +169,36 @@ def test_digest_changes_with_what_a_step_releases_and_with_nothing_else(settings
         assert read(settings_file, *other).config.digest() != digest, other
 
 
+@pytest.mark.parametrize("rough", [["--model.autocast", "bfloat16"], ["--model.dropout", "0.1"]])
+def test_where_kernels_round_visibly_the_digest_holds_what_decides_it(
+    settings_file: str, rough: list[str]
+) -> None:
+    deciding = [
+        ["--train.kernel", "direct"],
+        ["--train.microbatch_tokens", "4096"],
+        ["--cluster.use_gpu", "true"],
+    ]
+    exact, rounded = read(settings_file).config.digest(), read(settings_file, *rough).config
+    for change in deciding:
+        assert read(settings_file, *change).config.digest() == exact, change
+        assert read(settings_file, *rough, *change).config.digest() != rounded.digest(), change
+    for same in (
+        ["--cluster.num_workers", "4"],
+        ["--train.zero_stage", "2"],
+        ["--train.checkpoint_every", "7"],
+    ):
+        assert read(settings_file, *rough, *same).config.digest() == rounded.digest(), same
+
+
+def test_under_autocast_slices_are_another_release(settings_file: str) -> None:
+    rough = ["--model.autocast", "bfloat16"]
+    whole, sliced = (
+        read(settings_file, *rough, "--train.zero_stage", stage).config.digest()
+        for stage in ("2", "3")
+    )
+    assert whole != sliced
+
+
 def test_a_users_mistake_exits_with_two_and_no_traceback() -> None:
     program = """
         from udp_ray.command_line import run_job

@@ -259,7 +259,7 @@ class ClusterConfig(Section):
         return value
 
 
-# What changes speed and rounding, or when something is shown, but not what a step releases.
+# What changes speed and float32 rounding, or when something is shown, but not what a step releases.
 SPEED_ONLY = {
     "zero_stage",
     "offload",
@@ -332,8 +332,12 @@ class ExperimentConfig(Section):
     def digest(self) -> str:
         """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.
 
-        Left out is what changes speed and rounding only: the cluster, ZeRO stage, microbatch,
-        kernel, where files lie, and how often checkpoints and evaluations are made.
+        Left out is what changes speed and float32 rounding only: the cluster, ZeRO stage,
+        microbatch, kernel, where files lie, and how often checkpoints and evaluations are made.
+        Under `model.autocast` the kernel, the microbatch, whether weights are in slices, and the
+        kind of device decide how gradients are rounded to bfloat16: one step by two kernels
+        differed by 0.027 clip norms, which the same noise on both would reveal. With dropout
+        they decide the shapes of its masks. They are part of the digest then.
         """
         kept = self.model_dump(
             mode="json",
@@ -341,4 +345,11 @@ class ExperimentConfig(Section):
         )
         kept["data"] = {"name": self.data.name}  # the store has a digest of its own
         kept["privacy"].pop("on_mismatch")
+        if self.model.autocast != "off" or self.model.dropout > 0:
+            kept["rounding"] = {
+                "kernel": self.train.kernel,
+                "microbatch_tokens": self.train.microbatch_tokens,
+                "is_sliced": self.train.zero_stage == 3,
+                "use_gpu": self.cluster.use_gpu,
+            }
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

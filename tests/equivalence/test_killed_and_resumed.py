@@ -13,7 +13,13 @@ import pytest
 from udp_ray.dp.ledger import Ledger
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
 from udp_ray.testing.training import TinyRun, distance, train_tiny, write_tiny_store
-from udp_ray.testing.training_deaths import RUN_ID, Death, make_ledger, train_with_ledger
+from udp_ray.testing.training_deaths import (
+    RUN_ID,
+    Death,
+    make_ledger,
+    train_with_ledger,
+    train_with_masks_by_chance,
+)
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 
@@ -83,6 +89,35 @@ def test_a_killed_run_resumed_elsewhere_ends_alike(
     assert finished.charged_steps == run.num_steps
     assert finished.committed_step == run.num_steps
     assert distance(outcome.weights, undisturbed) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def with_dropout(run):
+    return replace(run, dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_with_dropout(with_dropout):
+    return run_on_ranks(2, train_tiny, with_dropout)[0].weights
+
+
+def test_with_dropout_a_killed_run_repeats_its_masks(
+    with_dropout, undisturbed_with_dropout, tmp_path
+):
+    """On one rank instead of two: a mask belongs to a group and a step, wherever it is drawn."""
+    url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
+    make_ledger(url, with_dropout)
+    death = Death(rank=1, forward_pass=14)
+    with pytest.raises(WorldFailed, match="-9"):
+        run_on_ranks(2, train_with_ledger, with_dropout, url, str(tmp_path), death)
+    outcome = run_on_ranks(1, train_with_ledger, with_dropout, url, str(tmp_path))[0]
+    assert distance(outcome.weights, undisturbed_with_dropout) < TOLERANCE
+
+
+def test_other_masks_would_show(run, with_dropout, undisturbed_with_dropout, undisturbed):
+    assert distance(undisturbed, undisturbed_with_dropout) > 1000 * TOLERANCE
+    by_chance = run_on_ranks(1, train_with_masks_by_chance, with_dropout)[0].weights
+    assert distance(by_chance, undisturbed_with_dropout) > 1000 * TOLERANCE
 
 
 def test_losing_the_optimizer_state_would_show(run, undisturbed):

@@ -107,6 +107,9 @@ class Group:
 
     microbatches: list[Microbatch] = field(repr=False)
     """At least one. Sensitive."""
+    mask_seed: int | None = field(default=None, repr=False)
+    """Seed of its dropout masks, a function of key, step and group; None leaves them to chance.
+    Sensitive."""
 
 
 class CohortReader:
@@ -121,6 +124,8 @@ class CohortReader:
         pad_id: Token that pads rows.
         last_step: No step after this one is read ahead. Default: there always is a next step.
         pin_memory: Put microbatches in page-locked memory, for a GPU.
+        mask_seed: Gives a group the seed of its dropout masks, from the step and the number of
+            its first example (no example is in two groups of a step).
     """
 
     def __init__(
@@ -134,8 +139,10 @@ class CohortReader:
         pad_id: int,
         last_step: int | None = None,
         pin_memory: bool = False,
+        mask_seed: Callable[[int, int], int] | None = None,
     ) -> None:
         self._store = store
+        self._mask_seed = mask_seed
         self._draw = draw
         self._rank = rank
         self._world_size = world_size
@@ -195,10 +202,10 @@ class CohortReader:
         costs = [padded_tokens(lengths[a:b], self._microbatch_tokens) for a, b in spans]
         workers = assign(np.array(costs, dtype=np.int64), self._world_size)
         mine = np.flatnonzero(workers == self._rank).tolist()
-        groups = [self._group(cohort.examples[slice(*spans[number])]) for number in mine]
+        groups = [self._group(step, cohort.examples[slice(*spans[number])]) for number in mine]
         return [group for group in groups if group.microbatches]
 
-    def _group(self, examples: NDArray[np.int64]) -> Group:
+    def _group(self, step: int, examples: NDArray[np.int64]) -> Group:
         rows = [
             (self._store.tokens(index), self._store.loss_start(index))
             for index in examples.tolist()
@@ -209,7 +216,8 @@ class CohortReader:
             [
                 self._microbatch([rows[number] for number in numbers], weight=1 / len(examples))
                 for numbers in packed
-            ]
+            ],
+            self._mask_seed(step, int(examples[0])) if self._mask_seed and rows else None,
         )
 
     def _microbatch(

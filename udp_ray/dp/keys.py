@@ -38,6 +38,7 @@ _ID = b"udp-ray key id"
 _DERIVE = b"udp-ray derive"
 _STREAM = b"udp-ray stream"
 _KEYSTREAM = b"udp-ray cipher"
+_NUMBER = b"udp-ray number"
 _SEED = b"udp-ray seed"
 
 _CHACHA_KEY_BYTES = 32
@@ -76,6 +77,11 @@ class StreamKey:
         key = _keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES)
         encryptor = Cipher(ChaCha20(key, nonce=bytes(_CHACHA_NONCE_BYTES)), mode=None).encryptor()
         return lambda count: encryptor.update(bytes(count))
+
+    def number(self, *counters: int | str) -> int:
+        """Returns a secret number in [0, 2**63) that the counters name, as in `generator`."""
+        drawn = _keyed(self.secret, _NUMBER, counters, size=8)
+        return int.from_bytes(drawn, "little") >> 1
 
     def generator(self, *counters: int | str) -> np.random.Philox:
         """Returns a counter-based bit generator keyed by this key and the counters.
@@ -142,6 +148,10 @@ class RunKey:
     def noise(self) -> StreamKey:
         """Returns the key of the noise; it goes to rank 0 only."""
         return StreamKey(self.derive("noise"))
+
+    def dropout(self) -> StreamKey:
+        """Returns the key of the dropout masks: equal for a step however often it is repeated."""
+        return StreamKey(self.derive("dropout"))
 
     def selfcheck(self) -> StreamKey:
         """Returns the key of the run-time check, whose noise is never added to anything."""

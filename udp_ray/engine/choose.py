@@ -2,8 +2,11 @@
 
 The measurement sees public numbers alone: the model, the group size, the longest example that the
 store may hold, the microbatch. Rank 0 measures and all ranks do as it says. What comes out differs
-by rounding only, so that a resumed run may choose anew. Under ZeRO 3 there is no choice: gradients
-exist layer by layer only, as the ghost kernel makes them, and each group has to fit a microbatch.
+by float32 rounding only, so that a resumed run may choose anew. Under autocast kernels round
+gradients differently, by far more, and a repeated step must be the same release: there the choice
+follows from the numbers alone, ghost where a microbatch holds several groups. Under ZeRO 3 there is
+no choice: gradients exist layer by layer only, as the ghost kernel makes them, and each group has
+to fit a microbatch.
 """
 
 from __future__ import annotations
@@ -99,6 +102,8 @@ def choose_kernel(
             return False
         if wanted == "ghost" or is_sliced:
             return True
+        if autocast != "off":
+            return 2 * rows_per_group * tokens_per_row <= microbatch_tokens
         groups = _made_up_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
         return _is_faster(candidate, direct, ClippedSum(parameters, world), groups)
 

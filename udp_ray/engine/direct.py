@@ -8,7 +8,8 @@ are one parameter to autograd, hence exact. `torch.autograd.grad` fires none of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from udp_ray.engine.token_loss import autocast_context, row_losses
 class DirectKernel:
     """Adds up the clipped gradients of groups, one backward pass per microbatch.
 
-    With dropout above 0 the masks come from torch's global generator: they differ by rank and after
-    a restart, so weights are then not reproducible. The guarantee does not depend on it.
+    Dropout masks come from the group's own seed (`Group.mask_seed`): they are the same on any rank
+    and whenever the step is repeated, and unrelated between groups and steps.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class DirectKernel:
     def group_gradient(self, group: Group) -> list[Tensor]:
         """Returns the group's unclipped gradient, float32. Sensitive."""
         first, *others = group.microbatches
-        total = self._microbatch_gradient(first)
-        for microbatch in others:
-            torch._foreach_add_(total, self._microbatch_gradient(microbatch))
+        with _seeded(group.mask_seed, self._device):
+            total = self._microbatch_gradient(first)
+            for microbatch in others:
+                torch._foreach_add_(total, self._microbatch_gradient(microbatch))
         return total
 
     def _microbatch_gradient(self, microbatch: Microbatch) -> list[Tensor]:
@@ -67,3 +69,14 @@ class DirectKernel:
             loss, self._parameters, allow_unused=True, materialize_grads=True
         )
         return [gradient.float() for gradient in gradients]
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Has torch's generators start from a seed, and go on afterwards as if nothing had been."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -213,7 +213,7 @@ class _Training:
             self.settings.kernel,
             self.model,
             self.parameters,
-            clip_norm=self.plan.clip_norm,
+            clip_norm=self.plan.clip_bound,
             rows_per_group=self.plan.group_size if self.plan.sampling == "uls" else 1,
             tokens_per_row=self.store.manifest.block_tokens,
             microbatch_tokens=self.settings.microbatch_tokens,
@@ -252,6 +252,7 @@ class _Training:
             pad_id=self.store.manifest.tokenizer.pad_id,
             last_step=self.plan.num_steps,
             pin_memory=self.world.device.type == "cuda",
+            mask_seed=self.keys.dropout.number,
         )
 
     def _ask(self, step: int) -> str | None:

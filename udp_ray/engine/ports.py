@@ -6,7 +6,7 @@ the secrets of its rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +30,8 @@ class WorkerKeys:
     """Every rank derives the whole cohort from it."""
     noise: StreamKey | None
     """Rank 0 only; None elsewhere."""
+    dropout: StreamKey
+    """Every rank derives the masks of its own groups from it."""
     selfcheck: StreamKey | None
     """Rank 0 only; None elsewhere."""
 
@@ -53,10 +55,13 @@ class RunningSum(Protocol):
 
     @property
     def views(self) -> Mapping[str, Tensor]:
-        """What this rank holds, by parameter name: whole parameters, or its slices (ZeRO 3)."""
+        """What this rank holds, by parameter name, float64: whole parameters, or its slices."""
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Adds to one parameter's part a clipped float32 gradient of the parameter's shape."""
+
+    def add_by(self, name: str, add_to: Callable[[Tensor], None]) -> None:
+        """Has `add_to` add clipped gradients to a tensor of the parameter's shape."""
 
     def num_rounds(self, own: int) -> int:
         """Returns how many microbatches a kernel that has `own` must run.

@@ -121,6 +121,7 @@ class RunAccountant:
             key_id=key.id,
             sampling=key.sampling(),
             noise=key.noise() if is_first else None,
+            dropout=key.dropout(),
             selfcheck=key.selfcheck() if is_first else None,
         )
 

@@ -37,6 +37,7 @@ class WorkerSecrets:
     key_id: str
     sampling: StreamKey
     noise: StreamKey | None
+    dropout: StreamKey
     selfcheck: StreamKey | None
 
 

@@ -93,6 +93,7 @@ def _engine_keys(secrets: WorkerSecrets) -> WorkerKeys:
         key_id=secrets.key_id,
         sampling=secrets.sampling,
         noise=secrets.noise,
+        dropout=secrets.dropout,
         selfcheck=secrets.selfcheck,
     )
 

@@ -80,6 +80,9 @@ class TinyRun:
     seed: int = 7
     lora_rank: int | None = None
     """Trains adapters of this rank instead of the whole model."""
+    dropout: float = 0.0
+    secure_noise: bool = False
+    max_cohort_size: int | None = None
     fault: Fault = "none"
 
     def plan(self) -> PrivacyPlan:
@@ -94,6 +97,8 @@ class TinyRun:
             expected_size=self.cohort_size,
             population=NUM_USERS,
             population_is_declared=True,
+            max_cohort_size=self.max_cohort_size,
+            secure_noise=self.secure_noise,
             delta=1e-3,
         )
 
@@ -101,7 +106,10 @@ class TinyRun:
         """Returns the tiny model, with its adapters if the run trains those."""
         model = tiny_model()
         if self.lora_rank is not None:
-            add_adapters(model, LoraConfig(rank=self.lora_rank), dropout=0.0)
+            add_adapters(model, LoraConfig(rank=self.lora_rank), dropout=self.dropout)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.dropout
         return model
 
     def settings(self) -> TrainConfig:
@@ -123,9 +131,14 @@ class TinyRun:
     def keys(self, rank: int) -> WorkerKeys:
         """Returns what the accountant would give this rank."""
         key = RunKey.from_seed(self.seed)
-        if rank > 0:
-            return WorkerKeys(key.id, key.sampling(), None, None)
-        return WorkerKeys(key.id, key.sampling(), key.noise(), key.selfcheck())
+        is_first = rank == 0
+        return WorkerKeys(
+            key_id=key.id,
+            sampling=key.sampling(),
+            noise=key.noise() if is_first else None,
+            dropout=key.dropout(),
+            selfcheck=key.selfcheck() if is_first else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,11 @@ def train_tiny(
     accountant = RecordingAccountant(events, last_step) if dist.get_rank() == 0 else None
     with tempfile.TemporaryDirectory() as folder, chunks_of(run.chunk_logits):
         return run_loop(run, accountant, events, Path(checkpoints or folder), resume)
+
+
+def train_many(runs: list[TinyRun]) -> list[Weights]:
+    """Trains several runs in one world, and returns their weights."""
+    return [train_tiny(run).weights for run in runs]
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Ledger
 from udp_ray.dp.ledger_records import Attempt, Digests, plan_digest
+from udp_ray.engine import loop
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.loop import ResumePoint
 from udp_ray.errors import FencedError
-from udp_ray.testing.training import TinyOutcome, TinyRun, run_loop
+from udp_ray.testing.training import TinyOutcome, TinyRun, run_loop, train_tiny
 
 RUN_ID = "tiny"
 
@@ -78,6 +79,20 @@ def train_refused(run: TinyRun) -> TinyOutcome:
     accountant = RefusingAccountant() if dist.get_rank() == 0 else None
     with tempfile.TemporaryDirectory() as folder:
         return run_loop(run, accountant, [], Path(folder))
+
+
+def train_with_masks_by_chance(run: TinyRun) -> TinyOutcome:
+    """Trains with dropout masks from torch's global generator, as a failing arm."""
+    reader = loop.CohortReader
+
+    def without_seeds(*args: Any, mask_seed: object, **kwargs: Any) -> loop.CohortReader:
+        return reader(*args, **kwargs)
+
+    loop.CohortReader = without_seeds  # type: ignore[assignment, misc]
+    try:
+        return train_tiny(run)
+    finally:
+        loop.CohortReader = reader  # type: ignore[misc]
 
 
 class LedgerAccountant:
