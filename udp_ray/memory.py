@@ -29,7 +29,6 @@ from udp_ray.data.cohort import Group, Microbatch
 from udp_ray.data.sharing import share
 from udp_ray.dp.noise import CHUNK_VALUES
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine.clipped_sum import BUCKET_VALUES
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
 from udp_ray.engine.group_gradients import summed_squared_norms
@@ -42,6 +41,8 @@ FLOAT_BYTES = 4
 GIB = 2**30
 LIVE_BYTES = FLOAT_BYTES * 2**27
 """What ZeRO 3 keeps whole at most, unless a layer is larger; `zero_slices.LIVE_VALUES`."""
+ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
+"""What ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class MemoryEstimate:
     weights: int
     """The model in float32, its buffers too."""
     clipped_sum: int
-    """The running sum of clipped gradients."""
+    """The running sum of clipped gradients, float64."""
     optimizer: int
     """The optimizer's state, and the master weights that ZeRO partitions."""
     kernel: int
@@ -128,7 +129,7 @@ def estimate_memory(
         weights = weights // num_workers + min(weights, LIVE_BYTES)
     return MemoryEstimate(
         weights=weights,
-        clipped_sum=trained // num_workers if is_sliced else trained,
+        clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
         optimizer=_optimizer_bytes(trained, train, num_workers),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
@@ -177,7 +178,7 @@ def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
         return noise + trained // num_workers
     if train.zero_stage == 0:
         return max(noise, 2 * trained)
-    bucket = min(trained, FLOAT_BYTES * BUCKET_VALUES)
+    bucket = min(trained, ZERO_BUCKET_BYTES)
     return max(noise, trained + trained // num_workers + bucket)
 
 
@@ -228,11 +229,19 @@ def _ghost_bytes(
     num_groups = max(1, train.microbatch_tokens // tokens)
     (shared,), _ = share([group] * num_groups, train.microbatch_tokens)
     factors = torch.ones(num_groups)
+    totals = {
+        name: torch.zeros(parameter.shape, dtype=torch.float64)
+        for name, parameter in parameters.items()
+    }
     with PeakMemory() as memory:
         gradients = kernel.group_gradients(shared)
         summed_squared_norms(gradients.values())
-        for name in list(gradients):
-            gradients.pop(name).weighted_sum(factors)
+        for name, parameter in parameters.items():
+            if (gradient := gradients.pop(name, None)) is not None:
+                # Under ZeRO 3 into a tensor of its own, else into the sum, counted elsewhere.
+                is_own = train.zero_stage == 3
+                total = torch.zeros(parameter.shape) if is_own else totals[name]
+                gradient.add_weighted(total, factors)
     return memory.peak_bytes
 
 

@@ -2,6 +2,7 @@
 
 import math
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,13 @@ import torch
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.secure_normals import secure_normals
+from udp_ray.dp.sensitivity import MOST_FUSED
 from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.step import require_fusible
 from udp_ray.engine.world import World
+from udp_ray.errors import ConfigError
 
 KEY = RunKey.from_seed(5).noise()
 COUNTERS = (3, "weight", 0)
@@ -56,9 +61,9 @@ def released(secret: float, *, is_secure: bool) -> np.ndarray:
     """What a step would show of a sum whose 100,000 values are all `secret`."""
     weights = {"w": torch.empty(100_000)}
     sums = ClippedSum(weights, World(rank=0, size=1, device=torch.device("cpu")))
-    sums.views["w"].fill_(secret)
+    sums.views["w"].copy_(torch.tensor(secret))  # as float32, which gradients are
     sums.add_noise(GaussianNoise(KEY, 1.0, is_secure=is_secure), step=1)
-    return sums.views["w"].numpy()
+    return sums.mean(1.0)["w"].numpy()
 
 
 def share_on_a_grid(outputs: np.ndarray) -> float:
@@ -83,3 +88,32 @@ def test_secure_noise_does_not_show_it():
     # Some 2,400 outputs: a spread of 0.01 each.
     assert share_on_a_grid(with_user) == pytest.approx(share_on_a_grid(without), abs=0.07)
     assert share_on_a_grid(with_user) < 0.5
+
+
+def released_fused(secret: float) -> np.ndarray:
+    """What fused sums would show: noise rounded on rank 0, where nothing is, then another's sum."""
+    noise = GaussianNoise(KEY, 1.0, is_secure=True).slice(1, "w", 100_000, start=0, stop=100_000)
+    return (noise.float() + torch.tensor(secret)).numpy()
+
+
+def test_with_fused_sums_secure_noise_would_show_whether_another_rank_has_a_sum():
+    """The failing arm of what follows."""
+    assert share_on_a_grid(released_fused(0.3)) == 1.0
+    assert share_on_a_grid(released_fused(0.0)) < 0.5
+
+
+@pytest.mark.parametrize("num_workers", [2, 8])
+def test_secure_noise_with_fused_sums_is_refused_above_one_worker(num_workers):
+    plan = PrivacyPlan(
+        sampling="uls", noise_multiplier=1.0, clip_norm=1.0, group_size=1, num_steps=1,
+        expected_size=8, population=24, population_is_declared=True, delta=1e-3, secure_noise=True,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"secure_noise and .*set train\.fuse_reduce false"):
+        require_fusible(plan, num_workers=num_workers)
+    require_fusible(plan, num_workers=1)  # a single rank has no sum of others
+    require_fusible(replace(plan, secure_noise=False), num_workers=num_workers)
+    many = replace(
+        plan, secure_noise=False, expected_size=MOST_FUSED + 1, population=10**5, delta=1e-6
+    )
+    with pytest.raises(ConfigError, match=r"privacy\.cohort_size is 2049, above the 2048"):
+        require_fusible(many, num_workers=num_workers)

@@ -16,8 +16,11 @@ from udp_ray.testing.distributed import run_on_ranks
 from udp_ray.testing.training import TinyRun, write_tiny_store
 from udp_ray.testing.training_steps import moves_of_the_sum
 
-# Sums of norm at most 8 C, rounded to float32 a dozen times on the way.
-ROUNDING = 12 * 8 * 2.0**-24
+# What a user's own gradient is clipped to, in clip norms: the rest is for roundings of the sum.
+KEPT = 1 - 2.0**-10
+
+# Sums of norm at most 8 C over the divisor, rounded to float32 once, and once by ZeRO.
+ROUNDING = 2 * 8 * 2.0**-24
 
 CASES = {
     f"{kernel}, stage {stage}": {
@@ -42,10 +45,11 @@ def moves(run):
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_user_moves_the_sum_by_more_than_the_clip_norm(moves, case):
-    assert max(moves[case]) <= 1 + ROUNDING
-    assert max(moves[case]) > 1 - 1e-5  # users that are clipped move it by just that
+    assert max(moves[case]) <= 1  # roundings of the sum included
+    # Users that are clipped move it by just what is left beside the slack.
+    assert max(moves[case]) == pytest.approx(KEPT, abs=1e-5)
 
 
 def test_a_clip_weighted_second_pass_in_bfloat16_moves_it_by_more(moves):
     """The failing arm."""
-    assert max(moves["fault"]) > 1 + 100 * ROUNDING
+    assert max(moves["fault"]) > KEPT + 100 * ROUNDING

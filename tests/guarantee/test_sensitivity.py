@@ -16,19 +16,19 @@ NUM_PARAMETERS = 7
 SPLIT = 3  # the gradient lives in two parameter tensors
 MOST_EXAMPLES = 5
 
-# Sums of at most 9 users are rounded to float32: 9 additions, each half a unit in the last place
-# of a partial sum of norm at most 9 C.
-ROUNDING = 9 * 9 * 2.0**-24
+# Sums of at most 9 users are rounded to float64: 9 additions, each half a unit in the last place
+# of a partial sum of norm at most 9 C. One user's own roundings are inside ROUNDING_MARGIN.
+ROUNDING = 9 * 9 * 2.0**-53
 
 
 def clipped_sum(users, clip_norm):
     """The thing itself: each user's mean gradient, clipped and added by the library."""
-    sums = [torch.zeros(SPLIT), torch.zeros(NUM_PARAMETERS - SPLIT)]
+    sums = [torch.zeros(size).double() for size in (SPLIT, NUM_PARAMETERS - SPLIT)]
     for user in users:
         with np.errstate(over="ignore", invalid="ignore"):
             mean = torch.from_numpy(user.mean(axis=0, dtype=np.float32))
         clip_and_add(sums, [mean[:SPLIT].clone(), mean[SPLIT:].clone()], clip_norm)
-    return torch.cat(sums).double().numpy()
+    return torch.cat(sums).numpy()
 
 
 def largest_move(mechanism, users, clip_norm, replacement=None):

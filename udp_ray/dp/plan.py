@@ -24,6 +24,7 @@ from typing import Any, Literal, Self
 
 from udp_ray.config import PrivacyConfig
 from udp_ray.dp import accounting, calibration
+from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
 Sampling = Literal["uls", "els"]
@@ -183,6 +184,15 @@ class PrivacyPlan:
     def noise_stddev(self) -> float:
         """Standard deviation of the noise on the clipped sum, before the division."""
         return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
+
+    @property
+    def clip_bound(self) -> float:
+        """The L2 norm that groups are clipped to: the clip norm less `rounding_slack`.
+
+        The noise is that of the whole clip norm. What lies between is for roundings of the sum, so
+        that the sum as computed moves by at most the clip norm.
+        """
+        return self.clip_norm * (1 - rounding_slack(self.expected_size))
 
     def sensitivity(self) -> float:
         """Returns the largest L2 change of the clipped sum by one sampled unit.

@@ -18,6 +18,7 @@ some 5e-3 of it, which is why under autocast the length is a function of the gro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,6 @@ class GhostKernel:
         assert torch.get_float32_matmul_precision() == "highest", "TF32 would round the norms"
         self._model = model
         self._parameters = dict(parameters)
-        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._clip_norm = clip_norm
         self._microbatch_tokens = microbatch_tokens
         self._autocast = autocast
@@ -129,13 +129,13 @@ class GhostKernel:
         # 0 * NaN is NaN: what is not finite has to be masked; on a CPU, where looking costs
         # nothing, only where there is any.
         must_mask = self._device.type != "cpu" or bool(is_rejected.any())
-        for name, shape in self._shapes.items():
-            if name not in gradients:  # without influence on the loss
-                sums.add(name, torch.zeros(shape, device=self._device))
+        for name in self._parameters:
+            gradient = gradients.pop(name, None)
+            if gradient is None:  # without influence on the loss; other ranks wait all the same
+                sums.add_by(name, _add_nothing)
                 continue
-            gradient = gradients.pop(name)
             kept = gradient.without(is_rejected) if must_mask else gradient
-            sums.add(name, kept.weighted_sum(factors))
+            sums.add_by(name, partial(kept.add_weighted, factors_U=factors))
 
     def group_gradients(self, microbatch: SharedMicrobatch) -> dict[str, GroupGradients]:
         """Returns the unclipped gradients of one microbatch's groups, by parameter. Sensitive."""
@@ -156,3 +156,7 @@ class GhostKernel:
                     f"the layer {path} ({kind}) can only be clipped with its parameters whole, and"
                     " train.zero_stage 3 cuts them: set train.zero_stage to 2, or freeze the layer"
                 )
+
+
+def _add_nothing(total: Tensor) -> None:
+    """Leaves a running sum as it is."""

@@ -59,7 +59,9 @@ def check_exact(
         whole = torch.stack([gradient.norm() for gradient in expected]).norm()
         for (name, parameter), right in zip(parameters.items(), expected, strict=True):
             given = found.get(name)
-            sum_ = torch.zeros_like(parameter) if given is None else given.weighted_sum(factors_U)
+            sum_ = torch.zeros_like(parameter, dtype=torch.float64, requires_grad=False)
+            if given is not None:
+                given.add_weighted(sum_, factors_U)
             slack = AGREEMENT * right.norm() + NEGLIGIBLE * whole
             is_right = (sum_ - right).norm() <= slack
             if given is not None and 0.5 not in factors:  # one group alone: its norm

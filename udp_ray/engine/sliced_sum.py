@@ -3,19 +3,23 @@
 A gradient is whole only while its layer hands it over. It goes into a bucket with a row per rank;
 a full bucket is reduced over ranks and scattered, so that a rank holds its slices, one bucket and
 nothing else. Noise comes piece by piece too: rank 0 draws a chunk, sends each rank what of it falls
-into its slice, and draws the next. The sum is float32; layers come in the same order everywhere.
+into its slice, and draws the next. Layers come in the same order everywhere.
+
+The gradients of one round of microbatches are float32, because they cross the network in each
+round; rounds add up in float64, as in `ClippedSum`, and only the mean with its noise is rounded.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from udp_ray.dp.clipping import accumulate
 from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
+from udp_ray.engine.clipped_sum import SumBuffer
 from udp_ray.engine.slices import fill_columns, held_range, slice_length
 from udp_ray.engine.world import World
 
@@ -47,23 +51,24 @@ class SlicedSum:
         """
         self._world = world
         self._noise_dtype = noise_dtype
+        self._shapes = dict(shapes)
         self._num_values = {name: shape.numel() for name, shape in shapes.items()}
-        lengths = [slice_length(number, world.size) for number in self._num_values.values()]
-        self._flat = torch.zeros(sum(lengths), dtype=torch.float32, device=world.device)
-        ends = list(itertools.accumulate(lengths))
-        self.views: dict[str, Tensor] = {
-            name: self._flat[end - length : end]
-            for name, length, end in zip(shapes, lengths, ends, strict=True)
+        slices = {
+            name: torch.Size([slice_length(number, world.size)])
+            for name, number in self._num_values.items()
         }
-        """This rank's slice by parameter name, padded at the end with zeros."""
-        columns = min(max(1, bucket_values // world.size), max(1, sum(lengths)))
+        self._buffer = SumBuffer(slices, world.device)
+        self.views: dict[str, Tensor] = self._buffer.views
+        """This rank's slice by parameter name, float64, padded at the end with zeros."""
+        num_held = self._buffer.flat.numel()
+        columns = min(max(1, bucket_values // world.size), max(1, num_held))
         self._bucket = torch.zeros(world.size, columns, dtype=torch.float32, device=world.device)
         self._filled = 0
         self._waiting: list[Tensor] = []  # parts of slices that the filled columns belong to
 
     def clear(self) -> None:
         """Sets the sum to zero."""
-        self._flat.zero_()
+        self._buffer.flat.zero_()
 
     def num_rounds(self, own: int) -> int:
         """Returns how often all ranks must hand over all parameters: the largest of their numbers.
@@ -89,6 +94,12 @@ class SlicedSum:
             if self._filled == self._bucket.shape[1]:
                 self._empty_bucket()
 
+    def add_by(self, name: str, add_to: Callable[[Tensor], None]) -> None:
+        """Adds the gradients that `add_to` makes on each rank, as `add` does. Collective."""
+        gradient = torch.zeros(self._shapes[name], device=self._world.device)
+        add_to(gradient)
+        self.add(name, gradient)
+
     def reduce(self) -> None:
         """Has all that was added arrive in the slices. Collective."""
         if self._filled:
@@ -110,9 +121,12 @@ class SlicedSum:
                 elif (own := self._overlap(name, self._world.rank, start, stop)) is not None:
                     self._add_piece(name, own[0], self._received(own[1] - own[0]))
 
-    def divide(self, divisor: float) -> None:
-        """Divides the sum by a public number: the mean that ZeRO 3 is given slice by slice."""
-        self._flat.mul_(1 / divisor)
+    def mean(self, divisor: float) -> dict[str, Tensor]:
+        """Returns this rank's slices of the sum over a public number, float32, by parameter name.
+
+        The result takes the place of the sum: `clear` comes before the next addition.
+        """
+        return self._buffer.scaled(1 / divisor)
 
     def _empty_bucket(self) -> None:
         rows = [row[: self._filled] for row in self._bucket.unbind()]
@@ -121,7 +135,8 @@ class SlicedSum:
             mine = torch.empty_like(rows[0])
             dist.reduce_scatter(mine, rows)
         arrived = mine.split([part.numel() for part in self._waiting])
-        torch._foreach_add_(self._waiting, list(arrived))
+        for part, values in zip(self._waiting, arrived, strict=True):
+            accumulate(part, values)
         self._filled = 0
         self._waiting = []
 
@@ -155,9 +170,7 @@ class SlicedSum:
     def _add_piece(self, name: str, start: int, piece: Tensor) -> None:
         """Adds noise to this rank's slice, from a position in the whole parameter on."""
         offset = start - held_range(self._num_values[name], self._world.rank, self._world.size)[0]
-        part = self.views[name][offset : offset + piece.numel()]
-        # In the precision of the noise: float64 noise is added before it is rounded.
-        part.copy_(part.to(piece.dtype) + piece)
+        self.views[name][offset : offset + piece.numel()].add_(piece)
 
 
 def _chunks(num_values: int) -> Iterator[tuple[int, int]]:

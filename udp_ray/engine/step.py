@@ -1,12 +1,15 @@
 """One private step, from a rank's groups to moved weights.
 
-    groups -> kernel: clipped sum, float32 -> reduced to rank 0 -> noise added there, once
-           -> times world size / divisor -> ZeRO averages over ranks, hands each its slice
+    groups -> kernel: clipped sum, float64 -> reduced to rank 0 -> noise added there, once
+           -> times world size / divisor, rounded to float32
+           -> ZeRO averages over ranks, hands each its slice
 
 The divisor is the plan's expected size, a public number; how many groups came is used nowhere. A
 rank without groups, or a step without any, runs the same path: the noise is added all the same.
 With `fuse_reduce` every rank hands ZeRO its own sum and rank 0 its sum plus noise: ZeRO's reduction
-adds them up, which saves one reduction and gives the same distribution.
+adds them up, which saves one reduction. Sums of other ranks are then rounded to float32, and added
+in float32, before the noise is in: within `sensitivity.rounding_slack` for cohorts of up to
+`sensitivity.MOST_FUSED` groups, and refused with secure noise, whose claim rests on rounding last.
 
 Under ZeRO 3 no rank ever holds the whole sum:
 
@@ -24,11 +27,40 @@ from torch import Tensor
 from udp_ray.data.cohort import Group
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sensitivity import MOST_FUSED
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.ports import Kernel
 from udp_ray.engine.sliced_sum import SlicedSum
 from udp_ray.engine.world import World
 from udp_ray.engine.zero import ZeroEngine
+from udp_ray.errors import ConfigError
+
+
+def require_fusible(plan: PrivacyPlan, *, num_workers: int) -> None:
+    """Refuses to round the sums of other ranks before the noise is in, where that breaks a claim.
+
+    Args:
+        plan: Says whether the noise is secure, and how many groups are expected.
+        num_workers: World size; a single rank has no sum of others.
+
+    Raises:
+        ConfigError: With secure noise, whose claim is that rounding comes after the noise; or with
+            so many groups that `rounding_slack` does not cover the rounding.
+    """
+    if num_workers == 1:
+        return
+    if plan.secure_noise:
+        raise ConfigError(
+            f"privacy.secure_noise and train.fuse_reduce are true and cluster.num_workers is"
+            f" {num_workers}: fused sums are rounded before all of them are in, which undoes what"
+            " secure noise is for; set train.fuse_reduce false"
+        )
+    if plan.expected_size > MOST_FUSED:
+        name = "privacy.cohort_size" if plan.sampling == "uls" else "privacy.batch_size"
+        raise ConfigError(
+            f"train.fuse_reduce is true and {name} is {plan.expected_size}, above the {MOST_FUSED}"
+            " whose sums may be rounded before the noise is added: set train.fuse_reduce false"
+        )
 
 
 class PrivateStep:
@@ -53,9 +85,20 @@ class PrivateStep:
             noise: On rank 0 the run's noise; None elsewhere.
             world: The ranks.
             fuse_reduce: See the module's text.
+
+        Raises:
+            ValueError: If a rank has noise that should not, or the noise is not the plan's.
+            ConfigError: If the sums may not be fused, see `require_fusible`.
         """
-        assert (noise is not None) == world.is_first, "rank 0, and no other, has the noise"
-        assert noise is None or noise.noise_stddev == plan.noise_stddev, "not the plan's noise"
+        if (noise is not None) != world.is_first:
+            raise ValueError("rank 0, and no other rank, has the noise")
+        if noise is not None and noise.noise_stddev != plan.noise_stddev:
+            raise ValueError(
+                f"the noise has a standard deviation of {noise.noise_stddev:g}, and the plan's is"
+                f" {plan.noise_stddev:g}"
+            )
+        if fuse_reduce and not zero.is_sliced:
+            require_fusible(plan, num_workers=world.size)
         self.world = world
         self.plan = plan
         self.zero = zero
@@ -72,8 +115,7 @@ class PrivateStep:
         """Takes the step: nothing about the groups leaves it but the moved weights. Collective."""
         self._sum.clear()
         self._kernel.add_clipped(self._sum, groups)
-        self._privatize(self._noise, step)
-        self.zero.apply(self._sum.views, step)
+        self.zero.apply(self._noisy_mean(self._noise, step), step)
 
     def rehearse(self, noise: GaussianNoise | None) -> dict[str, Tensor]:
         """Returns what the optimizer would see of a step without groups. Moves nothing; collective.
@@ -82,14 +124,13 @@ class PrivateStep:
             noise: On rank 0 the noise of the rehearsal, from a key of its own; None elsewhere.
         """
         self._sum.clear()
-        self._privatize(noise, step=0)
-        return self.zero.read_back(self._sum.views)
+        return self.zero.read_back(self._noisy_mean(noise, step=0))
 
-    def _privatize(self, noise: GaussianNoise | None, step: int) -> None:
-        """Makes of the clipped sums what gives ZeRO (clipped sum + noise) / divisor."""
+    def _noisy_mean(self, noise: GaussianNoise | None, step: int) -> dict[str, Tensor]:
+        """Returns what gives ZeRO (clipped sum + noise) / divisor."""
         self._sum.reduce()
         self._add_noise(noise, step)
-        self._sum.divide(self.plan.divisor)
+        return self._sum.mean(self.plan.divisor)
 
     def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
         self._sum.add_noise(noise, step)

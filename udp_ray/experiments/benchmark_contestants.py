@@ -122,7 +122,7 @@ class PrivateContestant:
         parameters = trainable_parameters(model)
         device = next(iter(parameters.values())).device
         clip_norm, expected = PlainLoop(model, task.study.autocast, device).clipped_sum(groups)
-        kernel = self._kernel(model, parameters, task.name, self._plan.clip_norm)
+        kernel = self._kernel(model, parameters, task.name, self._plan.clip_bound)
         self.chosen = "direct" if isinstance(kernel, DirectKernel) else "ghost"
         judged = self._kernel(model, parameters, self.chosen, clip_norm)
         zero = ZeroEngine(model, parameters, task.settings(), num_steps=self._plan.num_steps)

@@ -54,7 +54,7 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
         config.train.kernel,
         model,
         parameters,
-        clip_norm=plan.clip_norm,
+        clip_norm=plan.clip_bound,
         rows_per_group=plan.group_size,
         tokens_per_row=config.data.block_tokens,
         microbatch_tokens=config.train.microbatch_tokens,

@@ -177,16 +177,16 @@ def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
 def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
     parameters = trainable_parameters(model)
     if run.fault == "clip_each_microbatch":
-        return _ClipEachMicrobatch(model, parameters, clip_norm=run.clip_norm)
+        return _ClipEachMicrobatch(model, parameters, clip_norm=run.plan().clip_bound)
     if run.fault == "clip_weighted_pass":
         return _ClipWeightedPass(
-            model, parameters, clip_norm=run.clip_norm, autocast=run.autocast,
+            model, parameters, clip_norm=run.plan().clip_bound, autocast=run.autocast,
             microbatch_tokens=run.microbatch_tokens,
         )  # fmt: skip
     return choose_kernel(
-        run.kernel, model, parameters, clip_norm=run.clip_norm, rows_per_group=run.group_size,
-        tokens_per_row=16, microbatch_tokens=run.microbatch_tokens, autocast=run.autocast,
-        world=world, is_sliced=run.zero_stage == 3,
+        run.kernel, model, parameters, clip_norm=run.plan().clip_bound,
+        rows_per_group=run.group_size, tokens_per_row=16, microbatch_tokens=run.microbatch_tokens,
+        autocast=run.autocast, world=world, is_sliced=run.zero_stage == 3,
     )  # fmt: skip
 
 
@@ -215,8 +215,7 @@ def _arrived(step: PrivateStep, store: TokenStore, run: TinyRun, users: Iterable
     step._sum.clear()
     groups = groups_of(store, mine, run.microbatch_tokens) if mine else []
     step._kernel.add_clipped(step._sum, groups)
-    step._privatize(None, 0)
-    arrived = step.zero.read_back(step._sum.views)
+    arrived = step.zero.read_back(step._noisy_mean(None, 0))
     return flat(arrived) * step.plan.divisor
 
 
