@@ -7,7 +7,7 @@ more than a piece of them is held. Other models' logits are made whole. Under Ze
 the head together, so all make equally many pieces, some of padding.
 
 How a row is cut into pieces depends on its padded length and on public numbers, never on the rows
-beside it: under bfloat16 a product of another shape may round otherwise, and what one person adds
+beside it: under bfloat16 a product of another shape may round otherwise, and what one user adds
 must not depend on who else is there. For the same reason positions without loss are dropped in
 float32 only, where it changes no more than a float32 rounding.
 
