@@ -45,7 +45,7 @@ class UnsupportedAdjacencyError(ConfigError):
 
 
 class UnsupportedModelError(UdpRayError):
-    """The model couples examples, or has a part that cannot be clipped exactly."""
+    """The model couples users, or has a part that cannot be clipped exactly."""
 
 
 class CheckpointError(UdpRayError):

@@ -252,4 +252,4 @@ def _largest_group(rows: int, tokens: int, microbatch_tokens: int) -> Group:
 
 def _microbatch(rows: int, tokens: int) -> Microbatch:
     ids = torch.ones(rows, tokens, dtype=torch.int64)
-    return Microbatch(ids, ids, ids, torch.ones(rows))
+    return Microbatch(ids, ids, torch.ones(rows))

@@ -16,7 +16,7 @@ from udp_ray.data.cohort import NO_LOSS, CohortReader
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
-from udp_ray.testing.stores import write_store
+from udp_ray.testing.stores import lengths_of, write_store
 
 PAD = 99
 WAIT_S = 30  # for a background thread that is expected to act; never reached when it does
@@ -121,12 +121,12 @@ def read(store, draw=None, **options):
 def examples_of(group):
     """The rows of a group without padding: (tokens, labels, weight), by first token."""
     rows = [
-        (ids[mask == 1].tolist(), labels[mask == 1].tolist(), float(weight))
+        (ids[:length].tolist(), labels[:length].tolist(), float(weight))
         for microbatch in group.microbatches
-        for ids, labels, mask, weight in zip(
+        for ids, labels, length, weight in zip(
             microbatch.input_ids,
             microbatch.labels,
-            microbatch.attention_mask,
+            lengths_of(microbatch),
             microbatch.row_weight,
             strict=True,
         )
@@ -153,7 +153,6 @@ def test_rows_are_padded_on_the_right_without_loss(store):
     microbatch = read(store)[0].microbatches[0]
     assert microbatch.input_ids.tolist() == [[10, 11, 12, 13], [20, 21, PAD, PAD]]
     assert microbatch.labels[1].tolist() == [NO_LOSS, 21, NO_LOSS, NO_LOSS]
-    assert microbatch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert microbatch.input_ids.dtype == microbatch.labels.dtype == torch.int64
     assert microbatch.row_weight.dtype == torch.float32
 

@@ -18,11 +18,12 @@ from udp_ray.data.store import TokenStore
 from udp_ray.engine import group_gradients
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
-from udp_ray.engine.ghost_check import check_exact
+from udp_ray.engine.ghost_check import check_exact, made_up_group
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.load import trainable_parameters
 from udp_ray.models.lora import add_adapters
 from udp_ray.testing.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
+from udp_ray.testing.stores import lengths_of
 from udp_ray.testing.training import tiny_model, tiny_users, write_tiny_store
 
 # Sums stay below 12 * clip norm in float32; the Gram form aims another 1e-6 below the bound.
@@ -231,7 +232,8 @@ def alone_and_in_company(store, packed, *, with_length=False):
         )
     make = ghost(1.0, autocast="bfloat16", microbatch_tokens=4096)
     kernel = make(model, trainable_parameters(model))
-    groups = groups_of(store, range(12), 4096)
+    # A user of the longest text that the model reads is among them.
+    groups = [*groups_of(store, range(12), 4096), made_up_group(model, 1, 32)]
     together = {}
     for microbatch in packed(kernel, groups):
         gradients = kernel.group_gradients(microbatch).values()
@@ -248,8 +250,8 @@ def alone_and_in_company(store, packed, *, with_length=False):
 
 def rows_by_group(microbatch):
     ids = [
-        tuple(row[mask.bool()].tolist())
-        for row, mask in zip(microbatch.input_ids, microbatch.attention_mask, strict=True)
+        tuple(row[:length].tolist())
+        for row, length in zip(microbatch.input_ids, lengths_of(microbatch), strict=True)
     ]
     ends = torch.tensor(microbatch.rows_of_groups).cumsum(0).tolist()
     counts = microbatch.rows_of_groups
@@ -302,7 +304,6 @@ def test_clipping_rows_instead_of_users_would_be_seen(store, users):
     """The failing arm: a user of several examples, each of them clipped by itself."""
     rows = [
         Group([replace(m, input_ids=m.input_ids[r : r + 1], labels=m.labels[r : r + 1],
-                       attention_mask=m.attention_mask[r : r + 1],
                        row_weight=m.row_weight[r : r + 1])])
         for group in groups_of(store, [3], 4096) for m in group.microbatches
         for r in range(len(m.input_ids))

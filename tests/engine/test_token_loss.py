@@ -25,8 +25,10 @@ from udp_ray.data.cohort import NO_LOSS, Microbatch
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.ghost_check import made_up_group
 from udp_ray.engine.token_loss import autocast_context, chunk_logits, row_losses
 from udp_ray.models.lora import add_adapters
+from udp_ray.testing.architectures import SOUND
 from udp_ray.testing.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
 from udp_ray.testing.training import VOCABULARY, tiny_model, tiny_users, write_tiny_store
 
@@ -95,20 +97,18 @@ def rows():
     lengths, prompts = (12, 9, 5), (0, 4, 0)
     ids = torch.zeros(3, 12, dtype=torch.int64)
     labels = torch.full((3, 12), NO_LOSS)
-    mask = torch.zeros(3, 12, dtype=torch.int64)
     random = torch.Generator().manual_seed(4)
     for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
         ids[row, :length] = torch.randint(1, VOCABULARY, (length,), generator=random)
         labels[row, max(1, prompt) : length] = ids[row, max(1, prompt) : length]
-        mask[row, :length] = 1
-    return Microbatch(ids, labels, mask, torch.full((3,), 1 / 3))
+    return Microbatch(ids, labels, torch.full((3,), 1 / 3))
 
 
 def judged_sums(model, batch):
     """Each row by itself, unpadded, by the model's own loss."""
     sums = []
-    for ids, labels, mask in zip(batch.input_ids, batch.labels, batch.attention_mask, strict=True):
-        length = int(mask.sum())
+    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+        length = 1 + int((labels != NO_LOSS).nonzero().max())
         loss = model(input_ids=ids[None, :length], labels=labels[None, :length]).loss
         sums.append(loss * int((labels != NO_LOSS).sum()))
     return torch.stack(sums)
@@ -137,7 +137,7 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_keeps_them_whole():
     model = doubled().train()
     assert not chunk_logits(model, microbatch_tokens=TOKENS, chunk_logits=CHUNK)
     sums, _ = row_losses(model, rows(), CPU)
-    logits = model(input_ids=rows().input_ids, attention_mask=rows().attention_mask).logits
+    logits = model(input_ids=rows().input_ids).logits
     losses = cross_entropy(logits[:, :-1].mT, rows().labels[:, 1:], reduction="none")
     assert (sums - losses.sum(1)).abs().max() < ROUNDING
     plain = tiny_model()  # what its body and head alone would give
@@ -149,6 +149,57 @@ def test_a_setting_that_the_model_does_not_heed_is_found_out():
     model = made(scaled)
     model.config.logit_scale = 0.5  # the model has taken its 0.25 already
     assert not chunk_logits(model, microbatch_tokens=TOKENS)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_padding_on_the_right_changes_no_logits_before_it(name):
+    """Without a mask, for architectures with positions learnt, rotary, or by distance (ALiBi)."""
+    model = SOUND[name]()
+    ids = made_up_group(model, 1, 20).microbatches[0].input_ids
+    for padding in (3, 28):
+        padded = torch.nn.functional.pad(ids, (0, padding))
+        with torch.no_grad():
+            alone, found = model(input_ids=ids).logits, model(input_ids=padded).logits[:, :20]
+        assert (found - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def attention_masks(model, batch, monkeypatch, **inputs):
+    """What `scaled_dot_product_attention` is told to mask, call by call."""
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def note(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    if inputs:
+        model(input_ids=batch.input_ids, **inputs)
+    else:
+        row_losses(model, batch, CPU)
+    monkeypatch.undo()
+    return masks
+
+
+@pytest.mark.parametrize("chunk", [CHUNK, None])
+@pytest.mark.parametrize("make", [tiny_model, tiny_llama])
+def test_no_attention_mask_is_made_whoever_shares_the_batch(make, chunk, monkeypatch):
+    """So the attention kernel is the same with and without padding in the batch."""
+    model = make()
+    if chunk is not None:
+        chunk_logits(model, microbatch_tokens=TOKENS, chunk_logits=chunk)
+    ragged = rows()
+    even = Microbatch(ragged.input_ids[:1], ragged.labels[:1], torch.ones(1))
+    for batch in (ragged, even):
+        assert attention_masks(model, batch, monkeypatch) == [None, None]
+    # The failing arm: a mask of the batch's padding, which the library drops where nothing is.
+    has_mask = []
+    for batch in (ragged, even):
+        mask = (batch.labels != NO_LOSS).long()
+        mask[:, 0] = 1
+        masks = attention_masks(model, batch, monkeypatch, attention_mask=mask)
+        has_mask.append([each is not None for each in masks])
+    assert has_mask == [[True, True], [False, False]]
 
 
 def head_calls(model, chunk):
@@ -187,7 +238,7 @@ def test_logits_that_fit_are_made_once_and_only_for_positions_with_loss():
     labels = torch.full_like(ids, NO_LOSS)
     labels[0, 20:], labels[1, 5] = ids[0, 20:], ids[1, 5]
     long = tiny_llama()  # takes more tokens than the tiny GPT-2
-    prompted = Microbatch(ids, labels, torch.ones_like(ids), torch.full((2,), 1 / 2))
+    prompted = Microbatch(ids, labels, torch.full((2,), 1 / 2))
     assert chunk_logits(long, microbatch_tokens=TOKENS)
     seen = []
     long.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
@@ -238,10 +289,8 @@ def test_how_a_row_is_cut_does_not_depend_on_the_rows_beside_it():
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     with autocast_context("bfloat16", CPU):
         for rows_kept in (slice(0, 4), slice(0, 1), slice(0, 2)):
-            batch = Microbatch(
-                ids[rows_kept], labels[rows_kept], torch.ones_like(ids[rows_kept]),
-                torch.ones(len(ids[rows_kept])),
-            )  # fmt: skip
+            kept = ids[rows_kept]
+            batch = Microbatch(kept, labels[rows_kept], torch.ones(len(kept)))
             row_losses(model, batch, CPU)
     assert seen == 3 * [16, 16, 15]
 
@@ -259,7 +308,7 @@ def test_where_ranks_gather_the_head_together_it_is_called_equally_often_for_any
         calls.clear()
         ids = torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(5))
         labels = ids.masked_fill(torch.arange(shape[1]) < 1, NO_LOSS)
-        batch = Microbatch(ids, labels, torch.ones_like(ids), torch.ones(shape[0]))
+        batch = Microbatch(ids, labels, torch.ones(shape[0]))
         with autocast_context(autocast, CPU):
             sums, _ = row_losses(model, batch, CPU)
         return sums.detach(), len(calls)

@@ -101,7 +101,7 @@ def test_what_lies_in_host_memory_changes_nothing(run, alone, offload):
 @pytest.mark.parametrize("has_checkpointing", [False, True])
 def test_logits_come_in_pieces_on_all_ranks_alike(run, autocast, has_checkpointing, tmp_path):
     """Microbatches of unequal shapes, whose logits are held a quarter at a time."""
-    store = write_tiny_store(tmp_path / "store", block_tokens=64)  # four pieces on the grid
+    store = write_tiny_store(tmp_path / "store", block_tokens=32)  # two pieces on the grid
     few = replace(
         run, store=str(store), microbatch_tokens=128, autocast=autocast,
         activation_checkpointing=has_checkpointing, **SLICED,

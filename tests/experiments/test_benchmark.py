@@ -34,6 +34,7 @@ from udp_ray.experiments.benchmark_growth import Curve, curves_of, growth_cells
 from udp_ray.experiments.benchmark_people import build_model, step_tokens, write_people
 from udp_ray.experiments.benchmark_process import Facts, LeftOutError, Team, build
 from udp_ray.experiments.benchmark_study import CEILING, Cell, Growth, ModelShape, Parts, Study
+from udp_ray.testing.stores import lengths_of
 
 SHAPES = [
     ModelShape(name=family, family=family, width=16, layers=1, heads=2, vocabulary=64)
@@ -137,9 +138,9 @@ def test_everybody_trains_on_the_same_tokens_in_every_step(cell: Cell, tmp_path:
             for step in (1, 2):
                 microbatches = [m for g in reader.groups(step) for m in g.microbatches]
                 tokens = [
-                    tuple(ids[mask.bool()].tolist())
+                    tuple(ids[:length].tolist())
                     for m in microbatches
-                    for ids, mask in zip(m.input_ids, m.attention_mask, strict=True)
+                    for ids, length in zip(m.input_ids, lengths_of(m), strict=True)
                 ]
                 rows.append(sorted(tokens))
     assert all(found == rows[0] for found in rows)

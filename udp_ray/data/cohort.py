@@ -72,6 +72,10 @@ class Microbatch:
     A row's loss is the mean over its labels that are not -100, of which there is at least one; the
     microbatch contributes the sum over rows of row_weight times the row's loss. Summed over a
     group's microbatches this is the group's loss, whatever the size of microbatches.
+
+    There is no attention mask: padding is on the right and attention is causal, so no token sees
+    padding, and padding carries no loss. A mask would depend on who shares the forward pass, and
+    with it the attention kernel that runs.
     """
 
     input_ids: Tensor
@@ -79,8 +83,6 @@ class Microbatch:
     labels: Tensor
     """The same tokens where they carry loss, else -100; not shifted, as Hugging Face has it. The
     first column is always -100: nothing predicts it."""
-    attention_mask: Tensor
-    """1 for tokens, 0 for padding; int64 (R, T)."""
     row_weight: Tensor
     """1 / examples of the group, those without loss included; float32 (R,)."""
 
@@ -96,7 +98,6 @@ class Microbatch:
         return Microbatch(
             function(self.input_ids),
             function(self.labels),
-            function(self.attention_mask),
             function(self.row_weight),
         )
 
@@ -226,16 +227,13 @@ class CohortReader:
         shape = len(rows), max(len(tokens) for tokens, _ in rows)
         input_ids = np.full(shape, self._pad_id, dtype=np.int64)
         labels = np.full(shape, NO_LOSS, dtype=np.int64)
-        attention_mask = np.zeros(shape, dtype=np.int64)
         for row, (tokens, loss_start) in enumerate(rows):
             first = max(loss_start, 1)  # nothing comes before position 0 to predict it from
             input_ids[row, : len(tokens)] = tokens
             labels[row, first : len(tokens)] = tokens[first:]
-            attention_mask[row, : len(tokens)] = 1
         microbatch = Microbatch(
             torch.from_numpy(input_ids),
             torch.from_numpy(labels),
-            torch.from_numpy(attention_mask),
             torch.full((len(rows),), weight, dtype=torch.float32),
         )
         return microbatch.pinned() if self._pin_memory else microbatch

@@ -28,7 +28,6 @@ class SharedMicrobatch:
 
     input_ids: Tensor
     labels: Tensor
-    attention_mask: Tensor
     row_weight: Tensor
     rows_of_groups: tuple[int, ...]
     """How many rows each group has, at least 1. Sensitive."""
@@ -77,8 +76,25 @@ def share(
     for _, alike in sorted(by_length.items(), reverse=True):
         alike.sort(key=lambda rows: rows.input_ids.shape, reverse=True)
         for some in _filled(alike, microbatch_tokens, padded):
-            microbatches.append(_joined(some, max(padded(rows) for rows in some)))
+            microbatches.append(join(some, max(padded(rows) for rows in some)))
     return microbatches, large
+
+
+def join(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
+    """Returns the rows of groups in this order in one microbatch, padded to `length` tokens."""
+    counts = tuple(len(rows.input_ids) for rows in some)
+    shape = sum(counts), length
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, NO_LOSS, dtype=torch.int64)
+    start = 0
+    for rows in some:
+        num_rows, num_tokens = rows.input_ids.shape
+        part = slice(start, start + num_rows), slice(0, num_tokens)
+        input_ids[part] = rows.input_ids
+        labels[part] = rows.labels
+        start += num_rows
+    weights = torch.cat([rows.row_weight for rows in some])
+    return SharedMicrobatch(input_ids, labels, weights, counts)
 
 
 def without_groups() -> SharedMicrobatch:
@@ -86,7 +102,6 @@ def without_groups() -> SharedMicrobatch:
     return SharedMicrobatch(
         input_ids=torch.zeros(1, 2, dtype=torch.int64),
         labels=torch.tensor([[NO_LOSS, 0]]),
-        attention_mask=torch.ones(1, 2, dtype=torch.int64),
         row_weight=torch.zeros(1),
         rows_of_groups=(1,),
     )
@@ -108,21 +123,3 @@ def _filled(
         some.append(rows)
     if some:
         yield some
-
-
-def _joined(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
-    counts = tuple(len(rows.input_ids) for rows in some)
-    shape = sum(counts), length
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, NO_LOSS, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    start = 0
-    for rows in some:
-        num_rows, num_tokens = rows.input_ids.shape
-        part = slice(start, start + num_rows), slice(0, num_tokens)
-        input_ids[part] = rows.input_ids
-        labels[part] = rows.labels
-        attention_mask[part] = rows.attention_mask
-        start += num_rows
-    weights = torch.cat([rows.row_weight for rows in some])
-    return SharedMicrobatch(input_ids, labels, attention_mask, weights, counts)

@@ -98,14 +98,14 @@ def evaluate(
         pad_id=heldout.manifest.tokenizer.pad_id,
         last_step=chunks - 1,
     )
-    with reader, _evaluating(model), autocast_context(autocast, world.device):
+    with reader, evaluating(model), autocast_context(autocast, world.device):
         for chunk in range(chunks):
             users = reader.groups(chunk)
             num_passes = sum(len(user.microbatches) for user in users)
             # Asked before the first pass, in which a rank already waits for the others.
             num_missing = world.largest(num_passes) - num_passes if is_collective else 0
             for user in users:
-                totals += _user_totals(model, user, world.device)
+                totals += user_totals(model, user, world.device)
             for _ in range(num_missing):
                 row_losses(model, without_groups(), world.device)
     dist.all_reduce(totals)
@@ -140,7 +140,7 @@ def _num_users_within(user_offsets: NDArray[np.int64], max_examples: int | None)
     return min(max(within, 1), num_users)
 
 
-def _user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
+def user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
     """Returns one user's (loss, tokens, mean loss, 1)."""
     loss = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
@@ -152,7 +152,8 @@ def _user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Lasts over an evaluation: no gradients, evaluation mode, and then the mode before."""
     was_training = model.training
     model.eval()
     try:

@@ -9,10 +9,13 @@ into the clipped sum instead. Parameters are handed over in the model's order, e
 microbatch. A group that fills more than one microbatch goes through the direct kernel,
 which ZeRO 3 cannot run: there each group must fit (`choose.py`).
 
-What a group adds must not depend on who shares its microbatch, or one person's absence would move
-what others add. In float32 the padded length changes a gradient by float32 rounding; in bfloat16 by
-some 5e-3 of it, which is why under autocast the length is a function of the group alone (see
-`data.sharing`). The number of rows and their order change nothing, bit for bit, as tested on a CPU.
+What a group adds must not depend on who shares its microbatch, or one user's absence would move
+what others add. The model gets no attention mask, which would depend on the company, and before
+each run `invariance.py` checks on made-up tokens that company changes nothing. In float32 the
+padded length changes a gradient by float32 rounding; in bfloat16 by some 5e-3 of it, which is why
+under autocast the length is a function of the group alone (see `data.sharing`). The number of rows
+and their order change nothing, bit for bit, as tested on a CPU. On CUDA under autocast the number
+of rows may select another matrix product, and so change bfloat16 rounding.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ NEGLIGIBLE = 1e-6
 """A gradient below this share of the whole one is rounding: a key's bias has none in theory."""
 
 
-def made_up_group(model: Any, num_rows: int, num_tokens: int) -> Group:
-    """Returns a group of random tokens from the model's vocabulary, always the same."""
+def made_up_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -> Group:
+    """Returns a group of random tokens from the model's vocabulary, the same for one seed."""
     vocabulary = model.config.vocab_size
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (num_rows, num_tokens), generator=random)
     labels = ids.clone()
     labels[:, 0] = NO_LOSS
     weights = torch.full((num_rows,), 1 / num_rows)
-    return Group([Microbatch(ids, labels, torch.ones_like(ids), weights)])
+    return Group([Microbatch(ids, labels, weights)])
 
 
 def check_exact(

@@ -31,6 +31,8 @@ from udp_ray.engine import checkpoint
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.choose import choose_kernel
 from udp_ray.engine.evaluate import evaluate
+from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.ports import Kernel, Metrics, Publish, ResumePoint, TrainResult, WorkerKeys
 from udp_ray.engine.schedule import learning_rate
 from udp_ray.engine.selfcheck import check_noise
@@ -44,6 +46,7 @@ from udp_ray.models.load import (
     frozen_fingerprint,
     trainable_parameters,
 )
+from udp_ray.models.positions import require_positions
 
 SAMPLED_VALUES = 256
 """Values of each parameter that the check after the first step looks at."""
@@ -88,6 +91,8 @@ def train(
 
     Raises:
         NoiseCheckError: The run-time check failed; nothing was trained.
+        UnsupportedModelError: What a user adds depends on other users; nothing was trained.
+        ConfigError: The store's examples may be longer than the model has positions.
         LedgerError: The accountant refused (raised on all ranks), other than for the budget.
         CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
     """
@@ -167,7 +172,8 @@ class _Training:
         return TrainResult(self.step, self.location, self.digest, budget_message)
 
     def _set_up(self) -> None:
-        """Builds the parts, proves the noise, and takes up a checkpoint where there is one."""
+        """Builds the parts, checks model and noise, and loads a checkpoint where there is one."""
+        self._require_positions()
         self.model.train()
         if self.settings.activation_checkpointing:
             checkpoint_activations(self.model)
@@ -187,6 +193,7 @@ class _Training:
             even_for=self.store.manifest.block_tokens if is_sliced else None,
         )
         kernel = self._kernel()
+        self.world.from_first(lambda: self._check_invariance(kernel))
         self.zero = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
         )
@@ -220,6 +227,24 @@ class _Training:
             autocast=self.autocast,
             world=self.world,
             is_sliced=self.settings.zero_stage == 3,
+        )
+
+    def _require_positions(self) -> None:
+        config = getattr(self.model, "config", None)
+        if config is not None:
+            name = getattr(config, "_name_or_path", "")
+            require_positions(name, config, self.store.manifest.block_tokens)
+
+    def _check_invariance(self, kernel: Kernel) -> None:
+        """Refuses a model that couples users. Not collective: parameters are still whole."""
+        check_invariance(
+            self.model,
+            self.parameters,
+            kernel="ghost" if isinstance(kernel, GhostKernel) else "direct",
+            tokens_per_row=self.store.manifest.block_tokens,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            autocast=self.autocast,
+            trains_on=self.world.device.type,
         )
 
     def _private_step(self, kernel: Kernel) -> PrivateStep:

@@ -7,7 +7,7 @@ more than a piece of them is held. Other models' logits are made whole. Under Ze
 the head together, so all make equally many pieces, some of padding.
 
 How a row is cut into pieces depends on its padded length and on public numbers, never on the rows
-beside it: under bfloat16 a product of another shape may round otherwise, and what one person adds
+beside it: under bfloat16 a product of another shape may round otherwise, and what one user adds
 must not depend on who else is there. For the same reason positions without loss are dropped in
 float32 only, where it changes no more than a float32 rounding.
 
@@ -50,8 +50,6 @@ class Rows(Protocol):
     def input_ids(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
-    @property
-    def attention_mask(self) -> Tensor: ...
 
 
 def autocast_context(autocast: str, device: torch.device) -> AbstractContextManager[object]:
@@ -106,7 +104,11 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
     """Returns each row's summed loss and its number of tokens with loss.
 
     Args:
-        model: A causal language model: called with ids and mask, it returns logits.
+        model: A causal language model: called with ids alone, it returns logits. It gets no
+            attention mask, because a mask would depend on who shares the forward pass: the model
+            library drops a mask that hides nothing, and may then run another attention kernel.
+            With padding on the right and causal attention no token sees padding; models for which
+            this does not hold are refused before training (`invariance.py`).
         rows: Padded examples; labels[t] is the token at t, or NO_LOSS.
         device: Where the model is.
 
@@ -116,11 +118,7 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
     head = _heads.get(model)
     labels_RT = rows.labels[:, 1:]
     counts_R = (labels_RT != NO_LOSS).sum(dim=1).to(device).float()
-    inputs = {
-        "input_ids": rows.input_ids.to(device),
-        "attention_mask": rows.attention_mask.to(device),
-        "use_cache": False,
-    }
+    inputs = {"input_ids": rows.input_ids.to(device), "use_cache": False}
     if head is None:
         logits_RTV = model(**inputs).logits[:, :-1]
         return _summed_losses(logits_RTV, labels_RT.to(device)), counts_R
@@ -237,14 +235,12 @@ def _gives_the_same_logits(model: PreTrainedModel, head: _Head) -> bool:
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(head.num_words, (2, 8), generator=random).to(device)
-    mask = torch.ones_like(ids)
-    mask[1, 5:] = 0  # padding, as microbatches have it
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        expected = model(**inputs).logits[mask.bool()]
-        found = head.logits(model.base_model(**inputs)[0])[mask.bool()]
+        inputs = {"input_ids": ids, "use_cache": False}
+        expected = model(**inputs).logits
+        found = head.logits(model.base_model(**inputs)[0])
     model.train(was_training)
     if found.shape != expected.shape:
         return False

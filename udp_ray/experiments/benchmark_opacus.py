@@ -110,16 +110,11 @@ class _WithPositions(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> object:
+    def forward(self, input_ids: Tensor, use_cache: bool) -> object:
         positions_RT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(
             input_ids
         )
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions_RT,
-            use_cache=use_cache,
-        )
+        return self.model(input_ids=input_ids, position_ids=positions_RT, use_cache=use_cache)
 
 
 def with_torch_layers(model: nn.Module) -> nn.Module:
@@ -152,6 +147,5 @@ def _rows(microbatch: Microbatch, first: int, last: int) -> Microbatch:
     return Microbatch(
         input_ids,
         microbatch.labels[first:last],
-        microbatch.attention_mask[first:last],
         torch.ones(len(input_ids)),
     )

@@ -1,8 +1,10 @@
 """Load a causal language model for private training, or refuse it and say why.
 
 The guarantee needs one user's gradient to depend on that user's text alone, in float32. So weights
-become float32, every dropout gets one stated value, and a model whose forward pass couples the
-examples of a batch, or that carries statistics of private text past the noise, is refused.
+become float32, every dropout gets one stated value, and models with layers that are known to couple
+the examples of a batch, or to carry statistics of private text past the noise, are refused at once.
+The guarantee does not rest on that list: before each run `engine/invariance.py` checks the property
+itself on made-up tokens.
 
     model = load_model("demo/model", dropout=0.0)
     list(trainable_parameters(model))[0]     # 'transformer.wte.weight', once, though it is tied
@@ -100,7 +102,10 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
 
 
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
-    """Raises UnsupportedModelError if one example's gradient can depend on another example."""
+    """Raises UnsupportedModelError if a layer's name says that it couples examples.
+
+    An early refusal in clear words; what it does not know, `engine/invariance.py` finds out.
+    """
     for path, module in model.named_modules():
         kind = type(module).__name__
         if "BatchNorm" in kind or getattr(module, "track_running_stats", False):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from udp_ray.data.cohort import NO_LOSS, Microbatch
 from udp_ray.data.manifest import Manifest, PrivateCounts, StoreCounts, TokenizerInfo
 from udp_ray.data.remote import open_store
+from udp_ray.data.sharing import SharedMicrobatch
 from udp_ray.data.store import HELDOUT_FOLDER, Shard, TokenStore, write_shard
 
 Users = list[list[list[int]]]
@@ -91,6 +93,12 @@ def write_store(
         path
     )
     return path
+
+
+def lengths_of(microbatch: Microbatch | SharedMicrobatch) -> list[int]:
+    """Returns how many tokens each row has without its padding: the last one carries loss."""
+    has_loss = microbatch.labels != NO_LOSS
+    return [1 + int(row.nonzero().max()) for row in has_loss]
 
 
 def tell_digest(place: str, cache: str, told: SimpleQueue[str]) -> None:
