@@ -87,6 +87,12 @@ def to_folder(config: ExperimentConfig, output: Path) -> ExperimentConfig:
     return config.model_copy(update={"output": str(output)})
 
 
+def with_storage(config: ExperimentConfig, storage: Path) -> ExperimentConfig:
+    """Returns the same settings with checkpoints that stay after the run, in a folder."""
+    cluster = config.cluster.model_copy(update={"storage": str(storage)})
+    return config.model_copy(update={"cluster": cluster})
+
+
 def _make_ready(folder: Path, num_users: int, ledger_url: str) -> None:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "model")
