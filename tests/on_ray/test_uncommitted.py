@@ -1,25 +1,37 @@
-"""Only committed checkpoints stay in a run's storage; no cluster is needed to see it.
+"""Only committed checkpoints stay in a run's storage, and none in a published output folder.
+
+No cluster is needed to see it.
 
 pytest tests/on_ray/test_uncommitted.py
 """
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from udp_ray.config import ExperimentConfig
 from udp_ray.engine.world import join_world
 from udp_ray.location import below
-from udp_ray.on_ray import worker
+from udp_ray.on_ray import publish, worker
+from udp_ray.on_ray.admission import admit, prepare_run
+from udp_ray.on_ray.carry_out import carry_out
 from udp_ray.on_ray.remote_accountant import AttemptStart, RemoteAccountant
 from udp_ray.on_ray.stored import remove_uncommitted
 from udp_ray.on_ray.worker import RunCheckpoints
+from udp_ray.outputs import OutputFolder
+from udp_ray.testing.runs import tiny_experiment, with_storage
+from udp_ray.testing.without_ray import without_ray
 
 KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
 LEFTOVER = "checkpoint-00000006-attempt-1"
 """Written by an attempt that died before it committed: its repetition writes step 6 anew."""
+LATE = "checkpoint-00000006-attempt-0"
 OF_RAY = "checkpoint_manager_snapshot.json"
 
 
@@ -99,3 +111,60 @@ def test_where_nothing_was_committed_no_checkpoint_stays(storage: str, tmp_path:
     )  # fmt: skip
     begin(start, storage, tmp_path)
     assert names_in(tmp_path) == [OF_RAY]
+
+
+# ---- the end of a run
+
+
+def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None]) -> list[str]:
+    """Runs in this process; returns what was announced."""
+    said: list[str] = []
+    run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
+    admit(run, resume=False)
+    with without_ray(before_step):
+        carry_out(run, resume=False, announce=said.append)
+    return said
+
+
+def leave_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As if a worker of an older attempt had still been uploading."""
+    end = RemoteAccountant.end
+
+    def leave_and_end(self: RemoteAccountant, number: int, message: str | None) -> None:
+        (folder / LATE).mkdir()
+        end(self, number, message)
+
+    monkeypatch.setattr(RemoteAccountant, "end", leave_and_end)
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "failing arm"])
+def test_a_run_ends_with_no_uncommitted_checkpoint_in_its_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    if not is_removed:
+        monkeypatch.setattr(publish, "remove_uncommitted", lambda *_: None)
+    leave_after_the_last_commit(monkeypatch, tmp_path / "storage" / "run")
+    config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
+    run_to_the_end(with_storage(config, tmp_path / "storage"), lambda step: None)
+    committed = ["checkpoint-00000004-attempt-1", "checkpoint-00000006-attempt-1"]
+    late = [] if is_removed else [LATE]
+    assert names_in(tmp_path / "storage" / "run") == sorted([*committed, *late])
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "failing arm"])
+def test_storage_in_the_output_folder_is_owner_only_and_goes_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    if not is_removed:
+        monkeypatch.setattr(OutputFolder, "remove_checkpoints_folder", lambda self: False)
+    config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
+    folder = Path(config.output) / "checkpoints"
+    modes: set[int] = set()
+    before = os.umask(0)  # which would let all look in
+    try:
+        said = run_to_the_end(config, lambda step: modes.add(stat.S_IMODE(folder.stat().st_mode)))
+    finally:
+        os.umask(before)
+    assert modes == {0o700}
+    assert folder.exists() is not is_removed
+    assert any(f"{folder} could not be removed" in line for line in said) is not is_removed
