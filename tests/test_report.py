@@ -62,7 +62,9 @@ def test_a_finished_statement_also_names_run_ledger_totals_and_what_is_not_cover
     for needed in (
         "chats-1f", "ledger-7", "cccccccccccccccc", "dddddddddddddddd", "a1b2c3", "Held-out people",
         "pretrained", "3 runs", "epsilon = 11", "epsilon = 20", "dp-accounting", "Side channels",
-        "50 of 50 steps charged",
+        "50 of 50 steps charged", "only those that the ledger has committed",
+        "For the operator only are the store, the ledger, the storage of checkpoints",
+        "how long all of them took",
     ):  # fmt: skip
         assert needed in page, needed
 

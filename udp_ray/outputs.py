@@ -7,9 +7,14 @@
       adapter_config.json, adapter_model.safetensors           instead of it, after training by LoRA
       privacy.json, statement.md                               what was promised and spent
       metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
-      checkpoints/            the last two, unless cluster.storage says elsewhere
+      checkpoints/            until the run ends, unless cluster.storage says elsewhere
 
 Files are written aside and renamed, so that no reader and no crash meets half of one.
+
+The folder may be published once the run has ended. No file then holds a time or a rate, and all
+are written anew at the end: between them, times of files would tell how long steps took, which
+depends on who is in their cohorts. Checkpoints have such times, in their files and in what Ray
+writes beside them, so their folder is open to its owner only and goes when the run ends.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +39,7 @@ METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
 CHECKPOINTS_FOLDER = "checkpoints"
+OWNER_ONLY = 0o700
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,28 @@ class OutputFolder:
                         f"output {self.path} was taken by run {self.run_id()} just now: give"
                         " another folder"
                     ) from None
+
+    def make_checkpoints_folder(self) -> None:
+        """Makes the folder of checkpoints, for its owner only.
+
+        Raises:
+            StorageError: If it cannot be made.
+        """
+        folder = self.path / CHECKPOINTS_FOLDER
+        with writing(CHECKPOINTS_FOLDER, self.path):
+            folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+            folder.chmod(OWNER_ONLY)  # an older one, or another umask
+
+    def remove_checkpoints_folder(self) -> bool:
+        """Removes the folder of checkpoints; returns whether it is gone."""
+        folder = self.path / CHECKPOINTS_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
+
+    def forget_start(self) -> None:
+        """Gives run.json, the first file of a run, the time of now, like all other files."""
+        with writing(RUN_FILE, self.path):
+            (self.path / RUN_FILE).touch()
 
     def release(self) -> None:
         """Undoes `claim` for a run that was not admitted."""

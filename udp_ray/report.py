@@ -25,6 +25,8 @@ from udp_ray.errors import ConfigError, DataError
 from udp_ray.outputs import PRIVACY_FILE, STATEMENT_FILE, write_aside
 from udp_ray.provenance import versions
 from udp_ray.statement_parts import (
+    PUBLISHED,
+    RUNNING_TIME,
     DatasetTotal,
     RunIdentity,
     budget_from_dict,
@@ -39,7 +41,7 @@ NOT_COVERED = (
     "Held-out people: the losses and perplexities are computed on their text without noise.",
     "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
     "Choices made after looking at several runs: each run is charged whole, the choice is not.",
-    "Side channels: running time, memory, traffic, and whoever can read the store, the ledger or"
+    f"Side channels: {RUNNING_TIME}, memory, traffic, and whoever can read the store, the ledger or"
     " a worker's memory.",
     "Facts about a person that stand in other people's text.",
 )
@@ -89,8 +91,7 @@ class PrivacyStatement:
             "All of a person's text carries the same user id, and nobody writes under another's.",
             "The run's key stayed secret; it was drawn from the operating system and destroyed at"
             " the end of the run.",
-            "What is published are the weights, the checkpoints and this folder, and not the"
-            " store, the ledger or Ray's internal logs.",
+            PUBLISHED,
         )
 
     def not_covered(self) -> tuple[str, ...]:

@@ -10,6 +10,19 @@ from udp_ray.dp.ledger_records import Budget, Digests, Spending
 from udp_ray.dp.plan import json_number
 from udp_ray.provenance import git_commit
 
+PUBLISHED = (
+    "What is published are the weights and this folder, once the run has ended, and of checkpoints"
+    " only those that the ledger has committed. For the operator only are the store, the ledger,"
+    " the storage of checkpoints (times of its files tell how long steps took), the terminal, and"
+    " the logs of jobs and of Ray."
+)
+"""What statements assume of whoever publishes."""
+RUNNING_TIME = (
+    "running time (nothing in this folder tells how long a step took; the ledger and the terminal"
+    " tell how long all of them took)"
+)
+"""What statements say of time, among side channels."""
+
 
 @dataclass(frozen=True)
 class RunIdentity:

@@ -20,6 +20,8 @@ from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.outputs import PRIVACY_FILE, STATEMENT_FILE, write_aside
 from udp_ray.provenance import versions
 from udp_ray.statement_parts import (
+    PUBLISHED,
+    RUNNING_TIME,
     DatasetTotal,
     RunIdentity,
     budget_to_dict,
@@ -33,8 +35,8 @@ NOT_COVERED = (
     "Held-out people: the losses that the trials are compared by are computed on their text without"
     " noise.",
     "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
-    "Side channels: running time, memory, traffic, Ray's internal logs and dashboard, and whoever"
-    " can read the store, the ledger or a worker's memory.",
+    f"Side channels: {RUNNING_TIME}, memory, traffic, Ray's internal logs and dashboard, and"
+    " whoever can read the store, the ledger or a worker's memory.",
     "Facts about a person that stand in other people's text.",
 )
 SECRET_TRIALS = (
@@ -120,6 +122,7 @@ class SweepStatement:
             "Held-out people are not in the training set.",
             "The keys stayed secret; they were drawn from the operating system and destroyed at the"
             " end of the sweep.",
+            PUBLISHED,
             *(SECRET_TRIALS if self.planned.release == "best" else ()),
         )
 

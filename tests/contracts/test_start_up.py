@@ -16,7 +16,7 @@ HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboar
     ("module", "needed"),
     [
         # Starts the workers, opens the ledger, shows the progress; publishes at the end.
-        ("udp_ray.on_ray.trial", {"alembic", "sqlalchemy", "tensorboard"}),
+        ("udp_ray.on_ray.trial", {"alembic", "sqlalchemy"}),
         # The door: what the driver hands to Ray Train.
         ("udp_ray.on_ray.worker_job", set()),
         ("udp_ray.on_ray.remote_accountant", set()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import stat
@@ -105,8 +106,13 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_a_shard_cut_short_is_named_without_reading_it(tmp_path):
     path = write_store(tmp_path / "s", USERS)
-    os.truncate(path / shard_file(1), 50)
-    with pytest.raises(DataError, match=r"shard-00001\.bin is damaged \(50 bytes"):
+    whole = (path / shard_file(1)).read_bytes()
+    for length in (len(whole) - 8, 50, 8, 0):
+        os.truncate(path / shard_file(1), length)
+        with pytest.raises(DataError, match=r"shard-00001\.bin is damaged \(it"):
+            TokenStore.open(path, verify=False)
+    (path / shard_file(1)).write_bytes(whole + bytes(8))
+    with pytest.raises(DataError, match="its length does not fit its header"):
         TokenStore.open(path, verify=False)
 
 
@@ -127,12 +133,26 @@ def test_a_folder_that_is_no_store_is_refused_with_the_remedy(tmp_path):
             TokenStore.open(path, verify=False)
 
 
-def test_a_manifest_of_another_version_is_refused(tmp_path):
+def test_a_manifest_of_an_older_version_is_refused_in_one_sentence(tmp_path):
     path = write_store(tmp_path / "s", USERS)
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 2'))
-    with pytest.raises(DataError, match="schema_version"):
+    values = json.loads(manifest.read_text()) | {"schema_version": 1}
+    for shard in values["shards"]:
+        shard["bytes"] = 120
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"has schema version 1, and .* reads 2: prepare") as caught:
         TokenStore.open(path, verify=False)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_manifest_that_is_damaged_is_refused_by_field(tmp_path):
+    path = write_store(tmp_path / "s", USERS)
+    manifest = path / "manifest.json"
+    whole = manifest.read_text()
+    for damaged, field in ((whole[:40], "the file"), (whole.replace("num_shards", "n"), "num_s")):
+        manifest.write_text(damaged)
+        with pytest.raises(DataError, match=rf"not a manifest of version 2 \({field}"):
+            TokenStore.open(path, verify=False)
 
 
 def test_the_digest_changes_with_any_token_and_with_the_name_but_not_with_the_place(tmp_path):
@@ -151,6 +171,37 @@ def test_counts_are_for_the_owner_only_and_not_in_the_manifest(tmp_path):
     assert PrivateCounts.read(path).train.examples_per_user == {1: 2, 2: 2, 3: 1}
     fields = set(Manifest.model_fields)
     assert not fields & {"num_users", "num_examples", "num_tokens", "examples_per_user", "counts"}
+
+
+def numbers_of(values) -> list[float]:
+    """All numbers in plain values, digits of checksums aside."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, list):
+        return [number for value in values for number in numbers_of(value)]
+    return [values] if isinstance(values, int | float) else []
+
+
+def test_no_number_of_the_manifest_depends_on_who_is_in_the_data(tmp_path):
+    """Other users, more users, none in a shard: only checksums may differ."""
+    longer = [[[9] * 60 for _ in range(20)] for _ in range(30)]
+    paths = [
+        write_store(tmp_path / name, users, heldout=users)
+        for name, users in (("some", USERS), ("one less", USERS[:-1]), ("longer", longer))
+    ]
+    for folder in ("", "heldout"):
+        public = [json.loads((path / folder / "manifest.json").read_text()) for path in paths]
+        assert numbers_of(public[0]) == numbers_of(public[1]) == numbers_of(public[2])
+        private = [json.loads((path / folder / "private.json").read_text()) for path in paths]
+        assert numbers_of(private[0]) != numbers_of(private[1])  # the comparison sees counts
+        sizes = [
+            [(path / folder / shard["file"]).stat().st_size for shard in manifest["shards"]]
+            for path, manifest in zip(paths, public, strict=True)
+        ]
+        for manifest, bytes_of_shards in zip(public, sizes, strict=True):  # as version 1 had them
+            for shard, size in zip(manifest["shards"], bytes_of_shards, strict=True):
+                shard["bytes"] = size
+        assert numbers_of(public[0]) != numbers_of(public[1])
 
 
 def test_a_repeated_task_leaves_one_whole_shard_and_nothing_beside_it(tmp_path):

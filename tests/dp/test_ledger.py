@@ -18,6 +18,7 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 
+from udp_ray.dp import ledger_rules as rules
 from udp_ray.dp import ledger_schema as schema
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Budget, Ledger, plan_digest
@@ -302,8 +303,9 @@ def test_an_attempt_goes_on_from_the_last_commit_with_the_same_key(ledger):
     admit(ledger, key=key)
     first = ledger.begin_attempt("run", DIGESTS)
     assert (first.number, first.resume_step, first.resume_checkpoint) == (1, 0, None)
-    authorize(ledger, first, 1, 2, 3)
+    authorize(ledger, first, 1, 2)
     ledger.commit(first, 2, checkpoint="s3://two", digest="two")
+    authorize(ledger, first, 3, start="two")
     second = ledger.begin_attempt("run", DIGESTS)
     assert (second.number, second.resume_step, second.key) == (2, 2, key)
     assert (second.resume_checkpoint, second.resume_digest) == ("s3://two", "two")
@@ -472,13 +474,67 @@ def test_a_commit_again_changes_nothing_and_another_of_its_step_is_refused(ledge
 
 def test_a_checkpoint_of_steps_that_were_never_authorized_is_refused(ledger):
     attempt = started(ledger)
-    authorize(ledger, attempt, 1, 2, 4)
+    authorize(ledger, attempt, 1, 2)
+    ledger.commit(attempt, 2, checkpoint="/two", digest="two")
+    authorize(ledger, attempt, 4, start="two")
     for step in (3, 4, 5):
         with pytest.raises(LedgerError, match="were authorized"):
             ledger.commit(attempt, step, checkpoint="/x", digest="x")
-    ledger.commit(attempt, 2, checkpoint="/two", digest="two")
     with pytest.raises(LedgerError, match="cannot follow"):
         ledger.commit(attempt, 1, checkpoint="/one", digest="one")
+
+
+def test_the_committed_checkpoints_are_told_oldest_first_and_no_others(ledger):
+    first = interrupted(ledger)
+    assert (first.committed, first.replay_until) == ((), 0)
+    ledger.commit(first, 5, checkpoint="/five", digest="five")
+    assert ledger.committed_checkpoints("run") == ("/three", "/five")
+    assert ledger.begin_attempt("run", DIGESTS).committed == ("/three", "/five")
+
+
+# ---- commits while reserved steps are repeated
+
+
+def resumed_with_frequent_commits(ledger):
+    """Resumes a run that reserved steps 4 and 5 from step 3, and commits after each step."""
+    interrupted(ledger)
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    authorize(ledger, attempt, 4, start="three")
+    ledger.commit(attempt, 4, checkpoint="/four", digest="four")
+    authorize(ledger, attempt, 5, start="four")
+
+
+def test_a_commit_between_reserved_steps_is_refused_and_the_run_can_go_on(ledger):
+    with pytest.raises(LedgerError, match=r"step 4 .* before step 5 is repeated"):
+        resumed_with_frequent_commits(ledger)
+    again = ledger.begin_attempt("run", DIGESTS)
+    assert (again.resume_step, again.replay_until) == (3, 5)
+    authorize(ledger, again, 4, 5, start="three")
+    ledger.commit(again, 5, checkpoint="/five", digest="five")
+    authorize(ledger, again, 6, start="five")
+    assert ledger.run("run").charged_steps == 6
+
+
+def test_with_a_commit_between_reserved_steps_the_run_would_be_refused_for_good(
+    ledger, monkeypatch
+):
+    """The failing arm: the ledger without the rule."""
+    monkeypatch.setattr(rules, "refuse_commit_between_reserved", lambda *_: None)
+    with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+        resumed_with_frequent_commits(ledger)
+    for _ in range(2):
+        attempt = ledger.begin_attempt("run", DIGESTS)
+        with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+            authorize(ledger, attempt, 5, start=attempt.resume_digest)
+
+
+def test_a_rekeyed_attempt_repeats_no_reserved_step_and_may_commit_at_once(ledger):
+    interrupted(ledger)
+    rekeyed = ledger.begin_attempt("run", other("config"), on_mismatch="rekey")
+    assert rekeyed.replay_until == rekeyed.resume_step == 3
+    authorize(ledger, rekeyed, 4, start="three")
+    ledger.commit(rekeyed, 4, checkpoint="/four", digest="four")
+    authorize(ledger, rekeyed, 5, start="four")
 
 
 # ---- secrets

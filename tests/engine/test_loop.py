@@ -9,14 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from udp_ray.dp import ledger_rules
 from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger import Ledger
 from udp_ray.engine import checkpoint
 from udp_ray.engine.loop import ResumePoint
 from udp_ray.engine.world import join_world
-from udp_ray.errors import CheckpointError, ConfigError, FencedError
+from udp_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    FencedError,
+    LedgerError,
+    ReplayRefusedError,
+)
+from udp_ray.testing import training_deaths
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
 from udp_ray.testing.training import TinyRun, tiny_model, train_tiny, write_tiny_store
-from udp_ray.testing.training_deaths import train_refused
+from udp_ray.testing.training_deaths import (
+    RUN_ID,
+    Death,
+    make_ledger,
+    train_refused,
+    train_with_ledger,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +85,9 @@ def test_the_result_names_a_checkpoint_of_the_final_weights(whole):
 
 def test_metrics_are_public_numbers_and_nothing_else(whole):
     assert set(told(whole)[-1]) == {
-        "step", "train/learning_rate", "train/expected_units_per_s", "heldout/token_loss",
-        "heldout/user_loss", "heldout/token_perplexity", "heldout/user_perplexity",
-        "heldout/num_tokens", "heldout/num_users",
+        "step", "train/learning_rate", "heldout/token_loss", "heldout/user_loss",
+        "heldout/token_perplexity", "heldout/user_perplexity", "heldout/num_tokens",
+        "heldout/num_users",
     }  # fmt: skip
 
 
@@ -108,6 +123,76 @@ def test_a_run_resumed_after_its_last_step_is_evaluated_and_takes_none(run, whol
     resumed = train_tiny(run, resume=resume_point(whole, 5))
     assert [event[0] for event in resumed.events] == ["metrics"]
     assert resumed.result == whole.result
+
+
+# ---- resuming with a smaller checkpoint_every
+
+
+STOPPED_AT = 7
+
+
+class Stopped(Exception):
+    """What ends an attempt after a step was reserved."""
+
+
+@pytest.fixture(scope="module")
+def rare(run):
+    """Ten steps, a checkpoint after every fourth."""
+    return replace(run, num_steps=10, checkpoint_every=4)
+
+
+@pytest.fixture
+def frequent(rare, tmp_path, monkeypatch):
+    """The run after it stopped with steps 5 to 7 reserved from step 4, now with more commits."""
+
+    def stop() -> None:
+        raise Stopped
+
+    monkeypatch.setattr(training_deaths, "die", stop)
+    make_ledger(url_in(tmp_path), rare)
+    with pytest.raises(Stopped):
+        train_with_ledger(rare, url_in(tmp_path), str(tmp_path), Death(authorize=STOPPED_AT))
+    return replace(rare, checkpoint_every=1)
+
+
+def url_in(folder):
+    return f"sqlite:///{folder / 'ledger.sqlite'}"
+
+
+def test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated(
+    rare, frequent, tmp_path
+):
+    resumed = train_with_ledger(frequent, url_in(tmp_path), str(tmp_path))
+    assert [event[1] for event in resumed.events if event[0] == "publish"] == [7, 8, 9, 10]
+    assert [metrics["step"] for metrics in told(resumed)] == [7, 8, 9, 10]
+    assert all("heldout/token_loss" in metrics for metrics in told(resumed))
+    undisturbed = train_tiny(rare)
+    assert all(np.array_equal(resumed.weights[n], w) for n, w in undisturbed.weights.items())
+    with Ledger.open(url_in(tmp_path)) as ledger:
+        record = ledger.run(RUN_ID)
+    assert (record.charged_steps, record.committed_step, record.num_keys) == (10, 10, 1)
+
+
+def test_a_loop_that_commits_between_reserved_steps_is_stopped_before_harm(frequent, tmp_path):
+    with pytest.raises(LedgerError, match=r"step 5 .* before step 7 is repeated"):
+        train_with_ledger(frequent, url_in(tmp_path), str(tmp_path), defers_commits=False)
+    resumed = train_with_ledger(frequent, url_in(tmp_path), str(tmp_path))
+    assert resumed.result.step == 10
+
+
+def test_committing_between_reserved_steps_would_end_the_run_for_good(
+    frequent, tmp_path, monkeypatch
+):
+    """The failing arm: neither the loop defers its commits nor does the ledger refuse them."""
+    monkeypatch.setattr(ledger_rules, "refuse_commit_between_reserved", lambda *_: None)
+    for defers_commits in (False, True):  # the second attempt does it right, in vain
+        with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+            train_with_ledger(
+                frequent, url_in(tmp_path), str(tmp_path), defers_commits=defers_commits
+            )
+
+
+# ---- refusals
 
 
 def test_a_resume_point_of_another_step_is_refused(run, whole):

@@ -29,6 +29,8 @@ from udp_ray.testing.training import distance
 
 pytestmark = pytest.mark.slow
 STEP = 5  # between the checkpoints of steps 4 and 6
+EVERY = 2
+CHECKPOINT = 6
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,35 @@ def test_a_run_whose_workers_die_too_often_says_so_and_can_be_resumed(
     undisturbed.require_alike(output, ledger)
 
 
+def test_a_checkpoint_left_uncommitted_is_gone_before_its_step_is_repeated(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    output, storage = tmp_path / "output", tmp_path / "storage"
+    cluster = config.cluster.model_copy(update={"max_failures": 0, "storage": str(storage)})
+    fragile = to_folder(config.model_copy(update={"cluster": cluster}), output)
+    with (
+        paused_at(Moment("published", CHECKPOINT), tmp_path / "moment", kill),
+        pytest.raises(WorkersLostError),
+    ):
+        train_on_ray(fragile, announce=unheard)
+    assert ledger.run(run_id_in(output)).committed_step == CHECKPOINT - EVERY
+    leftover = f"checkpoint-{CHECKPOINT:08d}-attempt-1"
+    assert leftover in checkpoints_in(storage)
+    seen: list[list[str]] = []
+    first = Moment("authorized", CHECKPOINT - EVERY + 1)
+    with paused_at(first, tmp_path / "again", lambda pid: seen.append(checkpoints_in(storage))):
+        train_on_ray(fragile, resume=True, announce=unheard)
+    assert seen == [["checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1"]]
+    assert [name[:19] for name in checkpoints_in(storage)] == [
+        "checkpoint-00000006", "checkpoint-00000008",
+    ]  # fmt: skip
+    undisturbed.require_alike(output, ledger)
+
+
+def checkpoints_in(storage: Path) -> list[str]:
+    return sorted(folder.name for folder in storage.rglob("checkpoint-*"))
+
+
 def test_the_comparison_would_notice_a_step_too_few(undisturbed: Undisturbed) -> None:
-    before, after = sorted((undisturbed.result.output / "checkpoints").rglob("weights.safetensors"))
+    before, after = sorted(undisturbed.storage.rglob("weights.safetensors"))
     assert distance(load_file(before), load_file(after)) > 100 * TOLERANCE

@@ -22,7 +22,12 @@ from hypothesis import strategies as st
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import FencedError, PrivacyBudgetExceededError, ReplayRefusedError
+from udp_ray.errors import (
+    FencedError,
+    LedgerError,
+    PrivacyBudgetExceededError,
+    ReplayRefusedError,
+)
 from udp_ray.testing import ledger_processes as drivers
 from udp_ray.testing.ledger_processes import (
     DATASET,
@@ -169,7 +174,10 @@ EVENTS = st.lists(
 @settings(max_examples=15)
 @given(EVENTS, st.integers(1, 8))
 def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, events, num_steps):
-    """A model that only counts draws: distinct (key, step) pairs, by whoever was let through."""
+    """A model that only counts draws: distinct (key, step) pairs, by whoever was let through.
+
+    Nothing else than the budget refuses a step that starts from the last commit, at any time.
+    """
     folder = tmp_path_factory.mktemp("history")
     with new_ledger(f"sqlite:///{folder / 'ledger.sqlite'}") as ledger:
         attempt, digests = started(ledger, num_steps=num_steps), DIGESTS
@@ -185,6 +193,9 @@ def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, e
                 step += 1
                 inputs = (digests, start)
                 assert drawn.setdefault((attempt.key.id, step), inputs) == inputs
+            elif event == "commit" and attempt.resume_step < step < attempt.replay_until:
+                with pytest.raises(LedgerError, match="is repeated"):
+                    ledger.commit(attempt, step, checkpoint="/x", digest=f"between-{step}")
             elif event == "commit" and step > attempt.resume_step:
                 start = f"checkpoint-{step}"
                 ledger.commit(attempt, step, checkpoint="/x", digest=start)

@@ -24,7 +24,7 @@ from udp_ray.location import below
 from udp_ray.testing.aftermath import weights
 from udp_ray.testing.faults import wait_for_steps
 from udp_ray.testing.object_store import ObjectStore
-from udp_ray.testing.runs import tiny_experiment, to_folder
+from udp_ray.testing.runs import tiny_experiment, to_folder, with_storage
 from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
@@ -61,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 @pytest.fixture(scope="module")
 def undisturbed(config: ExperimentConfig) -> Path:
     output = Path(config.output).parent / "undisturbed"
-    finish(start(to_folder(config, output), {}))
+    finish(start(with_storage(to_folder(config, output), output.with_name("storage")), {}))
     return output
 
 
@@ -146,7 +146,7 @@ def at_urls(config: ExperimentConfig, objects: ObjectStore, cache: Path) -> Expe
 
 def test_the_comparison_of_weights_would_notice_one_checkpoint_less(undisturbed: Path) -> None:
     run_id = json.loads((undisturbed / "run.json").read_text())["run_id"]
-    kept = sorted((undisturbed / "checkpoints" / run_id).glob("checkpoint-*"))
+    kept = sorted((undisturbed.with_name("storage") / run_id).glob("checkpoint-*"))
     before, after = (load_file(each / "weights.safetensors") for each in kept)
     moved = distance(before, after)
     assert moved > 100 * EVERY * TOLERANCE

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import udp_ray
@@ -26,6 +27,7 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
+from udp_ray.event_file import EVENT_FILE
 from udp_ray.on_ray.admission import admit, plan_of, prepare_run
 from udp_ray.on_ray.capacity import require_capacity
 from udp_ray.on_ray.progress import EpsilonCurve
@@ -33,7 +35,7 @@ from udp_ray.on_ray.train import RunResult, describe_run, train_on_ray
 from udp_ray.outputs import OutputFolder
 from udp_ray.testing.aftermath import weights
 from udp_ray.testing.faults import train_workers, wait_for_steps, worker_killed_after
-from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder
+from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder, with_storage
 from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
@@ -65,7 +67,8 @@ def ledger(config: ExperimentConfig) -> Iterator[Ledger]:
 
 @pytest.fixture(scope="module")
 def undisturbed(config: ExperimentConfig, folder: Path, ray_2_cpus: None) -> RunResult:
-    return train_on_ray(to_folder(config, folder / "undisturbed"), announce=lambda text: None)
+    placed = with_storage(to_folder(config, folder / "undisturbed"), folder / "storage")
+    return train_on_ray(placed, announce=lambda text: None)
 
 
 def test_a_run_leaves_a_model_that_transformers_opens(undisturbed: RunResult) -> None:
@@ -98,14 +101,29 @@ def test_a_run_leaves_statement_metrics_curves_settings_and_tensorboard(
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     written = ExperimentConfig.model_validate(yaml.safe_load((output / "config.yaml").read_text()))
     assert written.digest() == config.digest()
-    assert list((output / "tensorboard").glob("events*"))
+    assert [file.name for file in (output / "tensorboard").iterdir()] == [EVENT_FILE]
     assert not [
         file for file in output.rglob(".*") if "aside" in file.name or "model-" in file.name
     ]
 
 
-def test_a_run_keeps_its_last_two_checkpoints(undisturbed: RunResult) -> None:
-    kept = (undisturbed.output / "checkpoints" / undisturbed.run_id).glob("checkpoint-*")
+def test_times_in_the_output_tell_only_when_the_run_ended(undisturbed: RunResult) -> None:
+    output = undisturbed.output
+    events = list(EventFileLoader(str(output / "tensorboard" / EVENT_FILE)).Load())
+    assert {event.step for event in events} == {0, 6, 12, 18, 24}
+    assert all(event.wall_time == event.step for event in events)
+    files = [file for file in output.rglob("*") if file.is_file()]
+    last_checkpoint = max(
+        file.stat().st_mtime_ns
+        for file in output.with_name("storage").rglob(f"checkpoint-*{NUM_STEPS}-attempt-*/*")
+    )
+    assert all(file.stat().st_mtime_ns > last_checkpoint for file in files)
+
+
+def test_a_run_keeps_its_last_two_checkpoints_in_the_storage_that_it_was_given(
+    undisturbed: RunResult,
+) -> None:
+    kept = (undisturbed.output.with_name("storage") / undisturbed.run_id).glob("checkpoint-*")
     assert sorted(file.name[:19] for file in kept) == ["checkpoint-00000018", "checkpoint-00000024"]
 
 
@@ -129,12 +147,13 @@ def test_a_killed_worker_changes_neither_the_weights_nor_the_spend(
     assert record.num_attempts > 1
     assert record.num_keys == 1
     assert record.charged_steps == NUM_STEPS
+    assert not (output / "checkpoints").exists()  # storage of its own goes with the run
     assert result.statement.spent == undisturbed.statement.spent
     assert distance(weights(output), weights(undisturbed.output)) < TOLERANCE
 
 
 def test_the_comparison_of_weights_would_notice_other_steps(undisturbed: RunResult) -> None:
-    folder = undisturbed.output / "checkpoints" / undisturbed.run_id
+    folder = undisturbed.output.with_name("storage") / undisturbed.run_id
     before, after = [
         load_file(file / "weights.safetensors") for file in sorted(folder.glob("checkpoint-*"))
     ]

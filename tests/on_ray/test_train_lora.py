@@ -6,6 +6,7 @@ pytest tests/on_ray/test_train_lora.py
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.on_ray.publish import RunResult
 from udp_ray.on_ray.train import describe_run, train_on_ray
-from udp_ray.testing.runs import tiny_experiment
+from udp_ray.testing.runs import tiny_experiment, with_storage
 from udp_ray.testing.training import weights_of
 from udp_ray.verification import verify
 
@@ -34,7 +35,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 
 @pytest.fixture(scope="module")
 def result(config: ExperimentConfig, ray_2_cpus: None) -> RunResult:
-    return train_on_ray(config, announce=lambda text: None)
+    placed = with_storage(config, Path(config.output).with_name("storage"))
+    return train_on_ray(placed, announce=lambda text: None)
 
 
 def mean_token_loss(model: torch.nn.Module, heldout: TokenStore) -> float:
@@ -71,7 +73,7 @@ def test_the_output_is_in_pefts_format_and_names_its_base(
     assert AutoTokenizer.from_pretrained(result.output)("w1 w2")["input_ids"] == [1, 2]
     base = AutoModelForCausalLM.from_pretrained(config.model.name)
     opened = PeftModel.from_pretrained(base, result.output, is_trainable=True)
-    checkpoints = (result.output / "checkpoints" / result.run_id).glob("checkpoint-*6-attempt-1")
+    checkpoints = result.output.with_name("storage").rglob("checkpoint-*6-attempt-1")
     saved = load_file(next(checkpoints) / "weights.safetensors")
     published = weights_of(opened)
     assert {f"base_model.model.{name}" for name in saved} == published.keys()

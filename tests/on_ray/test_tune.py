@@ -36,7 +36,7 @@ from udp_ray.errors import (
 from udp_ray.on_ray.sweep import Sweep, admit_sweep, plan_of_sweep, prepare_sweep
 from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep
 from udp_ray.on_ray.train import train_on_ray
-from udp_ray.on_ray.tune import describe_sweep, run_sweep
+from udp_ray.on_ray.tune import _forget, describe_sweep, run_sweep
 from udp_ray.outputs import OutputFolder
 from udp_ray.sweep_config import SweepJobConfig
 from udp_ray.sweep_verification import is_sweep, verify_sweep
@@ -211,6 +211,19 @@ def test_no_trial_of_a_public_sweep_keeps_a_statement_of_its_own(tmp_path: Path)
     assert 7.99 < chosen["privacy"]["epsilon"] <= 8.0
 
 
+@pytest.mark.parametrize("storage", [None, "elsewhere"])
+def test_checkpoints_in_the_output_folder_go_when_a_sweep_ends_and_others_stay(
+    tmp_path: Path, storage: str | None
+) -> None:
+    place = None if storage is None else str(tmp_path / storage)
+    sweep = admitted(tiny_sweep(tmp_path, ALL, cluster={"storage": place}))
+    checkpoint = Path(sweep.storage) / "trial" / "checkpoint-00000002-attempt-1"
+    checkpoint.mkdir(parents=True)
+    _forget(sweep)
+    assert checkpoint.exists() is (storage is not None)
+    assert not (sweep.folder.path / "trials" / "checkpoints").exists()
+
+
 def test_the_objective_is_the_one_asked_for(tmp_path: Path) -> None:
     sweep = played(tmp_path, ALL | {"objective": "user_loss"}, [3.4, 3.2, 3.3, 3.5])
     assert publish_sweep(sweep).loss == 6.4
@@ -362,6 +375,8 @@ def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_t
         assert [trial.run.charged_steps for trial in trials] == [NUM_STEPS, 1]
         assert not ledger.trials(trials[0].run.run_id)
     assert not (result.output / "trials" / "0002" / "model.safetensors").exists()
+    kept = result.output / "trials" / "checkpoints"  # for the resumption, and its owner only
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
 
 
 @pytest.mark.slow

@@ -1,7 +1,13 @@
 """What a store says about itself: a public manifest, and counts that only its owner may read.
 
 The manifest may be logged and shown. The numbers of users, examples and tokens depend on who is
-in the data, so they stand apart, in a file of mode 0600.
+in the data, so they stand apart, in a file of mode 0600. Of its shards the manifest holds names and
+checksums, and no sizes. A checksum confirms no guess of what a user wrote, because shards hold user
+hashes that are keyed with a secret of the ledger; only of a shard without users it is known to all.
+
+Not hidden: the sizes of the shard files, which tell about how many tokens they hold, are seen by
+whoever can list the store. Its folder is open to its owner only; at a URL, listing is to be
+permitted to the operator only.
 """
 
 from __future__ import annotations
@@ -10,7 +16,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,7 +24,7 @@ from udp_ray.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
 PRIVATE_FILE = "private.json"
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -43,17 +49,16 @@ class TokenizerInfo(_Part):
 
 
 class ShardEntry(_Part):
-    """One shard file."""
+    """One shard file. Its size is left out: it tells about how many tokens the shard holds."""
 
     file: str
-    bytes: int
     sha256: Sha256
 
 
 class Manifest(_Part):
     """The public part of a store. Holds no count of people or of their texts."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     """`data.name`: whose data this is. All stores of one name share one privacy budget."""
     ledger_id: str
@@ -107,6 +112,13 @@ class Manifest(_Part):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
+            version = _version_in(text)
+            if version not in (None, SCHEMA_VERSION):
+                raise DataError(
+                    f"{place} has schema version {version}, and this version of udp-ray reads"
+                    f" {SCHEMA_VERSION}: prepare the store again in another folder, under the same"
+                    " data.name and data.ledger"
+                ) from error
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
             raise DataError(
@@ -143,6 +155,14 @@ class PrivateCounts(_Part):
     def read(cls, directory: Path) -> Self:
         """Reads the counts of the store in `directory`."""
         return cls.model_validate_json(_read(directory, PRIVATE_FILE))
+
+
+def _version_in(text: str) -> Any:
+    """Returns the schema version that a manifest names; None if it names none."""
+    try:
+        return json.loads(text)["schema_version"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _read(directory: Path, file: str) -> str:

@@ -137,7 +137,7 @@ class TokenStore:
         Args:
             path: The store's folder.
             verify: Read every shard and compare its SHA-256 with the manifest's. Without, only
-                presence, size and structure of the shards are checked.
+                presence of the shards, and whether their lengths fit their headers, are checked.
 
         Raises:
             DataError: If there is no store, or a shard is missing or damaged; names the shard.
@@ -228,15 +228,14 @@ def write_shard(directory: Path, number: int, shard: Shard) -> ShardEntry:
     path = directory / shard_file(number)
     aside = directory / f".{path.name}.{secrets.token_hex(8)}"
     sha256 = hashlib.sha256()
-    num_bytes = 0
     with writing(path.name, directory), aside.open("xb") as file:
         for part in shard.to_parts():
-            num_bytes += file.write(part)
+            file.write(part)
             sha256.update(part)
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
-    return ShardEntry(file=path.name, bytes=num_bytes, sha256=sha256.hexdigest())
+    return ShardEntry(file=path.name, sha256=sha256.hexdigest())
 
 
 def shard_file(number: int) -> str:
@@ -266,11 +265,8 @@ def _open_shard(path: Path, entry: ShardEntry, verify: bool) -> Shard:
     prepare_again = "restore it from a copy or prepare the store again"
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != entry.bytes:
-                raise DataError(
-                    f"shard {path} is damaged ({size} bytes, not {entry.bytes}): {prepare_again}"
-                )
+            if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
+                raise DataError(f"shard {path} is damaged (it is empty): {prepare_again}")
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"shard {path} is missing ({error.strerror}): {prepare_again}") from error
@@ -279,7 +275,9 @@ def _open_shard(path: Path, entry: ShardEntry, verify: bool) -> Shard:
     try:
         return Shard.from_buffer(buffer)
     except ValueError as error:
-        raise DataError(f"shard {path} is damaged ({error}): {prepare_again}") from error
+        raise DataError(
+            f"shard {path} is damaged (its length does not fit its header): {prepare_again}"
+        ) from error
 
 
 def _sha256(buffer: mmap.mmap) -> str:

@@ -244,7 +244,18 @@ class Ledger(LedgerBook):
 
         Raises:
             FencedError: If a newer attempt has begun.
-            LedgerError: If a step in it was never authorized, or it was committed otherwise.
+            LedgerError: If a step in it was never authorized, if it was committed otherwise, or if
+                a later step is reserved already.
+
+        Privacy:
+            No checkpoint is committed between reserved steps. A reserved step is the same release
+            only from the starting checkpoint of its reservation. A resumed run repeats the steps
+            (c, r] that were reserved from the last commit c. A commit at a step s with c < s < r
+            would make s the starting checkpoint of the steps (s, r], and the ledger would refuse
+            them for good, although their weights are the same. So a commit comes at r or later,
+            whatever train.checkpoint_every says (`Attempt.replay_until`). Hence, at any time, all
+            reserved and uncommitted steps of the present key have the same starting checkpoint:
+            the last commit, where every attempt begins.
 
         Edge cases:
             The same step and digest again -> nothing happens.
@@ -261,6 +272,7 @@ class Ledger(LedgerBook):
                     f"a checkpoint of step {step} of run {run.run_id!r} cannot follow that of step"
                     f" {before}: {granted} steps in between were authorized"
                 )
+            rules.refuse_commit_between_reserved(connection, run, step)
             values = {"run_id": run.run_id, "step": step, "key_id": run.key_id}
             values |= {"attempt": attempt.number, "checkpoint": checkpoint, "digest": digest}
             connection.execute(insert(schema.COMMITS).values(values))

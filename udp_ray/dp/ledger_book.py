@@ -231,6 +231,14 @@ class LedgerBook:
         with self._database.read() as connection:
             return rows.run_record(connection, rows.run_row(connection, run_id))
 
+    def committed_checkpoints(self, run_id: str) -> tuple[str, ...]:
+        """Returns where the committed checkpoints of a run were written, oldest first.
+
+        They are the only ones that may be taken for releases of the run.
+        """
+        with self._database.read() as connection:
+            return rows.committed_checkpoints(connection, run_id)
+
     def trials(self, sweep: str) -> tuple[TrialRecord, ...]:
         """Returns the trials of a sweep; none for a run.
 

@@ -88,6 +88,12 @@ class Attempt:
     repeated steps."""
     is_rekeyed: bool
     """Whether this attempt drew a new key, so that repeated steps are charged again."""
+    replay_until: int
+    """The last step reserved under this key by earlier attempts, or resume_step: before it, no
+    checkpoint may be committed (see `Ledger.commit`)."""
+    committed: tuple[str, ...]
+    """Where the run's committed checkpoints were written, oldest first. Any other checkpoint in
+    the run's storage is uncommitted."""
 
 
 @dataclass(frozen=True)

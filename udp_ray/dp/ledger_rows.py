@@ -179,6 +179,22 @@ def num_reserved(connection: Connection, run: AnyRow, *, after: int, up_to: int 
     return connection.execute(query).scalar_one()
 
 
+def last_reserved(connection: Connection, run: AnyRow) -> int:
+    """Returns the last step that is reserved under the run's present key; 0 if none is."""
+    table = schema.STEPS
+    query = select(func.max(table.c.step)).where(
+        table.c.run_id == run.run_id, table.c.key_id == run.key_id
+    )
+    return connection.execute(query).scalar_one() or 0
+
+
+def committed_checkpoints(connection: Connection, run_id: str) -> tuple[str, ...]:
+    """Returns where the committed checkpoints of a run were written, oldest first."""
+    table = schema.COMMITS
+    query = select(table.c.checkpoint).where(table.c.run_id == run_id).order_by(table.c.step)
+    return tuple(connection.execute(query).scalars())
+
+
 def run_record(connection: Connection, run: AnyRow) -> RunRecord:
     """Returns the record of a run's row; its steps are counted anew."""
     commit = last_commit(connection, run.run_id)

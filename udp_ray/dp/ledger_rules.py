@@ -106,10 +106,11 @@ def begin(
     number = run.attempt + 1
     rows.add_attempt(connection, run.run_id, number, key, digests)
     update_run(connection, run.run_id, attempt=number, key_id=key.id, start_digest=start)
-    resume_step = commit.step if commit else 0
+    resume_step = replay_until = commit.step if commit else 0
     waiting = 0
     if not is_rekeyed:
         waiting = rows.num_reserved(connection, run, after=resume_step, up_to=None)
+        replay_until = max(replay_until, rows.last_reserved(connection, run))
     return Attempt(
         run_id=run.run_id,
         number=number,
@@ -119,6 +120,8 @@ def begin(
         resume_digest=start if commit else None,
         last_step=resume_step + waiting + run.num_steps - run.charged_steps,
         is_rekeyed=is_rekeyed,
+        replay_until=replay_until,
+        committed=rows.committed_checkpoints(connection, run.run_id),
     )
 
 
@@ -167,6 +170,16 @@ def is_committed(connection: Connection, run_id: str, step: int, digest: str) ->
             " of one step are two releases"
         )
     return present is not None
+
+
+def refuse_commit_between_reserved(connection: Connection, run: AnyRow, step: int) -> None:
+    """Refuses a commit before the last step that is reserved under the run's present key."""
+    reserved = rows.last_reserved(connection, run)
+    if step < reserved:
+        raise LedgerError(
+            f"a checkpoint of step {step} of run {run.run_id!r} cannot be committed before step"
+            f" {reserved} is repeated: both are reserved from the same starting checkpoint"
+        )
 
 
 def update_run(connection: Connection, run_id: str, **values: Any) -> None:

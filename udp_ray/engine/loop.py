@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +64,7 @@ def train(
     on_metrics: Callable[[Metrics], None] | None,
     workspace: Path,
     resume: ResumePoint | None = None,
+    replay_until: int = 0,
     provenance: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Fine-tunes `model` in place under `plan`, and returns how far it came.
@@ -81,12 +81,15 @@ def train(
         publish: Called by all ranks after each checkpoint was written, before it is committed.
         on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
             the initial weights, when not resumed) with a flat dict of public numbers: step,
-            train/learning_rate, train/expected_units_per_s (expected users per second under uls,
-            examples under els; absent at step 0), and after evaluations heldout/token_loss,
+            train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
-            heldout/num_tokens, heldout/num_users.
+            heldout/num_tokens, heldout/num_users. Never a time or a rate.
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
         resume: Where to continue; None starts from the model as given.
+        replay_until: The last step that an earlier attempt reserved. Until it is repeated, no
+            checkpoint is committed: the reserved steps belong to one starting checkpoint, and with
+            a commit between them the later ones would start from another (see `Ledger.commit`).
+            What `settings` asks for in between is made up for at this step.
         provenance: Public words written into each checkpoint: ledger id, run id, and the like.
 
     Raises:
@@ -111,6 +114,7 @@ def train(
         on_metrics=on_metrics,
         workspace=workspace,
         resume=resume,
+        replay_until=replay_until,
         provenance=provenance or {},
     )
     return training.run()
@@ -133,6 +137,7 @@ class _Training:
     on_metrics: Callable[[Metrics], None] | None
     workspace: Path
     resume: ResumePoint | None
+    replay_until: int
     provenance: dict[str, Any]
 
     frozen: str | None = field(init=False)
@@ -146,8 +151,6 @@ class _Training:
     location: str | None = field(init=False, default=None)
     digest: str = field(init=False)
     """Of the last committed checkpoint, or of the initial weights."""
-    clock: tuple[int, float] = field(init=False)
-    """Step and time of the last metrics."""
 
     def run(self) -> TrainResult:
         self._set_up()
@@ -156,13 +159,12 @@ class _Training:
             self._tell({"step": self.step, **self._evaluation(is_whole=True)})
         budget_message = None
         with self._reader() as reader:
-            self.clock = self.step, time.monotonic()
             while self.step < last_step:
                 budget_message = self._ask(self.step + 1)
                 if budget_message is not None:
                     break
                 self._take_step(reader)
-                if self.step % self.settings.checkpoint_every == 0 and self.step < last_step:
+                if self._is_checkpoint_due() and self.step < last_step:
                     self._checkpoint(is_last=False)
         if self.step > self.committed:
             self._checkpoint(is_last=True)
@@ -298,10 +300,18 @@ class _Training:
             is_each = self.frozen is not None
             _check_moved(before, _samples(self.zero), self.world, is_each=is_each)
 
+    def _is_checkpoint_due(self) -> bool:
+        # Committing between steps that are reserved from one checkpoint would bar the later ones.
+        return self.step >= self.replay_until and self._has_passed(self.settings.checkpoint_every)
+
+    def _has_passed(self, every: int) -> bool:
+        """Returns whether a multiple of `every` lies after the last commit, up to this step."""
+        return self.step // every > self.committed // every
+
     def _checkpoint(self, *, is_last: bool) -> None:
         """Evaluates, writes, publishes, commits, and only then tells."""
         every = self.settings.evaluate_every or self.settings.checkpoint_every
-        is_due = is_last or self.step % every == 0
+        is_due = is_last or self._has_passed(every)
         heldout = self._evaluation(is_whole=is_last) if is_due else {}
         directory = self.workspace / f"step-{self.step:08d}"
         digest = checkpoint.write(
@@ -342,17 +352,9 @@ class _Training:
         ).to_dict()
 
     def _progress(self) -> Metrics:
-        """Rates count expected units: how many came is nobody's business."""
-        last_step, last_time = self.clock
-        self.clock = self.step, time.monotonic()
-        units = (self.step - last_step) * self.plan.expected_size
-        return {
-            "step": self.step,
-            "train/learning_rate": learning_rate(
-                self.settings, self.step, num_steps=self.plan.num_steps
-            ),
-            "train/expected_units_per_s": units / max(self.clock[1] - last_time, 1e-9),
-        }
+        """Holds no time and no rate: how long a step takes depends on who is in its cohort."""
+        rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
+        return {"step": self.step, "train/learning_rate": rate}
 
     def _tell(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:

@@ -101,6 +101,8 @@ class RunAccountant:
             step=attempt.resume_step,
             location=attempt.resume_checkpoint,
             digest=attempt.resume_digest,
+            replay_until=attempt.replay_until,
+            committed=attempt.committed,
         )
 
     def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:

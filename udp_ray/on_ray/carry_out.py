@@ -22,7 +22,7 @@ from udp_ray.on_ray.remote_accountant import RemoteAccountant
 from udp_ray.on_ray.result import RunResult
 from udp_ray.on_ray.run import Run, without_secrets
 from udp_ray.on_ray.worker_job import WorkerJob, run_worker
-from udp_ray.outputs import METRICS_FILE, TENSORBOARD_FOLDER
+from udp_ray.outputs import METRICS_FILE
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -32,6 +32,8 @@ def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> Run
     if resume:
         _forget_ray_snapshot(run.run_folder)
     announce(f"run {run.run_id}: {'going on' if resume else 'admitted'}")
+    if run.has_own_storage:
+        run.folder.make_checkpoints_folder()
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
     accountant = RemoteAccountant(start_accountant(_charge(run)))
     try:
@@ -89,8 +91,7 @@ def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> None:
         ),
     )
     failure: ray.train.TrainingFailedError | None = None
-    folder = run.folder.path / TENSORBOARD_FOLDER
-    with ProgressDisplay(accountant, run.plan, curve, folder):
+    with ProgressDisplay(accountant, run.plan, curve):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:

@@ -1,22 +1,21 @@
-"""What a person sees while a run trains: a progress bar, and TensorBoard's files.
+"""The progress bar that the operator of a run sees while it trains.
 
-Everything shown is public: the step, the epsilon spent so far, rates in *expected* users, and the
-held-out numbers of checkpoints that have been committed.
+It shows the step, the epsilon spent so far, and the held-out numbers of committed checkpoints. It
+also shows elapsed time and steps per second, live: how long a step takes depends on who is in its
+cohort, so the terminal, and the job's log that keeps what it shows, are for the operator only.
+Nothing here is written to the output folder; TensorBoard's file is made at the end, without times
+(`event_file.py`).
 """
 
 from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import ray
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from udp_ray.dp.plan import PrivacyPlan
@@ -63,19 +62,16 @@ class EpsilonCurve:
 class ProgressDisplay:
     """Follows the accountant from a thread of its own while the driver waits for the workers.
 
-    with ProgressDisplay(accountant, plan, curve, folder):
+    with ProgressDisplay(accountant, plan, curve):
         trainer.fit()
     """
 
-    def __init__(
-        self, accountant: RemoteAccountant, plan: PrivacyPlan, curve: EpsilonCurve, folder: Path
-    ):
+    def __init__(self, accountant: RemoteAccountant, plan: PrivacyPlan, curve: EpsilonCurve):
         self._accountant = accountant
         self._curve = curve
         self._seen = 0
         self._attempt = 0
         self._bar = tqdm(total=plan.num_steps, unit="step", dynamic_ncols=True, desc="training")
-        self._curves = _Curves(folder)
         self._is_waiting = False
         self._shown: dict[str, str] = {}
         self._last_shown: dict[str, str] = {}
@@ -95,7 +91,6 @@ class ProgressDisplay:
         self._over.set()
         self._thread.join()
         self._bar.close()
-        self._curves.close()
 
     def _follow(self) -> None:
         is_last = False
@@ -116,52 +111,9 @@ class ProgressDisplay:
         self._attempt = progress.attempts
         self._seen = max(self._seen, progress.num_metrics)
         for metrics in progress.metrics:
-            self._take(metrics)
+            if "heldout/token_loss" in metrics:
+                self._shown["held-out loss"] = f"{metrics['heldout/token_loss']:.4g}"
         shown = {"epsilon": f"{self._curve.at(progress.charged_steps):.3f}", **self._shown}
         if (progress.step, shown) != (self._bar.n, self._last_shown):  # else a log fills with bars
             self._bar.n, self._last_shown = progress.step, shown
             self._bar.set_postfix(shown)
-
-    def _take(self, metrics: dict[str, float]) -> None:
-        step = int(metrics["step"])
-        values = {name: value for name, value in metrics.items() if name != "step"}
-        self._curves.add(step, values | {"privacy/epsilon": self._curve.at(step)})
-        for name, label in (
-            ("heldout/token_loss", "held-out loss"),
-            ("train/expected_units_per_s", "expected users/s"),
-        ):
-            if name in metrics:
-                self._shown[label] = f"{metrics[name]:.4g}"
-
-
-class _Curves:
-    """TensorBoard's files. They are a convenience: a full disk ends them, and not the run."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writer: SummaryWriter | None = None
-        with self._or_without():
-            self._writer = SummaryWriter(str(folder))
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        """Writes the values of a step."""
-        if self._writer is None:
-            return
-        with self._or_without():
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Writes what is left."""
-        if self._writer is not None:
-            with self._or_without():
-                self._writer.close()
-
-    @contextmanager
-    def _or_without(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self._writer = None
-            tqdm.write(f"no more curves are written to {self._folder} ({error.strerror})")

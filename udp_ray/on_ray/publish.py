@@ -2,7 +2,9 @@
 
 Everything is made from the last checkpoint that the ledger has committed, its digest verified.
 Nothing here is final until the ledger says finished; a crash half-way is made good by --resume,
-which does it all again.
+which does it all again. All files are written at the end, and none holds a time or a rate: how
+long a step takes depends on who is in its cohort. So the folder tells when the run ended, and
+nothing of how long its steps took.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.dp.ledger import RunRecord
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
+from udp_ray.engine.schedule import learning_rate
 from udp_ray.errors import CheckpointError
+from udp_ray.event_file import write_event_file
 from udp_ray.figures import draw_curves
 from udp_ray.models.load import (
     frozen_fingerprint,
@@ -28,13 +32,21 @@ from udp_ray.models.load import (
     load_tokenizer,
     trainable_parameters,
 )
-from udp_ray.on_ray.accountant import read_evaluations
+from udp_ray.on_ray.accountant import EVALUATION, read_evaluations
 from udp_ray.on_ray.progress import EpsilonCurve
 from udp_ray.on_ray.remote_accountant import RemoteAccountant
 from udp_ray.on_ray.result import RunResult
 from udp_ray.on_ray.run import Run, without_secrets
-from udp_ray.on_ray.stored import open_checkpoint
-from udp_ray.outputs import CONFIG_FILE, CURVES_FILE, METRICS_FILE, OutputFolder, write_aside
+from udp_ray.on_ray.stored import open_checkpoint, remove_uncommitted
+from udp_ray.outputs import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    CURVES_FILE,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    OutputFolder,
+    write_aside,
+)
 from udp_ray.statement_parts import DatasetTotal
 from udp_ray.storage import writing
 
@@ -52,6 +64,8 @@ def publish_run(
         StorageError: The output folder cannot be written.
     """
     record = run.ledger.run(run.run_id)
+    # No attempt can commit any more: each would begin at the last step, and take none.
+    remove_uncommitted(run.run_folder, run.ledger.committed_checkpoints(run.run_id))
     budget_message = accountant.progress(0).budget_message
     if budget_message is not None:
         announce(f"training ended at step {record.committed_step}: {budget_message}")
@@ -60,6 +74,7 @@ def publish_run(
         _publish_model(run.config, record, folder)
     metrics = _with_epsilon(record, read_evaluations(folder.path / METRICS_FILE), curve)
     folder.write_json(METRICS_FILE, metrics)
+    write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
     write_aside(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
@@ -68,7 +83,14 @@ def publish_run(
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
+    folder.forget_start()
     accountant.finish()
+    # Not before: a crash in between would leave a run that can neither end nor be resumed.
+    if run.has_own_storage and not folder.remove_checkpoints_folder():
+        announce(
+            f"{folder.path / CHECKPOINTS_FOLDER} could not be removed: remove it before the output"
+            " folder is published, since its files tell how long steps took"
+        )
     return RunResult(
         run_id=run.run_id,
         output=folder.path,
@@ -125,9 +147,37 @@ def _with_epsilon(
 
     Steps that were charged twice are counted from the beginning, since the rows do not say when.
     """
-    repaid = record.charged_steps - record.committed_step
     return [
-        row | {"epsilon": json_number(curve.at(int(row["step"]) + repaid) if row["step"] else 0.0)}
+        row | {"epsilon": json_number(_spent_by(record, int(row["step"]), curve))}
         for row in evaluations
         if row["step"] <= record.committed_step
     ]
+
+
+def _spent_by(record: RunRecord, step: int, curve: EpsilonCurve) -> float:
+    repaid = record.charged_steps - record.committed_step
+    return curve.at(step + repaid) if step else 0.0
+
+
+def _scalars(
+    run: Run, record: RunRecord, metrics: list[dict[str, Any]], curve: EpsilonCurve
+) -> dict[int, dict[str, float]]:
+    """Returns what TensorBoard shows, by step: the evaluations, learning rate and epsilon."""
+    train, last_step = run.config.train, record.committed_step
+    evaluations = {
+        int(row["step"]): {
+            f"{EVALUATION}{name}": float(value)
+            for name, value in row.items()
+            if name not in ("step", "epsilon")
+        }
+        for row in metrics
+    }
+    steps = {*range(train.checkpoint_every, last_step, train.checkpoint_every), last_step}
+    return {
+        step: {
+            "privacy/epsilon": _spent_by(record, step, curve),
+            "train/learning_rate": learning_rate(train, max(1, step), num_steps=run.plan.num_steps),
+            **evaluations.get(step, {}),
+        }
+        for step in steps | set(evaluations)
+    }

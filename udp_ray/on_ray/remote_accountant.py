@@ -28,6 +28,10 @@ class AttemptStart:
     step: int
     location: str | None
     digest: str | None
+    replay_until: int
+    """Before this step no checkpoint may be committed; see `Attempt.replay_until`."""
+    committed: tuple[str, ...]
+    """Where the committed checkpoints were written, oldest first."""
 
 
 @dataclass(frozen=True)

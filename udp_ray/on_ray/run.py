@@ -32,6 +32,11 @@ class Run:
         return below(self.storage, self.run_id)
 
     @property
+    def has_own_storage(self) -> bool:
+        """Whether checkpoints are kept within the output folder, and only until the run ends."""
+        return self.config.cluster.storage is None
+
+    @property
     def storage(self) -> str:
         """Folder or URL under which Ray keeps checkpoints."""
         default = str(self.folder.path / CHECKPOINTS_FOLDER)

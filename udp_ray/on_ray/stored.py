@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 from ray.train import Checkpoint
 
 from udp_ray.errors import CheckpointError, ConfigError
+from udp_ray.location import name_of
 from udp_ray.storage import writing
 
+CHECKPOINT_PREFIX = "checkpoint-"
 PROBE = "probe"
 
 
@@ -78,6 +81,28 @@ def remove(stored: Checkpoint) -> None:
     """Removes a checkpoint that nobody has committed, as far as that can be done."""
     with suppress(OSError):
         stored.filesystem.delete_dir(stored.path)
+
+
+def remove_uncommitted(run_folder: str, kept: Iterable[str]) -> None:
+    """Removes all checkpoints of a run except those at the given locations, which are committed.
+
+    To be called only where no older attempt can commit any more.
+
+    Args:
+        run_folder: Folder or URL of the run's checkpoints; it may not exist yet.
+        kept: Locations of committed checkpoints.
+
+    Raises:
+        StorageError: If the storage may not be changed.
+    """
+    names = {name_of(place) for place in kept}
+    folder = Checkpoint(run_folder)
+    with writing("changes", run_folder):
+        for entry in folder.filesystem.get_file_info(
+            FileSelector(folder.path, allow_not_found=True)
+        ):
+            if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in names:
+                folder.filesystem.delete_dir(entry.path)
 
 
 def _files(stored: Checkpoint) -> list[FileInfo]:

@@ -134,9 +134,12 @@ def _unheard(sweep: Sweep) -> Iterator[None]:
 
 def _run_trials(sweep: Sweep, announce: Callable[[str], None]) -> None:
     """Runs all trials that have not ended; one that fails does not stop the others."""
+    config = sweep.config
     sweep.trials_folder.mkdir(parents=True, exist_ok=True)
     if sweep.is_secret:
         sweep.trials_folder.chmod(OWNER_ONLY)
+    if config.cluster.storage is None:
+        OutputFolder(sweep.trials_folder).make_checkpoints_folder()
     waiting = [trial for trial in sweep.ledger.trials(sweep.sweep_id) if _is_open(trial)]
     if not waiting:
         return
@@ -144,7 +147,6 @@ def _run_trials(sweep: Sweep, announce: Callable[[str], None]) -> None:
     shutil.rmtree(records, ignore_errors=True)  # the ledger knows what is left to do, better
     for trial in waiting:
         (sweep.trial_folder(trial.number) / ERROR_FILE).unlink(missing_ok=True)
-    config = sweep.config
     settings = TunerSettings(
         storage=str(sweep.trials_folder),
         at_a_time=config.sweep.max_concurrent or runs_at_a_time(config.cluster),
@@ -256,6 +258,8 @@ def _forget(sweep: Sweep) -> None:
     """Removes what nobody needs once a sweep has ended: of a secret one, every trace of a trial."""
     if not sweep.is_secret:
         shutil.rmtree(sweep.trials_folder / TUNE_FOLDER, ignore_errors=True)
+        if sweep.config.cluster.storage is None:
+            OutputFolder(sweep.trials_folder).remove_checkpoints_folder()
         return
     checkpoints = Checkpoint(sweep.storage)
     with suppress(FileNotFoundError):

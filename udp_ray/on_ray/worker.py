@@ -1,8 +1,9 @@
 """What runs on each training worker: one attempt of a run, from keys to the last checkpoint.
 
-Rank 0 begins the attempt, which fences the workers of older ones, and tells the others its number;
-each rank then fetches its own secrets. The ledger says which checkpoint to continue from, never
-Ray's snapshot. A user's mistake stops the run for good instead of being tried again.
+Rank 0 begins the attempt, which fences the workers of older ones, removes the checkpoints that
+those have left uncommitted, and tells the others the attempt's number; each rank then fetches its
+own secrets. The ledger says which checkpoint to continue from, never Ray's snapshot. A user's
+mistake stops the run for good instead of being tried again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from pathlib import Path
 import ray
 import torch
 import torch.distributed as dist
-from pyarrow.fs import FileSelector
 from ray.train import Checkpoint
 
 from udp_ray.data.remote import open_store
 from udp_ray.engine.loop import ResumePoint, TrainResult, WorkerKeys, train
 from udp_ray.errors import LedgerError, StorageError, UdpRayError
-from udp_ray.location import below, name_of
+from udp_ray.location import below
 from udp_ray.models.load import load_model
 from udp_ray.on_ray.remote_accountant import (
     AttemptAccountant,
@@ -30,12 +30,16 @@ from udp_ray.on_ray.remote_accountant import (
     RemoteAccountant,
     WorkerSecrets,
 )
-from udp_ray.on_ray.stored import open_checkpoint, remove, require_stored
+from udp_ray.on_ray.stored import (
+    CHECKPOINT_PREFIX,
+    open_checkpoint,
+    remove,
+    remove_uncommitted,
+    require_stored,
+)
 from udp_ray.on_ray.worker_job import WorkerJob
 from udp_ray.provenance import code_digest
 from udp_ray.storage import writing
-
-CHECKPOINT_PREFIX = "checkpoint-"
 
 
 def work(job: WorkerJob) -> None:
@@ -44,7 +48,7 @@ def work(job: WorkerJob) -> None:
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
     try:
-        start = _begin(remote, rank)
+        start = _begin(remote, rank, job.run_folder)
         if start is not None:
             result = _train(job, remote, start, rank)
             if rank == 0:
@@ -56,9 +60,16 @@ def work(job: WorkerJob) -> None:
         raise
 
 
-def _begin(remote: RemoteAccountant, rank: int) -> AttemptStart | None:
-    """Returns the attempt that rank 0 has begun; None if the run is stopped for good."""
+def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart | None:
+    """Returns the attempt that rank 0 has begun; None if the run is stopped for good.
+
+    Uncommitted checkpoints are removed first of all, and only once older attempts are fenced: until
+    then one of those may still commit what it has written.
+    """
     box = [remote.begin() if rank == 0 else None]
+    start = box[0]
+    if start is not None:
+        remove_uncommitted(run_folder, start.committed)
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -84,6 +95,7 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: 
             on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
             workspace=Path(workspace),
             resume=resume,
+            replay_until=start.replay_until,
             provenance=job.provenance,
         )
 
@@ -103,6 +115,12 @@ class RunCheckpoints:
 
     Ray itself keeps the last ones *reported*: after two crashes between report and commit it would
     have deleted the only one that the ledger knows. So here the ledger's view decides.
+
+    A checkpoint is written before it is committed, because the ledger must name no checkpoint that
+    is not there. So a crash in between leaves an uncommitted one, and the repetition of its steps
+    writes another version of it: the same noise on a sum that may be rounded otherwise. Only a
+    committed checkpoint is a release that the ledger knows of; others are removed by `_begin`, by
+    each commit, and at the end of the run.
     """
 
     def __init__(self, run_folder: str, start: AttemptStart):
@@ -136,13 +154,9 @@ class RunCheckpoints:
 
     def committed(self, location: str) -> None:
         """Removes all checkpoints but this one and the one committed before it."""
-        kept = {name_of(place) for place in (location, self._last_committed) if place}
+        kept = [place for place in (location, self._last_committed) if place]
         self._last_committed = location
-        folder = Checkpoint(self._folder)
-        with writing("changes", self._folder):
-            for entry in folder.filesystem.get_file_info(FileSelector(folder.path)):
-                if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in kept:
-                    folder.filesystem.delete_dir(entry.path)
+        remove_uncommitted(self._folder, kept)
 
 
 @dataclass(frozen=True)

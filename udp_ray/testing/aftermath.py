@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from udp_ray.config import ExperimentConfig
 from udp_ray.dp.ledger import Ledger
 from udp_ray.on_ray.train import RunResult, train_on_ray
-from udp_ray.testing.runs import to_folder
+from udp_ray.testing.runs import to_folder, with_storage
 from udp_ray.testing.training import distance
 from udp_ray.verification import verify
 
@@ -34,11 +34,15 @@ class Undisturbed:
 
     config: ExperimentConfig
     result: RunResult
+    storage: Path
+    """Where its last checkpoints stay; in the output folder they would not."""
 
     @classmethod
     def of(cls, config: ExperimentConfig, output: Path) -> Undisturbed:
         """Trains without a fault."""
-        return cls(config, train_on_ray(to_folder(config, output), announce=unheard))
+        storage = output.with_name(f"{output.name}-storage")
+        placed = with_storage(to_folder(config, output), storage)
+        return cls(config, train_on_ray(placed, announce=unheard), storage)
 
     def require_alike(self, output: Path, ledger: Ledger) -> None:
         """Sees to it that a run has ended as if nothing had happened: each step charged once."""

@@ -36,15 +36,18 @@ PAUSE_S = 0.01
 TIMEOUT_S = 300.0
 REACHED, PASSED = "reached", "passed"
 
-Name = Literal["authorized", "noised", "publishing", "committed"]
+Name = Literal["authorized", "noised", "publishing", "published", "committed"]
 
-# Where each is, and which argument is the step. "committed" is after its call, the others before.
+# Where each is, and which argument is the step.
 _PLACES: dict[Name, tuple[type, str, int]] = {
     "authorized": (PrivateStep, "run", 0),  # reserved in the ledger, nothing computed
     "noised": (ZeroEngine, "apply", 1),  # summed and noised, the weights not moved
     "publishing": (RunCheckpoints, "publish", 0),  # written locally, not yet in Ray's storage
+    "published": (RunCheckpoints, "publish", 0),  # in Ray's storage, not committed
     "committed": (worker._LedgerOnRay, "commit", 0),
 }
+_AFTER = ("published", "committed")
+"""Moments after their call; the others are before it."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _wait_in(moment: Moment, folder: Path) -> None:
     original = getattr(owner, name)
 
     def arrive(self: Any, *arguments: Any) -> Any:
-        is_after = moment.name == "committed"
+        is_after = moment.name in _AFTER
         result = original(self, *arguments) if is_after else None
         if arguments[place] == moment.step and int(os.environ["RANK"]) == moment.rank:
             _wait(folder)

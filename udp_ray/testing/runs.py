@@ -18,7 +18,7 @@ from udp_ray.config import ExperimentConfig
 from udp_ray.data.manifest import MANIFEST_FILE, Manifest
 from udp_ray.dp.ledger import Ledger
 from udp_ray.models.load import tokenizer_fingerprint
-from udp_ray.testing.stores import write_store
+from udp_ray.testing.stores import Users, write_store
 from udp_ray.testing.training import VOCABULARY, tiny_model, tiny_users
 
 DATASET = "test-people"
@@ -31,6 +31,7 @@ def tiny_experiment(
     folder: Path,
     *,
     num_users: int = NUM_USERS,
+    users: Users | None = None,
     ledger_url: str | None = None,
     **overrides: dict[str, Any],
 ) -> ExperimentConfig:
@@ -39,11 +40,13 @@ def tiny_experiment(
     Args:
         folder: Made ready on the first call; later calls find and share what is there.
         num_users: Users of the store, when it is made.
+        users: The users themselves, instead of so many made-up ones.
         ledger_url: Where the ledger is made, then; default: a file in the folder.
         overrides: Fields of a section, as `privacy={"num_steps": 3}`.
     """
     if not (folder / "store").exists():
-        _make_ready(folder, num_users, ledger_url or f"sqlite:///{folder / 'ledger.sqlite'}")
+        url = ledger_url or f"sqlite:///{folder / 'ledger.sqlite'}"
+        _make_ready(folder, users or tiny_users(num_users, seed=1), url)
     sections: dict[str, dict[str, Any]] = {
         "privacy": {
             "noise_multiplier": 1.0,
@@ -87,7 +90,13 @@ def to_folder(config: ExperimentConfig, output: Path) -> ExperimentConfig:
     return config.model_copy(update={"output": str(output)})
 
 
-def _make_ready(folder: Path, num_users: int, ledger_url: str) -> None:
+def with_storage(config: ExperimentConfig, storage: Path) -> ExperimentConfig:
+    """Returns the same settings with checkpoints that stay after the run, in a folder."""
+    cluster = config.cluster.model_copy(update={"storage": str(storage)})
+    return config.model_copy(update={"cluster": cluster})
+
+
+def _make_ready(folder: Path, users: Users, ledger_url: str) -> None:
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder / "model")
     tiny_model().save_pretrained(folder / "model")
@@ -95,7 +104,7 @@ def _make_ready(folder: Path, num_users: int, ledger_url: str) -> None:
         ledger.register_dataset(DATASET)
         write_store(
             folder / "store",
-            tiny_users(num_users, seed=1),
+            users,
             heldout=tiny_users(NUM_HELDOUT, seed=2),
             name=DATASET,
             vocab_size=VOCABULARY,

@@ -255,6 +255,7 @@ def run_loop(
     checkpoints: Path,
     resume: ResumePoint | None = None,
     model: nn.Module | None = None,
+    replay_until: int = 0,
 ) -> TinyOutcome:
     """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
     model = run.model() if model is None else model
@@ -281,6 +282,7 @@ def run_loop(
         on_metrics=note if is_first else None,
         workspace=checkpoints / "workspace",
         resume=resume,
+        replay_until=replay_until,
         provenance={"run_id": "tiny"},
     )
     return TinyOutcome(weights_of(model), result, events)

@@ -52,26 +52,40 @@ def make_ledger(url: str, run: TinyRun) -> None:
 
 
 def train_with_ledger(
-    run: TinyRun, url: str, checkpoints: str, death: Death | None = None
+    run: TinyRun,
+    url: str,
+    checkpoints: str,
+    death: Death | None = None,
+    defers_commits: bool = True,
 ) -> TinyOutcome:
-    """Begins an attempt, resumes where the ledger says, and trains; perhaps a rank is killed."""
+    """Begins an attempt, resumes where the ledger says, and trains; perhaps a rank is killed.
+
+    Args:
+        run: The run.
+        url: Of the ledger.
+        checkpoints: Folder for them.
+        death: Where a rank is killed, if one is.
+        defers_commits: False for a deliberate fault: the loop is not told which steps were
+            reserved before, so that it may commit between them.
+    """
     rank, death = dist.get_rank(), death or Death()
     start: list[Any] = [None]
     accountant: Accountant | None = None
     if rank == 0:
         ledger = Ledger.open(url)
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
-        start = [(attempt.resume_step, attempt.resume_checkpoint, attempt.resume_digest)]
+        at = attempt.resume_step, attempt.resume_checkpoint, attempt.resume_digest
+        start = [(*at, attempt.replay_until if defers_commits else 0)]
         accountant = DyingAccountant(LedgerAccountant(ledger, attempt), death)
     dist.broadcast_object_list(start, src=0)
-    step, location, digest = start[0]
+    step, location, digest, replay_until = start[0]
     resume = None
     if location is not None:
         resume = ResumePoint(Path(location), digest=digest, step=step, location=location)
     model = run.model()
     if death.forward_pass is not None and death.rank == rank:
         die_in_forward_pass(model, death.forward_pass)
-    return run_loop(run, accountant, [], Path(checkpoints), resume, model)
+    return run_loop(run, accountant, [], Path(checkpoints), resume, model, replay_until)
 
 
 def train_refused(run: TinyRun) -> TinyOutcome:

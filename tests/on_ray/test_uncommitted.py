@@ -1,0 +1,170 @@
+"""Only committed checkpoints stay in a run's storage, and none in a published output folder.
+
+No cluster is needed to see it.
+
+pytest tests/on_ray/test_uncommitted.py
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from udp_ray.config import ExperimentConfig
+from udp_ray.engine.world import join_world
+from udp_ray.location import below
+from udp_ray.on_ray import publish, worker
+from udp_ray.on_ray.admission import admit, prepare_run
+from udp_ray.on_ray.carry_out import carry_out
+from udp_ray.on_ray.remote_accountant import AttemptStart, RemoteAccountant
+from udp_ray.on_ray.stored import remove_uncommitted
+from udp_ray.on_ray.worker import RunCheckpoints
+from udp_ray.outputs import OutputFolder
+from udp_ray.testing.runs import tiny_experiment, with_storage
+from udp_ray.testing.without_ray import without_ray
+
+KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
+LEFTOVER = "checkpoint-00000006-attempt-1"
+"""Written by an attempt that died before it committed: its repetition writes step 6 anew."""
+LATE = "checkpoint-00000006-attempt-0"
+OF_RAY = "checkpoint_manager_snapshot.json"
+
+
+@pytest.fixture(params=["folder", "URL"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The storage of a run: two committed checkpoints, a leftover, and a file of Ray's."""
+    for name in (*KEPT, LEFTOVER):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_text("weights")
+    (tmp_path / OF_RAY).write_text("{}")
+    return str(tmp_path) if request.param == "folder" else f"file://{tmp_path}"
+
+
+def start_of(storage: str) -> AttemptStart:
+    committed = tuple(below(storage, name) for name in KEPT)
+    return AttemptStart(
+        number=2, step=4, location=committed[-1], digest="four", replay_until=6,
+        committed=committed,
+    )  # fmt: skip
+
+
+class Accountant:
+    """Begins an attempt, and notes what lay in the storage by then."""
+
+    def __init__(self, start: AttemptStart, folder: Path) -> None:
+        self._start = start
+        self._folder = folder
+        self.seen: list[str] = []
+
+    def begin(self) -> AttemptStart:
+        self.seen = names_in(self._folder)
+        return self._start
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def begin(start: AttemptStart, storage: str, folder: Path) -> Accountant:
+    join_world()
+    accountant = Accountant(start, folder)
+    assert worker._begin(cast(RemoteAccountant, accountant), 0, storage) == start
+    return accountant
+
+
+def test_a_new_attempt_removes_uncommitted_checkpoints_once_older_attempts_are_fenced(
+    storage: str, tmp_path: Path
+) -> None:
+    accountant = begin(start_of(storage), storage, tmp_path)
+    assert LEFTOVER in accountant.seen  # until then, the attempt that wrote it might commit it
+    assert names_in(tmp_path) == [*KEPT, OF_RAY]
+
+
+def test_without_the_removal_two_versions_of_a_step_would_lie_in_the_storage(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "remove_uncommitted", lambda *_: None)
+    begin(start_of(storage), storage, tmp_path)
+    assert LEFTOVER in names_in(tmp_path)  # and the repetition writes step 6 again, as attempt 2
+
+
+def test_a_commit_leaves_the_last_two_committed_checkpoints(storage: str, tmp_path: Path) -> None:
+    checkpoints = RunCheckpoints(storage, start_of(storage))
+    (tmp_path / "checkpoint-00000006-attempt-2").mkdir()
+    checkpoints.committed(below(storage, "checkpoint-00000006-attempt-2"))
+    assert names_in(tmp_path) == [KEPT[1], "checkpoint-00000006-attempt-2", OF_RAY]
+
+
+def test_a_run_that_has_written_nothing_yet_has_nothing_to_remove(tmp_path: Path) -> None:
+    remove_uncommitted(str(tmp_path / "not there"), [])
+    assert names_in(tmp_path) == []
+
+
+def test_where_nothing_was_committed_no_checkpoint_stays(storage: str, tmp_path: Path) -> None:
+    start = AttemptStart(
+        number=2, step=0, location=None, digest=None, replay_until=2, committed=()
+    )  # fmt: skip
+    begin(start, storage, tmp_path)
+    assert names_in(tmp_path) == [OF_RAY]
+
+
+# ---- the end of a run
+
+
+def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None]) -> list[str]:
+    """Runs in this process; returns what was announced."""
+    said: list[str] = []
+    run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
+    admit(run, resume=False)
+    with without_ray(before_step):
+        carry_out(run, resume=False, announce=said.append)
+    return said
+
+
+def leave_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As if a worker of an older attempt had still been uploading."""
+    end = RemoteAccountant.end
+
+    def leave_and_end(self: RemoteAccountant, number: int, message: str | None) -> None:
+        (folder / LATE).mkdir()
+        end(self, number, message)
+
+    monkeypatch.setattr(RemoteAccountant, "end", leave_and_end)
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "failing arm"])
+def test_a_run_ends_with_no_uncommitted_checkpoint_in_its_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    if not is_removed:
+        monkeypatch.setattr(publish, "remove_uncommitted", lambda *_: None)
+    leave_after_the_last_commit(monkeypatch, tmp_path / "storage" / "run")
+    config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
+    run_to_the_end(with_storage(config, tmp_path / "storage"), lambda step: None)
+    committed = ["checkpoint-00000004-attempt-1", "checkpoint-00000006-attempt-1"]
+    late = [] if is_removed else [LATE]
+    assert names_in(tmp_path / "storage" / "run") == sorted([*committed, *late])
+
+
+@pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "failing arm"])
+def test_storage_in_the_output_folder_is_owner_only_and_goes_with_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    if not is_removed:
+        monkeypatch.setattr(OutputFolder, "remove_checkpoints_folder", lambda self: False)
+    config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
+    folder = Path(config.output) / "checkpoints"
+    modes: set[int] = set()
+    before = os.umask(0)  # which would let all look in
+    try:
+        said = run_to_the_end(config, lambda step: modes.add(stat.S_IMODE(folder.stat().st_mode)))
+    finally:
+        os.umask(before)
+    assert modes == {0o700}
+    assert folder.exists() is not is_removed
+    assert any(f"{folder} could not be removed" in line for line in said) is not is_removed
