@@ -18,7 +18,7 @@ from udp_ray.dp.ledger_records import (
     Digests,
     RunRecord,
 )
-from udp_ray.errors import FencedError, LedgerError
+from udp_ray.errors import FencedError, GuaranteeError, LedgerError
 
 AnyRow = Row[Any]
 
@@ -123,7 +123,11 @@ def held_run(connection: Connection, attempt: Attempt, *, may_have_ended: bool =
         )
     if not may_have_ended:
         refuse_ended(run)
-    assert run.key_id == attempt.key.id  # a new key is always a new attempt
+    if run.key_id != attempt.key.id:
+        raise GuaranteeError(
+            f"attempt {attempt.number} of run {attempt.run_id!r} holds another key than the ledger:"
+            " a new key must always come with a new attempt"
+        )
     return run
 
 

@@ -24,7 +24,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from udp_ray.dp.ledger import Attempt, Digests, Ledger, RunRecord
-from udp_ray.errors import DataError, FencedError, LedgerUnavailableError, UdpRayError
+from udp_ray.errors import (
+    DataError,
+    FencedError,
+    GuaranteeError,
+    LedgerUnavailableError,
+    UdpRayError,
+)
 from udp_ray.on_ray.remote_accountant import AttemptStart, Progress, WorkerSecrets, own_errors
 from udp_ray.outputs import write_aside
 
@@ -76,7 +82,8 @@ class RunAccountant:
         Raises:
             LedgerError: If it is missing or is not the one expected.
         """
-        assert self._ledger.id == self._charge.ledger_id
+        if self._ledger.id != self._charge.ledger_id:
+            raise GuaranteeError("the accountant opened another ledger than the driver")
 
     def begin(self) -> AttemptStart | None:
         """Begins a new attempt and fences the older ones; None if the run is stopped for good."""
@@ -158,8 +165,9 @@ class RunAccountant:
         """Ends the run for good and destroys its key; returns its last record."""
         if self._attempt is None:  # the accountant was restarted after the workers were done
             self.begin()
-        assert self._attempt is not None
         attempt = self._attempt
+        if attempt is None:
+            raise GuaranteeError("a run cannot end without an attempt, whose right it is to end it")
         self._guarded(lambda: self._ledger.finish(attempt))
         return self._patiently(lambda: self._ledger.run(attempt.run_id))
 

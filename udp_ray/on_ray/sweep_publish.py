@@ -20,7 +20,7 @@ from pathlib import Path
 
 from udp_ray.command_line import to_yaml
 from udp_ray.dp.ledger import TrialRecord
-from udp_ray.errors import DataError
+from udp_ray.errors import DataError, GuaranteeError
 from udp_ray.on_ray.sweep import Sweep
 from udp_ray.on_ray.trial import ERROR_FILE, error_of, final_loss
 from udp_ray.outputs import (
@@ -64,7 +64,8 @@ class SweepResult:
 
     def to_text(self) -> str:
         """Returns what a person wants to know at the end."""
-        assert self.statement.winner is not None
+        if self.statement.winner is None:
+            raise GuaranteeError("a published sweep must state which configuration was chosen")
         waiting = sum(trial.loss is None for trial in self.trials)
         return "\n".join(
             [
@@ -101,7 +102,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
     trials = sweep.ledger.trials(sweep.sweep_id)
     results = [result_of(sweep, trial) for trial in trials]
     best = best_of(results)
-    if best is None:
+    if best is None or best.loss is None:
         raise DataError(_nothing_ended(sweep, results))
     total = DatasetTotal.of(sweep.ledger.spent(sweep.config.data.name))
     steps = [(trial.configuration, trial.run.charged_steps) for trial in trials]
@@ -119,7 +120,6 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
     else:
         _write_trials(sweep, results)
     statement.save(output)
-    assert best.loss is not None
     return SweepResult(
         sweep_id=sweep.sweep_id,
         output=output,
