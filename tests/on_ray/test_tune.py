@@ -285,7 +285,9 @@ def test_a_secret_sweep_shows_in_the_ledger_as_one_run(tmp_path: Path) -> None:
     shown = json.loads(done.stdout)
     assert [run["run_id"] for run in shown["runs"]] == [sweep.sweep_id]
     assert shown["spent"]["epsilon"] == 8.0
-    assert shown["runs"][0]["charged_steps"] == 0
+    assert shown["runs"][0]["state"] == "charged"
+    for name in ("charged_steps", "committed_step", "checkpoint", "num_attempts", "ended_at"):
+        assert shown["runs"][0][name] is None
 
 
 def test_a_sweep_of_which_no_trial_ended_releases_nothing(tmp_path: Path) -> None:

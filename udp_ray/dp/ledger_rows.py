@@ -197,7 +197,7 @@ def run_record(connection: Connection, run: AnyRow) -> RunRecord:
         committed_step=commit.step if commit else 0,
         checkpoint=commit.checkpoint if commit else None,
         checkpoint_digest=commit.digest if commit else None,
-        plan=json.loads(run.plan),
+        plan=plan_of(run),
         digests=attempt_digests(connection, run.run_id, last_attempt(connection, run.run_id)),
         state=run.state,
         num_attempts=last_attempt(connection, run.run_id),
@@ -206,6 +206,12 @@ def run_record(connection: Connection, run: AnyRow) -> RunRecord:
         admitted_at=run.admitted_at,
         ended_at=run.ended_at,
     )
+
+
+def plan_of(run: AnyRow) -> dict[str, Any]:
+    """Returns the plan in a run's row."""
+    plan: dict[str, Any] = json.loads(run.plan)
+    return plan
 
 
 def last_attempt(connection: Connection, run_id: str) -> int:
