@@ -52,7 +52,7 @@ class SweepStatement:
     is_seeded: bool
     """The keys came from a seed, so whoever knows it can subtract the noise."""
     spent: Budget | None = None
-    """None until the sweep has ended. What the ledger is charged with is what was promised."""
+    """None until the sweep has ended, then what it was admitted with, also if trials failed."""
     winner: Configuration | None = None
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
@@ -61,12 +61,12 @@ class SweepStatement:
     def after(
         self,
         *,
-        spent: Budget,
         winner: Configuration | None,
         run: RunIdentity,
         dataset: DatasetTotal,
     ) -> Self:
         """Returns the statement of the sweep when it has ended."""
+        spent = self.planned.charge
         return replace(self, spent=spent, winner=winner, run=run, dataset=dataset)
 
     @property
@@ -198,8 +198,8 @@ class SweepStatement:
             ("configurations", f"{len(planned.configurations)}, fixed beforehand"),
             ("price", _price(planned)),
         ]
-        if self.spent and planned.release == "all":
-            rows.append(("spent", f"{self.spent} by the steps taken; charged as promised"))
+        if self.spent and planned.release != "public":
+            rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
         rows.append(("held-out people", "not covered: their losses decide, without noise"))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.winner:

@@ -197,7 +197,7 @@ def test_all_leaves_a_table_a_heat_map_the_statement_and_the_winners_settings(
     assert chosen.privacy.seed is None
     written = json.loads((output / "privacy.json").read_text())
     assert written["promised"] == {"epsilon": 8.0, "delta": 1e-3}
-    assert 0 < written["spent"]["epsilon"] < 8.0  # a trial took no step
+    assert written["spent"] == {"epsilon": 8.0, "delta": 1e-3}  # also though a trial took no step
     assert written["heldout_users_are_covered"] is False
 
 
@@ -313,7 +313,7 @@ def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
     assert verdict.agrees, verdict.to_text()
     assert "2 trials" not in verdict.to_text()
     told = json.loads((output / "privacy.json").read_text())
-    for tamper in (halve_the_promise, halve_the_noise):
+    for tamper in (halve_the_promise, halve_the_noise, state_less_than_was_charged):
         file = tmp_path / "tampered.json"
         file.write_text(json.dumps(tamper(json.loads(json.dumps(told)))))
         assert not verify_sweep(file).agrees
@@ -324,6 +324,12 @@ def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
 
 def halve_the_promise(told: dict) -> dict:
     told["promised"]["epsilon"] /= 2
+    return told
+
+
+def state_less_than_was_charged(told: dict) -> dict:
+    """What a sweep stated of which a trial had taken no step."""
+    told["spent"]["epsilon"] *= 0.9
     return told
 
 

@@ -105,9 +105,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
     if best is None or best.loss is None:
         raise DataError(_nothing_ended(sweep, results))
     total = DatasetTotal.of(sweep.ledger.spent(sweep.config.data.name))
-    steps = [(trial.configuration, trial.run.charged_steps) for trial in trials]
     statement = sweep.statement.after(
-        spent=sweep.planned.spent(steps),
         winner=best.configuration,
         run=sweep.identity(),
         dataset=total,
