@@ -64,6 +64,13 @@ class StorageError(UdpRayError):
     """Something could not be written: no room, a read-only disk, no permission."""
 
 
+class DivergedError(UdpRayError):
+    """Training diverged: weights or held-out losses are not finite, and cannot become so again.
+
+    The run ends with it: it stays charged, its key is destroyed, and it cannot be resumed.
+    """
+
+
 class WorkersLostError(UdpRayError):
     """Training workers died more often than a run may restart them."""
 

@@ -54,6 +54,8 @@ class SweepStatement:
     spent: Budget | None = None
     """None until the sweep has ended, then what it was admitted with, also if trials failed."""
     winner: Configuration | None = None
+    outcome: str | None = None
+    """Why no model is released; None if one is."""
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -64,10 +66,11 @@ class SweepStatement:
         winner: Configuration | None,
         run: RunIdentity,
         dataset: DatasetTotal,
+        outcome: str | None = None,
     ) -> Self:
         """Returns the statement of the sweep when it has ended."""
         spent = self.planned.charge
-        return replace(self, spent=spent, winner=winner, run=run, dataset=dataset)
+        return replace(self, spent=spent, winner=winner, outcome=outcome, run=run, dataset=dataset)
 
     @property
     def is_guarantee(self) -> bool:
@@ -146,6 +149,7 @@ class SweepStatement:
             "is_seeded": self.is_seeded,
             "sweep": self.planned.to_dict(),
             "winner": self.winner and self.winner.to_dict(),
+            "outcome": self.outcome,
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
@@ -204,6 +208,8 @@ class SweepStatement:
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.winner:
             rows.append(("chosen", describe_point(self.winner)))
+        if self.outcome:
+            rows.append(("outcome", self.outcome))
         if self.dataset:
             total = self.dataset.to_text("runs and sweeps")
             rows.append((f"dataset {self.dataset.name}", total))
