@@ -30,6 +30,7 @@ from udp_ray.statement_parts import (
     budget_from_dict,
     budget_to_dict,
     floating_point,
+    ledger_assumptions,
     section,
 )
 
@@ -100,6 +101,7 @@ class PrivacyStatement:
         return (
             *self.plan.assumptions(),
             "All of a person's text carries the same user id, and nobody writes under another's.",
+            *ledger_assumptions(self.run),
             "The run's key stayed secret; it was drawn from the operating system and destroyed at"
             " the end of the run.",
             "What is published are the weights, the checkpoints and this folder, and not the"

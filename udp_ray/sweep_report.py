@@ -24,6 +24,7 @@ from udp_ray.statement_parts import (
     RunIdentity,
     budget_to_dict,
     floating_point,
+    ledger_assumptions,
     section,
 )
 
@@ -120,6 +121,7 @@ class SweepStatement:
         return (
             *dict.fromkeys(public),
             "All of a person's text carries the same user id, and nobody writes under another's.",
+            *ledger_assumptions(self.run),
             "Held-out people are not in the training set.",
             "The keys stayed secret; they were drawn from the operating system and destroyed at the"
             " end of the sweep.",

@@ -39,6 +39,7 @@ class TrialJob:
     """What the trial would cost if it were the only one."""
     digests: Digests
     ledger_id: str
+    sweep_id: str
 
 
 def run_trial(
@@ -120,6 +121,7 @@ def _run_of(job: TrialJob, folder: OutputFolder, ledger: Ledger, ledger_url: str
         statement=PrivacyStatement(
             plan=job.plan, promised=job.alone, is_seeded=job.config.privacy.seed is not None
         ),
+        sweep_id=job.sweep_id,
     )
 
 

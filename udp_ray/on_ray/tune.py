@@ -190,6 +190,7 @@ def _job(sweep: Sweep, trial: TrialRecord) -> TrialJob:
             store=sweep.digests.store,
         ),
         ledger_id=sweep.ledger.id,
+        sweep_id=sweep.sweep_id,
     )
 
 
