@@ -1,5 +1,7 @@
 """Show what was spent on a dataset, by which run, and what is left; set its total budget.
 
+`abandon` refunds a run that never reserved a step. A sweep of release best keeps its whole charge.
+
 python jobs/ledger.py show --config jobs/configs/FILE.yaml
 python jobs/ledger.py show --ledger sqlite:////data/ledger.sqlite --dataset chats --json
 python jobs/ledger.py set-budget --config FILE --epsilon 8 --delta 1e-6

@@ -8,15 +8,27 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import udp_ray
-from udp_ray.dp.ledger import Budget, Ledger
+from udp_ray.dp import ledger_rows
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.ledger import Attempt, Budget, Ledger, RunRecord, TrialAdmission, plan_digest
 from udp_ray.dp.ledger_view import to_json, to_text
 from udp_ray.errors import ConfigError, LedgerError, UdpRayError
-from udp_ray.testing.ledger_processes import DATASET, admit, authorize, new_ledger, started
+from udp_ray.testing.ledger_processes import (
+    DATASET,
+    DIGESTS,
+    PLAN,
+    admit,
+    authorize,
+    new_ledger,
+    started,
+)
 from udp_ray.testing.stores import write_store
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "ledger.py"
@@ -80,6 +92,75 @@ def test_nothing_shown_is_a_secret(ledger):
     shown = to_text(ledger.spent(DATASET)) + json.dumps(to_json(ledger.spent(DATASET)))
     assert attempt.key.secret.hex() not in shown
     assert ledger.dataset(DATASET).user_hash_key.hex() not in shown
+
+
+def secret_sweep(ledger: Ledger, name: str = "secret", *, count: int) -> Attempt:
+    """Admits a sweep that releases its best trial, and begins it."""
+    plan = {"sweep": "best", "configurations": []}
+    digests = replace(DIGESTS, plan=plan_digest(plan))
+    ledger.admit(
+        name, DATASET, epsilon=2.0, delta=1e-7, num_steps=10, plan=plan, digests=digests,
+        key=RunKey.generate(),
+        trials=[
+            TrialAdmission(f"{name}-{n}", 0, Budget(1.0, 1e-7), 10, PLAN, DIGESTS,
+                           RunKey.generate())
+            for n in range(count)
+        ],
+    )  # fmt: skip
+    return ledger.begin_attempt(name, digests)
+
+
+def shown_of(ledger: Ledger) -> str:
+    spending = ledger.spent(DATASET)
+    return to_text(spending) + json.dumps(to_json(spending))
+
+
+def test_nothing_shown_of_a_secret_sweep_changes_from_its_admission_to_its_end(ledger, monkeypatch):
+    monkeypatch.setattr(ledger_rows, "now", lambda: "2031-01-30T10:00:00+00:00")
+    secret_sweep(ledger, count=7)
+    digests = ledger.run("secret").digests
+    seen = {shown_of(ledger)}
+    monkeypatch.setattr(ledger_rows, "now", lambda: "2032-02-14T21:12:13+00:00")
+    ledger.begin_attempt("secret", digests)
+    trial = ledger.begin_attempt("secret-3", DIGESTS)
+    authorize(ledger, trial, 1, 2)
+    ledger.commit(trial, 2, checkpoint="/checkpoint-2", digest="two")
+    seen.add(shown_of(ledger))
+    ledger.finish(ledger.begin_attempt("secret", digests))
+    seen.add(shown_of(ledger))
+    assert ledger.run("secret").ended_at == "2032-02-14T21:12:13+00:00"
+    (shown,) = seen
+    assert not re.search(r"203[12]|\d\d:\d\d|finished|secret-\d", shown)
+
+
+def test_what_is_shown_of_a_secret_sweep_does_not_depend_on_its_number_of_trials(tmp_path):
+    shown = []
+    for count in (0, 1, 20):
+        (tmp_path / str(count)).mkdir()
+        with new_ledger(f"sqlite:///{tmp_path / str(count) / 'ledger.sqlite'}") as ledger:
+            secret_sweep(ledger, count=count)
+            shown.append(shown_of(ledger))
+    assert len(set(shown)) == 1
+
+
+def test_a_listing_that_shows_times_and_steps_would_be_noticed(ledger, monkeypatch):
+    """The failing arm: a secret sweep that is shown as a run is."""
+    monkeypatch.setattr(RunRecord, "is_secret_sweep", False)
+    attempt = secret_sweep(ledger, count=7)
+    before = shown_of(ledger)
+    ledger.finish(attempt)
+    assert shown_of(ledger) != before
+
+
+def test_times_of_runs_are_shown_as_dates(ledger, monkeypatch):
+    monkeypatch.setattr(ledger_rows, "now", lambda: "2031-01-30T10:11:12+00:00")
+    ledger.set_budget(DATASET, epsilon=8.0, delta=1e-6)
+    attempt = started(ledger)
+    monkeypatch.setattr(ledger_rows, "now", lambda: "2031-02-14T21:12:13+00:00")
+    ledger.finish(attempt)
+    (run,) = to_json(ledger.spent(DATASET))["runs"]
+    assert (run["admitted_at"], run["ended_at"]) == ("2031-01-30", "2031-02-14")
+    assert not re.search(r"\d\d:\d\d", shown_of(ledger))
 
 
 def test_set_budget_sets_it_and_a_dry_run_does_not(ledger, show):

@@ -1,8 +1,8 @@
 """The few errors that a caller may catch.
 
 Every error here is the user's to mend: its text is one or two sentences that name the field, the
-value and the remedy. Jobs print the text and exit with status 2, without a traceback. A broken
-invariant of our own stays an `AssertionError` and shows its traceback.
+value and the remedy. Jobs print the text and exit with status 2, without a traceback. The one
+exception is `GuaranteeError`, which is a defect of ours and shows its traceback.
 
 Errors travel between processes as pickles, so each one rebuilds from its single message.
 """
@@ -10,6 +10,14 @@ Errors travel between processes as pickles, so each one rebuilds from its single
 
 class UdpRayError(Exception):
     """Base of all errors that a user can mend."""
+
+
+class GuaranteeError(RuntimeError):
+    """An invariant that the privacy guarantee rests on does not hold: a defect, not a user's error.
+
+    Raised instead of `assert`, which `python -O` removes. It is not a `UdpRayError`, so jobs end
+    with its traceback and nobody is told a remedy; what was charged stays charged.
+    """
 
 
 class ConfigError(UdpRayError, ValueError):
@@ -54,6 +62,13 @@ class CheckpointError(UdpRayError):
 
 class StorageError(UdpRayError):
     """Something could not be written: no room, a read-only disk, no permission."""
+
+
+class DivergedError(UdpRayError):
+    """Training diverged: weights or held-out losses are not finite, and cannot become so again.
+
+    The run ends with it: it stays charged, its key is destroyed, and it cannot be resumed.
+    """
 
 
 class WorkersLostError(UdpRayError):

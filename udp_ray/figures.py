@@ -21,7 +21,8 @@ def draw_curves(
     """Returns a PNG with the held-out loss on the left axis and epsilon on the right one.
 
     Args:
-        evaluations: Rows with step, token_loss and user_loss; may be empty.
+        evaluations: Rows with step, token_loss and user_loss; may be empty. Losses that are not
+            finite are left out.
         epsilons: (steps taken, epsilon spent) by step; infinite values are left out. Drawn as
             steps: between two points the later value holds, which is never too low.
         title: Shown above.
@@ -31,8 +32,8 @@ def draw_curves(
     loss, epsilon = figure.subplots(), None
     if evaluations:
         at = [row["step"] for row in evaluations]
-        per_token = [row["token_loss"] for row in evaluations]
-        per_user = [row["user_loss"] for row in evaluations]
+        per_token = [_finite(row["token_loss"]) for row in evaluations]
+        per_user = [_finite(row["user_loss"]) for row in evaluations]
         loss.plot(at, per_token, "o-", color=LOSS_COLOUR, markersize=3, label="loss per token")
         loss.plot(at, per_user, "o:", color=LOSS_COLOUR, markersize=3, label="mean over users")
     else:
@@ -51,3 +52,7 @@ def draw_curves(
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan

@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 COMMANDS = {
     "show": "what was spent, by which run, and what is left",
     "set-budget": "set what all runs together may spend (--epsilon, --delta)",
-    "abandon": "end a run that never reserved a step, and give its budget back (--run)",
+    "abandon": "refund a run that never reserved a step; no sweep of release best (--run)",
 }
 
 
@@ -34,7 +34,7 @@ class LedgerConfig(Section):
     delta: float | None = None
     """Total delta of all runs on the dataset; for set-budget."""
     run: str | None = None
-    """Run that never reserved a step; for abandon."""
+    """Run that never reserved a step, and no sweep of release best; for abandon."""
 
 
 def run_command(command: str, config: LedgerConfig, *, dry_run: bool) -> Spending:

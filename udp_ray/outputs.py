@@ -7,6 +7,7 @@
       adapter_config.json, adapter_model.safetensors           instead of it, after training by LoRA
       privacy.json, statement.md                               what was promised and spent
       metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
+      error.json              of a run that diverged: how, and what to change
       checkpoints/            until the run ends, unless cluster.storage says elsewhere
 
 Files are written aside and renamed, so that no reader and no crash meets half of one.
@@ -38,6 +39,7 @@ STATEMENT_FILE = "statement.md"
 METRICS_FILE = "metrics.json"
 CURVES_FILE = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
+ERROR_FILE = "error.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 OWNER_ONLY = 0o700
 

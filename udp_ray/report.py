@@ -32,6 +32,7 @@ from udp_ray.statement_parts import (
     budget_from_dict,
     budget_to_dict,
     floating_point,
+    ledger_assumptions,
     section,
 )
 
@@ -57,6 +58,10 @@ class PrivacyStatement:
     """None until the run has ended."""
     num_steps_spent: int | None = None
     """Steps charged, whether or not their weights were kept."""
+    divergence: str | None = None
+    """How training diverged; None if it did not."""
+    has_weights: bool = True
+    """Whether the run released weights. One that diverged may have none that are finite."""
     is_seeded: bool = False
     """The keys came from a seed, so whoever knows it can subtract the noise."""
     run: RunIdentity | None = None
@@ -75,6 +80,15 @@ class PrivacyStatement:
         spent = Budget(self.plan.epsilon(num_steps), self.plan.delta if num_steps else 0.0)
         return replace(self, spent=spent, num_steps_spent=num_steps)
 
+    def of_diverged(self, divergence: str, *, has_weights: bool) -> Self:
+        """Returns the statement of a run that ended because training diverged.
+
+        Privacy:
+            All that the run was admitted for counts as spent. It ended at a step that its own
+            outputs chose, and the price of a number of steps holds if that is fixed beforehand.
+        """
+        return replace(self, spent=self.promised, divergence=divergence, has_weights=has_weights)
+
     def of_run(self, run: RunIdentity, dataset: DatasetTotal) -> Self:
         """Returns the statement with the run it belongs to and the dataset's total."""
         return replace(self, run=run, dataset=dataset)
@@ -89,6 +103,7 @@ class PrivacyStatement:
         return (
             *self.plan.assumptions(),
             "All of a person's text carries the same user id, and nobody writes under another's.",
+            *ledger_assumptions(self.run),
             "The run's key stayed secret; it was drawn from the operating system and destroyed at"
             " the end of the run.",
             PUBLISHED,
@@ -113,6 +128,8 @@ class PrivacyStatement:
             "promised": budget_to_dict(self.promised),
             "spent": self.spent and budget_to_dict(self.spent),
             "num_steps_spent": self.num_steps_spent,
+            "divergence": self.divergence,
+            "has_weights": self.has_weights,
             "is_seeded": self.is_seeded,
             "plan": self.plan.to_dict(),
             "run": self.run and asdict(self.run),
@@ -138,6 +155,8 @@ class PrivacyStatement:
                 promised=budget_from_dict(values["promised"]),
                 spent=budget_from_dict(values["spent"]) if values["spent"] else None,
                 num_steps_spent=values["num_steps_spent"],
+                divergence=values.get("divergence"),
+                has_weights=values.get("has_weights", True),
                 is_seeded=values["is_seeded"],
                 run=RunIdentity(**values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
@@ -245,6 +264,9 @@ class PrivacyStatement:
         if self.spent:
             steps = f" ({self.num_steps_spent} of {self.plan.num_steps} steps charged)"
             rows.append(("spent", str(self.spent) + steps))
+        if self.divergence:
+            kept = "the weights are released" if self.has_weights else "no weights are released"
+            rows.append(("outcome", f"TRAINING DIVERGED: {self.divergence}; {kept}"))
         rows += _plan_rows(self.plan)
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.dataset:

@@ -36,9 +36,19 @@ class RunIdentity:
     ledger_url: str
     """Without its password."""
     git_commit: str | None = None
+    is_recorded: bool = False
+    """Whether its admission is recorded beside the store, by which a copied ledger is noticed."""
 
     @classmethod
-    def of(cls, run_id: str, digests: Digests, *, ledger_id: str, ledger_url: str) -> Self:
+    def of(
+        cls,
+        run_id: str,
+        digests: Digests,
+        *,
+        ledger_id: str,
+        ledger_url: str,
+        is_recorded: bool = False,
+    ) -> Self:
         """Returns the identity of a run, or of a sweep, that runs from this repository."""
         return cls(
             run_id=run_id,
@@ -48,6 +58,7 @@ class RunIdentity:
             ledger_id=ledger_id,
             ledger_url=ledger_url,
             git_commit=git_commit(),
+            is_recorded=is_recorded,
         )
 
     def rows(self, kind: str) -> list[tuple[str, str]]:
@@ -60,6 +71,28 @@ class RunIdentity:
             ("store", self.store_digest[:16]),
             ("commit", self.git_commit or "none: not run from a repository"),
         ]
+
+
+def ledger_assumptions(run: RunIdentity | None) -> tuple[str, ...]:
+    """Returns what must hold for the ledger to count all that was spent on the same users.
+
+    Args:
+        run: The run or sweep; None before it was admitted.
+    """
+    assumed = (
+        "The same users are not also registered under another data.name: each name has a budget of"
+        " its own.",
+        "No other store of the same data was used with a copy of the ledger, the ledger was not"
+        " restored from a backup together with the store, and no copy went on with a run that both"
+        " have admitted: these are not detected.",
+    )
+    if run is None or run.is_recorded:
+        return assumed
+    return (
+        *assumed,
+        "No other copy of the ledger was used: the store could not be written, so this run is not"
+        " recorded beside it, and a copied ledger is not detected.",
+    )
 
 
 @dataclass(frozen=True)

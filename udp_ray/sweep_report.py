@@ -26,6 +26,7 @@ from udp_ray.statement_parts import (
     RunIdentity,
     budget_to_dict,
     floating_point,
+    ledger_assumptions,
     section,
 )
 
@@ -54,8 +55,10 @@ class SweepStatement:
     is_seeded: bool
     """The keys came from a seed, so whoever knows it can subtract the noise."""
     spent: Budget | None = None
-    """None until the sweep has ended. What the ledger is charged with is what was promised."""
+    """None until the sweep has ended, then what it was admitted with, also if trials failed."""
     winner: Configuration | None = None
+    outcome: str | None = None
+    """Why no model is released; None if one is."""
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -63,13 +66,14 @@ class SweepStatement:
     def after(
         self,
         *,
-        spent: Budget,
         winner: Configuration | None,
         run: RunIdentity,
         dataset: DatasetTotal,
+        outcome: str | None = None,
     ) -> Self:
         """Returns the statement of the sweep when it has ended."""
-        return replace(self, spent=spent, winner=winner, run=run, dataset=dataset)
+        spent = self.planned.charge
+        return replace(self, spent=spent, winner=winner, outcome=outcome, run=run, dataset=dataset)
 
     @property
     def is_guarantee(self) -> bool:
@@ -119,6 +123,7 @@ class SweepStatement:
         return (
             *dict.fromkeys(public),
             "All of a person's text carries the same user id, and nobody writes under another's.",
+            *ledger_assumptions(self.run),
             "Held-out people are not in the training set.",
             "The keys stayed secret; they were drawn from the operating system and destroyed at the"
             " end of the sweep.",
@@ -149,6 +154,7 @@ class SweepStatement:
             "is_seeded": self.is_seeded,
             "sweep": self.planned.to_dict(),
             "winner": self.winner and self.winner.to_dict(),
+            "outcome": self.outcome,
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
@@ -201,12 +207,14 @@ class SweepStatement:
             ("configurations", f"{len(planned.configurations)}, fixed beforehand"),
             ("price", _price(planned)),
         ]
-        if self.spent and planned.release == "all":
-            rows.append(("spent", f"{self.spent} by the steps taken; charged as promised"))
+        if self.spent and planned.release != "public":
+            rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
         rows.append(("held-out people", "not covered: their losses decide, without noise"))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.winner:
             rows.append(("chosen", describe_point(self.winner)))
+        if self.outcome:
+            rows.append(("outcome", self.outcome))
         if self.dataset:
             total = self.dataset.to_text("runs and sweeps")
             rows.append((f"dataset {self.dataset.name}", total))

@@ -38,9 +38,15 @@ class TrialResult:
     folder: Path
     charged_steps: int
     loss: float | None
-    """The objective on held-out people after the last step; None if the trial did not end."""
+    """The objective on held-out people after the last step; infinite if training diverged, and None
+    if the trial did not end."""
     error: str | None = None
-    """Why it did not."""
+    """Why it did not, or how it diverged."""
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether training diverged."""
+        return self.loss is not None and not math.isfinite(self.loss)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-ready values."""
@@ -48,25 +54,33 @@ class TrialResult:
             "trial": self.number,
             **self.configuration.to_dict(),
             "charged_steps": self.charged_steps,
-            "heldout_loss": self.loss,
+            "heldout_loss": None if self.has_diverged else self.loss,
+            "diverged": self.has_diverged,
             "error": self.error,
             "folder": self.folder.name,
         }
 
 
 def best_of(results: Sequence[TrialResult]) -> TrialResult | None:
-    """Returns the trial of the lowest loss, the first of equals; None if none has ended.
+    """Returns the trial of the lowest loss, the first of equals; None if there is none with a loss.
 
-    A trial that did not end is worse than any that did.
+    A trial that diverged or did not end is worse than any other.
     """
-    ended = [result for result in results if result.loss is not None]
+    ended = [r for r in results if r.loss is not None and not r.has_diverged]
     return min(ended, key=lambda result: (result.loss, result.number), default=None)
+
+
+def loss_text(loss: float | None) -> str:
+    """Returns a trial's loss as it is shown."""
+    if loss is None:
+        return "-"
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def to_table(results: Sequence[TrialResult]) -> str:
     """Returns the trials as text, best first."""
     best = best_of(results)
-    ranked = sorted(results, key=lambda r: (math.inf if r.loss is None else r.loss, r.number))
+    ranked = sorted(results, key=lambda r: (r.loss is None, r.loss or 0.0, r.number))
     rows = [HEADER, *[_row(result, is_best=result is best) for result in ranked]]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     return "\n".join(
@@ -89,10 +103,18 @@ def _row(result: TrialResult, *, is_best: bool) -> tuple[str, ...]:
         f"{plan.noise_multiplier:.4g}",
         f"{epsilon:.4g}" if math.isfinite(epsilon) else str(json_number(epsilon)),
         f"{result.charged_steps}/{plan.num_steps}",
-        "-" if loss is None else f"{loss:.4f}",
-        "-" if loss is None else f"{math.exp(min(loss, 700)):.4g}",
-        "<- chosen" if is_best else (result.error or "did not end") if loss is None else "",
+        loss_text(loss),
+        "-" if loss is None or result.has_diverged else f"{math.exp(min(loss, 700)):.4g}",
+        _remark(result, is_best=is_best),
     )
+
+
+def _remark(result: TrialResult, *, is_best: bool) -> str:
+    if is_best:
+        return "<- chosen"
+    if result.loss is None:
+        return result.error or "did not end"
+    return (result.error or "") if result.has_diverged else ""
 
 
 def winner_yaml(config: SweepJobConfig, winner: Configuration) -> str:

@@ -114,6 +114,8 @@ def _against_ledger(
 def _against_mathematics(statement: PrivacyStatement, record: RunRecord) -> Iterator[Check]:
     assert statement.spent is not None  # verify
     spent = statement.plan.epsilon(record.charged_steps)
+    if statement.divergence is not None:  # it ended early by its own outputs: all of it counts
+        spent = record.charge.epsilon
     whole = statement.plan.epsilon()
     yield _close("epsilon spent, recomputed", statement.spent.epsilon, spent)
     yield Check(
@@ -121,7 +123,7 @@ def _against_mathematics(statement: PrivacyStatement, record: RunRecord) -> Iter
         whole <= statement.promised.epsilon * (1 + RELATIVE_TOLERANCE),
         f"{statement.promised.epsilon:.6g} promised, {whole:.6g} at most",
     )
-    delta = statement.plan.delta if record.charged_steps else 0.0
+    delta = statement.plan.delta if record.charged_steps or statement.divergence else 0.0
     yield _close("delta spent", statement.spent.delta, delta)
 
 

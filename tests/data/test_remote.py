@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from udp_ray.command_line import explain
 from udp_ray.config import ClusterConfig, DataConfig
 from udp_ray.data import remote
+from udp_ray.data.admissions import ADMISSIONS_FOLDER, record_run, recorded_runs
 from udp_ray.data.manifest import MANIFEST_FILE
 from udp_ray.data.remote import (
     cache_folder,
@@ -72,6 +73,24 @@ def made(tmp_path: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path) -> str:
     return str(tmp_path / "cache")
+
+
+def test_admitted_runs_are_recorded_at_the_url_and_change_nothing_else(
+    made: Path, at: At, cache: str
+) -> None:
+    place = at("chats")
+    put_store(made, place, delivered=set())
+    digest = open_store(place, cache=cache, verify=True).digest
+    assert recorded_runs(place) == frozenset()
+    for run_id in ("chats-01", "chats-02", "chats-01"):
+        assert record_run(place, run_id)
+    assert recorded_runs(place) == {"chats-01", "chats-02"}
+    again = open_store(place, cache=cache, verify=True)
+    assert again.digest == digest
+    assert not (again.path / ADMISSIONS_FOLDER).exists()
+    assert len([copy for copy in Path(cache).iterdir() if copy.is_dir()]) == 1
+    with pytest.raises(DataError, match="not empty"):
+        refuse_occupied(place)
 
 
 def test_a_store_at_a_url_opens_as_it_was_made(made: Path, at: At, cache: str) -> None:

@@ -5,6 +5,7 @@ pytest tests/dp/test_ledger.py
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import pickle
@@ -24,6 +25,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Budget, Ledger, plan_digest
 from udp_ray.errors import (
     FencedError,
+    GuaranteeError,
     LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
@@ -280,6 +282,14 @@ def test_a_run_never_resumed_stays_charged_whole(ledger):
     with pytest.raises(LedgerError, match="stays charged whole"):
         ledger.abandon("run")
     assert ledger.spent(DATASET).spent == Budget(1.0, 1e-7)
+
+
+def test_an_attempt_that_holds_another_key_than_the_ledger_reserves_nothing(ledger):
+    attempt = started(ledger)
+    forged = dataclasses.replace(attempt, key=RunKey.generate())
+    with pytest.raises(GuaranteeError, match="another key"):
+        authorize(ledger, forged, 1)
+    assert reserved_steps(ledger) == []
 
 
 def test_a_run_abandoned_before_its_first_step_gives_its_budget_back(ledger):

@@ -1,15 +1,18 @@
 """Sweeps in the ledger: one charge for all trials, no trial added later, none given back."""
 
+import contextlib
 import dataclasses
 
 import pytest
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Budget, Digests, Ledger, TrialAdmission, plan_digest
+from udp_ray.dp.trial_count import PoissonTrials, SelectionDraws, TrialCount
 from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError
 
 DATASET = "people"
-SWEEP_PLAN = {"release": "all"}
+SWEEP_PLAN = {"sweep": "all"}
+SECRET_PLAN = {"sweep": "best"}
 TRIAL_PLAN = {"clip_norm": 1.0}
 SWEEP = Digests(plan_digest(SWEEP_PLAN), "config", "code", "store")
 TRIAL = Digests(plan_digest(TRIAL_PLAN), "trial config", "code", "store")
@@ -38,10 +41,13 @@ def trials(count: int) -> list[TrialAdmission]:
     ]
 
 
-def admit(ledger: Ledger, *, epsilon: float = 3.5, count: int = 3) -> None:
+def admit(
+    ledger: Ledger, *, epsilon: float = 3.5, count: int = 3, plan: dict[str, str] = SWEEP_PLAN
+) -> None:
     ledger.admit(
-        "sweep", DATASET, epsilon=epsilon, delta=1e-6, num_steps=6, plan=SWEEP_PLAN,
-        digests=SWEEP, key=RunKey.from_seed(0), trials=trials(count),
+        "sweep", DATASET, epsilon=epsilon, delta=1e-6, num_steps=6, plan=plan,
+        digests=dataclasses.replace(SWEEP, plan=plan_digest(plan)), key=RunKey.from_seed(0),
+        trials=trials(count),
     )  # fmt: skip
 
 
@@ -116,6 +122,66 @@ def test_an_abandoned_sweep_frees_its_budget_and_fences_its_trials(ledger):
     assert ledger.spent(DATASET).spent == Budget(0.0, 0.0)
     with pytest.raises(FencedError):
         ledger.authorize(attempt, 1, starting_checkpoint="start")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("release", ["best", "a later kind"])
+def test_a_secret_sweep_is_never_refunded_however_many_trials_it_drew(ledger, count, release):
+    admit(ledger, count=count, plan={"sweep": release})
+    refused = []
+    for is_begun in (False, True):
+        if is_begun:
+            ledger.begin_attempt("sweep", dataclasses.replace(
+                SWEEP, plan=plan_digest({"sweep": release})))  # fmt: skip
+        for dry_run in (True, False):
+            with pytest.raises(LedgerError, match="stays charged whole") as caught:
+                ledger.abandon("sweep", dry_run=dry_run)
+            refused.append(str(caught.value))
+    assert len(set(refused)) == 1  # the same words for any number of trials
+    assert ledger.spent(DATASET).spent == Budget(3.5, 1e-6)
+    assert ledger.run("sweep").state == "admitted"
+
+
+def test_the_rule_for_runs_would_refund_a_secret_sweep_without_a_trial(ledger, monkeypatch):
+    """The failing arm: what `abandon` did before it knew of secret sweeps."""
+    monkeypatch.setattr("udp_ray.dp.ledger.is_secret_sweep", lambda plan: False)
+    admit(ledger, count=0, plan=SECRET_PLAN)
+    ledger.abandon("sweep")
+    assert ledger.spent(DATASET).spent == Budget(0.0, 0.0)
+
+
+def times_until_a_trial(ledger: Ledger, count: TrialCount) -> int:
+    """Admits sweeps and abandons each without a trial; returns how many it took to get one."""
+    for number in range(100):
+        key = RunKey.from_seed(number)
+        draws = SelectionDraws.draw(key, count=count, num_configurations=1)
+        num_trials = len(draws.configurations)
+        ledger.admit(
+            f"sweep-{number}", DATASET, epsilon=0.01, delta=1e-9, num_steps=2, plan=SECRET_PLAN,
+            digests=dataclasses.replace(SWEEP, plan=plan_digest(SECRET_PLAN)), key=key,
+            trials=[dataclasses.replace(trial, run_id=f"{trial.run_id}-{number}")
+                    for trial in trials(num_trials)],
+        )  # fmt: skip
+        if num_trials:
+            return number + 1
+        with contextlib.suppress(LedgerError):
+            ledger.abandon(f"sweep-{number}")
+    raise ValueError("no draw has a trial")
+
+
+def test_repeating_a_secret_sweep_until_it_has_a_trial_pays_for_each_of_them(ledger):
+    # Conditioned on a trial, the outcome costs delta / (1 - exp(-mean)); here 2.5 times as much.
+    count = PoissonTrials(0.5)
+    taken = times_until_a_trial(ledger, count)
+    assert taken > 1
+    assert ledger.spent(DATASET).spent.epsilon == pytest.approx(0.01 * taken)
+
+
+def test_repeating_a_secret_sweep_would_be_free_under_the_rule_for_runs(ledger, monkeypatch):
+    """The failing arm of the test above."""
+    monkeypatch.setattr("udp_ray.dp.ledger.is_secret_sweep", lambda plan: False)
+    assert times_until_a_trial(ledger, PoissonTrials(0.5)) > 1
+    assert ledger.spent(DATASET).spent.epsilon == pytest.approx(0.01)
 
 
 def test_a_ledger_without_the_table_of_trials_would_count_too_much_and_never_too_little(ledger):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from udp_ray.dp import ledger_rules
 from udp_ray.dp.keys import RunKey
@@ -18,13 +22,21 @@ from udp_ray.engine.world import join_world
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    DivergedError,
     FencedError,
     LedgerError,
     ReplayRefusedError,
 )
 from udp_ray.testing import training_deaths
 from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, tiny_model, train_tiny, write_tiny_store
+from udp_ray.testing.training import (
+    RecordingAccountant,
+    TinyRun,
+    run_loop,
+    tiny_model,
+    train_tiny,
+    write_tiny_store,
+)
 from udp_ray.testing.training_deaths import (
     RUN_ID,
     Death,
@@ -212,8 +224,47 @@ def test_weights_that_do_not_move_are_an_error(run):
 
 
 def test_an_infinite_update_is_an_error(run):
-    with pytest.raises(ConfigError, match=r"train\.learning_rate is too large"):
+    with pytest.raises(DivergedError, match=r"train\.learning_rate is too large"):
         train_tiny(replace(run, learning_rate=3e38, noise_multiplier=10.0))
+
+
+class DivergedAfter(RecordingAccountant):
+    """An accountant that has seen the evaluation of a step fail."""
+
+    def __init__(self, events, step):
+        super().__init__(events)
+        self._step = step
+
+    def authorize(self, step, starting_checkpoint):
+        if step > self._step:
+            raise DivergedError(f"after step {self._step} the loss is not a number")
+        super().authorize(step, starting_checkpoint)
+
+
+def test_training_that_diverged_takes_no_further_step(run, tmp_path):
+    events = []
+    ended = run_loop(run, DivergedAfter(events, 2), events, tmp_path)
+    (commit,) = [event for event in events if event[0] == "commit"]
+    assert (ended.result.step, ended.result.digest) == (2, commit[3])
+    assert [event[1] for event in events if event[0] == "authorize"] == [1, 2]
+    assert "not a number" in ended.result.budget_message
+
+
+def test_training_does_not_go_on_from_weights_that_are_not_finite(run, whole, tmp_path):
+    point = resume_point(whole, 2)
+    broken = tmp_path / "checkpoint"
+    shutil.copytree(point.directory, broken)
+    weights = load_file(broken / checkpoint.WEIGHTS)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, broken / checkpoint.WEIGHTS)
+    manifest = json.loads((broken / checkpoint.MANIFEST).read_text())
+    content = (broken / checkpoint.WEIGHTS).read_bytes()
+    manifest["files"][checkpoint.WEIGHTS] = hashlib.sha256(content).hexdigest()
+    text = json.dumps(manifest)
+    (broken / checkpoint.MANIFEST).write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    with pytest.raises(DivergedError, match="weights of step 2 are not finite"):
+        train_tiny(run, resume=replace(point, directory=broken, digest=digest))
 
 
 def test_a_refusal_stops_all_ranks_with_the_same_error(run):

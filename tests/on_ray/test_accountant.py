@@ -1,6 +1,7 @@
 """The accountant of a run: who gets which secret, who may write, and what an absent ledger does."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.errors import (
     ConfigError,
     DataError,
+    DivergedError,
     FencedError,
     LedgerError,
     LedgerUnavailableError,
@@ -192,6 +194,64 @@ def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(charge
     kept = read_evaluations(Path(charge.metrics_file))
     assert kept == [{"step": 0, "token_loss": 4.0}, {"step": 2, "token_loss": 2.5}]
     assert accountant.progress(2).metrics == tuple(rows[2:])
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def evaluation(step: int, loss: float, **more: float) -> dict[str, float]:
+    return {"step": step, "heldout/token_loss": loss, "heldout/num_tokens": 9} | {
+        f"heldout/{name}": value for name, value in more.items()
+    }
+
+
+@pytest.mark.parametrize(("loss", "words"), [(NAN, "not a number"), (INFINITY, "infinite")])
+def test_after_a_diverged_evaluation_no_step_is_granted(
+    charge: Charge, loss: float, words: str
+) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant.authorize(attempt.number, 1, START)
+    accountant.commit(attempt.number, 1, "there", "one")
+    accountant.record_metrics(attempt.number, evaluation(1, loss))
+    for again in (accountant, RunAccountant(charge)):  # a new driver finds it in the file
+        attempt = again.begin()
+        assert attempt is not None
+        with pytest.raises(DivergedError, match=f"after step 1 the loss .* is {words}"):
+            again.authorize(attempt.number, 2, "one")
+    with Ledger.open(charge.ledger_url) as ledger:
+        assert ledger.run("run").charged_steps == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        evaluation(1, 900.0, token_perplexity=INFINITY, user_perplexity=INFINITY),
+        evaluation(0, NAN),  # of the weights that the run begins with
+        evaluation(1, NAN) | {"heldout/num_tokens": 0},
+    ],
+    ids=["infinite perplexity", "before the first step", "nobody to evaluate on"],
+)
+def test_these_evaluations_are_not_taken_for_divergence(charge: Charge, row: dict) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant.record_metrics(attempt.number, row)
+    accountant.authorize(attempt.number, 1, START)
+
+
+def test_evaluations_are_kept_as_strict_json_and_read_as_they_were(charge: Charge) -> None:
+    accountant = RunAccountant(charge)
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant.record_metrics(attempt.number, evaluation(1, NAN, user_perplexity=INFINITY))
+    file = Path(charge.metrics_file)
+    (row,) = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert (row["token_loss"], row["user_perplexity"], row["num_tokens"]) == (None, "inf", 9)
+    (kept,) = read_evaluations(file)
+    assert math.isnan(kept["token_loss"])
+    assert (kept["user_perplexity"], kept["num_tokens"]) == (INFINITY, 9)
 
 
 def test_finishing_destroys_the_key_also_after_a_restart_of_the_accountant(charge: Charge) -> None:

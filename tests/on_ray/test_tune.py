@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import psutil
@@ -28,11 +28,13 @@ from udp_ray.dp.ledger import Budget, Ledger
 from udp_ray.errors import (
     ConfigError,
     DataError,
+    DivergedError,
     FencedError,
     LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
+from udp_ray.on_ray import tune as tuning
 from udp_ray.on_ray.sweep import Sweep, admit_sweep, plan_of_sweep, prepare_sweep
 from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep
 from udp_ray.on_ray.train import train_on_ray
@@ -197,7 +199,7 @@ def test_all_leaves_a_table_a_heat_map_the_statement_and_the_winners_settings(
     assert chosen.privacy.seed is None
     written = json.loads((output / "privacy.json").read_text())
     assert written["promised"] == {"epsilon": 8.0, "delta": 1e-3}
-    assert 0 < written["spent"]["epsilon"] < 8.0  # a trial took no step
+    assert written["spent"] == {"epsilon": 8.0, "delta": 1e-3}  # also though a trial took no step
     assert written["heldout_users_are_covered"] is False
 
 
@@ -298,7 +300,9 @@ def test_a_secret_sweep_shows_in_the_ledger_as_one_run(tmp_path: Path) -> None:
     shown = json.loads(done.stdout)
     assert [run["run_id"] for run in shown["runs"]] == [sweep.sweep_id]
     assert shown["spent"]["epsilon"] == 8.0
-    assert shown["runs"][0]["charged_steps"] == 0
+    assert shown["runs"][0]["state"] == "charged"
+    for name in ("charged_steps", "committed_step", "checkpoint", "num_attempts", "ended_at"):
+        assert shown["runs"][0][name] is None
 
 
 def test_a_sweep_of_which_no_trial_ended_releases_nothing(tmp_path: Path) -> None:
@@ -306,6 +310,98 @@ def test_a_sweep_of_which_no_trial_ended_releases_nothing(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="nothing is released"):
         publish_sweep(sweep)
     assert files(sweep.folder.path) == {"run.json"}
+
+
+# ---- trials that diverge, and sweeps without a trial
+
+NAN = float("nan")
+
+
+def test_a_trial_that_diverged_has_ended_and_is_worse_than_any_other(tmp_path: Path) -> None:
+    sweep = played(tmp_path, ALL, [3.4, NAN, 3.3, 3.5])
+    result = publish_sweep(sweep)
+    assert (result.loss, result.is_complete, result.failure) == (3.3, True, None)
+    rows = json.loads((result.output / "trials.json").read_text(), parse_constant=pytest.fail)
+    assert [row["heldout_loss"] for row in rows] == [3.4, None, 3.3, 3.5]
+    assert [row["diverged"] for row in rows] == [False, True, False, False]
+    last = (result.output / "trials.txt").read_text().splitlines()[-1]
+    assert last.split()[0] == "2"
+    assert "diverged" in last
+    assert "training diverged" in last
+    assert verify_sweep(result.output).agrees
+
+
+def test_the_loss_before_training_would_make_a_trial_that_diverged_the_winner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The failing arm: a trial that diverged before its first commit, scored by its last row."""
+    sweep = played(tmp_path, ALL, [3.4, NAN, 3.3, 3.5])
+    monkeypatch.setattr("udp_ray.on_ray.trial.has_diverged", lambda folder: False)
+    assert publish_sweep(sweep).loss == 2.0
+
+
+def without_cluster(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Has `run_sweep` play its trials."""
+
+    def play(sweep: Sweep, announce: object) -> None:
+        for trial, loss in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
+            play_trial(sweep, trial, loss=loss)
+
+    monkeypatch.setattr(tuning, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(tuning, "require_capacity", lambda cluster, announce: None)
+    monkeypatch.setattr(tuning, "_run_trials", play)
+
+
+@pytest.mark.parametrize(
+    ("section", "num_trials", "error", "words"),
+    [
+        (ALL, 4, DivergedError, "diverged in every trial"),
+        (BEST, 2, DivergedError, "diverged in every trial"),
+        (BEST | {"num_trials": "poisson", "expected_trials": 1.0}, 0, DataError, "no trial at all"),
+    ],
+    ids=["all", "best", "no trial"],
+)
+def test_a_sweep_without_a_model_to_release_ends_and_stays_charged(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    section: dict,
+    num_trials: int,
+    error: type[Exception],
+    words: str,
+) -> None:
+    settings = tiny_sweep(tmp_path, section)
+    seed = seed_with(num_trials, settings) if section is not ALL else 1
+    config = tiny_sweep(tmp_path, section, privacy={"seed": seed})
+    without_cluster(monkeypatch, [NAN] * num_trials)
+    said: list[str] = []
+    with pytest.raises(error, match=words) as caught:
+        run_sweep(config, announce=said.append)
+    assert not any("resume" in text for text in [*said, str(caught.value)])
+    assert words in said[-1]  # in the statement
+    output = Path(config.output)
+    statement = json.loads((output / "privacy.json").read_text(), parse_constant=pytest.fail)
+    assert statement["spent"] == {"epsilon": 8.0, "delta": 1e-3}
+    assert (statement["winner"], words in statement["outcome"]) == (None, True)
+    assert verify_sweep(output).agrees
+    assert not (output / ".trials").exists()
+    assert not (output / "best.yaml").exists()
+    with Ledger.open(config.data.ledger_url) as ledger:
+        (run,) = ledger.spent(DATASET).runs
+        assert (run.state, run.charge) == ("finished", Budget(8.0, 1e-3))
+        with ledger._database.read() as connection:
+            secrets = connection.exec_driver_sql("SELECT secret FROM udp_ray_keys").scalars().all()
+    assert secrets == [None] * (1 + num_trials)
+
+
+def test_of_a_secret_sweep_nothing_tells_that_a_trial_diverged(tmp_path: Path) -> None:
+    seed = seed_with(2, tiny_sweep(tmp_path, BEST))
+    result = publish_sweep(played(tmp_path, BEST, [NAN, 3.4], seed=seed))
+    output = result.output
+    seen = {name for name in files(output) if not name.startswith(".trials/")}
+    assert "error.json" not in seen
+    assert result.loss == 3.4
+    text = result.to_text() + "".join((output / name).read_text() for name in seen)
+    assert "diverged" not in text
 
 
 # ---- what an auditor sees
@@ -324,7 +420,7 @@ def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
     assert verdict.agrees, verdict.to_text()
     assert "2 trials" not in verdict.to_text()
     told = json.loads((output / "privacy.json").read_text())
-    for tamper in (halve_the_promise, halve_the_noise):
+    for tamper in (halve_the_promise, halve_the_noise, state_less_than_was_charged):
         file = tmp_path / "tampered.json"
         file.write_text(json.dumps(tamper(json.loads(json.dumps(told)))))
         assert not verify_sweep(file).agrees
@@ -335,6 +431,12 @@ def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
 
 def halve_the_promise(told: dict) -> dict:
     told["promised"]["epsilon"] /= 2
+    return told
+
+
+def state_less_than_was_charged(told: dict) -> dict:
+    """What a sweep stated of which a trial had taken no step."""
+    told["spent"]["epsilon"] *= 0.9
     return told
 
 
@@ -364,13 +466,13 @@ def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_t
     assert any(line.startswith("trial 1 (1 of 2 ended)") for line in said)
     good, bad = result.trials
     assert good.loss is not None
-    assert bad.loss is None
+    assert bad.has_diverged
     assert "learning_rate" in (bad.error or "")
     assert AutoModelForCausalLM.from_pretrained(result.model)
     with Ledger.open(config.data.ledger_url) as ledger:
         (run,) = ledger.spent(DATASET).runs
         assert run.charge == Budget(8.0, 1e-3)
-        assert run.state == "admitted"  # a trial is left, so the sweep can be resumed
+        assert run.state == "finished"  # a trial that diverged has ended, too
         trials = ledger.trials(run.run_id)
         assert [trial.run.charged_steps for trial in trials] == [NUM_STEPS, 1]
         assert not ledger.trials(trials[0].run.run_id)

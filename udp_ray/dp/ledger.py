@@ -54,6 +54,7 @@ from udp_ray.dp.ledger_records import (
     Spending,
     TrialAdmission,
     TrialRecord,
+    is_secret_sweep,
     plan_digest,
     plan_to_json,
 )
@@ -307,16 +308,30 @@ class Ledger(LedgerBook):
             dry_run: Only find out whether that would be refused.
 
         Raises:
-            LedgerError: If a step was reserved: the run stays charged, whole.
+            LedgerError: If a step was reserved, or the run is a sweep of which only the best trial
+                is released: the run stays charged, whole.
 
         Privacy:
             Without a reservation no noise was drawn and nothing was released. A live attempt is
-            fenced, so that it cannot reserve afterwards. A sweep is given back only if none of
-            its trials reserved a step.
+            fenced, so that it cannot reserve afterwards. A sweep of which all trials are released
+            is refunded only if none of its trials reserved a step.
+
+            A secret sweep is never refunded once it was admitted. Its number of trials is drawn
+            and stored by the admission itself, and whether any trial has reserved a step depends
+            on that number. Refunding a draw of no trial, and admitting sweeps until one has a
+            trial, conditions the number on being above zero: under a Poisson distribution with
+            mean m the outcome costs delta / (1 - exp(-m)) instead of delta, and each further
+            sweep would be free.
         """
         with self._database.write(dry_run=dry_run) as connection:
             run = rows.run_row(connection, run_id, lock=True)
             sweeps.refuse_trial(connection, run_id)
+            if is_secret_sweep(rows.plan_of(run)):
+                raise LedgerError(
+                    f"run {run_id!r} is a sweep that releases only its best trial: it stays charged"
+                    " whole from its admission on, because a refund would depend on its secret"
+                    " number of trials; go on with it (--resume)"
+                )
             ended = [run, *sweeps.family(connection, run)]
             if any(each.charged_steps > 0 or each.state == "finished" for each in ended):
                 raise LedgerError(

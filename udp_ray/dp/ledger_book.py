@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import uuid
+from collections.abc import Iterable
 from typing import Self
 
 from sqlalchemy import Connection, insert, select, update
@@ -221,6 +222,12 @@ class LedgerBook:
                 runs=tuple(rows.run_record(connection, run) for run in found),
                 changes=rows.budget_changes(connection, name),
             )
+
+    def unknown_runs(self, run_ids: Iterable[str]) -> list[str]:
+        """Returns which of these runs this ledger never admitted, in order of their names."""
+        with self._database.read() as connection:
+            known = set(connection.execute(select(schema.RUNS.c.run_id)).scalars())
+        return sorted(set(run_ids) - known)
 
     def run(self, run_id: str) -> RunRecord:
         """Returns a run.

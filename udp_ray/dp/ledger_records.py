@@ -20,6 +20,9 @@ from udp_ray.dp.keys import RunKey
 
 RunState = Literal["admitted", "finished", "abandoned"]
 
+COUNTED_RELEASES = ("all", "public")
+"""Releases of a sweep whose number of trials is fixed and public."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -140,6 +143,23 @@ class RunRecord:
     def is_charged(self) -> bool:
         """Whether the run counts: all do, except one abandoned before its first step."""
         return self.state != "abandoned"
+
+    @property
+    def is_secret_sweep(self) -> bool:
+        """Whether it is a sweep of which only the best trial is released."""
+        return is_secret_sweep(self.plan)
+
+
+def is_secret_sweep(plan: Mapping[str, Any]) -> bool:
+    """Returns whether a plan is that of a sweep whose number of trials is secret.
+
+    Args:
+        plan: As the ledger holds it; `PlannedSweep.to_dict` writes the release under "sweep".
+
+    Edge cases:
+        A release of an unknown name -> True, which reveals and refunds less.
+    """
+    return plan.get("sweep") not in (None, *COUNTED_RELEASES)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from udp_ray.dp.ledger_records import (
     Digests,
     RunRecord,
 )
-from udp_ray.errors import FencedError, LedgerError
+from udp_ray.errors import FencedError, GuaranteeError, LedgerError
 
 AnyRow = Row[Any]
 
@@ -123,7 +123,11 @@ def held_run(connection: Connection, attempt: Attempt, *, may_have_ended: bool =
         )
     if not may_have_ended:
         refuse_ended(run)
-    assert run.key_id == attempt.key.id  # a new key is always a new attempt
+    if run.key_id != attempt.key.id:
+        raise GuaranteeError(
+            f"attempt {attempt.number} of run {attempt.run_id!r} holds another key than the ledger:"
+            " a new key must always come with a new attempt"
+        )
     return run
 
 
@@ -209,7 +213,7 @@ def run_record(connection: Connection, run: AnyRow) -> RunRecord:
         committed_step=commit.step if commit else 0,
         checkpoint=commit.checkpoint if commit else None,
         checkpoint_digest=commit.digest if commit else None,
-        plan=json.loads(run.plan),
+        plan=plan_of(run),
         digests=attempt_digests(connection, run.run_id, last_attempt(connection, run.run_id)),
         state=run.state,
         num_attempts=last_attempt(connection, run.run_id),
@@ -218,6 +222,12 @@ def run_record(connection: Connection, run: AnyRow) -> RunRecord:
         admitted_at=run.admitted_at,
         ended_at=run.ended_at,
     )
+
+
+def plan_of(run: AnyRow) -> dict[str, Any]:
+    """Returns the plan in a run's row."""
+    plan: dict[str, Any] = json.loads(run.plan)
+    return plan
 
 
 def last_attempt(connection: Connection, run_id: str) -> int:

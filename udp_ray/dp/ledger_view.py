@@ -1,4 +1,13 @@
-"""What was spent on a dataset, for people and for scripts. Every value shown is public."""
+"""What was spent on a dataset, as text and as JSON, for the operator of the ledger.
+
+Durations are outputs that nobody has paid for: they follow the realized cohorts, and those of a
+sweep that releases only its best trial follow its secret number of trials. So times are shown as
+dates (UTC), and of such a sweep neither the times nor anything that changes while it runs is
+shown: state, attempts, keys, steps and checkpoints are left out.
+
+What remains: the duration of an ordinary run to within a day, and, for whoever calls this again and
+again while a run trains, its speed. Dates of other runs bound when a sweep was admitted.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +17,11 @@ from typing import Any
 
 from udp_ray.dp.ledger_records import Budget, BudgetChange, RunRecord, Spending
 
+ALTERED_BY_TRAINING = (
+    "charged_steps", "committed_step", "checkpoint", "num_attempts", "num_keys", "admitted_at",
+    "ended_at",
+)  # fmt: skip
+"""What is null in the listing of a sweep that releases only its best trial."""
 COLUMNS = ("run", "state", "epsilon", "delta", "steps charged", "committed", "keys", "admitted")
 
 
@@ -38,7 +52,7 @@ def to_text(spending: Spending) -> str:
     if spending.changes:
         lines.append("")
         lines += [
-            f"  {change.changed_at}  total set to {_text(change.total)}"
+            f"  {_date(change.changed_at)}  total set to {_text(change.total)}"
             for change in spending.changes
         ]
     if spending.runs:
@@ -47,17 +61,27 @@ def to_text(spending: Spending) -> str:
 
 
 def _row(run: RunRecord) -> tuple[str, ...]:
+    is_sweep, is_secret = "sweep" in run.plan, run.is_secret_sweep
     return (
         run.run_id,
-        run.state,
+        _state(run),
         f"{run.charge.epsilon:.6g}",
         f"{run.charge.delta:.3g}",
-        # What the trials of a sweep did is shown by nobody but the sweep: it may be secret.
-        "whole sweep" if "sweep" in run.plan else f"{run.charged_steps} of {run.num_steps}",
-        "-" if "sweep" in run.plan else str(run.committed_step),
-        str(run.num_keys),
-        run.admitted_at,
+        "whole sweep" if is_sweep else f"{run.charged_steps} of {run.num_steps}",
+        "-" if is_sweep else str(run.committed_step),
+        "-" if is_secret else str(run.num_keys),
+        "-" if is_secret else _date(run.admitted_at),
     )
+
+
+def _state(run: RunRecord) -> str:
+    """Returns the state of a run; of a secret sweep not whether it has ended yet."""
+    return "charged" if run.is_secret_sweep and run.is_charged else run.state
+
+
+def _date(time: str) -> str:
+    """Returns the date of a time as the ledger holds it: UTC, ISO 8601."""
+    return time.partition("T")[0]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -86,9 +110,9 @@ def _budget_to_json(budget: Budget | None) -> dict[str, float | str] | None:
 
 
 def _run_to_json(run: RunRecord) -> dict[str, Any]:
-    return {
+    shown = {
         "run_id": run.run_id,
-        "state": run.state,
+        "state": _state(run),
         "is_charged": run.is_charged,
         "charge": _budget_to_json(run.charge),
         "num_steps": run.num_steps,
@@ -101,14 +125,16 @@ def _run_to_json(run: RunRecord) -> dict[str, Any]:
         "config_digest": run.digests.config,
         "code_digest": run.digests.code,
         "store_digest": run.digests.store,
-        "admitted_at": run.admitted_at,
-        "ended_at": run.ended_at,
+        "admitted_at": _date(run.admitted_at),
+        "ended_at": _date(run.ended_at) if run.ended_at else None,
     }
+    hidden = ALTERED_BY_TRAINING if run.is_secret_sweep else ()
+    return shown | dict.fromkeys(hidden)
 
 
 def _change_to_json(change: BudgetChange) -> dict[str, Any]:
     return {
         "total": _budget_to_json(change.total),
         "spent": _budget_to_json(change.spent),
-        "changed_at": change.changed_at,
+        "changed_at": _date(change.changed_at),
     }

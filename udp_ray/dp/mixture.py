@@ -20,6 +20,8 @@ from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 from numpy.typing import NDArray
 from scipy import interpolate, optimize, special
 
+from udp_ray.errors import GuaranteeError
+
 Floats = NDArray[np.float64]
 
 MARGIN = 1e-10
@@ -186,7 +188,7 @@ def _cells(
             break
         inner = np.clip(inner + (targets - value) / slope, table[0], table[-1])
     else:
-        raise AssertionError("the log ratio could not be inverted on the grid")
+        raise GuaranteeError("the log ratio could not be inverted on the grid")
     return losses, np.concatenate([[lowest], inner, [highest]])
 
 

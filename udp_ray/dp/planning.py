@@ -100,7 +100,7 @@ class Workload:
             seen += share
             if seen >= half:
                 return n
-        raise AssertionError("a histogram has users")
+        raise ValueError("examples_per_user is empty: a histogram has users")
 
 
 @dataclass(frozen=True, kw_only=True)

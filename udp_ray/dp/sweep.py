@@ -96,7 +96,8 @@ class PlannedSweep:
     left_out: tuple[str, ...]
     """Why a combination cannot be, one sentence each."""
     charge: Budget
-    """What the ledger is charged with."""
+    """What the ledger is charged with, and what is spent, however many trials fail or end early:
+    how far they come depends on the data, and the price of the declared sweep covers it."""
     target_epsilon: float | None
     """What the noise was calibrated to for the whole sweep; None if the price is an output."""
 
@@ -110,24 +111,6 @@ class PlannedSweep:
         """Returns the sweep's epsilon, worked out anew from the plans."""
         plans = [configuration.plan for configuration in self.configurations]
         return price_sweep(plans, release_of(self.release, self.count), self.charge.delta)
-
-    def spent(self, charged_steps: Sequence[tuple[int, int]]) -> Budget:
-        """Returns what a sweep of which all trials may be seen has released so far.
-
-        Args:
-            charged_steps: For each trial its configuration's place, and its charged steps.
-        """
-        if self.release != "all":
-            return self.charge
-        plans = [
-            dataclasses.replace(self.configurations[place].plan, num_steps=steps)
-            for place, steps in charged_steps
-            if steps
-        ]
-        if not plans:
-            return Budget(0.0, 0.0)
-        epsilon = price_sweep(plans, ReleaseAll(), self.charge.delta)
-        return Budget(min(epsilon, self.charge.epsilon), self.charge.delta)
 
     def places(self, key: RunKey) -> tuple[int, ...]:
         """Returns the place of each trial's configuration: all of them, or a secret draw.

@@ -18,6 +18,7 @@ class Accountant(Protocol):
 
         Raises:
             PrivacyBudgetExceededError: The step would overspend; training ends well.
+            DivergedError: The last commit is of a model that diverged; training ends likewise.
             ReplayRefusedError: The step was reserved under other circumstances.
             FencedError: A newer attempt has begun.
         """

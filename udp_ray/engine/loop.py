@@ -39,7 +39,12 @@ from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.token_loss import chunk_logits
 from udp_ray.engine.world import World, join_world
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.errors import CheckpointError, ConfigError, PrivacyBudgetExceededError
+from udp_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    PrivacyBudgetExceededError,
+)
 from udp_ray.models.load import (
     checkpoint_activations,
     frozen_fingerprint,
@@ -98,6 +103,8 @@ def train(
         ConfigError: The store's examples may be longer than the model has positions.
         LedgerError: The accountant refused (raised on all ranks), other than for the budget.
         CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
+        DivergedError: The first step, or the checkpoint to resume from, has weights that are not
+            finite (raised on all ranks).
     """
     world = join_world()
     training = _Training(
@@ -186,6 +193,7 @@ class _Training:
         else:
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
+            _refuse_diverged(self.parameters, saved.step)
         is_sliced = self.settings.zero_stage == 3
         if not is_sliced:  # else slices are moved, of a model that need not fit on the device
             self.model.to(self.world.device)
@@ -283,10 +291,10 @@ class _Training:
         )
 
     def _ask(self, step: int) -> str | None:
-        """Returns once all ranks may take the step, or says why the budget forbids it."""
+        """Returns once all ranks may take the step, or says why training ends before it."""
         try:
             self.world.from_first(lambda: self._accountant().authorize(step, self.digest))
-        except PrivacyBudgetExceededError as error:
+        except (PrivacyBudgetExceededError, DivergedError) as error:
             return str(error)
         return None
 
@@ -379,6 +387,12 @@ def cohorts(plan: PrivacyPlan, key: StreamKey, store: TokenStore) -> Callable[[i
     return lambda step: sampler.cohort(step, store.user_offsets)
 
 
+def _refuse_diverged(parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Refuses to go on from weights that are not finite, as every later step would leave them."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        raise DivergedError(f"the weights of step {step} are not finite")
+
+
 def _samples(zero: ZeroEngine) -> list[Tensor]:
     """A few values of each parameter, enough to see whether an update happened at all."""
     held = (zero.held(name).reshape(-1)[:SAMPLED_VALUES] for name in zero.parameters)
@@ -406,6 +420,6 @@ def _check_moved(before: list[Tensor], after: list[Tensor], world: World, *, is_
             " train.learning_rate is too small for float32, or nothing trains; raise it"
         )
     if is_infinite:
-        raise ConfigError(
-            "the first step made weights infinite: train.learning_rate is too large; lower it"
+        raise DivergedError(
+            "the first step made weights infinite, since train.learning_rate is too large"
         )

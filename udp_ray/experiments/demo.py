@@ -192,8 +192,8 @@ def _first_and_last(output: Path) -> tuple[dict[str, float], dict[str, float]]:
 def _row(model: str, metrics: dict[str, float], seconds: float) -> Row:
     return Row(
         model=model,
-        token_perplexity=metrics["token_perplexity"],
-        user_perplexity=metrics["user_perplexity"],
+        token_perplexity=float(metrics["token_perplexity"]),
+        user_perplexity=float(metrics["user_perplexity"]),
         epsilon=float(metrics["epsilon"]),  # "inf" stands as text in JSON
         seconds=seconds,
     )

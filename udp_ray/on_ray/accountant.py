@@ -13,8 +13,9 @@ What workers and the driver ask it by stands in `remote_accountant.py`, which kn
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,15 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from udp_ray.dp.ledger import Attempt, Digests, Ledger, RunRecord
-from udp_ray.errors import DataError, FencedError, LedgerUnavailableError, UdpRayError
+from udp_ray.dp.plan import json_number
+from udp_ray.errors import (
+    DataError,
+    DivergedError,
+    FencedError,
+    GuaranteeError,
+    LedgerUnavailableError,
+    UdpRayError,
+)
 from udp_ray.on_ray.remote_accountant import AttemptStart, Progress, WorkerSecrets, own_errors
 from udp_ray.outputs import write_aside
 
@@ -65,6 +74,7 @@ class RunAccountant:
         self._metrics: list[dict[str, float]] = []
         self._progress = Progress()
         self._asked_at: float | None = None  # while the ledger is asked
+        self._divergence: str | None = None
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -76,7 +86,8 @@ class RunAccountant:
         Raises:
             LedgerError: If it is missing or is not the one expected.
         """
-        assert self._ledger.id == self._charge.ledger_id
+        if self._ledger.id != self._charge.ledger_id:
+            raise GuaranteeError("the accountant opened another ledger than the driver")
 
     def begin(self) -> AttemptStart | None:
         """Begins a new attempt and fences the older ones; None if the run is stopped for good."""
@@ -90,6 +101,8 @@ class RunAccountant:
         )
         record = self._patiently(lambda: self._ledger.run(charge.run_id))
         self._repaid = record.num_steps - attempt.last_step
+        kept = read_evaluations(Path(charge.metrics_file))
+        self._divergence = divergence_of(kept, last_step=attempt.resume_step)
         self._update(
             attempts=attempt.number,
             step=attempt.resume_step,
@@ -128,8 +141,16 @@ class RunAccountant:
         )
 
     def authorize(self, number: int, step: int, starting_checkpoint: str) -> None:
-        """Reserves a step durably; see `engine.accountant.Accountant`."""
+        """Reserves a step durably; see `engine.accountant.Accountant`.
+
+        Privacy:
+            Whether a run goes on after a committed evaluation depends on released weights and on
+            held-out users only. The number of steps is then chosen along the way, so the run's
+            statement counts all the steps that it was admitted for.
+        """
         attempt = self._current(number)
+        if self._divergence is not None:
+            raise DivergedError(self._divergence)
         self._guarded(
             lambda: self._ledger.authorize(attempt, step, starting_checkpoint=starting_checkpoint)
         )
@@ -150,7 +171,9 @@ class RunAccountant:
         self._metrics.append(metrics)
         self._update(num_metrics=len(self._metrics))
         if any(name.startswith(EVALUATION) for name in metrics):
-            keep_evaluation(Path(self._charge.metrics_file), metrics)
+            file = Path(self._charge.metrics_file)
+            keep_evaluation(file, metrics)
+            self._divergence = divergence_of(read_evaluations(file), last_step=int(metrics["step"]))
 
     def end(self, number: int, budget_message: str | None) -> None:
         """Notes that all ranks have returned from training."""
@@ -161,8 +184,9 @@ class RunAccountant:
         """Ends the run for good and destroys its key; returns its last record."""
         if self._attempt is None:  # the accountant was restarted after the workers were done
             self.begin()
-        assert self._attempt is not None
         attempt = self._attempt
+        if attempt is None:
+            raise GuaranteeError("a run cannot end without an attempt, whose right it is to end it")
         self._guarded(lambda: self._ledger.finish(attempt))
         return self._patiently(lambda: self._ledger.run(attempt.run_id))
 
@@ -240,9 +264,40 @@ def keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
         if name.startswith(EVALUATION)
     }
     rows = sorted([*kept, {"step": step, **values}], key=lambda row: row["step"])
-    write_aside(file, json.dumps(rows, indent=2) + "\n")
+    content = json.dumps([to_strict_json(row) for row in rows], indent=2, allow_nan=False)
+    write_aside(file, content + "\n")
 
 
 def read_evaluations(file: Path) -> list[dict[str, float]]:
-    """Returns the evaluations kept so far, by step."""
-    return json.loads(file.read_text()) if file.exists() else []
+    """Returns the evaluations kept so far, by step; see `to_strict_json`."""
+    rows = json.loads(file.read_text()) if file.exists() else []
+    return [{name: _number(value) for name, value in row.items()} for row in rows]
+
+
+def to_strict_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of metrics as JSON can hold it: not-a-number as null, infinity as "inf"."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else json_number(value)
+        for name, value in row.items()
+    }
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else math.inf if value == "inf" else value
+
+
+def divergence_of(evaluations: Sequence[Mapping[str, float]], *, last_step: int) -> str | None:
+    """Returns in words that training diverged by a step; None if it did not.
+
+    An infinite perplexity is none: it is the exponential of a finite loss.
+
+    Args:
+        evaluations: Rows as `read_evaluations` gives them.
+        last_step: Later rows are not looked at, nor is the one before the first step.
+    """
+    for row in evaluations:
+        loss = row["token_loss"]
+        if 0 < row["step"] <= last_step and row.get("num_tokens", 1) and not math.isfinite(loss):
+            kind = "not a number" if math.isnan(loss) else "infinite"
+            return f"after step {row['step']:.0f} the loss on held-out users is {kind}"
+    return None

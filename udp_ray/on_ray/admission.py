@@ -10,13 +10,14 @@ import secrets
 import numpy as np
 
 from udp_ray.config import ExperimentConfig, PrivacyConfig
+from udp_ray.data.admissions import record_run, recorded_runs
 from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 from udp_ray.on_ray.run import Run
 from udp_ray.outputs import OutputFolder
@@ -29,12 +30,14 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
 
     Raises:
         DataError: The store is damaged, or is not the one that the settings mean.
-        LedgerError: The ledger that guards the store is missing, or another one is there.
+        LedgerError: The ledger that guards the store is missing, or another one, or a copy of it
+            that does not know all runs, is there.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     check_store(config, store)
     ledger_url = config.data.ledger or store.manifest.ledger_url
     ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
+    refuse_copied_ledger(ledger, config.data.store)
     plan = _plan_on(config.privacy, store)
     digests = Digests(
         plan=plan_digest(plan.to_dict()),
@@ -96,10 +99,16 @@ def admit(run: Run, *, resume: bool) -> None:
         ConfigError: The run to resume has ended.
         ReplayRefusedError: It was begun with other settings, code or data.
         StorageError: The output folder cannot be written.
+        LedgerError: Another copy of the ledger has admitted a run on the store meanwhile.
     """
     if resume:
         _check_resumable(run)
-        return
+    else:
+        _enter(run)
+    record_admission(run.ledger, run.config.data.store, run.run_id)
+
+
+def _enter(run: Run) -> None:
     run.folder.claim(run.run_id)
     config, privacy = run.config, run.config.privacy
     try:
@@ -120,6 +129,45 @@ def admit(run: Run, *, resume: bool) -> None:
     except UdpRayError:
         run.folder.release()
         raise
+
+
+def refuse_copied_ledger(ledger: Ledger, store: str) -> None:
+    """Refuses a ledger that lacks a run which was admitted on the store.
+
+    Args:
+        ledger: The ledger, whose id is the one that the store names.
+        store: Folder or URL of the store.
+
+    Raises:
+        LedgerError: If it is an older or another copy of the ledger that guards the store.
+
+    Privacy:
+        Two copies of a ledger would each let the whole total be spent. Not noticed are copies used
+        on different stores of the same data, and a ledger and a store restored together.
+    """
+    recorded = recorded_runs(store)  # first: the ledger has admitted by then what is recorded
+    unknown = ledger.unknown_runs(recorded)
+    if unknown:
+        raise LedgerError(
+            f"data.ledger {ledger.url} does not know run {unknown[0]}, which was admitted on"
+            f" data.store {store}: it is an older or another copy of the ledger that guards the"
+            " store, and the same budget would be spent again; give data.ledger the one that knows"
+            " the run"
+        )
+
+
+def record_admission(ledger: Ledger, store: str, run_id: str) -> None:
+    """Records beside the store that the ledger has admitted a run or sweep on it.
+
+    Looks for runs of other copies once more: of two copies that admit a run at the same time, each
+    records its run before it looks, so at least one of them finds the other's and stops before its
+    first step.
+
+    Raises:
+        LedgerError: If another copy of the ledger has admitted a run on the store.
+    """
+    record_run(store, run_id)
+    refuse_copied_ledger(ledger, store)
 
 
 def _check_resumable(run: Run) -> None:

@@ -14,7 +14,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.config import ExperimentConfig
-from udp_ray.errors import WorkersLostError
+from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.on_ray.accountant import Charge, start_accountant
 from udp_ray.on_ray.capacity import worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, ProgressDisplay
@@ -28,7 +28,12 @@ RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunResult:
-    """Trains an admitted run to its end, on the cluster that was joined, and publishes it."""
+    """Trains an admitted run to its end, on the cluster that was joined, and publishes it.
+
+    Raises:
+        DivergedError: Training diverged, and the run has ended.
+        UdpRayError: Anything else; the run can be resumed.
+    """
     if resume:
         _forget_ray_snapshot(run.run_folder)
     announce(f"run {run.run_id}: {'going on' if resume else 'admitted'}")
@@ -37,10 +42,12 @@ def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> Run
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
     accountant = RemoteAccountant(start_accountant(_charge(run)))
     try:
-        _train(run, accountant, curve)
+        stopped_by = _train(run, accountant, curve)
         from udp_ray.on_ray.publish import publish_run
 
-        return publish_run(run, accountant, curve, announce)
+        return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
+    except DivergedError:  # nothing is left to be resumed
+        raise
     except BaseException:
         announce(f"run {run.run_id} has not ended: mend the cause, then go on with --resume")
         raise
@@ -66,8 +73,11 @@ def _charge(run: Run) -> Charge:
     )
 
 
-def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> None:
+def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> DivergedError | None:
     """Runs the workers until the last checkpoint is committed.
+
+    Returns:
+        What a worker found if it stopped because training diverged; else None.
 
     Raises:
         UdpRayError: The one that stopped a worker.
@@ -97,10 +107,13 @@ def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> None:
         except ray.train.TrainingFailedError as error:
             failure = error
     stopped_by = accountant.progress(0).error
+    if isinstance(stopped_by, DivergedError):
+        return stopped_by
     if stopped_by is not None:
         raise stopped_by
     if failure is not None:
         raise lost_workers(failure, run.config.cluster.max_failures) or failure
+    return None
 
 
 def lost_workers(

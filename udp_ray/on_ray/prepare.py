@@ -44,7 +44,7 @@ from udp_ray.data.store import publish
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.dp.ledger_database import parse_url, public_url
 from udp_ray.durable import vanishes_with_job
-from udp_ray.errors import DataError, StorageError, UdpRayError
+from udp_ray.errors import DataError, GuaranteeError, StorageError, UdpRayError
 from udp_ray.location import is_url
 from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 from udp_ray.on_ray.connect import connected
@@ -255,7 +255,8 @@ def run_stages(task: Task) -> dict[int, str]:
             for row in rows.iter_rows():
                 if row["shard"] == REFUSED:
                     raise StorageError(row["result"])
-                assert row["shard"] not in results, "a shard was split over two tasks"
+                if row["shard"] in results:
+                    raise GuaranteeError(f"shard {row['shard']} was split over two tasks")
                 results[row["shard"]] = row["result"]
         except Exception as error:
             own = _own_error(error)

@@ -5,6 +5,11 @@ Nothing here is final until the ledger says finished; a crash half-way is made g
 which does it all again. All files are written at the end, and none holds a time or a rate: how
 long a step takes depends on who is in its cohort. So the folder tells when the run ended, and
 nothing of how long its steps took.
+
+A run that diverged ends as well: it is charged whole, its statement and `error.json` say that
+training diverged, and its key is destroyed. Its weights are published if they are finite (they are
+paid for, and only the loss may be beyond the number format); others are of no use to anybody. In
+JSON, not-a-number is null and an infinite perplexity "inf".
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from udp_ray.command_line import to_yaml
@@ -23,7 +29,7 @@ from udp_ray.dp.ledger import RunRecord
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
 from udp_ray.engine.schedule import learning_rate
-from udp_ray.errors import CheckpointError
+from udp_ray.errors import CheckpointError, DivergedError
 from udp_ray.event_file import write_event_file
 from udp_ray.figures import draw_curves
 from udp_ray.models.load import (
@@ -32,7 +38,12 @@ from udp_ray.models.load import (
     load_tokenizer,
     trainable_parameters,
 )
-from udp_ray.on_ray.accountant import EVALUATION, read_evaluations
+from udp_ray.on_ray.accountant import (
+    EVALUATION,
+    divergence_of,
+    read_evaluations,
+    to_strict_json,
+)
 from udp_ray.on_ray.progress import EpsilonCurve
 from udp_ray.on_ray.remote_accountant import RemoteAccountant
 from udp_ray.on_ray.result import RunResult
@@ -42,6 +53,7 @@ from udp_ray.outputs import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     CURVES_FILE,
+    ERROR_FILE,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     OutputFolder,
@@ -56,10 +68,20 @@ def publish_run(
     accountant: RemoteAccountant,
     curve: EpsilonCurve,
     announce: Callable[[str], None],
+    *,
+    stopped_by: DivergedError | None = None,
 ) -> RunResult:
     """Writes all that a run leaves behind, then has the ledger end it and destroy its key.
 
+    Args:
+        run: The run.
+        accountant: Its accountant.
+        curve: Its epsilon over steps.
+        announce: Shows a person text.
+        stopped_by: What a worker found that stopped training, if training diverged that way.
+
     Raises:
+        DivergedError: Training diverged. The run has ended all the same, and left what it could.
         CheckpointError: Nothing was committed, or the checkpoint is not the ledger's.
         StorageError: The output folder cannot be written.
     """
@@ -70,10 +92,14 @@ def publish_run(
     if budget_message is not None:
         announce(f"training ended at step {record.committed_step}: {budget_message}")
     folder = run.folder
-    with _without_bars():
-        _publish_model(run.config, record, folder)
-    metrics = _with_epsilon(record, read_evaluations(folder.path / METRICS_FILE), curve)
-    folder.write_json(METRICS_FILE, metrics)
+    has_weights = False
+    if stopped_by is None or record.checkpoint is not None:
+        with _without_bars():
+            has_weights = _publish_model(run.config, record, folder)
+    evaluations = read_evaluations(folder.path / METRICS_FILE)
+    divergence = _divergence(record, evaluations, stopped_by, has_weights=has_weights)
+    metrics = _with_epsilon(record, evaluations, curve)
+    folder.write_json(METRICS_FILE, [to_strict_json(row) for row in metrics])
     write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
@@ -81,6 +107,10 @@ def publish_run(
     write_aside(folder.path / CONFIG_FILE, to_yaml(without_secrets(run.config)))
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
+    if divergence is not None:
+        statement = statement.of_diverged(divergence, has_weights=has_weights)
+        # Written before the end, since a sweep tells by it that the trial counts as the worst.
+        folder.write_json(ERROR_FILE, {"error": _advice(run, divergence), "diverged": True})
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
     folder.forget_start()
@@ -91,6 +121,9 @@ def publish_run(
             f"{folder.path / CHECKPOINTS_FOLDER} could not be removed: remove it before the output"
             " folder is published, since its files tell how long steps took"
         )
+    if divergence is not None:
+        announce(statement.to_text())
+        raise DivergedError(_advice(run, divergence))
     return RunResult(
         run_id=run.run_id,
         output=folder.path,
@@ -102,10 +135,37 @@ def publish_run(
     )
 
 
-def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFolder) -> None:
+def _divergence(
+    record: RunRecord,
+    evaluations: list[dict[str, float]],
+    stopped_by: DivergedError | None,
+    *,
+    has_weights: bool,
+) -> str | None:
+    """Returns in words how training diverged; None if it did not."""
+    if stopped_by is not None:
+        return str(stopped_by)
+    found = divergence_of(evaluations, last_step=record.committed_step)
+    if found is None and not has_weights:
+        return f"the weights of step {record.committed_step} are not finite"
+    return found
+
+
+def _advice(run: Run, divergence: str) -> str:
+    return (
+        f"training diverged: {divergence}; run {run.run_id} has ended, stays charged and its key is"
+        " destroyed: begin another run, in another output folder, with a lower train.learning_rate"
+        " or privacy.clip_norm"
+    )
+
+
+def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFolder) -> bool:
     """Writes the model of the last committed checkpoint as Hugging Face reads it.
 
     Of a run with LoRA only the adapters are written, in peft's own format.
+
+    Returns:
+        Whether it was written; False if its weights are not finite.
     """
     if record.checkpoint is None:
         raise CheckpointError(
@@ -114,6 +174,8 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
         )
     with open_checkpoint(record.checkpoint) as directory:
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
+    if not all(bool(torch.isfinite(weight).all()) for weight in checkpoint.weights.values()):
+        return False
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     checkpoint.refuse_other_frozen(frozen_fingerprint(model))
     checkpoint.load_weights(trainable_parameters(model))
@@ -126,6 +188,7 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
         tokenizer.save_pretrained(aside)
         for file in sorted(Path(aside).iterdir()):
             file.replace(folder.path / file.name)
+    return True
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from udp_ray.config import ExperimentConfig
+from udp_ray.data.admissions import record_run
 from udp_ray.dp.ledger import Digests, Ledger
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.location import below
@@ -25,6 +26,8 @@ class Run:
     plan: PrivacyPlan
     digests: Digests
     statement: PrivacyStatement
+    sweep_id: str | None = None
+    """The sweep that has paid for it, if it is a trial."""
 
     @property
     def run_folder(self) -> str:
@@ -45,7 +48,11 @@ class Run:
     def identity(self) -> RunIdentity:
         """Returns what the statement says of which run this is."""
         return RunIdentity.of(
-            self.run_id, self.digests, ledger_id=self.ledger.id, ledger_url=self.ledger.url
+            self.run_id,
+            self.digests,
+            ledger_id=self.ledger.id,
+            ledger_url=self.ledger.url,
+            is_recorded=record_run(self.config.data.store, self.sweep_id or self.run_id),
         )
 
 

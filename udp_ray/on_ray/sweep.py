@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from udp_ray.config import ExperimentConfig
+from udp_ray.data.admissions import record_run
 from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
@@ -20,7 +21,12 @@ from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.sweep import Configuration, PlannedSweep, plan_sweep
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.location import below
-from udp_ray.on_ray.admission import check_store, new_run_id
+from udp_ray.on_ray.admission import (
+    check_store,
+    new_run_id,
+    record_admission,
+    refuse_copied_ledger,
+)
 from udp_ray.outputs import CHECKPOINTS_FOLDER, OutputFolder
 from udp_ray.provenance import code_digest
 from udp_ray.statement_parts import RunIdentity
@@ -81,7 +87,11 @@ class Sweep:
     def identity(self) -> RunIdentity:
         """Returns what the statement says of which sweep this is."""
         return RunIdentity.of(
-            self.sweep_id, self.digests, ledger_id=self.ledger.id, ledger_url=self.ledger.url
+            self.sweep_id,
+            self.digests,
+            ledger_id=self.ledger.id,
+            ledger_url=self.ledger.url,
+            is_recorded=record_run(self.config.data.store, self.sweep_id),
         )
 
 
@@ -93,12 +103,14 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
     Raises:
         ConfigError: No trial can be run, or there is none to resume.
         DataError: The store is damaged, is another one, or has no held-out people.
-        LedgerError: The ledger that guards the store is missing, or another one is there.
+        LedgerError: The ledger that guards the store is missing, or another one, or a copy of it
+            that does not know all runs, is there.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     _check_data(config, store)
     ledger_url = config.data.ledger or store.manifest.ledger_url
     ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
+    refuse_copied_ledger(ledger, config.data.store)
     if config.sweep.release == "public":
         _refuse_protected(config, ledger)
     sweep_id = folder.run_id() if resume else new_run_id(_base(config))
@@ -151,6 +163,7 @@ def admit_sweep(sweep: Sweep, *, resume: bool) -> Attempt:
         except UdpRayError:
             sweep.folder.release()
             raise
+    record_admission(sweep.ledger, sweep.config.data.store, sweep.sweep_id)
     return sweep.ledger.begin_attempt(sweep.sweep_id, sweep.digests, on_mismatch=on_mismatch)
 
 

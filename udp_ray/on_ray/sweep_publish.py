@@ -20,12 +20,13 @@ from pathlib import Path
 
 from udp_ray.command_line import to_yaml
 from udp_ray.dp.ledger import TrialRecord
-from udp_ray.errors import DataError
+from udp_ray.errors import DataError, DivergedError, GuaranteeError, UdpRayError
 from udp_ray.on_ray.sweep import Sweep
-from udp_ray.on_ray.trial import ERROR_FILE, error_of, final_loss
+from udp_ray.on_ray.trial import error_of, final_loss
 from udp_ray.outputs import (
     CONFIG_FILE,
     CURVES_FILE,
+    ERROR_FILE,
     METRICS_FILE,
     PRIVACY_FILE,
     RUN_FILE,
@@ -52,19 +53,22 @@ class SweepResult:
 
     sweep_id: str
     output: Path
-    model: Path
-    """Folder of the chosen model, as Hugging Face reads it."""
+    model: Path | None
+    """Folder of the chosen model, as Hugging Face reads it; None if no model is released."""
     statement: SweepStatement
-    loss: float
-    """Held-out loss of the chosen trial."""
+    loss: float | None
+    """Held-out loss of the chosen trial; None if there is none."""
     trials: tuple[TrialResult, ...]
     """None of a secret sweep."""
     is_complete: bool
     """Whether nothing is left to be resumed."""
+    failure: UdpRayError | None = None
+    """Why no model is released though the sweep has ended."""
 
     def to_text(self) -> str:
         """Returns what a person wants to know at the end."""
-        assert self.statement.winner is not None
+        if self.statement.winner is None or self.loss is None:
+            raise GuaranteeError("a published sweep must state which configuration was chosen")
         waiting = sum(trial.loss is None for trial in self.trials)
         return "\n".join(
             [
@@ -95,49 +99,73 @@ def result_of(sweep: Sweep, trial: TrialRecord) -> TrialResult:
 def publish_sweep(sweep: Sweep) -> SweepResult:
     """Writes all that a sweep releases; doing it again writes the same.
 
+    Edge cases:
+        All trials diverged, or a secret sweep drew none -> no model is released, the sweep has
+        ended, and the result says why.
+
     Raises:
-        DataError: No trial came to its end, so there is nothing to choose from.
+        DataError: No trial has a loss, and some can be resumed.
     """
     trials = sweep.ledger.trials(sweep.sweep_id)
     results = [result_of(sweep, trial) for trial in trials]
     best = best_of(results)
-    if best is None:
+    failure = _failure(sweep, results) if best is None else None
+    if best is None and failure is None:
         raise DataError(_nothing_ended(sweep, results))
     total = DatasetTotal.of(sweep.ledger.spent(sweep.config.data.name))
-    steps = [(trial.configuration, trial.run.charged_steps) for trial in trials]
     statement = sweep.statement.after(
-        spent=sweep.planned.spent(steps),
-        winner=best.configuration,
+        winner=best.configuration if best else None,
+        outcome=str(failure) if failure else None,
         run=sweep.identity(),
         dataset=total,
     )
     output = sweep.folder.path
     write_aside(output / CONFIG_FILE, _settings(sweep))
-    write_aside(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
-    if sweep.is_secret:
-        _release_winner(best.folder, output)
-    else:
+    if best is not None:
+        write_aside(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
+    if not sweep.is_secret:
         _write_trials(sweep, results)
+    elif best is not None:
+        _release_winner(best.folder, output)
+    if sweep.is_secret:
+        _renew(output / RUN_FILE)
     statement.save(output)
-    assert best.loss is not None
     return SweepResult(
         sweep_id=sweep.sweep_id,
         output=output,
-        model=output if sweep.is_secret else best.folder,
+        model=None if best is None else output if sweep.is_secret else best.folder,
         statement=statement,
-        loss=best.loss,
+        loss=best.loss if best else None,
         trials=() if sweep.is_secret else tuple(results),
         # A secret trial that did not end has scored worst: another look would be another release.
         is_complete=sweep.is_secret or all(result.loss is not None for result in results),
+        failure=failure,
     )
 
 
-def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
-    if not results:
-        return (
+def _failure(sweep: Sweep, results: list[TrialResult]) -> UdpRayError | None:
+    """Returns why a sweep without a best trial has ended all the same; None if it has not.
+
+    Privacy:
+        Of a secret sweep this tells that there was no trial, or that the best one diverged. The
+        price covers both: the first does not depend on the data, the second is its score.
+    """
+    if sweep.is_secret and not results:
+        return DataError(
             f"sweep {sweep.sweep_id} drew no trial at all, as its distribution allows, so nothing"
-            " is released; its price stays charged"
+            " is released; it has ended and its price stays charged: begin another one, with a"
+            " larger sweep.expected_trials or a sweep.num_trials other than poisson"
         )
+    if results and all(result.has_diverged for result in results):
+        return DivergedError(
+            f"training diverged in every trial of sweep {sweep.sweep_id}, so no model is released;"
+            " the sweep has ended, stays charged and its keys are destroyed: begin another one,"
+            " with lower learning rates or clip norms"
+        )
+    return None
+
+
+def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
     reasons = [result.error for result in results if result.error]
     why = f" ({reasons[0]})" if reasons else ""
     return (
@@ -160,9 +188,12 @@ def _release_winner(folder: Path, output: Path) -> None:
     for row in rows:
         del row["epsilon"]  # of this trial alone; the choice among trials costs more
     write_aside(output / METRICS_FILE, json.dumps(rows, indent=2, allow_nan=False) + "\n")
-    # The first file of the sweep, written anew: its time would tell how long the trials took.
-    shutil.copyfile(output / RUN_FILE, output / f".{RUN_FILE}")
-    (output / f".{RUN_FILE}").replace(output / RUN_FILE)
+
+
+def _renew(file: Path) -> None:
+    """Writes the first file of a sweep anew: its time would tell how long the trials took."""
+    shutil.copyfile(file, file.with_name(f".{file.name}"))
+    file.with_name(f".{file.name}").replace(file)
 
 
 def _write_trials(sweep: Sweep, results: list[TrialResult]) -> None:

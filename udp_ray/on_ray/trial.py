@@ -9,6 +9,7 @@ the sweep's driver, once the ledger has ended the trial.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,12 @@ from typing import Any
 from udp_ray.config import ExperimentConfig
 from udp_ray.dp.ledger import Budget, Digests, Ledger, RunRecord
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import UdpRayError
+from udp_ray.errors import DivergedError, UdpRayError
 from udp_ray.on_ray.carry_out import carry_out
 from udp_ray.on_ray.run import Run
-from udp_ray.outputs import METRICS_FILE, OutputFolder
+from udp_ray.outputs import ERROR_FILE, METRICS_FILE, OutputFolder
 from udp_ray.report import PrivacyStatement
 
-ERROR_FILE = "error.json"
 TRIAL = "trial"
 """The only thing that Tune is told of a trial: its id in the ledger."""
 
@@ -39,6 +39,7 @@ class TrialJob:
     """What the trial would cost if it were the only one."""
     digests: Digests
     ledger_id: str
+    sweep_id: str
 
 
 def run_trial(
@@ -70,6 +71,8 @@ def run_trial(
                 resume=record.num_attempts > 0,
                 announce=_unheard,
             )
+        except DivergedError:
+            pass  # the trial has ended, and its folder says so
         except UdpRayError as error:
             folder.write_json(ERROR_FILE, {"error": str(error)})
     return {}
@@ -82,14 +85,27 @@ def error_of(folder: Path) -> str | None:
 
 
 def final_loss(folder: Path, record: RunRecord, objective: str) -> float | None:
-    """Returns a trial's held-out loss after its last step; None if it has not come to its end."""
+    """Returns a trial's held-out loss after its last step; None if it has not come to its end.
+
+    Edge cases:
+        It diverged -> infinite, which is worse than any other that ended.
+    """
     file = folder / METRICS_FILE
     if record.state != "finished" or not file.is_file():
         return None
+    if has_diverged(folder):
+        return math.inf
     rows = [row for row in json.loads(file.read_text()) if row["step"] == record.committed_step]
     if not rows or "epsilon" not in rows[-1]:  # added when the trial is published
         return None
-    return float(rows[-1][objective])
+    loss = rows[-1][objective]
+    return math.inf if loss is None else float(loss)
+
+
+def has_diverged(folder: Path) -> bool:
+    """Returns whether a trial ended because training diverged."""
+    file = folder / ERROR_FILE
+    return file.is_file() and bool(json.loads(file.read_text()).get("diverged", False))
 
 
 def _run_of(job: TrialJob, folder: OutputFolder, ledger: Ledger, ledger_url: str) -> Run:
@@ -105,6 +121,7 @@ def _run_of(job: TrialJob, folder: OutputFolder, ledger: Ledger, ledger_url: str
         statement=PrivacyStatement(
             plan=job.plan, promised=job.alone, is_seeded=job.config.privacy.seed is not None
         ),
+        sweep_id=job.sweep_id,
     )
 
 

@@ -31,10 +31,11 @@ from udp_ray.on_ray.connect import connected
 from udp_ray.on_ray.stored import require_writable
 from udp_ray.on_ray.sweep import Sweep, admit_sweep, has_ended, plan_of_sweep, prepare_sweep
 from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep, result_of
-from udp_ray.on_ray.trial import ERROR_FILE, TRIAL, TrialJob, run_trial
-from udp_ray.outputs import OutputFolder
+from udp_ray.on_ray.trial import TRIAL, TrialJob, run_trial
+from udp_ray.outputs import ERROR_FILE, OutputFolder
 from udp_ray.sweep_config import SweepJobConfig
 from udp_ray.sweep_report import SweepStatement, describe_point
+from udp_ray.sweep_table import loss_text
 
 TUNE_FOLDER = "tune"
 POLL_S = 2.0
@@ -57,6 +58,7 @@ def run_sweep(
         announce: Shows a person text: the price first, before anything is started.
 
     Raises:
+        DivergedError: All trials diverged; the sweep has ended, and has released no model.
         UdpRayError: Whatever a user can mend, in a sentence or two.
     """
     folder = OutputFolder(Path(config.output))
@@ -81,6 +83,9 @@ def run_sweep(
         if result.is_complete:
             sweep.ledger.finish(attempt)
             _forget(sweep)
+        if result.failure is not None:
+            announce(result.statement.to_text())
+            raise result.failure
         return result
 
 
@@ -187,6 +192,7 @@ def _job(sweep: Sweep, trial: TrialRecord) -> TrialJob:
             store=sweep.digests.store,
         ),
         ledger_id=sweep.ledger.id,
+        sweep_id=sweep.sweep_id,
     )
 
 
@@ -206,11 +212,11 @@ def _follow(sweep: Sweep, task: ray.ObjectRef, announce: Callable[[str], None]) 
         for trial in trials:
             if trial.number not in told and not _is_open(trial):
                 told.add(trial.number)
-                loss = result_of(sweep, trial).loss
+                loss = loss_text(result_of(sweep, trial).loss)
                 point = describe_point(sweep.planned.configurations[trial.configuration])
                 announce(
                     f"trial {trial.number} ({len(told)} of {len(trials)} ended):"
-                    f" held-out loss {'-' if loss is None else f'{loss:.4f}'}; {point}"
+                    f" held-out loss {loss}; {point}"
                 )
     ray.get(task)
 

@@ -21,6 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.engine.accountant import Accountant
 from udp_ray.engine.world import join_world
+from udp_ray.errors import GuaranteeError
 from udp_ray.on_ray.accountant import Charge, start_accountant
 from udp_ray.on_ray.remote_accountant import RemoteAccountant
 
@@ -70,7 +71,8 @@ def _ask_for_steps(settings: dict[str, Any]) -> None:
     world, folder = join_world(), Path(settings["folder"])
     remote = RemoteAccountant(settings["actor"])
     start = world.from_first(remote.begin)
-    assert start is not None, "a new run begins"
+    if start is None:
+        raise GuaranteeError("a new run must begin with an attempt")
     accountant = _Stopwatch(remote.of_attempt(start.number), settings["start"])
     told: list[float] = []
     for step in range(1, settings["num_steps"] + 1):

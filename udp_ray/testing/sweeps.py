@@ -7,12 +7,13 @@ play_trial(sweep, sweep.ledger.trials(sweep.sweep_id)[0], loss=3.5)
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from udp_ray.dp.ledger import TrialRecord
 from udp_ray.on_ray.sweep import Sweep
-from udp_ray.outputs import METRICS_FILE, OutputFolder
+from udp_ray.outputs import ERROR_FILE, METRICS_FILE, OutputFolder
 from udp_ray.report import PrivacyStatement
 from udp_ray.sweep_config import SweepJobConfig
 from udp_ray.testing.runs import tiny_experiment
@@ -47,17 +48,30 @@ def tiny_sweep(folder: Path, sweep: dict[str, Any], **overrides: dict[str, Any])
 
 
 def play_trial(sweep: Sweep, trial: TrialRecord, *, loss: float) -> None:
-    """Leaves behind what a trial leaves that came to its end: in the ledger, and in its folder."""
+    """Leaves behind what a trial leaves that came to its end: in the ledger, and in its folder.
+
+    Args:
+        sweep: The sweep.
+        trial: Its trial.
+        loss: On held-out users; not-a-number if training diverged, and then in the first step.
+    """
     record = trial.run
     attempt = sweep.ledger.begin_attempt(record.run_id, record.digests)
-    for step in range(1, record.num_steps + 1):
+    has_diverged = math.isnan(loss)
+    for step in range(1, 2 if has_diverged else record.num_steps + 1):
         sweep.ledger.authorize(attempt, step, starting_checkpoint="start")
-    sweep.ledger.commit(attempt, record.num_steps, checkpoint="/nowhere", digest="end")
+    if not has_diverged:
+        sweep.ledger.commit(attempt, record.num_steps, checkpoint="/nowhere", digest="end")
     sweep.ledger.finish(attempt)
     folder = OutputFolder(sweep.trial_folder(trial.number))
     folder.claim(record.run_id)
+    first = {"step": 0, "token_loss": 2.0, "user_loss": 4.0, "epsilon": 0.0}
+    if has_diverged:
+        folder.write_json(METRICS_FILE, [first])
+        folder.write_json(ERROR_FILE, {"error": "training diverged", "diverged": True})
+        return
     row = {"step": record.num_steps, "token_loss": loss, "user_loss": 2 * loss, "epsilon": 7.123}
-    folder.write_json(METRICS_FILE, [row | {"step": 0, "token_loss": 9.0, "epsilon": 0.0}, row])
+    folder.write_json(METRICS_FILE, [first, row])
     plan = sweep.planned.configurations[trial.configuration].plan
     PrivacyStatement(plan=plan, promised=record.charge).save(folder.path)
     (folder.path / "model.safetensors").write_bytes(f"weights of {loss}".encode())
