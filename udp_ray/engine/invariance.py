@@ -259,10 +259,10 @@ class _Probe:
             return
         found = self._ghost.group_gradients(rows)
         for name, parameter in self._parameters.items():
+            total = torch.zeros(parameter.shape, device=self.device)
             if name in found:
-                yield found.pop(name).weighted_sum(factors_U.to(self.device)).cpu()
-            else:
-                yield torch.zeros(parameter.shape)
+                found.pop(name).add_weighted(total, factors_U.to(self.device))
+            yield total.cpu()
 
     def _group(self, num_tokens: int, seed: int = 0) -> Group:
         return made_up_group(self._model, 1, num_tokens, seed=seed)
