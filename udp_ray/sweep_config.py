@@ -51,20 +51,23 @@ def _expanded(value: Any) -> Any:
 def _range_of(item: Any) -> list[Any]:
     if not isinstance(item, str) or not item.strip().startswith("from"):
         return [item]
-    found = RANGE.match(item)
-    try:
-        assert found is not None
-        low, high, count = float(found[1]), float(found[2]), int(found[3])
-        assert 0 < low < high < math.inf
-        assert count >= 2
-    except (AssertionError, ValueError):
+    low, high, count = _numbers_of_range(RANGE.match(item))
+    if not (0 < low < high < math.inf and count >= 2):
         raise ValueError(
             f"{item!r} is no range: write 'from LOW to HIGH in COUNT' with 0 < LOW < HIGH and a"
             " COUNT of at least 2, or list the values"
-        ) from None
+        )
     factor = (high / low) ** (1 / (count - 1))
     # Twelve digits hide the rounding of the powers, so that 0.1 to 10 in 3 has a 1 in the middle.
     return [float(f"{low * factor**step:.12g}") for step in range(count)]
+
+
+def _numbers_of_range(found: re.Match[str] | None) -> tuple[float, float, int]:
+    """Returns a range's ends and number of values; zeros if it is malformed."""
+    try:
+        return (float(found[1]), float(found[2]), int(found[3])) if found else (0.0, 0.0, 0)
+    except ValueError:
+        return 0.0, 0.0, 0
 
 
 def _whole(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.world import join_world
+from udp_ray.errors import GuaranteeError
 from udp_ray.testing.distributed import run_on_ranks
 from udp_ray.testing.training import TinyRun, tiny_model
 from udp_ray.testing.training_steps import build_step, take_empty_step
@@ -42,5 +43,5 @@ def test_rank_0_without_noise_and_noise_of_another_scale_are_refused():
     step = build_step(run, tiny_model(), join_world())
     wrong = GaussianNoise(RunKey.from_seed(1).noise(), run.plan().noise_stddev / 2)
     for noise in (None, wrong):
-        with pytest.raises(ValueError, match="noise"):
+        with pytest.raises(GuaranteeError, match="noise"):
             type(step)(step._kernel, step.zero, step.plan, noise, world=step.world)

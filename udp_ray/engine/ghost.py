@@ -36,7 +36,7 @@ from udp_ray.engine.ghost_layers import RowLayout, make_layer, needs_parameters
 from udp_ray.engine.group_gradients import GroupGradients, summed_squared_norms, total
 from udp_ray.engine.ports import RunningSum
 from udp_ray.engine.token_loss import autocast_context, row_losses
-from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.errors import ConfigError, GuaranteeError, UnsupportedModelError
 
 SMALLEST_CLIP_NORM = 1e-6
 """Norms come from products of float32 squares, which vanish below 1e-38: bounds stay far above."""
@@ -83,7 +83,8 @@ class GhostKernel:
                 f"privacy.clip_norm is {clip_norm:g}, below the {SMALLEST_CLIP_NORM:g} that the"
                 " ghost kernel's float32 squares resolve: set train.kernel to direct"
             )
-        assert torch.get_float32_matmul_precision() == "highest", "TF32 would round the norms"
+        if torch.get_float32_matmul_precision() != "highest":
+            raise GuaranteeError("torch's float32 products are set to TF32, which rounds norms")
         self._model = model
         self._parameters = dict(parameters)
         self._clip_norm = clip_norm

@@ -43,6 +43,7 @@ from udp_ray.errors import (
     CheckpointError,
     ConfigError,
     DivergedError,
+    GuaranteeError,
     PrivacyBudgetExceededError,
 )
 from udp_ray.models.load import (
@@ -338,12 +339,14 @@ class _Training:
         self._tell({**self._progress(), **heldout})
 
     def _commit(self, location: str | None, digest: str) -> str:
-        assert location is not None, "publish must return the location on rank 0"
+        if location is None:
+            raise GuaranteeError("publish returned no location on rank 0")
         self._accountant().commit(self.step, location, digest)
         return location
 
     def _accountant(self) -> Accountant:
-        assert self.accountant is not None, "rank 0 needs the accountant"
+        if self.accountant is None:
+            raise GuaranteeError("rank 0 has no accountant to ask")
         return self.accountant
 
     def _evaluation(self, *, is_whole: bool) -> Metrics:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.step import PrivateStep
-from udp_ray.errors import NoiseCheckError
+from udp_ray.errors import GuaranteeError, NoiseCheckError
 
 ROUNDING = 1e-5
 """Largest accepted difference, in noise standard deviations. Three float32 products lie between,
@@ -68,7 +68,8 @@ def _largest_difference(
     for name, shape in step.zero.shapes.items():
         first, last = step.zero.held_range(name)
         values = arrived[name].reshape(-1)
-        assert values.numel() == last - first
+        if values.numel() != last - first:
+            raise GuaranteeError(f"{values.numel()} values of {name} arrived, not {last - first}")
         for start in range(0, shape.numel(), TOLD_VALUES):
             stop = min(shape.numel(), start + TOLD_VALUES)
             expected = torch.zeros(stop - start, device=values.device)

@@ -22,6 +22,7 @@ from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
 from udp_ray.engine.clipped_sum import SumBuffer
 from udp_ray.engine.slices import fill_columns, held_range, slice_length
 from udp_ray.engine.world import World
+from udp_ray.errors import GuaranteeError
 
 BUCKET_VALUES = 2**23
 """Values of all ranks that are reduced and scattered at once (32 MiB). Speed and memory only."""
@@ -115,8 +116,8 @@ class SlicedSum:
         for name in self.views:
             for start, stop in _chunks(self._num_values[name]):
                 if self._world.is_first:
-                    assert noise is not None, "rank 0 has the noise"
-                    assert noise.dtype == self._noise_dtype, "not the noise that others wait for"
+                    if noise is None or noise.dtype != self._noise_dtype:
+                        raise GuaranteeError("rank 0 lacks the noise that other ranks wait for")
                     self._send_noise(noise, step, name, start, stop)
                 elif (own := self._overlap(name, self._world.rank, start, stop)) is not None:
                     self._add_piece(name, own[0], self._received(own[1] - own[0]))

@@ -33,7 +33,7 @@ from udp_ray.engine.ports import Kernel
 from udp_ray.engine.sliced_sum import SlicedSum
 from udp_ray.engine.world import World
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.errors import ConfigError
+from udp_ray.errors import ConfigError, GuaranteeError
 
 
 def require_fusible(plan: PrivacyPlan, *, num_workers: int) -> None:
@@ -87,13 +87,13 @@ class PrivateStep:
             fuse_reduce: See the module's text.
 
         Raises:
-            ValueError: If a rank has noise that should not, or the noise is not the plan's.
+            GuaranteeError: If a rank has noise that should not, or the noise is not the plan's.
             ConfigError: If the sums may not be fused, see `require_fusible`.
         """
         if (noise is not None) != world.is_first:
-            raise ValueError("rank 0, and no other rank, has the noise")
+            raise GuaranteeError("rank 0, and no other rank, has the noise")
         if noise is not None and noise.noise_stddev != plan.noise_stddev:
-            raise ValueError(
+            raise GuaranteeError(
                 f"the noise has a standard deviation of {noise.noise_stddev:g}, and the plan's is"
                 f" {plan.noise_stddev:g}"
             )

@@ -27,6 +27,7 @@ from udp_ray.config import TrainConfig
 from udp_ray.engine.optimizer import make_optimizer, state_kinds
 from udp_ray.engine.schedule import learning_rate
 from udp_ray.engine.world import own_device
+from udp_ray.errors import GuaranteeError
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -194,7 +195,8 @@ class ZeroEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
-        assert self._engine.skipped_steps == 0, "DeepSpeed skipped a step that was paid for"
+        if self._engine.skipped_steps:
+            raise GuaranteeError("DeepSpeed skipped a step that was paid for")
 
     def _held_step(self) -> None:
         """Lets DeepSpeed finish a step, its buffers emptied, while the optimizer stands still."""
@@ -298,7 +300,9 @@ def _deepspeed_config(model: nn.Module, settings: TrainConfig) -> dict[str, Any]
 
 def _check_switches(engine: Any) -> None:
     """Reads back what a change of DeepSpeed's defaults could silently turn on."""
-    assert engine.gradient_clipping() == 0.0, "DeepSpeed would clip the noisy gradient"
-    assert engine.gradient_accumulation_steps() == 1, "DeepSpeed would divide the gradient"
-    has_low_precision = engine.fp16_enabled() or engine.bfloat16_enabled()
-    assert not has_low_precision, "gradients must stay float32"
+    if engine.gradient_clipping() != 0.0:
+        raise GuaranteeError("DeepSpeed would clip the noisy gradient")
+    if engine.gradient_accumulation_steps() != 1:
+        raise GuaranteeError("DeepSpeed would divide the gradient")
+    if engine.fp16_enabled() or engine.bfloat16_enabled():
+        raise GuaranteeError("DeepSpeed would round the gradient: gradients must stay float32")

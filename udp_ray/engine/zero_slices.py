@@ -23,6 +23,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from udp_ray.engine.slices import cut, held_range, slice_length
+from udp_ray.errors import GuaranteeError
 
 PERSISTENT_SHARE = 1e-4
 """Parameters of at most this share of the model's values stay whole on every rank: norms and
@@ -76,7 +77,8 @@ class SlicedParameters:
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         for name, shape in shapes.items():
             expected = slice_length(shape.numel(), self._num_ranks)
-            assert self._slice(name).numel() == expected, "DeepSpeed cuts parameters in another way"
+            if self._slice(name).numel() != expected:
+                raise GuaranteeError("DeepSpeed cuts parameters in another way than noise is cut")
 
     def hand_over(self, gradients: Mapping[str, Tensor]) -> None:
         """Makes this rank's slices the gradient of the coming step."""
