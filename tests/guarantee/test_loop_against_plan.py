@@ -315,6 +315,23 @@ def test_no_noise_is_drawn_for_a_step_that_was_refused(small):
     assert list(seen.groups) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_secure_noise_is_drawn_where_the_plan_says_so(small, is_secure):
+    """Only secure noise is float64, before it is added."""
+    seen = observe(small, replace(SMALL["uls"], secure_noise=is_secure))
+    drawn = {event[3] for event in seen.of("noise")}
+    assert drawn == {torch.float64 if is_secure else torch.float32}
+
+
+def test_no_key_is_in_a_checkpoint(small, tmp_path):
+    observe(small, SMALL["uls"], settings=plain_sgd(checkpoint_every=2), checkpoints=tmp_path)
+    content = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    key = RunKey.from_seed(SEED)
+    assert any(key.id.encode() in text for text in content), "its name is there"
+    for secret in (key.secret, *(k.secret for k in (key.sampling(), key.noise(), key.selfcheck()))):
+        assert not any(secret in text or secret.hex().encode() in text for text in content)
+
+
 # ---- the check of the noise
 
 

@@ -51,8 +51,8 @@ class Observed:
     """What happened on one rank, in order."""
 
     events: list[tuple[Any, ...]] = field(default_factory=list)
-    """("read", "train" or "heldout", example), ("authorize", step, digest), ("noise", key, step)
-    with the key's purpose ("noise" or "selfcheck"), ("publish", step), ("commit", step, ...),
+    """("read", "train" or "heldout", example), ("authorize", step, digest), ("noise", key, step,
+    type) with the key's purpose ("noise" or "selfcheck"), ("publish", step), ("commit", step, ...),
     ("metrics", dict). Reads come from a thread of their own."""
     groups: dict[int, list[Rows]] = field(default_factory=dict)
     """What the kernel was given, by step."""
@@ -230,8 +230,9 @@ def _watched(
         kernels[-1].step = None
 
     def slice_noise(self: GaussianNoise, step: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        seen.events.append(("noise", purposes.get(self._key, "another"), step))
-        return slice_of(self, step, *args, **kwargs)
+        drawn = slice_of(self, step, *args, **kwargs)
+        seen.events.append(("noise", purposes.get(self._key, "another"), step, drawn.dtype))
+        return drawn
 
     with (
         mock.patch.object(loop, "choose_kernel", choose_kernel),
