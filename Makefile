@@ -3,6 +3,7 @@
 #   make demo      set up, prepare the shipped data, train with privacy, compare
 #   make test      set up and run the tests (under 15 minutes on 2 cores)
 #   make test-all  the same with injected faults and long oracles
+#   make mutants   plant defects in a copy of the code, one by one: does a test catch each?
 #   make lint      formatting, lint, types
 #   make env       the set-up alone
 
@@ -28,7 +29,7 @@ endif
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo test test-all mutants lint clean
 
 env: $(READY)
 
@@ -52,6 +53,10 @@ test: env
 test-all: env
 	@echo "== all tests, injected faults included"
 	@$(BIN)/python -m pytest
+
+mutants: env
+	@echo "== planted defects"
+	@$(BIN)/python -m tests.mutants.run --jobs 2
 
 lint: env
 	@echo "== lint, format, types"

@@ -7,6 +7,7 @@ False alarms: 1e-6 for each check, over the choice of the seed, which is fixed.
 
 import numpy as np
 import pytest
+import torch
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
@@ -69,6 +70,22 @@ def test_noise_reused_for_another_step_or_parameter_is_caught(noise):
     once = every_value(noise)
     assert repeats_a_window(np.concatenate([once, every_value(noise, steps=[NUM_STEPS])]))
     assert repeats_a_window(np.concatenate([once, once[1000:1008]]))
+
+
+def lies_on_a_coarse_grid(values):
+    """Whether many values of a large sample coincide, far more than float32 normals do by chance.
+
+    Near z = 1 float32 normals are 2**-24 apart: of n = 150,000 some n**2 2**-26 = 300 coincide.
+    """
+    return len(np.unique(values)) < 0.98 * len(values)
+
+
+def test_noise_lies_on_no_coarse_grid(noise):
+    values = every_value(noise)
+    assert not lies_on_a_coarse_grid(values)
+    half = torch.from_numpy(values).to(torch.bfloat16).float().numpy()  # the failing arm
+    assert agrees_with_normal(half, stddev=STDDEV), "its distribution alone would not tell"
+    assert lies_on_a_coarse_grid(half)
 
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 64, 300])

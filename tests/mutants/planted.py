@@ -1,0 +1,828 @@
+"""The planted defects: one exact replacement each, and the tests that must notice it.
+
+Most were tried by an adversarial review of this code ("review"), the rest are ways in which other
+projects went wrong (P4 is row 4 of the list of pitfalls). `run.py` plants them; how to add one:
+copy a short text that stands once in its file, replace it, and name the fastest test that must
+fail. A defect that changes nothing observable is argued in a comment and left out.
+
+Left out as equivalent:
+  - `BEGIN` in place of `BEGIN IMMEDIATE`: SQLite then refuses the second of two writers (a busy
+    snapshot) instead of letting both spend; the driver sees an error and nothing is overspent.
+  - Adding the noise before the ranks' sums are reduced, without secure noise: the same distribution
+    (that is `train.fuse_reduce`).
+"""
+
+from __future__ import annotations
+
+from tests.mutants.run import Mutant
+
+LOOP = "tests/guarantee/test_loop_against_plan.py"
+NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
+GHOST_SUM = "tests/engine/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
+GHOST_NORM = "summed_squared_norms(gradients.values())"
+
+
+def _left_out_of_the_norm(words: str) -> str:
+    return f"summed_squared_norms(g for n, g in gradients.items() if {words!r} not in n)"
+
+
+CLIPPING = [
+    Mutant(
+        name="no_clip_above_one_microbatch",
+        breaks="review: a user of several microbatches is not clipped",
+        file="udp_ray/engine/direct.py",
+        text="self.group_gradient(group), self._clip_norm",
+        replacement="self.group_gradient(group),"
+        " self._clip_norm if len(group.microbatches) == 1 else float('inf')",
+        tests=(
+            "tests/engine/test_direct.py::test_the_sum_is_that_of_a_plain_loop_over_users[13-0.1]",
+        ),
+    ),
+    Mutant(
+        name="ghost_does_not_clip",
+        breaks="P30: the clip norm of the settings is not applied",
+        file="udp_ray/engine/ghost.py",
+        text="clip_factor(squared.sqrt(), self._clip_norm)",
+        replacement="clip_factor(squared.sqrt(), float('inf'))",
+        tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="bias_outside_the_norm",
+        breaks="review: biases are added to the sum and not counted in the norm",
+        file="udp_ray/engine/ghost.py",
+        text=GHOST_NORM,
+        replacement=_left_out_of_the_norm("bias"),
+        tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="layer_norm_outside_the_norm",
+        breaks="review: LayerNorm is added to the sum and not counted in the norm",
+        file="udp_ray/engine/ghost.py",
+        text=GHOST_NORM,
+        replacement=_left_out_of_the_norm(".ln_"),
+        tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="tied_weight_outside_the_norm",
+        breaks="review: the tied embedding is added to the sum and not counted in the norm",
+        file="udp_ray/engine/ghost.py",
+        text=GHOST_NORM,
+        replacement=_left_out_of_the_norm("wte"),
+        tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="tied_weight_without_its_cross_term",
+        breaks="P16: the norm of a weight used twice is not the norm of its parts",
+        file="udp_ray/engine/group_gradients.py",
+        text=" + 2 * cross",
+        replacement="",
+        tests=(
+            "tests/engine/test_group_gradients.py"
+            "::test_the_norm_of_a_tied_table_is_never_too_small",
+        ),
+    ),
+    Mutant(
+        name="second_lora_matrix_outside_the_norm",
+        breaks="review: B of an adapter is added to the sum and not counted in the norm",
+        file="udp_ray/engine/ghost.py",
+        text=GHOST_NORM,
+        replacement=_left_out_of_the_norm("lora_B"),
+        tests=("tests/engine/test_ghost.py::test_adapters_are_clipped_exactly_and_alone",),
+    ),
+    Mutant(
+        name="first_parameter_outside_the_norm",
+        breaks="P19: the direct kernel's norm leaves out a parameter",
+        file="udp_ray/dp/clipping.py",
+        text="[block for grad in grads for block in _blocks(grad)]",
+        replacement="[block for grad in grads[1:] for block in _blocks(grad)]",
+        tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
+    ),
+    Mutant(
+        name="norm_in_bfloat16",
+        breaks="P15: the norm is rounded, and the bound exceeded by 1 %",
+        file="udp_ray/dp/clipping.py",
+        text="torch.linalg.vector_norm(block, dtype=torch.float64)",
+        replacement="torch.linalg.vector_norm(block.bfloat16(), dtype=torch.float64)",
+        tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
+    ),
+    Mutant(
+        name="no_rounding_margin",
+        breaks="review: clipped groups exceed the bound by their rounding",
+        file="udp_ray/dp/clipping.py",
+        text="ROUNDING_MARGIN = 2.0**-20",
+        replacement="ROUNDING_MARGIN = 0.0",
+        tests=(
+            "tests/dp/test_clipping.py"
+            "::test_a_clipped_gradient_in_float32_never_exceeds_the_clip_norm",
+        ),
+    ),
+    Mutant(
+        name="no_slack_in_gram_norms",
+        breaks="review: a norm in the Gram form comes out too small where tokens cancel",
+        file="udp_ray/engine/group_gradients.py",
+        text="GRAM_SLACK = 2.0**-19",
+        replacement="GRAM_SLACK = 0.0",
+        tests=("tests/engine/test_group_gradients.py::test_a_gram_norm_is_never_too_small",),
+    ),
+    Mutant(
+        name="not_finite_gradients_let_through",
+        breaks="P28: a gradient with a NaN reaches the sum",
+        file="udp_ray/dp/clipping.py",
+        text="torch.where(torch.isfinite(norm), factor, torch.zeros_like(norm))",
+        replacement="factor.nan_to_num(nan=1.0)",
+        tests=("tests/dp/test_clipping.py",),
+    ),
+    Mutant(
+        name="clip_weighted_sum_in_bfloat16",
+        breaks="P14: the sum over users is rounded to bfloat16 after clipping",
+        file="udp_ray/engine/group_gradients.py",
+        text="return inputs.T @ outputs if self.is_transposed else outputs.T @ inputs",
+        replacement="total = inputs.T @ outputs if self.is_transposed else outputs.T @ inputs\n"
+        "        return total.bfloat16().float()",
+        tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="users_padded_to_their_company",
+        breaks="P42: under autocast a user's gradient depends on who shares the pass",
+        file="udp_ray/engine/ghost.py",
+        text='None if self._autocast == "off" else LENGTH_GRID',
+        replacement="None",
+        tests=(
+            "tests/engine/test_ghost.py"
+            "::test_under_autocast_a_users_gradient_does_not_depend_on_who_shares",
+        ),
+    ),
+    Mutant(
+        name="sum_over_examples_instead_of_mean",
+        breaks="review, P34: a user of many examples weighs more, and another loss is trained",
+        file="udp_ray/data/cohort.py",
+        text="weight=1 / len(examples)",
+        replacement="weight=1.0",
+        tests=("tests/data/test_cohort.py",),
+    ),
+    Mutant(
+        name="padding_counts_in_the_loss",
+        breaks="P17: padding tokens carry loss",
+        file="udp_ray/data/cohort.py",
+        text="labels = np.full(shape, NO_LOSS, dtype=np.int64)",
+        replacement="labels = np.full(shape, self._pad_id, dtype=np.int64)",
+        tests=("tests/data/test_cohort.py",),
+    ),
+    Mutant(
+        name="replace_one_priced_as_add_or_remove",
+        breaks="P35: the sensitivity of another adjacency",
+        file="udp_ray/dp/sensitivity.py",
+        text="return 2 * clip_norm",
+        replacement="return clip_norm",
+        tests=("tests/dp/test_clipping.py::test_replacing_one_user_counts_twice",),
+    ),
+]
+
+NOISE = [
+    Mutant(
+        name="noise_divided_by_sqrt_of_world",
+        breaks="review, P11: each of several workers is trusted with a share of the noise",
+        file="udp_ray/engine/loop.py",
+        text="            self.plan.noise_stddev,\n",
+        replacement="            self.plan.noise_stddev / self.world.size**0.5,\n",
+        tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
+    ),
+    Mutant(
+        name="noise_divided_by_sqrt_of_world_in_the_sum",
+        breaks="review, P11: the same, where the noise is added",
+        file="udp_ray/engine/clipped_sum.py",
+        text="values.to(flat.device)",
+        replacement="values.to(flat.device) / self._world.size**0.5",
+        tests=("tests/engine/test_selfcheck.py::test_a_sound_step_passes_at_every_stage[2 ranks]",),
+    ),
+    Mutant(
+        name="noise_halved_after_the_check",
+        breaks="review: the start-up check sees other noise than the steps get",
+        file="udp_ray/engine/step.py",
+        text="        self._privatize(self._noise, step)\n",
+        replacement="        if self._noise is not None:\n"
+        "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
+        "        self._privatize(self._noise, step)\n",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="noise_repeated_between_steps",
+        breaks="review, P13: every step gets the noise of the first",
+        file="udp_ray/engine/step.py",
+        text="self._privatize(self._noise, step)",
+        replacement="self._privatize(self._noise, 1)",
+        tests=("tests/engine/test_step.py::test_the_noise_of_two_steps_differs",),
+    ),
+    Mutant(
+        name="noise_restarted_on_resume",
+        breaks="review: a resumed run repeats the noise of its first steps",
+        file="udp_ray/engine/loop.py",
+        text="self.private_step.run(self.step + 1,",
+        replacement="self.private_step.run("
+        "self.step + 1 - (self.resume.step if self.resume else 0),",
+        tests=(
+            "tests/engine/test_loop.py"
+            "::test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits",
+        ),
+    ),
+    Mutant(
+        name="noise_added_twice",
+        breaks="review: a multiple of the noise that was priced",
+        file="udp_ray/engine/step.py",
+        text="        self._sum.add_noise(noise, step)\n",
+        replacement="        self._sum.add_noise(noise, step)\n"
+        "        self._sum.add_noise(noise, step)\n",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="no_noise_in_steps",
+        breaks="P27: the hook that adds the noise does not run, and training goes on",
+        file="udp_ray/engine/step.py",
+        text="        self._privatize(self._noise, step)\n",
+        replacement="        self._privatize(None, step)\n",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="noise_on_the_mean",
+        breaks="P1: noise of z C on the mean, so M times too little on the sum",
+        file="udp_ray/dp/plan.py",
+        text="return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0",
+        replacement="return self.noise_multiplier * self.clip_norm / self.expected_size",
+        tests=("tests/dp/test_plan.py::test_rate_divisor_and_noise_come_from_public_numbers",),
+    ),
+    Mutant(
+        name="noise_in_bfloat16",
+        breaks="P14: a coarse grid of noise, through which single values shine",
+        file="udp_ray/dp/noise.py",
+        text="        return drawn\n",
+        replacement="        return torch.from_numpy(drawn).bfloat16().float().numpy()\n",
+        tests=("tests/guarantee/test_noise.py::test_noise_lies_on_no_coarse_grid",),
+    ),
+    Mutant(
+        name="noise_of_the_slice_of_rank_0_only",
+        breaks="P11: under ZeRO 3 the slices of other ranks get none",
+        file="udp_ray/engine/sliced_sum.py",
+        text="dist.send(piece.contiguous(), dst=rank)",
+        replacement="dist.send(torch.zeros_like(piece), dst=rank)",
+        tests=(
+            "tests/engine/test_sliced_sum.py"
+            "::test_slices_put_together_are_the_sum_over_ranks_with_the_noise_once",
+        ),
+    ),
+    Mutant(
+        name="secure_noise_not_drawn",
+        breaks="P38: the settings ask for secure noise and the plain one is drawn",
+        file="udp_ray/engine/loop.py",
+        text="is_secure=self.plan.secure_noise,",
+        replacement="is_secure=False,",
+        tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
+    ),
+    Mutant(
+        name="divisor_realized",
+        breaks="review, P1: the sum is divided by how many groups came",
+        file="udp_ray/engine/step.py",
+        text="        self._kernel.add_clipped(self._sum, groups)\n",
+        replacement="        groups = list(groups)\n"
+        "        self._kernel.add_clipped(self._sum, groups)\n"
+        "        self._sum.divide(max(1, len(groups)) / self.plan.divisor)\n",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="sum_not_cleared",
+        breaks="review, P31: the sum of earlier steps is in the next, again and again",
+        file="udp_ray/engine/step.py",
+        text="        self._sum.clear()\n        self._kernel",
+        replacement="        self._kernel",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="empty_cohort_skipped",
+        breaks="P4: a step without users adds no noise, which tells that there were none",
+        file="udp_ray/engine/step.py",
+        text="        self._kernel.add_clipped(self._sum, groups)\n",
+        replacement="        if not list(groups):\n"
+        "            return\n"
+        "        self._kernel.add_clipped(self._sum, groups)\n",
+        tests=(f"{LOOP}::test_a_step_whose_draw_is_empty_is_taken_and_noised_like_any_other",),
+    ),
+    Mutant(
+        name="gradient_clipping_of_deepspeed",
+        breaks="P27: DeepSpeed clips the noisy mean",
+        file="udp_ray/engine/zero.py",
+        text='"gradient_clipping": 0.0,',
+        replacement='"gradient_clipping": 1.0,',
+        tests=("tests/engine/test_step.py::test_the_noise_of_two_steps_differs",),
+    ),
+    Mutant(
+        name="check_of_the_noise_left_out",
+        breaks="review: a run begins without the start-up check",
+        file="udp_ray/engine/loop.py",
+        text="check_noise(self.private_step, self._noise(self.keys.selfcheck))",
+        replacement="self._noise(self.keys.selfcheck)",
+        tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
+    ),
+    Mutant(
+        name="check_of_the_noise_left_out_on_resume",
+        breaks="review: a resumed run goes on without the start-up check",
+        file="udp_ray/engine/loop.py",
+        text="        check_noise(self.private_step",
+        replacement="        if saved is None:\n            check_noise(self.private_step",
+        tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
+    ),
+    Mutant(
+        name="check_with_the_noise_of_the_run",
+        breaks="the noise of the check is also that of the run",
+        file="udp_ray/engine/loop.py",
+        text="self._noise(self.keys.selfcheck)",
+        replacement="self._noise(self.keys.noise)",
+        tests=(f"{LOOP}::test_the_check_draws_from_a_key_of_its_own_before_the_first_step",),
+    ),
+    Mutant(
+        name="one_key_for_check_and_noise",
+        breaks="two purposes share one stream of noise",
+        file="udp_ray/dp/keys.py",
+        text='self.derive("selfcheck")',
+        replacement='self.derive("noise")',
+        tests=("tests/dp/test_keys.py::test_no_value_repeats_over_purposes_steps_and_keys",),
+    ),
+    Mutant(
+        name="keys_that_can_be_guessed",
+        breaks="P38: whoever knows the key subtracts the noise",
+        file="udp_ray/dp/keys.py",
+        text="secrets.token_bytes(SECRET_BYTES)",
+        replacement="bytes(SECRET_BYTES)",
+        tests=("tests/dp/test_keys.py::test_generated_keys_differ_and_seeded_keys_repeat",),
+    ),
+    Mutant(
+        name="noise_key_for_every_rank",
+        breaks="P11: every worker could add the noise, or subtract it",
+        file="udp_ray/on_ray/accountant.py",
+        text="noise=key.noise() if is_first else None",
+        replacement="noise=key.noise()",
+        tests=("tests/on_ray/test_accountant.py::test_only_rank_0_gets_the_noise_key",),
+    ),
+    Mutant(
+        name="key_in_the_checkpoint",
+        breaks="P38: a checkpoint holds the key in place of its public name",
+        file="udp_ray/engine/loop.py",
+        text="key_id=self.keys.key_id,",
+        replacement="key_id=self.keys.sampling.secret.hex(),",
+        tests=(f"{LOOP}::test_no_key_is_in_a_checkpoint",),
+    ),
+]
+
+SAMPLING = [
+    Mutant(
+        name="els_rate",
+        breaks="review: the loop samples examples with 1.2 p",
+        file="udp_ray/engine/loop.py",
+        text="PoissonExampleSampler(\n            key,\n"
+        "            sampling_probability=plan.sampling_probability,",
+        replacement="PoissonExampleSampler(\n            key,\n"
+        "            sampling_probability=1.2 * plan.sampling_probability,",
+        tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
+    ),
+    Mutant(
+        name="uls_rate",
+        breaks="review: the loop samples users with 1.2 q",
+        file="udp_ray/engine/loop.py",
+        text="PoissonUserSampler(\n        key,\n"
+        "        sampling_probability=plan.sampling_probability,",
+        replacement="PoissonUserSampler(\n        key,\n"
+        "        sampling_probability=1.2 * plan.sampling_probability,",
+        tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
+    ),
+    Mutant(
+        name="rate_from_the_users_in_the_store",
+        breaks="P2, P3: the rate depends on the private number of users",
+        file="udp_ray/engine/loop.py",
+        text="PoissonUserSampler(\n        key,\n"
+        "        sampling_probability=plan.sampling_probability,",
+        replacement="PoissonUserSampler(\n        key,\n"
+        "        sampling_probability=plan.expected_size / store.num_users,",
+        tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
+    ),
+    Mutant(
+        name="cap_left_out_of_the_loop",
+        breaks="the cap is priced and not applied",
+        file="udp_ray/engine/loop.py",
+        text="max_cohort_size=plan.max_cohort_size,",
+        replacement="max_cohort_size=None,",
+        tests=("tests/engine/test_cohorts.py::test_a_cap_of_the_plan_bounds_every_cohort",),
+    ),
+    Mutant(
+        name="cap_keeps_the_first_users",
+        breaks="review: users who stand first in the store are never cut",
+        file="udp_ray/dp/sampling.py",
+        text='kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]),'
+        " max_cohort_size)",
+        replacement="kept = np.arange(min(num_drawn, max_cohort_size))",
+        tests=("tests/dp/test_sampling.py::test_the_cap_treats_all_users_alike",),
+    ),
+    Mutant(
+        name="els_keeps_twice_the_group_size",
+        breaks="review: users keep 2 G examples",
+        file="udp_ray/dp/sampling.py",
+        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='choose(_Stream(key, "kept", 0), sizes, 2 * group_size)',
+        tests=(
+            "tests/dp/test_sampling.py"
+            "::test_example_sampling_keeps_the_same_examples_for_the_whole_run",
+        ),
+    ),
+    Mutant(
+        name="els_keeps_everything",
+        breaks="the bound on a user's examples is applied to no one",
+        file="udp_ray/dp/sampling.py",
+        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='choose(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
+        tests=(f"{LOOP}::test_a_user_brings_distinct_examples_and_no_more_than_the_group_size",),
+    ),
+    Mutant(
+        name="fixed_size_cohorts",
+        breaks="P7: cohorts of a fixed size, priced as Poisson",
+        file="udp_ray/dp/sampling.py",
+        text="users = poisson("
+        '_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)',
+        replacement="num_users = len(user_offsets) - 1\n"
+        '        users, _ = choose(_Stream(self._key, "users", step), np.array([num_users]),'
+        " round(num_users * self._probability))",
+        tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
+    ),
+    Mutant(
+        name="every_cohort_used_twice",
+        breaks="P6: steps are not independent",
+        file="udp_ray/dp/sampling.py",
+        text='_Stream(self._key, "users", step)',
+        replacement='_Stream(self._key, "users", step // 2)',
+        tests=("tests/guarantee/test_sampling.py::test_user_sampling_is_poisson",),
+    ),
+    Mutant(
+        name="examples_drawn_with_replacement",
+        breaks="P21: an example counts twice within its user's mean",
+        file="udp_ray/dp/sampling.py",
+        text="chosen[:, column] = np.where(is_taken, last, drawn)",
+        replacement="chosen[:, column] = drawn",
+        tests=("tests/dp/test_sampling.py::test_a_cohort_is_well_formed",),
+    ),
+    Mutant(
+        name="one_user_on_two_ranks",
+        breaks="P20: every rank computes every user, who is clipped once on each",
+        file="udp_ray/engine/loop.py",
+        text="rank=self.world.rank,",
+        replacement="rank=0,",
+        tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
+    ),
+    Mutant(
+        name="ranks_draw_other_cohorts",
+        breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
+        file="udp_ray/engine/loop.py",
+        text="cohorts(self.plan, self.keys.sampling, self.store),",
+        replacement="cohorts(\n                self.plan,\n"
+        "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
+        "                self.store,\n            ),",
+        tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
+    ),
+]
+
+PRICE = [
+    Mutant(
+        name="last_step_unpriced",
+        breaks="review: a run of T steps is priced as one of T - 1",
+        file="udp_ray/dp/plan.py",
+        text="        return steps\n",
+        replacement="        return max(0, steps - 1)\n",
+        tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="user_priced_as_one_example",
+        breaks="P40: the group size of els has no price",
+        file="udp_ray/dp/plan.py",
+        text="self.noise_multiplier, self.sampling_probability, self.group_size, steps",
+        replacement="self.noise_multiplier, self.sampling_probability, 1, steps",
+        tests=("tests/dp/test_plan.py::test_group_size_is_free_in_uls_and_costs_in_els",),
+    ),
+    Mutant(
+        name="cap_priced_without_the_neighbour",
+        breaks="the price of a cap leaves out the user who is added",
+        file="udp_ray/dp/plan.py",
+        text="self.population + (not self.population_is_declared),",
+        replacement="self.population,",
+        tests=(
+            "tests/dp/test_plan.py"
+            "::test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap",
+        ),
+    ),
+    Mutant(
+        name="delta_above_one_over_population",
+        breaks="P33: a delta that allows publishing a user outright",
+        file="udp_ray/dp/plan.py",
+        text="if self.delta >= 1 / self.population:",
+        replacement="if self.delta >= 1:",
+        tests=("tests/dp/test_plan.py::test_delta_of_one_over_the_declared_population_is_refused",),
+    ),
+    Mutant(
+        name="tail_left_out_of_the_loss",
+        breaks="review: what lies beyond the grid of losses is not charged",
+        file="udp_ray/dp/mixture.py",
+        text="mixture.upper_tail(highest) + mixture.lost,",
+        replacement="0.0,",
+        tests=("tests/dp/test_accounting.py::test_leaving_out_more_counts_is_more_pessimistic",),
+    ),
+    Mutant(
+        name="tail_left_out_of_the_selection",
+        breaks="review: infinite losses are not charged where the best of a sweep is released",
+        file="udp_ray/dp/selection.py",
+        text="np.asarray(infinite + np.maximum(",
+        replacement="np.asarray(np.maximum(",
+        tests=("tests/guarantee/test_selection.py::test_a_profile_is_that_of_the_library",),
+    ),
+    Mutant(
+        name="losses_rounded_down",
+        breaks="P37: an optimistic loss distribution",
+        file="udp_ray/dp/mixture.py",
+        text="up = np.clip(share + margin, 0.0, 1.0)",
+        replacement="up = np.zeros_like(share)",
+        tests=(
+            "tests/guarantee/test_accounting_oracle.py"
+            "::test_delta_of_a_step_is_never_below_the_exact_one_at_any_epsilon",
+        ),
+    ),
+    Mutant(
+        name="one_direction_of_the_loss",
+        breaks="P35: only adding a user is charged for, not removing one",
+        file="udp_ray/dp/selection.py",
+        text="losses += [loss._pmf_remove.to_dense_pmf(), loss._pmf_add.to_dense_pmf()]",
+        replacement="losses += [loss._pmf_add.to_dense_pmf()]",
+        tests=("tests/guarantee/test_selection.py::test_a_profile_is_that_of_the_library",),
+    ),
+    Mutant(
+        name="selection_not_charged",
+        breaks="P32: the best of many runs at the price of one",
+        file="udp_ray/dp/selection.py",
+        text="SelectionCurve.of(profile, count).epsilon(delta)",
+        replacement="accounting.epsilon(next(iter(events)), delta)",
+        tests=(
+            "tests/guarantee/test_selection.py"
+            "::test_the_price_from_loss_distributions_covers_both_samplers",
+        ),
+    ),
+    Mutant(
+        name="number_of_trials_fixed",
+        breaks="review: K is its mean, while a random K is priced",
+        file="udp_ray/dp/trial_count.py",
+        text="trials = max(count.smallest, int(np.argmax(count.survival() <= uniform)))",
+        replacement="trials = max(count.smallest, round(count.mean))",
+        tests=(
+            "tests/dp/test_trial_count.py::test_drawn_numbers_of_trials_follow_the_distribution",
+        ),
+    ),
+    Mutant(
+        name="trials_share_one_key",
+        breaks="P13: the trials of a secret sweep have the same noise",
+        file="udp_ray/on_ray/sweep.py",
+        text="key=_seeded_key(key, number) if is_seeded else RunKey.generate(),",
+        replacement="key=_seeded_key(key, 1) if is_seeded else key,",
+        tests=(
+            "tests/on_ray/test_tune.py"
+            "::test_a_sweep_is_charged_once_and_resumed_with_the_same_trials",
+        ),
+    ),
+]
+
+LEDGER = [
+    Mutant(
+        name="step_before_its_authorization",
+        breaks="review, P26: noise is drawn for a step that may be refused, or forgotten",
+        file="udp_ray/engine/loop.py",
+        text="                budget_message = self._ask(self.step + 1)\n"
+        "                if budget_message is not None:\n"
+        "                    break\n"
+        "                self._take_step(reader)\n",
+        replacement="                self._take_step(reader)\n"
+        "                budget_message = self._ask(self.step)\n"
+        "                if budget_message is not None:\n"
+        "                    break\n",
+        tests=(
+            f"{LOOP}::test_a_step_is_authorized_before_its_noise_is_drawn_and_no_other_is_asked_for",
+        ),
+    ),
+    Mutant(
+        name="metrics_before_the_commit",
+        breaks="review: what is computed of weights that may be lost leaves all the same",
+        file="udp_ray/engine/loop.py",
+        text="        location = self.publish(",
+        replacement='        self._tell({"step": self.step, **heldout})\n'
+        "        location = self.publish(",
+        tests=(
+            "tests/engine/test_loop.py"
+            "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
+        ),
+    ),
+    Mutant(
+        name="private_number_in_the_metrics",
+        breaks="P23: a number of the private batch leaves with the metrics",
+        file="udp_ray/engine/loop.py",
+        text="            self.on_metrics(metrics)",
+        replacement="            self.on_metrics("
+        'metrics | {"train/rejected": float(self.private_step._kernel.num_rejected)})',
+        tests=("tests/engine/test_loop.py::test_metrics_are_public_numbers_and_nothing_else",),
+    ),
+    Mutant(
+        name="evaluation_of_training_users",
+        breaks="review, P52: an unpaid query on private users",
+        file="udp_ray/engine/loop.py",
+        text="            self.store.heldout,\n",
+        replacement="            self.store,\n",
+        tests=(f"{LOOP}::test_evaluation_reads_the_heldout_users_and_no_others",),
+    ),
+    Mutant(
+        name="evaluation_of_training_users_for_want_of_others",
+        breaks="P52: without held-out users, training users are evaluated",
+        file="udp_ray/engine/loop.py",
+        text="        if self.store.heldout is None:\n            return {}\n"
+        "        return evaluate(\n            self.model,\n            self.store.heldout,\n",
+        replacement="        return evaluate(\n            self.model,\n"
+        "            self.store.heldout or self.store,\n",
+        tests=(f"{LOOP}::test_without_heldout_users_nothing_is_evaluated",),
+    ),
+    Mutant(
+        name="one_step_more_than_admitted",
+        breaks="review, P26: the ledger grants the step after the last",
+        file="udp_ray/dp/ledger.py",
+        text="if run.charged_steps >= run.num_steps or step > run.num_steps:",
+        replacement="if run.charged_steps > run.num_steps:",
+        tests=(
+            "tests/guarantee/test_budget.py::test_the_budget_stops_a_run_after_its_last_step[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="steps_under_a_new_key_are_free",
+        breaks="review: repeating steps under another key costs nothing",
+        file="udp_ray/dp/ledger_rules.py",
+        text='{"charged_steps": run.charged_steps + 1,',
+        replacement='{"charged_steps": run.charged_steps + (run.attempt == 1),',
+        tests=(
+            "tests/guarantee/test_budget.py"
+            "::test_a_rekeyed_run_ends_earlier_by_the_steps_that_it_repeated[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="replay_charged_again",
+        breaks="the same release is charged twice",
+        file="udp_ray/dp/ledger_rules.py",
+        text="        return False\n    differing =",
+        replacement="        return False\n"
+        "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
+        "    differing =",
+        tests=("tests/dp/test_ledger.py::test_the_same_release_again_is_free[sqlite]",),
+    ),
+    Mutant(
+        name="replay_from_other_weights",
+        breaks="the same noise on the sum of other weights is taken for the same release",
+        file="udp_ray/dp/ledger_rules.py",
+        text='["starting checkpoint"] * (reserved.start_digest != starting_checkpoint)',
+        replacement="[]",
+        tests=(
+            "tests/dp/test_ledger.py::test_a_step_from_another_starting_checkpoint_is_refused"
+            "[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="replay_with_other_data",
+        breaks="the same noise on the sum of other users is taken for the same release",
+        file="udp_ray/dp/ledger_rules.py",
+        text='if differing and on_mismatch != "rekey":',
+        replacement='if differing and on_mismatch == "never":',
+        tests=(
+            "tests/guarantee/test_budget.py::test_resuming_with_one_user_more_is_refused[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="total_checked_run_by_run",
+        breaks="P24: what other runs spent does not count",
+        file="udp_ray/dp/ledger_rules.py",
+        text="fits([*charges, charge], total)",
+        replacement="fits([charge], total)",
+        tests=(
+            "tests/dp/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="delta_not_subtracted",
+        breaks="only epsilon is kept within the total",
+        file="udp_ray/dp/ledger_records.py",
+        text="    ) <= exact(total.delta)",
+        replacement="    ) <= 1",
+        tests=(
+            "tests/dp/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="old_attempts_go_on",
+        breaks="an attempt that was replaced still writes",
+        file="udp_ray/dp/ledger_rows.py",
+        text="if run.attempt != attempt.number:",
+        replacement="if run.attempt < attempt.number:",
+        tests=(
+            "tests/dp/test_ledger.py::test_an_attempt_that_was_replaced_may_no_longer_write[sqlite]",
+        ),
+    ),
+    Mutant(
+        name="keys_survive_their_run",
+        breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
+        file="udp_ray/dp/ledger_rows.py",
+        text=".values(secret=secret))",
+        replacement=".values(secret=table.c.secret))",
+        tests=("tests/dp/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",),
+    ),
+    Mutant(
+        name="ledger_not_flushed",
+        breaks="review: a step that was reserved can be forgotten when the power fails",
+        file="udp_ray/dp/ledger_database.py",
+        text='"synchronous=FULL"',
+        replacement='"synchronous=OFF"',
+        tests=(
+            "tests/dp/test_ledger_database.py"
+            "::test_each_connection_flushes_to_the_disk_and_overwrites_what_it_deletes",
+        ),
+    ),
+    Mutant(
+        name="trials_priced_one_by_one",
+        breaks="P32: all trials of a sweep may be seen, and one is charged",
+        file="udp_ray/dp/sweep_price.py",
+        text="[dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]",
+        replacement="[event for event in events][:1]",
+        tests=(
+            "tests/dp/test_sweep_price.py"
+            "::test_all_trials_of_full_batches_cost_one_gaussian_of_less_noise",
+        ),
+    ),
+]
+
+DATA = [
+    Mutant(
+        name="held_out_users_also_train",
+        breaks="P22: users of a separate held-out input are in the training input too",
+        file="udp_ray/data/finish.py",
+        text="    _refuse_overlap(TokenStore.open(task.folder, verify=False))\n",
+        replacement="",
+        tests=(
+            "tests/data/test_finish.py"
+            "::test_users_of_the_training_input_may_not_be_held_out_and_are_not_named",
+        ),
+    ),
+    Mutant(
+        name="share_of_users_not_held_out",
+        breaks="P22: the users of the held-out share stay in the training split",
+        file="udp_ray/data/tokenize.py",
+        text="if is_heldout_input or is_held_out(self.key, user_hash, self.heldout_share):",
+        replacement="if is_heldout_input:",
+        tests=(
+            "tests/data/test_tokenize.py"
+            "::test_heldout_users_go_to_the_heldout_shards_and_so_does_a_heldout_input",
+        ),
+    ),
+    Mutant(
+        name="one_user_in_two_shards",
+        breaks="P20: a user is split over shards, and becomes two",
+        file="udp_ray/data/tokenize.py",
+        text="self._shards.append(shard)",
+        replacement="self._shards.append(shard ^ (len(self._shards) % 2))",
+        tests=(
+            "tests/data/test_tokenize.py"
+            "::test_rows_become_examples_of_their_own_user_in_the_users_own_shard",
+        ),
+    ),
+    Mutant(
+        name="one_person_as_two_users",
+        breaks="P41: the number 1 and the number 1.0 are two users",
+        file="udp_ray/data/hashing.py",
+        text="    return numbers.cast(pa.int64())",
+        replacement="    return numbers.cast(pa.string())",
+        tests=(
+            "tests/data/test_hashing.py::test_one_is_the_same_user_as_number_whole_number_and_text",
+        ),
+    ),
+    Mutant(
+        name="examples_in_order_of_arrival",
+        breaks="the order of rows decides which examples survive a bound",
+        file="udp_ray/data/assemble.py",
+        text="    order = _sorted_by(users, own)\n    if max_examples",
+        replacement="    order = _sorted_by(users, np.zeros_like(own))\n    if max_examples",
+        tests=("tests/data/test_assemble.py::test_arrival_order_cannot_be_seen_in_the_bytes",),
+    ),
+    Mutant(
+        name="equal_examples_have_one_hash",
+        breaks="equal examples survive a bound together, so that one row can move many",
+        file="udp_ray/data/hashing.py",
+        text='struct.pack("<iq", loss_start, occurrence)',
+        replacement='struct.pack("<iq", loss_start, 0)',
+        tests=(
+            "tests/data/test_assemble.py"
+            "::test_equal_examples_survive_a_bound_one_by_one_not_together",
+        ),
+    ),
+]
+
+MUTANTS = [*CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA]
