@@ -104,3 +104,13 @@ def test_a_secret_of_the_wrong_kind_is_refused_without_showing_it(make):
 def test_a_negative_counter_is_refused():
     with pytest.raises(ValueError, match="-1"):
         RunKey.from_seed(0).noise().generator(-1)
+
+
+def test_numbers_are_equal_for_equal_counters_and_unrelated_for_others():
+    key = RunKey.from_seed(3).dropout()
+    numbers = {(step, unit): key.number(step, unit) for step in range(30) for unit in range(30)}
+    assert all(0 <= number < 2**63 for number in numbers.values())
+    assert len(set(numbers.values())) == len(numbers)
+    assert key.number(4, 5) == numbers[4, 5] != RunKey.from_seed(4).dropout().number(4, 5)
+    assert max(numbers.values()) > 2**62 > min(numbers.values())
+    assert key not in (RunKey.from_seed(3).noise(), RunKey.from_seed(3).sampling())

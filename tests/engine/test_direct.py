@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from udp_ray.data.cohort import Group
 from udp_ray.data.store import TokenStore
@@ -100,3 +101,28 @@ def test_clipping_each_microbatch_would_be_seen(store):
 def test_no_groups_give_zeros():
     sums, _ = kernel_sum([], clip_norm=1.0)
     assert not flat(sums).any()
+
+
+def with_dropout():
+    model = tiny_model().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return model
+
+
+def test_dropout_masks_are_those_of_the_groups_seed(store):
+    """Whatever the generator of the process has drawn before, which is left as it was."""
+    (group,) = groups_of(store, [3], microbatch_tokens=16)
+    assert len(group.microbatches) > 1
+    sums = {}
+    for seed, before in ((1, 10), (1, 20), (2, 10), (None, 10), (None, 20)):
+        torch.manual_seed(before)
+        expected = torch.rand(3)
+        torch.manual_seed(before)
+        seeded = replace(group, mask_seed=seed)
+        sums[seed, before] = flat(kernel_sum([seeded], clip_norm=0.5, model=with_dropout())[0])
+        assert torch.equal(torch.rand(3), expected) == (seed is not None)
+    assert torch.equal(sums[1, 10], sums[1, 20])
+    assert not torch.equal(sums[1, 10], sums[2, 10])
+    assert not torch.equal(sums[None, 10], sums[None, 20])  # the failing arm

@@ -289,6 +289,20 @@ def test_noise_divisor_and_number_of_steps_are_the_plans(small, plan, settings):
 
 
 @small_plans
+def test_groups_are_clipped_to_the_clip_norm_less_what_roundings_of_the_sum_need(small, plan):
+    (found,) = observe(small, plan).clip_norms
+    assert found == plan.clip_norm * (1 - 2.0**-10)
+
+
+def test_each_group_of_each_step_has_dropout_masks_of_its_own_that_a_repetition_shares(small):
+    plan = replace(SMALL["uls"], num_steps=3)
+    first, again = observe(small, plan).mask_seeds, observe(small, plan).mask_seeds
+    assert first == again
+    assert None not in first
+    assert len(set(first)) == len(first) > 10
+
+
+@small_plans
 def test_a_step_is_authorized_before_its_noise_is_drawn_and_no_other_is_asked_for(small, plan):
     seen = observe(small, plan)
     steps = list(range(1, plan.num_steps + 1))

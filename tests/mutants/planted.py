@@ -17,6 +17,7 @@ from __future__ import annotations
 from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
+ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
 GHOST_NORM = "summed_squared_norms(gradients.values())"
@@ -136,9 +137,8 @@ CLIPPING = [
         name="clip_weighted_sum_in_bfloat16",
         breaks="P14: the sum over users is rounded to bfloat16 after clipping",
         file="udp_ray/engine/group_gradients.py",
-        text="return inputs.T @ outputs if self.is_transposed else outputs.T @ inputs",
-        replacement="total = inputs.T @ outputs if self.is_transposed else outputs.T @ inputs\n"
-        "        return total.bfloat16().float()",
+        text="accumulate(total, some_rows.T @ some_columns)",
+        replacement="accumulate(total, (some_rows.T @ some_columns).bfloat16().float())",
         tests=(GHOST_SUM,),
     ),
     Mutant(
@@ -199,18 +199,18 @@ NOISE = [
         name="noise_halved_after_the_check",
         breaks="review: the start-up check sees other noise than the steps get",
         file="udp_ray/engine/step.py",
-        text="        self._privatize(self._noise, step)\n",
+        text="        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        if self._noise is not None:\n"
         "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
-        "        self._privatize(self._noise, step)\n",
+        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
         name="noise_repeated_between_steps",
         breaks="review, P13: every step gets the noise of the first",
         file="udp_ray/engine/step.py",
-        text="self._privatize(self._noise, step)",
-        replacement="self._privatize(self._noise, 1)",
+        text="self._noisy_mean(self._noise, step), step)",
+        replacement="self._noisy_mean(self._noise, 1), step)",
         tests=("tests/engine/test_step.py::test_the_noise_of_two_steps_differs",),
     ),
     Mutant(
@@ -238,8 +238,8 @@ NOISE = [
         name="no_noise_in_steps",
         breaks="P27: the hook that adds the noise does not run, and training goes on",
         file="udp_ray/engine/step.py",
-        text="        self._privatize(self._noise, step)\n",
-        replacement="        self._privatize(None, step)\n",
+        text="self._noisy_mean(self._noise, step), step)",
+        replacement="self._noisy_mean(None, step), step)",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -825,4 +825,171 @@ DATA = [
     ),
 ]
 
-MUTANTS = [*CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA]
+ROUNDING = [
+    Mutant(
+        name="sums_in_float32",
+        breaks="P45: one user's absence changes how all others are rounded",
+        file="udp_ray/dp/clipping.py",
+        text="part.add_(block if factor is None else block * factor)",
+        replacement="part.copy_(part.float() + (block if factor is None else block * factor))",
+        tests=(
+            f"{ACCUMULATION}::test_the_order_of_16384_aligned_users_moves_their_sum_by_less_than"
+            "_the_bound",
+        ),
+    ),
+    Mutant(
+        name="one_long_product",
+        breaks="P45: float32 products over all groups of a microbatch",
+        file="udp_ray/engine/group_gradients.py",
+        text="accumulate(total, some_rows.T @ some_columns)",
+        replacement="total.copy_(total.float() + some_rows.T @ some_columns)",
+        tests=(
+            f"{ACCUMULATION}::test_products_over_several_groups_stay_well_within_the_stated_slack",
+        ),
+    ),
+    Mutant(
+        name="nothing_kept_for_roundings",
+        breaks="P45: groups are clipped to the whole clip norm, so roundings exceed it",
+        file="udp_ray/engine/loop.py",
+        text="clip_norm=self.plan.clip_bound",
+        replacement="clip_norm=self.plan.clip_norm",
+        tests=(
+            f"{LOOP}::test_groups_are_clipped_to_the_clip_norm_less_what_roundings_of_the_sum_need",
+        ),
+    ),
+    Mutant(
+        name="secure_noise_fused",
+        breaks="P43: sums of other ranks are added to a value that was rounded already",
+        file="udp_ray/engine/step.py",
+        text="if plan.secure_noise:",
+        replacement="if plan.secure_noise and num_workers > 1000:",
+        tests=(
+            "tests/dp/test_secure_normals.py"
+            "::test_secure_noise_with_fused_sums_is_refused_above_one_worker",
+        ),
+    ),
+    Mutant(
+        name="noise_rounded_before_it_is_added",
+        breaks="P38: secure noise lies on the coarse grid of float32",
+        file="udp_ray/engine/clipped_sum.py",
+        text=".add_(values.to(flat.device))",
+        replacement=".add_(values.to(flat.device).float())",
+        tests=("tests/dp/test_secure_normals.py::test_secure_noise_does_not_show_it",),
+    ),
+    Mutant(
+        name="replay_by_another_kernel",
+        breaks="P46: the same noise on a sum that bfloat16 rounds otherwise",
+        file="udp_ray/config.py",
+        text='if self.model.autocast != "off" or self.model.dropout > 0:',
+        replacement="if self.model.dropout > 1:",
+        tests=(
+            "tests/test_command_line.py"
+            "::test_where_kernels_round_visibly_the_digest_holds_what_decides_it",
+        ),
+    ),
+    Mutant(
+        name="dropout_masks_by_chance",
+        breaks="P46: a repeated step has other masks under the same noise",
+        file="udp_ray/engine/loop.py",
+        text="mask_seed=self.keys.dropout.number",
+        replacement="mask_seed=None",
+        tests=(
+            f"{LOOP}::test_each_group_of_each_step_has_dropout_masks_of_its_own_that_a_repetition"
+            "_shares",
+        ),
+    ),
+    Mutant(
+        name="dropout_seeds_not_used",
+        breaks="P46: masks from the generator of the process, which a restart begins anew",
+        file="udp_ray/engine/direct.py",
+        text="with _seeded(group.mask_seed, self._device):",
+        replacement="with _seeded(None, self._device):",
+        tests=("tests/engine/test_direct.py::test_dropout_masks_are_those_of_the_groups_seed",),
+    ),
+]
+
+COUPLING = [
+    Mutant(
+        name="coupled_models_accepted",
+        breaks="P42: a model in which users change each other's gradients is trained",
+        file="udp_ray/engine/loop.py",
+        text="self.world.from_first(lambda: self._check_invariance(kernel))",
+        replacement="self.world.from_first(lambda: None)",
+        tests=(
+            "tests/engine/test_invariance.py"
+            "::test_training_refuses_before_it_asks_for_its_first_step",
+        ),
+    ),
+    Mutant(
+        name="company_not_checked",
+        breaks="P36: layers that see the batch pass the check",
+        file="udp_ray/engine/invariance.py",
+        text="            self._check_company(self._group(self._shared_tokens))\n",
+        replacement="            self._group(self._shared_tokens)\n",
+        tests=(
+            "tests/engine/test_invariance.py"
+            "::test_models_that_couple_users_are_refused_and_the_layer_is_named",
+        ),
+    ),
+    Mutant(
+        name="state_not_checked",
+        breaks="P42: a buffer that grows with the longest text passes the check",
+        file="udp_ray/engine/invariance.py",
+        text="self._refuse_changed(self._state.changed(), group, verb)",
+        replacement="self._state.changed()",
+        tests=(
+            "tests/engine/test_invariance.py::test_what_the_first_text_leaves_for_good_is_refused",
+        ),
+    ),
+]
+
+OUTPUTS = [
+    Mutant(
+        name="commit_between_reserved_steps",
+        breaks="review: a resumed run with more checkpoints can never end",
+        file="udp_ray/engine/loop.py",
+        text="return self.step >= self.replay_until and self._has_passed(",
+        replacement="return self._has_passed(",
+        tests=(
+            "tests/engine/test_loop.py"
+            "::test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated",
+        ),
+    ),
+    Mutant(
+        name="uncommitted_checkpoints_stay",
+        breaks="review: two versions of a step lie in the storage after a crash",
+        file="udp_ray/on_ray/worker.py",
+        text="        remove_uncommitted(run_folder, start.committed)\n",
+        replacement="        pass\n",
+        tests=(
+            "tests/on_ray/test_uncommitted.py"
+            "::test_a_new_attempt_removes_uncommitted_checkpoints_once_older_attempts_are_fenced",
+        ),
+    ),
+    Mutant(
+        name="secret_sweep_refunded",
+        breaks="P47: repeating a sweep until it draws a trial conditions the number of trials",
+        file="udp_ray/dp/ledger.py",
+        text="if is_secret_sweep(rows.plan_of(run)):",
+        replacement="if is_secret_sweep({}):",
+        tests=(
+            "tests/dp/test_ledger_trials.py"
+            "::test_a_secret_sweep_is_never_refunded_however_many_trials_it_drew",
+        ),
+    ),
+    Mutant(
+        name="copied_ledger_accepted",
+        breaks="review: a copy of the ledger file is a second budget",
+        file="udp_ray/on_ray/admission.py",
+        text="    unknown = ledger.unknown_runs(recorded)\n",
+        replacement="    unknown = ledger.unknown_runs(recorded)[:0]\n",
+        tests=(
+            "tests/on_ray/test_copied_ledger.py"
+            "::test_of_two_copies_used_in_turn_the_second_is_refused_before_anything_is_charged",
+        ),
+    ),
+]
+
+MUTANTS = [
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OUTPUTS,
+]  # fmt: skip

@@ -58,6 +58,10 @@ class Observed:
     """What the kernel was given, by step."""
     weights: list[Weights] = field(default_factory=list)
     """Before and after."""
+    clip_norms: list[float] = field(default_factory=list)
+    """What the kernel clips to."""
+    mask_seeds: list[int | None] = field(default_factory=list)
+    """Of the groups of all steps."""
     error: UdpRayError | None = None
     """What stopped the run."""
 
@@ -154,9 +158,13 @@ def plain_sgd(**changes: Any) -> TrainConfig:
 
 def keys_of(key: RunKey, world: World) -> WorkerKeys:
     """Returns what the accountant gives a rank."""
-    if not world.is_first:
-        return WorkerKeys(key.id, key.sampling(), None, None)
-    return WorkerKeys(key.id, key.sampling(), key.noise(), key.selfcheck())
+    return WorkerKeys(
+        key_id=key.id,
+        sampling=key.sampling(),
+        noise=key.noise() if world.is_first else None,
+        dropout=key.dropout(),
+        selfcheck=key.selfcheck() if world.is_first else None,
+    )
 
 
 class _NotingKernel:
@@ -173,16 +181,18 @@ class _NotingKernel:
         if self.step is None:
             self._kernel.add_clipped(sums, groups)
             return
+        groups = list(groups)
         self._seen.groups[self.step] = [_rows(group) for group in groups]
+        self._seen.mask_seeds += [group.mask_seed for group in groups]
         for name, view in sums.views.items():
             sums.add(name, torch.full(view.shape, self._added))
 
 
 def _rows(group: Group) -> Rows:
     return [
-        tuple(ids[mask.bool()].tolist())
+        tuple(ids.tolist())  # all examples of a numbered store are equally long
         for microbatch in group.microbatches
-        for ids, mask in zip(microbatch.input_ids, microbatch.attention_mask, strict=True)
+        for ids in microbatch.input_ids
     ]
 
 
@@ -221,6 +231,7 @@ def _watched(
     choose, run, slice_of = loop.choose_kernel, PrivateStep.run, GaussianNoise.slice
 
     def choose_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
+        seen.clip_norms.append(kwargs["clip_norm"])
         kernels.append(_NotingKernel(choose(*args, **kwargs), seen, added))
         return kernels[-1]
 
