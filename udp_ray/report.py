@@ -288,7 +288,7 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
     size = ("cohort size M (expected)", "batch size B (expected)")[plan.sampling == "els"]
     rows = [
         ("noise multiplier z", f"{plan.noise_multiplier:.6g}"),
-        ("clip norm C", f"{plan.clip_norm:g}"),
+        ("clip norm C", _clip_norm(plan)),
         ("group size G", str(plan.group_size)),
         (size, f"{plan.expected_size}"),
         ("sampling probability", f"{plan.sampling_probability:.6g}"),
@@ -303,6 +303,13 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
     if plan.max_cohort_size is not None:
         rows.insert(-1, ("largest cohort", f"{plan.max_cohort_size} users, accounted"))
     return rows
+
+
+def _clip_norm(plan: PrivacyPlan) -> str:
+    if not math.isfinite(plan.clip_norm):
+        return "none"
+    kept = 1 - plan.clip_bound / plan.clip_norm
+    return f"{plan.clip_norm:g}, of which {kept:.2%} is kept for roundings of the sum"
 
 
 def _origin(is_declared: bool) -> str:

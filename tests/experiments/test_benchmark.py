@@ -321,6 +321,16 @@ def test_the_noise_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     assert all(seconds > 0 for curve in curves for _, seconds in curve.points)
 
 
+def test_what_float64_sums_cost_is_measured_for_each_way_of_adding() -> None:
+    rows = benchmark_parts.measure_sums(width=8, tokens=1024, repeats=2)
+    assert [row["what"].split(",")[0] for row in rows] == ["ghost", "ghost", "direct"]
+    for row in rows:
+        seconds = row["seconds"]
+        arithmetic = 3 * seconds["product"]  # of 1,024 tokens, in each row
+        expected = (seconds["float64"] - seconds["float32"]) / arithmetic
+        assert row["share_of_step"] == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_the_shipped_people_are_those_that_its_description_counts() -> None:
     lengths, offsets = benchmark_parts.shipped_lengths()

@@ -172,6 +172,7 @@ def _measure_parts(
         accountant = parts_of.measure_accountant(parts.accountant_steps)
     return {
         "noise": [curve.to_dict() for curve in noise],
+        "sums": parts_of.measure_sums(),
         "accountant": accountant,
         "stall": stall,
         "balance": balance,

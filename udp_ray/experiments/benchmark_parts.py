@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,11 +17,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from udp_ray.data.balance import assign, padded_tokens
+from udp_ray.dp.clipping import accumulate
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.sampling import PoissonUserSampler
 from udp_ray.engine.clipped_sum import ClippedSum
+from udp_ray.engine.group_gradients import Products
 from udp_ray.engine.world import World
 from udp_ray.experiments.benchmark_accountant import authorize_rate, round_trip
 from udp_ray.experiments.benchmark_contestants import Task
@@ -38,6 +41,7 @@ MOST_TOKENS = 128
 """Of an example of the shipped data: `data.block_tokens` of the demo."""
 
 NOISE_REPEATS = 3
+SUMMED_WIDTH, SUMMED_TOKENS, SUM_REPEATS = 768, 8192, 9
 BALANCE_STEPS = 20
 PARETO_SHAPE = 1.1
 """Of the made-up people's number of examples: a few have thousands, as on the web."""
@@ -70,6 +74,68 @@ def _noise_seconds(noise: GaussianNoise, count: int) -> float:
         sums.add_noise(noise, step)
         seconds.append(time.perf_counter() - begun)
     return median(seconds)
+
+
+def measure_sums(
+    *, width: int = SUMMED_WIDTH, tokens: int = SUMMED_TOKENS, repeats: int = SUM_REPEATS
+) -> list[dict[str, Any]]:
+    """Returns what it costs that clipped sums are float64, for each way of adding to them.
+
+    In turn with the same in float32, as a share of a step's arithmetic: for each weight three
+    products over the tokens (output, gradient of the input, gradient of the weight).
+
+    Args:
+        width: Features in and out of the layer that is measured.
+        tokens: Tokens of a microbatch.
+        repeats: The medians of so many are compared.
+    """
+    random = torch.Generator().manual_seed(0)
+    inputs, outputs = (torch.randn(tokens, width, generator=random) for _ in range(2))
+    exact, rough = (torch.zeros(width, width, dtype=t) for t in (torch.float64, torch.float32))
+    one = torch.ones((), dtype=torch.float32)
+
+    def one_product() -> Tensor:
+        return outputs.T @ inputs
+
+    def by_groups(length: int) -> tuple[Products, Tensor]:
+        shape = tokens // length, length, width
+        return Products(inputs.view(shape), outputs.view(shape)), torch.rand(tokens // length)
+
+    short, factors = by_groups(64)
+    long, few = by_groups(512)
+    gradients = long.held()
+    flat = gradients.gradients.flatten(1)
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+        "ghost, groups of 64 tokens": (
+            lambda: short.add_weighted(exact, factors),
+            lambda: rough.add_((outputs * factors.repeat_interleave(64)[:, None]).T @ inputs),
+            tokens,
+        ),
+        "ghost, groups of 512 tokens, materialized": (
+            lambda: gradients.add_weighted(exact, few),
+            lambda: rough.view(-1).add_(few @ flat),
+            tokens,
+        ),
+        "direct, one group of 1,024 tokens": (
+            lambda: accumulate(exact, rough, one),
+            lambda: rough.addcmul_(rough, one),
+            1024,
+        ),
+    }
+    rows = []
+    for what, (in_float64, in_float32, num_tokens) in ways.items():
+        seconds: dict[str, list[float]] = {"float64": [], "float32": [], "product": []}
+        calls = {"float64": in_float64, "float32": in_float32, "product": one_product}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - begun)
+        mid = {name: median(values) for name, values in seconds.items()}
+        arithmetic = 3 * mid["product"] * num_tokens / tokens
+        share = (mid["float64"] - mid["float32"]) / arithmetic
+        rows.append({"what": what, "width": width, "share_of_step": share, "seconds": mid})
+    return rows
 
 
 def measure_accountant(num_steps: int) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def _parts(results: dict[str, Any]) -> str:
     for curve in parts["noise"]:
         points = ", ".join(f"{count:,} values: {_seconds(s)}" for count, s in curve["points"])
         lines.append(f"  {curve['what']}, on rank 0 alone: {points}")
+    lines += [
+        f"  sums in float64 instead of float32 ({row['what']}, width {row['width']}):"
+        f" {row['share_of_step']:.2%} of a step's arithmetic"
+        for row in parts["sums"]
+    ]
     accountant = parts["accountant"]
     lines.append(
         f"  accountant ({accountant['ledger']}): {accountant['authorizations_per_s']:,.0f} steps"
