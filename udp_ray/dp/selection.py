@@ -42,9 +42,11 @@ an unweighted mean, would not.)
 What it needs. K and the draws are independent of the data, and secret. Trials are independent given
 the data: fresh randomness each, nothing learnt from earlier ones. A trial that did not end counts
 as the worst, and is never replaced; whether it ended depends on the data through its private
-outputs alone. Scores order outputs in a way fixed beforehand. Ties may be broken by any rule that
-looks only at the tied outputs, by chance, or by which was first. Nothing leaves but the winner's
-configuration, weights and score: no table of the others, no logs, not how long the sweep took.
+outputs alone. The sweep is charged whatever K is: if a draw of K = 0 were refunded and repeated,
+the outcome would be that of K given K > 0, and cost delta / (1 - f(0)). Scores order outputs in a
+way fixed beforehand. Ties may be broken by any rule that looks only at the tied outputs, by chance,
+or by which was first. Nothing leaves but the winner's configuration, weights and score: no table of
+the others, no logs, not how long the sweep took.
 
 What it does not cover. Early stopping across trials, successive halving, population-based training
 and Bayesian search: their trials depend on each other. A fixed number of trials, or stopping when a

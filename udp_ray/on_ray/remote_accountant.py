@@ -59,7 +59,7 @@ class Progress:
     """What has left since the caller last asked, oldest first."""
     num_metrics: int = 0
     budget_message: str | None = None
-    """Why training ended early, in the ledger's words."""
+    """Why training ended early, in the words of the ledger, or because it diverged."""
     error: UdpRayError | None = None
     """The user's mistake, or refusal, that stopped the run for good."""
     waiting_s: float = 0.0

@@ -8,7 +8,8 @@
       trials/0001/, ...  each a run           config.json, model.safetensors, ... of the winner
                                               metrics.json  its held-out losses by step
 
-Of a secret sweep nothing else leaves: neither which trial won nor how many there were.
+Of a secret sweep nothing else leaves: neither which trial won nor how many there were. Where every
+trial diverged, or a secret sweep drew none, the statement says so and there is no model.
 """
 
 from __future__ import annotations
