@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from udp_ray.data.sharing import join
+from udp_ray.engine.ghost import GhostKernel
+from udp_ray.engine.ghost_check import made_up_group
 from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.token_loss import chunk_logits
 from udp_ray.engine.world import join_world
@@ -63,13 +66,17 @@ def test_models_that_couple_users_are_refused_and_the_layer_is_named(name, kerne
     assert "\n" not in str(refusal.value)
 
 
+@AUTOCAST
+@KERNELS
 @pytest.mark.parametrize("make", [llama_dynamic, phi3_longrope])
-def test_rope_that_follows_the_length_is_refused_only_above_its_original_context(make):
-    """The remedy that the refusal gives is one."""
-    for kernel in ("direct", "ghost"):
-        check(make(), kernel=kernel, block=ORIGINAL_CONTEXT)
-        with pytest.raises(UnsupportedModelError, match=f"at most {ORIGINAL_CONTEXT}, or a model"):
-            check(make(), kernel=kernel, block=ORIGINAL_CONTEXT + 8)
+def test_rope_that_follows_the_length_is_refused_only_above_its_original_context(
+    make, kernel, autocast
+):
+    """The remedy that the refusal gives is one, also where rows are padded to multiples of 16."""
+    most = ORIGINAL_CONTEXT if autocast == "off" else ORIGINAL_CONTEXT // 16 * 16
+    check(make(), kernel=kernel, autocast=autocast, block=most)
+    with pytest.raises(UnsupportedModelError, match=f"at most {most}, or a model"):
+        check(make(), kernel=kernel, autocast=autocast, block=BLOCK)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mean over the batch", "rope dynamic"])
@@ -123,20 +130,30 @@ def test_what_the_first_text_leaves_for_good_is_refused():
         check(model)
 
 
+@AUTOCAST
 @KERNELS
-def test_made_up_microbatches_are_no_larger_than_those_of_training(kernel):
+def test_made_up_microbatches_are_no_larger_than_those_of_training(kernel, autocast):
     model = SOUND["llama"]()
     shapes = []
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: shapes.append(tuple(args[0].shape))
     )
-    check(model, kernel=kernel, microbatch_tokens=50)
+    check(model, kernel=kernel, autocast=autocast, microbatch_tokens=50)
     assert max(length for _, length in shapes) == BLOCK  # a full row, which is never cut
     assert max(rows * length for rows, length in shapes if rows > 1) <= 50
     for name in ("mean over the batch", "padded length", "rope dynamic"):
         make, named = COUPLED[name]
         with pytest.raises(UnsupportedModelError, match=named):
-            check(make(), kernel=kernel, microbatch_tokens=50)
+            check(make(), kernel=kernel, autocast=autocast, microbatch_tokens=50)
+
+
+@pytest.mark.parametrize("block", [2, 3, 16, 17])
+@pytest.mark.parametrize("microbatch_tokens", [1, 4, 33])
+def test_the_smallest_settings_can_be_checked(block, microbatch_tokens):
+    for autocast in ("off", "bfloat16"):
+        check(gpt2(), autocast=autocast, block=block, microbatch_tokens=microbatch_tokens)
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.seen"):
+        check(COUPLED["running buffer"][0](), block=block, microbatch_tokens=microbatch_tokens)
 
 
 @KERNELS
@@ -197,11 +214,29 @@ def test_a_store_of_longer_examples_than_the_model_has_positions_is_refused(run,
 @needs_gpu
 @AUTOCAST
 @KERNELS
-@pytest.mark.parametrize("name", [*SOUND, *COUPLED])
-def test_the_verdict_is_the_same_on_a_gpu(name, kernel, autocast):
-    if name in SOUND:
-        check(SOUND[name]().to("cuda"), kernel=kernel, autocast=autocast)
-    else:
-        make, named = COUPLED[name]
+def test_the_verdicts_are_the_same_on_a_gpu(kernel, autocast):
+    for make in SOUND.values():
+        check(make().to("cuda"), kernel=kernel, autocast=autocast)
+    for make, named in COUPLED.values():
         with pytest.raises(UnsupportedModelError, match=named):
             check(make().to("cuda"), kernel=kernel, autocast=autocast)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_a_gradient_is_the_same_whether_or_not_the_batch_has_padding():
+    """No attention kernel is chosen by the company: all rows full, or one of them padded."""
+    for make in SOUND.values():
+        model = make().to("cuda")
+        parameters = trainable_parameters(model)
+        groups = [made_up_group(model, 1, length, seed=length) for length in (BLOCK, BLOCK - 7)]
+        full = made_up_group(model, 1, BLOCK, seed=5)
+        ghost = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=256, device="cuda")
+        found = []
+        for other in groups:
+            shared = join([each.microbatches[0] for each in (full, other)], BLOCK)
+            one = torch.tensor([1.0, 0.0], device="cuda")
+            gradients = ghost.group_gradients(shared)
+            found.append([gradients[n].weighted_sum(one) for n in sorted(gradients)])
+        difference = sum(float((a - b).square().sum()) for a, b in zip(*found, strict=True))
+        assert difference <= 1e-10 * sum(float(a.square().sum()) for a in found[0])

@@ -35,7 +35,8 @@ def everyone(tmp_path_factory):
     """A run in which all users, with one example each, take part in every step."""
     join_world()
     users = [examples[:1] for examples in tiny_users(NUM_USERS, seed=5)]
-    path = write_store(tmp_path_factory.mktemp("one") / "store", users, vocab_size=VOCABULARY)
+    folder = tmp_path_factory.mktemp("one") / "store"
+    path = write_store(folder, users, vocab_size=VOCABULARY, block_tokens=16)
     return TinyRun(store=str(path), group_size=1, cohort_size=NUM_USERS, num_steps=3)
 
 

@@ -127,6 +127,7 @@ class _Probe:
         trains_on: str,
     ) -> None:
         self.device = next(iter(parameters.values())).device
+        self._state = _State(model)  # before kernels look at the model's layers
         self._model = model
         self._parameters = parameters
         self._autocast = autocast
@@ -144,11 +145,10 @@ class _Probe:
         self._tolerance = ROUNDED_GRADIENT if is_rounded else SAME_GRADIENT
         is_rounded |= autocast != "off" and kernel == "direct"
         self._shared_tolerance = ROUNDED_GRADIENT if is_rounded else SAME_GRADIENT
-        self._state = _State(model)
-        # Two rows have to fit a microbatch for any group to have company.
-        self._shared_tokens = min(tokens_per_row, microbatch_tokens // 2)
-        self._short = self._group(max(2, min(SHORT_TOKENS, self._shared_tokens - 1)))
-        self._full = self._group(tokens_per_row)
+        # Two rows, with their padding, have to fit a microbatch for any group to have company.
+        self._shared_tokens = min(tokens_per_row, self._on_grid(microbatch_tokens // 2))
+        self._short = self._group(max(2, min(SHORT_TOKENS, self._shared_tokens - 1)), seed=0)
+        self._full = self._group(tokens_per_row, seed=2)
 
     def run(self) -> None:
         """Runs all checks; the short group comes first, last and in between."""
@@ -159,10 +159,10 @@ class _Probe:
             for _ in self._gradient(self._alone(self._full)):
                 pass
             self._check_state(self._full, "trained on")
-        if self._shared_tokens > _length(self._short):
+        if self._shared_tokens >= 2:
             was_training = self._model.training
             self._model.train(was_training and not is_random)
-            self._check_company(self._group(self._shared_tokens))
+            self._check_company(self._group(self._shared_tokens, seed=2))
             self._model.train(was_training)
         self._check_evaluation()
         again = self._gradient(self._alone(self._short))
@@ -187,7 +187,7 @@ class _Probe:
         # Under autocast only groups of equal padded length ever share.
         shorter = self._group(max(2, _length(self._short) // 2), seed=1)
         self._check_orders(self._short, shorter)
-        self._check_orders(long, self._group(_length(long), seed=1))
+        self._check_orders(long, self._group(_length(long), seed=3))
 
     def _check_orders(
         self, subject: Group, other: Group, *, is_other_checked: bool = False
@@ -264,7 +264,7 @@ class _Probe:
                 found.pop(name).add_weighted(total, factors_U.to(self.device))
             yield total.cpu()
 
-    def _group(self, num_tokens: int, seed: int = 0) -> Group:
+    def _group(self, num_tokens: int, seed: int) -> Group:
         return made_up_group(self._model, 1, num_tokens, seed=seed)
 
     def _alone(self, group: Group) -> SharedMicrobatch:
@@ -280,6 +280,10 @@ class _Probe:
     @property
     def _length_grid(self) -> int | None:
         return None if self._autocast == "off" else LENGTH_GRID
+
+    def _on_grid(self, num_tokens: int) -> int:
+        """Returns the most tokens, at most this many, to which no padding is added."""
+        return num_tokens // (self._length_grid or 1) * (self._length_grid or 1)
 
     @property
     def _config(self) -> Any:
@@ -340,7 +344,9 @@ class _Probe:
     def _remedy(self) -> str:
         kind, original = _dependent_rope(self._config)
         if kind is not None:
-            limit = f" of at most {original}" if original else " below its original context"
+            limit = " below its original context"
+            if original:
+                limit = f" of at most {self._on_grid(original)}"
             return (
                 f"its positions are of rope type {kind!r}: use data.block_tokens{limit}, or a model"
                 " with rope type default, linear, llama3 or yarn"

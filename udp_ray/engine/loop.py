@@ -243,7 +243,7 @@ class _Training:
     def _require_positions(self) -> None:
         config = getattr(self.model, "config", None)
         if config is not None:
-            name = getattr(config, "_name_or_path", "")
+            name = getattr(config, "_name_or_path", "") or type(self.model).__name__
             require_positions(name, config, self.store.manifest.block_tokens)
 
     def _check_invariance(self, kernel: Kernel) -> None:
