@@ -519,7 +519,9 @@ PRICE = [
         file="udp_ray/dp/plan.py",
         text="if self.delta >= 1 / self.population:",
         replacement="if self.delta >= 1:",
-        tests=("tests/dp/test_plan.py::test_delta_of_one_over_the_declared_population_is_refused",),
+        tests=(
+            "tests/dp/test_plan.py::test_a_plan_itself_refuses_a_delta_of_one_over_its_population",
+        ),
     ),
     Mutant(
         name="tail_left_out_of_the_loss",
@@ -535,7 +537,10 @@ PRICE = [
         file="udp_ray/dp/selection.py",
         text="np.asarray(infinite + np.maximum(",
         replacement="np.asarray(np.maximum(",
-        tests=("tests/guarantee/test_selection.py::test_a_profile_is_that_of_the_library",),
+        tests=(
+            "tests/guarantee/test_selection.py"
+            "::test_what_lies_beyond_the_grid_of_losses_is_charged_in_a_profile",
+        ),
     ),
     Mutant(
         name="losses_rounded_down",
@@ -669,13 +674,16 @@ LEDGER = [
     ),
     Mutant(
         name="replay_charged_again",
-        breaks="the same release is charged twice",
+        breaks="the same release is charged twice, so that a run ends before its last step",
         file="udp_ray/dp/ledger_rules.py",
         text="        return False\n    differing =",
         replacement="        return False\n"
         "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
         "    differing =",
-        tests=("tests/dp/test_ledger.py::test_the_same_release_again_is_free[sqlite]",),
+        tests=(
+            "tests/dp/test_ledger.py"
+            "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
+        ),
     ),
     Mutant(
         name="replay_from_other_weights",
