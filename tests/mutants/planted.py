@@ -804,12 +804,13 @@ DATA = [
     ),
     Mutant(
         name="one_person_as_two_users",
-        breaks="P41: the number 1 and the number 1.0 are two users",
+        breaks="P41: a number read as an integer and as a float is two users",
         file="udp_ray/data/hashing.py",
         text="    return numbers.cast(pa.int64())",
         replacement="    return numbers.cast(pa.string())",
         tests=(
-            "tests/data/test_hashing.py::test_one_is_the_same_user_as_number_whole_number_and_text",
+            "tests/data/test_hashing.py"
+            "::test_a_large_number_is_the_same_user_whether_or_not_it_was_read_as_a_float",
         ),
     ),
     Mutant(
