@@ -46,6 +46,11 @@ def test_large_whole_numbers_keep_every_digit():
     assert ids([2**63 - 1, 2**62 + 1]) == [str(2**63 - 1), str(2**62 + 1)]
 
 
+def test_a_large_number_is_the_same_user_whether_or_not_it_was_read_as_a_float():
+    """As text a float of 10**15 would be 1e+15, and its user a second one."""
+    assert ids([1e15], pa.float64()) == ids([10**15], pa.int64()) == ids(["1000000000000000"])
+
+
 def test_bytes_count_as_their_hexadecimal_digits():
     assert ids([b"\x00\xff"], pa.binary(2)) == ["00ff"]
 

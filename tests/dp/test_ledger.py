@@ -394,6 +394,17 @@ def test_the_same_release_again_is_free(ledger):
     assert ledger.run("run").charged_steps == 6
 
 
+def test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for(ledger):
+    interrupted(ledger)
+    for _ in range(3):
+        attempt = ledger.begin_attempt("run", DIGESTS)
+        authorize(ledger, attempt, 4, 5, start="three")
+    assert attempt.last_step == 10
+    authorize(ledger, attempt, 6, 7, 8, 9, 10, start="three")
+    with pytest.raises(PrivacyBudgetExceededError):
+        authorize(ledger, attempt, 11, start="three")
+
+
 @pytest.mark.parametrize("name", ["config", "code", "store"])
 @pytest.mark.parametrize("is_waiting", [True, False], ids=["uncommitted steps", "all committed"])
 def test_another_config_code_or_store_is_refused_by_name(ledger, name, is_waiting):

@@ -1,5 +1,6 @@
 """The plan: consistent by construction, priced from public numbers alone."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -92,6 +93,14 @@ def test_delta_of_one_over_the_users_in_the_store_is_refused(changes):
 def test_delta_of_one_over_the_declared_population_is_refused():
     with pytest.raises(ValueError, match="publishing a user outright"):
         plan_of(population=1_000, delta=1e-3)
+
+
+def test_a_plan_itself_refuses_a_delta_of_one_over_its_population():
+    """However it was made: from the settings, which refuse it too, or by a sweep."""
+    plan = plan_of(population=1_000)
+    with pytest.raises(ConfigError, match="publishing a user outright"):
+        dataclasses.replace(plan, delta=1e-3)
+    assert dataclasses.replace(plan, delta=0.99e-3).delta < 1 / plan.population
 
 
 def test_cohort_above_the_store_is_refused():

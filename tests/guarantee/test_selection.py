@@ -285,3 +285,15 @@ def test_a_profile_is_that_of_the_library() -> None:
             assert library * (1 - 1e-9) <= ours < library * (1 + 1e-4)
         else:  # from the other direction, which is rounded up on its own
             assert ours == pytest.approx(library, rel=1e-6)
+
+
+def test_what_lies_beyond_the_grid_of_losses_is_charged_in_a_profile() -> None:
+    event = uls_event(0.8, 0.02, 200)
+    loss = composed_loss(event, Precision.of_certificate(event, 1e-7))
+    profile = Profile.of_events([event], 1e-7)
+    top = float(profile.epsilons[-1])
+    library = loss.get_delta_for_epsilon(top)
+    assert float(profile.deltas[-1]) >= library * (1 - 1e-9)
+    without = loss._pmf_remove.to_dense_pmf()
+    without._infinity_mass = 0.0
+    assert without.get_delta_for_epsilon(top) < library * (1 - 1e-5)  # the failing arm

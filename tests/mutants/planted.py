@@ -519,7 +519,9 @@ PRICE = [
         file="udp_ray/dp/plan.py",
         text="if self.delta >= 1 / self.population:",
         replacement="if self.delta >= 1:",
-        tests=("tests/dp/test_plan.py::test_delta_of_one_over_the_declared_population_is_refused",),
+        tests=(
+            "tests/dp/test_plan.py::test_a_plan_itself_refuses_a_delta_of_one_over_its_population",
+        ),
     ),
     Mutant(
         name="tail_left_out_of_the_loss",
@@ -535,7 +537,10 @@ PRICE = [
         file="udp_ray/dp/selection.py",
         text="np.asarray(infinite + np.maximum(",
         replacement="np.asarray(np.maximum(",
-        tests=("tests/guarantee/test_selection.py::test_a_profile_is_that_of_the_library",),
+        tests=(
+            "tests/guarantee/test_selection.py"
+            "::test_what_lies_beyond_the_grid_of_losses_is_charged_in_a_profile",
+        ),
     ),
     Mutant(
         name="losses_rounded_down",
@@ -669,13 +674,16 @@ LEDGER = [
     ),
     Mutant(
         name="replay_charged_again",
-        breaks="the same release is charged twice",
+        breaks="the same release is charged twice, so that a run ends before its last step",
         file="udp_ray/dp/ledger_rules.py",
         text="        return False\n    differing =",
         replacement="        return False\n"
         "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
         "    differing =",
-        tests=("tests/dp/test_ledger.py::test_the_same_release_again_is_free[sqlite]",),
+        tests=(
+            "tests/dp/test_ledger.py"
+            "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
+        ),
     ),
     Mutant(
         name="replay_from_other_weights",
@@ -796,12 +804,13 @@ DATA = [
     ),
     Mutant(
         name="one_person_as_two_users",
-        breaks="P41: the number 1 and the number 1.0 are two users",
+        breaks="P41: a number read as an integer and as a float is two users",
         file="udp_ray/data/hashing.py",
         text="    return numbers.cast(pa.int64())",
         replacement="    return numbers.cast(pa.string())",
         tests=(
-            "tests/data/test_hashing.py::test_one_is_the_same_user_as_number_whole_number_and_text",
+            "tests/data/test_hashing.py"
+            "::test_a_large_number_is_the_same_user_whether_or_not_it_was_read_as_a_float",
         ),
     ),
     Mutant(
