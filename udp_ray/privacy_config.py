@@ -27,7 +27,7 @@ class PricingConfig(Section):
     privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Target delta of the run; must be below 1 / population."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise.
     The price does not depend on it."""
     group_size: PositiveInt = 1
@@ -148,5 +148,5 @@ class PricingConfig(Section):
 class PrivacyConfig(PricingConfig):
     """Every number that can change the guarantee."""
 
-    clip_norm: Annotated[float, Field(gt=0)]
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]
     """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""

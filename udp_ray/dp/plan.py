@@ -329,12 +329,14 @@ class PrivacyPlan(PricedPlan):
             name: math.inf if value == "inf" else value for name, value in values.items()
         }
         derived = {name: given.pop(name) for name in DERIVED if name in given}
+        _require_types(given)
         try:
             plan = cls(**given)
         except TypeError as error:
             raise ConfigError(f"this is no privacy plan: {error}") from None
         for name, value in derived.items():
-            if not math.isclose(getattr(plan, name), value, rel_tol=1e-12):
+            agrees = _is_number(value) and math.isclose(getattr(plan, name), value, rel_tol=1e-12)
+            if not agrees:
                 raise ConfigError(
                     f"the privacy plan says {name} = {value}, but its other numbers give"
                     f" {getattr(plan, name)}: it was changed by hand"
@@ -345,6 +347,31 @@ class PrivacyPlan(PricedPlan):
 def json_number(value: Any) -> Any:
     """Returns the value, or "inf" for infinity, which strict JSON cannot hold as a number."""
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+WHOLE = ("group_size", "num_steps", "expected_size", "population")
+WHOLE_OR_NONE = ("num_examples", "max_cohort_size")
+
+
+def _require_types(given: Mapping[str, Any]) -> None:
+    """Refuses values that no plan has, which would fail later and elsewhere."""
+    for name, value in given.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_right = {
+            **dict.fromkeys(WHOLE, is_whole),
+            **dict.fromkeys(WHOLE_OR_NONE, is_whole or value is None),
+            "sampling": value in ("uls", "els"),
+            "noise_multiplier": _is_number(value) and 0 <= value < math.inf,
+            "clip_norm": _is_number(value) and value > 0,
+            "delta": _is_number(value) and 0 < value < 1,
+            "target_epsilon": value is None or (_is_number(value) and 0 < value < math.inf),
+        }.get(name, True)
+        if not is_right:
+            raise ConfigError(f"the privacy plan says {name} = {value!r}: it was changed by hand")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _noise_stddev(noise_multiplier: float, clip_norm: float) -> float:

@@ -99,6 +99,15 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def model_config(name: str) -> PretrainedConfig:
+    """Returns a model's configuration; no weights are read.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    return _load_config(name)
+
+
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
     """Raises UnsupportedModelError if one example's gradient can depend on another example."""
     for path, module in model.named_modules():
