@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
-from udp_ray.config import AbsolutePath, ClusterConfig, Section
-from udp_ray.experiments.benchmark import describe, run_benchmark, save
+from udp_ray.config import ClusterConfig, LocalFolder, Section
 from udp_ray.experiments.benchmark_study import Study
-from udp_ray.on_ray.connect import connected
 from udp_ray.outputs import OutputFolder
 
 QUICK = Flag("quick", "Measure small_study instead of study: four cells, under five minutes.")
@@ -28,13 +26,17 @@ class BenchmarkConfig(Section):
     small_study: Study
     """The study that --quick measures."""
     cluster: ClusterConfig = ClusterConfig()
-    output: AbsolutePath
+    output: LocalFolder
     """Folder for the results."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(BenchmarkConfig, __doc__, argv, flags=(QUICK, DRY_RUN))
     config = job.config
+    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
+    from udp_ray.experiments.benchmark import describe, run_benchmark, save
+    from udp_ray.on_ray.connect import connected
+
     study = config.small_study if job.flag("quick") else config.study
     print(describe(study))
     if job.flag("dry-run"):

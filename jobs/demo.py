@@ -12,17 +12,19 @@ from pathlib import Path
 
 from udp_ray.command_line import DRY_RUN, parse, run_job
 from udp_ray.config import ExperimentConfig
-from udp_ray.experiments.demo import demo
-from udp_ray.on_ray.train import describe_run
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--config" not in arguments:
+    if not any(word.partition("=")[0] == "--config" for word in arguments):
         arguments = ["--config", str(CONFIG), *arguments]
     job = parse(ExperimentConfig, __doc__, arguments, flags=(DRY_RUN,))
+    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
+    from udp_ray.experiments.demo import demo
+    from udp_ray.on_ray.train import describe_run
+
     if job.flag("dry-run"):
         print(describe_run(job.config))
         return 0

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.command_line import DRY_RUN, Flag, parse, run_job, to_yaml
-from udp_ray.config import AbsolutePath, ClusterConfig, Section
+from udp_ray.config import ClusterConfig, LocalFolder, Section
 from udp_ray.experiments.mean_estimation import describe, run_study
 from udp_ray.experiments.mean_estimation_claims import write_claims
 from udp_ray.experiments.mean_estimation_figures import draw_all
@@ -31,7 +31,7 @@ class MeanEstimationConfig(Section):
     small_study: Study
     """The study that --quick runs."""
     cluster: ClusterConfig = ClusterConfig()
-    output: AbsolutePath
+    output: LocalFolder
     """Folder for the results."""
 
 

@@ -12,9 +12,8 @@ both samplers and many group sizes G the noise on the averaged gradient,
 and the data seen, ranks them and draws the figure. z is the accountant's, m = min(G, a user's
 examples), L the norm of one example's gradient, rho the mean cosine of two of a user's gradients:
 given, or measured by --estimate-on with a model on public or proxy text. Assumed: one L and one
-rho, no cosine between users, no bias from clipping. The comparison follows arXiv:2407.07737
-(structure known to us, equations not); the formulas are ours, all of them in
-udp_ray/dp/planning.py. jobs/mean_estimation.py says where they err.
+rho, no cosine between users, no bias from clipping. The comparison follows arXiv:2407.07737 (its
+equations are not known to us); formulas: udp_ray/dp/planning.py, errors: jobs/mean_estimation.py.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from pydantic import AliasChoices, Field
 
 from udp_ray.command_line import DRY_RUN, JSON, parse, run_job
-from udp_ray.config import AbsolutePath, Section
+from udp_ray.config import AbsolutePath, LocalFolder, Section
 from udp_ray.experiments import planning
 
 
@@ -34,7 +33,7 @@ class PlanJobConfig(Section):
         None, validation_alias=AliasChoices("estimate-on", "estimate_on")
     )
     """File of public or proxy text, keyed by user, on which rho and L are measured."""
-    output: AbsolutePath | None = None
+    output: LocalFolder | None = None
     """Folder for plan.txt, plan.json and plan.png. Default: only print."""
 
 
@@ -44,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if job.flag("dry-run"):
         print(planning.describe(plan, public_text))
         return 0
+    planning.require_output(output)
     notes = []
     if public_text:
         plan, note = planning.with_estimate(plan, job.config.estimate, public_text)

@@ -15,7 +15,6 @@ from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
 from udp_ray.config import ClusterConfig, DataConfig, ModelConfig, Section
 from udp_ray.data.describe import describe_counts
 from udp_ray.errors import ConfigError
-from udp_ray.on_ray.prepare import dry_run_text, prepare, prepared_text
 
 SHOW_COUNTS = Flag(
     "show-counts", "Print the private totals and the histogram of examples per user."
@@ -31,10 +30,15 @@ class PrepareConfig(Section):
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(PrepareConfig, __doc__, argv, flags=(DRY_RUN, SHOW_COUNTS))
     data, tokenizer = job.config.data, _tokenizer(job.config)
+    model = job.config.model and job.config.model.name
+    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
+    from udp_ray.on_ray.prepare import dry_run_text, prepare, prepared_text
+
     if job.flag("dry-run"):
-        print(dry_run_text(data, tokenizer=tokenizer))
+        print(dry_run_text(data, tokenizer=tokenizer, model=model))
         return 0
-    prepared = prepare(data, tokenizer=tokenizer, address=job.config.cluster.address)
+    address = job.config.cluster.address
+    prepared = prepare(data, tokenizer=tokenizer, model=model, address=address)
     print(prepared_text(prepared))
     if job.flag("show-counts"):
         print(describe_counts(prepared.counts))

@@ -4,11 +4,14 @@ python jobs/pretrain.py --config jobs/configs/pretrain.yaml --input public.parqu
 """
 
 from udp_ray.command_line import DRY_RUN, parse, run_job
-from udp_ray.experiments.pretrain import PretrainConfig, dry_run, pretrain, report_json
+from udp_ray.experiments.pretrain_config import PretrainConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     job = parse(PretrainConfig, __doc__, argv, flags=(DRY_RUN,))
+    # Imported after the settings are read: a mistake in them need not wait for torch.
+    from udp_ray.experiments.pretrain import dry_run, pretrain, report_json
+
     if job.flag("dry-run"):
         print(dry_run(job.config))
         return 0

@@ -12,7 +12,6 @@ interrupted sweep stood, and charges nothing again.
 from collections.abc import Sequence
 
 from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
-from udp_ray.on_ray.tune import describe_sweep, run_sweep
 from udp_ray.sweep_config import SweepJobConfig
 
 RESUME = Flag("resume", "Go on with the sweep in the output folder.")
@@ -20,6 +19,9 @@ RESUME = Flag("resume", "Go on with the sweep in the output folder.")
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(SweepJobConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
+    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
+    from udp_ray.on_ray.tune import describe_sweep, run_sweep
+
     if job.flag("dry-run"):
         print(describe_sweep(job.config))
         return 0

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 
 from udp_ray.command_line import DRY_RUN, RESUME, parse, run_job
 from udp_ray.config import ExperimentConfig
-from udp_ray.on_ray.train import describe_run, train_on_ray
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(ExperimentConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
+    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
+    from udp_ray.on_ray.train import describe_run, train_on_ray
+
     if job.flag("dry-run"):
         print(describe_run(job.config))
         return 0

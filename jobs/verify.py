@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.command_line import DRY_RUN, JSON, parse, run_job
-from udp_ray.config import AbsolutePath, Section
+from udp_ray.config import LocalFolder, Section
 from udp_ray.sweep_verification import is_sweep, verify_sweep
 from udp_ray.verification import verify
 
 
 class VerifyConfig(Section):
-    output: AbsolutePath
+    output: LocalFolder
     """Output folder of a finished run or sweep, or a copy of its privacy.json."""
     ledger: str | None = None
     """SQLAlchemy URL of the ledger. Default: where the statement says."""

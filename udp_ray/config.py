@@ -13,11 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -77,10 +76,10 @@ class DataConfig(Section):
 
     @field_validator("input", "heldout", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: Any, info: ValidationInfo) -> Any:
+    def _one_is_a_list_of_one(cls, value: Any) -> Any:
         values = [value] if isinstance(value, str) else value
         for each in values if isinstance(values, list) else []:
-            refuse_secret(str(each), info)
+            refuse_secret(str(each))
         return values
 
     @field_validator("heldout", mode="before")
@@ -163,6 +162,9 @@ class ModelConfig(Section):
     """Trains adapters instead of the whole model. Default: the whole model."""
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Section):
     """How training is carried out. Nothing here can change the guarantee."""
 
@@ -188,11 +190,11 @@ class TrainConfig(Section):
     """Steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay (decoupled in adamw)."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
     adam_epsilon: PositiveFloat = 1e-8
     """AdamW's term that keeps the division finite."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Decay = 0.0
     """Momentum of sgd."""
     checkpoint_every: PositiveInt = 50
     """Steps between checkpoints; metrics leave only with a committed checkpoint."""
@@ -293,6 +295,52 @@ def require_fitting_groups(
         )
 
 
+class Sections(Protocol):
+    """What the settings of a run and of a sweep have in common."""
+
+    @property
+    def privacy(self) -> PrivacyConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def cluster(self) -> ClusterConfig: ...
+
+
+def require_consistent_sections(config: Sections, *, rows_per_group: int) -> None:
+    """Raises ConfigError if a setting of one section contradicts one of another.
+
+    Args:
+        config: The settings of a run, or of a sweep.
+        rows_per_group: Most examples that are clipped as one.
+    """
+    privacy, model, train, cluster = config.privacy, config.model, config.train, config.cluster
+    if privacy.secure_noise and train.fuse_reduce and cluster.num_workers > 1:
+        raise ConfigError(
+            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
+            f" {cluster.num_workers}: rank 0 would round its noise before the other workers' sums"
+            " are added, which brings back the attack on floating-point noise; set"
+            " train.fuse_reduce false"
+        )
+    if train.kernel == "ghost" and model.dropout > 0:
+        raise ConfigError(
+            f"train.kernel is ghost and model.dropout {model.dropout:g}: the ghost kernel"
+            " needs a model without dropout; set model.dropout=0 or train.kernel=direct"
+        )
+    if train.zero_stage < 3:
+        return
+    if model.dropout > 0:
+        raise ConfigError(
+            f"train.zero_stage is 3 and model.dropout {model.dropout:g}: only the ghost"
+            " kernel works with slices, and it needs a model without dropout; set"
+            " model.dropout=0 or train.zero_stage=2"
+        )
+    require_fitting_groups(rows_per_group, config.data.block_tokens, train.microbatch_tokens)
+
+
 class ExperimentConfig(Section):
     """All the settings of a training run."""
 
@@ -306,28 +354,10 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.train.kernel == "ghost" and self.model.dropout > 0:
-            raise ValueError(
-                f"train.kernel is ghost and model.dropout {self.model.dropout:g}: the ghost kernel"
-                " needs a model without dropout; set model.dropout=0 or train.kernel=direct"
-            )
-        if self.train.zero_stage == 3:
-            self._check_sliced()
-        return self
-
-    def _check_sliced(self) -> None:
-        if self.model.dropout > 0:
-            raise ValueError(
-                f"train.zero_stage is 3 and model.dropout {self.model.dropout:g}: only the ghost"
-                " kernel works with slices, and it needs a model without dropout; set"
-                " model.dropout=0 or train.zero_stage=2"
-            )
-        is_uls = self.privacy.sampling == "uls"
-        require_fitting_groups(
-            self.privacy.group_size if is_uls else 1,
-            self.data.block_tokens,
-            self.train.microbatch_tokens,
+        require_consistent_sections(
+            self, rows_per_group=self.privacy.group_size if self.privacy.sampling == "uls" else 1
         )
+        return self
 
     def digest(self) -> str:
         """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.

@@ -80,7 +80,7 @@ def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
         flops_per_step=flops,
         seconds_per_step=flops / _speed(config),
         num_steps=plan.num_steps,
-        memory=estimate_memory(config.model, config.train, plan, config.data, config.cluster),
+        memory=estimate_memory(config.model, config.train, plan, tokens, config.cluster),
     )
 
 

@@ -5,7 +5,7 @@ of a run on fake tensors, which have shapes and no values. What ZeRO holds is ar
 DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration. Checked against
 processes at every stage (`tests/test_memory.py`).
 
-    memory = estimate_memory(config.model, config.train, plan, config.data, config.cluster)
+    memory = estimate_memory(config.model, config.train, plan, block_tokens, config.cluster)
     memory.total_bytes, print(memory.to_text())
 
 Not in it: Python, torch and the CUDA context (some 0.5 GiB), the memory-mapped store, and what an
@@ -23,18 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from udp_ray.config import ClusterConfig, DataConfig, ModelConfig, TrainConfig
+from udp_ray.config import ClusterConfig, ModelConfig, TrainConfig
 from udp_ray.data.balance import pack
 from udp_ray.data.cohort import Group, Microbatch
 from udp_ray.data.sharing import share
 from udp_ray.dp.noise import CHUNK_VALUES
-from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.plan import PricedPlan
 from udp_ray.engine.direct import DirectKernel
 from udp_ray.engine.ghost import GhostKernel
 from udp_ray.engine.group_gradients import summed_squared_norms
 from udp_ray.engine.peak_memory import PeakMemory
 from udp_ray.engine.token_loss import assume_chunks
-from udp_ray.errors import ConfigError
 from udp_ray.models.load import checkpoint_activations, model_without_weights, trainable_parameters
 
 FLOAT_BYTES = 4
@@ -86,10 +85,10 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: ModelConfig | None,
+    model: ModelConfig,
     train: TrainConfig,
-    plan: PrivacyPlan,
-    data: DataConfig | None,
+    plan: PricedPlan,
+    block_tokens: int,
     cluster: ClusterConfig,
 ) -> MemoryEstimate:
     """Returns what rank 0 holds.
@@ -98,16 +97,13 @@ def estimate_memory(
         model: The model's settings.
         train: Stage, kernel, optimizer, microbatch.
         plan: Gives the examples of a group.
-        data: Gives the most tokens of an example.
+        block_tokens: Most tokens of an example.
         cluster: Gives the world size.
 
     Raises:
-        ConfigError: If there is no such model, or a section is missing.
+        ConfigError: If there is no such model.
     """
-    if model is None or data is None:
-        missing = "model" if model is None else "data"
-        raise ConfigError(f"section {missing!r} is missing, and the memory depends on it: give it")
-    block_tokens, num_workers = data.block_tokens, cluster.num_workers
+    num_workers = cluster.num_workers
     with torch.device("meta"):
         fake = model_without_weights(model)
     with FakeTensorMode(allow_non_fake_inputs=True):

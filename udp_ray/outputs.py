@@ -30,7 +30,7 @@ from typing import Any
 
 from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import ConfigError
-from udp_ray.storage import writing
+from udp_ray.storage import obstacle, writing
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -61,8 +61,7 @@ class OutputFolder:
                 f"output {self.path} lies in a job's temporary package directory and would vanish"
                 " with the job: give an absolute path"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"output {self.path} is a file: give a folder")
+        require_writable_folder(self.path)
         if resume and not (self.path / RUN_FILE).is_file():
             raise ConfigError(
                 f"output {self.path} holds no run to resume: leave --resume out, or give the"
@@ -135,6 +134,16 @@ class OutputFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a value as JSON; not-a-number and infinity are refused."""
         write_aside(self.path / name, _to_json(value))
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Refuses an output folder that could not be made in the end.
+
+    Raises:
+        ConfigError: If something stands in its way.
+    """
+    if (reason := obstacle(folder)) is not None:
+        raise ConfigError(f"output {folder} cannot be made, {reason}: give a folder to write into")
 
 
 def write_new(file: Path, content: str) -> None:

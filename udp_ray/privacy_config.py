@@ -10,8 +10,11 @@ from pydantic import Field, model_validator
 from udp_ray.sections import PositiveFloat, PositiveInt, Section
 
 
-class PrivacyConfig(Section):
-    """Every number that can change the guarantee."""
+class PricingConfig(Section):
+    """The privacy settings of a run of which only the price is asked.
+
+    All of `PrivacyConfig`, but the clip norm may be left out: the price does not depend on it.
+    """
 
     sampling: Literal["uls", "els"] = "uls"
     """uls: each step samples users and clips each user's mean gradient. els: each step samples
@@ -24,8 +27,9 @@ class PrivacyConfig(Section):
     privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Target delta of the run; must be below 1 / population."""
-    clip_norm: Annotated[float, Field(gt=0)]
-    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise.
+    The price does not depend on it."""
     group_size: PositiveInt = 1
     """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
     cohort_size: PositiveInt | None = None
@@ -85,6 +89,8 @@ class PrivacyConfig(Section):
                 "privacy.noise_multiplier is 0, which gives no privacy at all: raise it, or say"
                 " privacy.accept_no_guarantee: true"
             )
+        if self.clip_norm is None:
+            return
         if math.isinf(self.clip_norm) and not without_noise:
             raise ValueError(
                 "privacy.clip_norm is infinite, so no noise can cover a user: give a finite one,"
@@ -137,3 +143,10 @@ class PrivacyConfig(Section):
         size = self.cohort_size if self.sampling == "uls" else self.batch_size
         assert size is not None  # _check_sampling
         return size
+
+
+class PrivacyConfig(PricingConfig):
+    """Every number that can change the guarantee."""
+
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]
+    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""

@@ -21,7 +21,7 @@ from typing import Any, Self
 from udp_ray.config import PrivacyConfig
 from udp_ray.dp.ledger_records import Budget
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import ConfigError, DataError
+from udp_ray.errors import DataError
 from udp_ray.outputs import PRIVACY_FILE, STATEMENT_FILE, write_aside
 from udp_ray.provenance import versions
 from udp_ray.statement_parts import (
@@ -140,8 +140,12 @@ class PrivacyStatement:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any], *, source: str = PRIVACY_FILE) -> Self:
         """Returns the statement that `to_dict` gave.
+
+        Args:
+            values: The plain values.
+            source: Where they come from, for the message.
 
         Raises:
             DataError: If the values are not those of a statement.
@@ -162,10 +166,11 @@ class PrivacyStatement:
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
             )
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise DataError(
-                f"{PRIVACY_FILE} is not a privacy statement ({type(error).__name__}: {error}):"
-                " give the output folder of a finished run"
+                f"{source} is not a privacy statement ({reason}): give the output folder of a"
+                " finished run, or restore it from a copy"
             ) from None
 
     def to_json(self) -> str:
@@ -185,9 +190,11 @@ class PrivacyStatement:
             raise DataError(
                 f"{file} cannot be read ({error.strerror}): give the output folder of a run"
             ) from None
-        except json.JSONDecodeError:
-            raise DataError(f"{file} is not valid JSON: it was cut short or edited") from None
-        return cls.from_dict(values)
+        except ValueError:  # not UTF-8, or not JSON
+            raise DataError(
+                f"{file} is not valid JSON: it was cut short or edited, so restore it from a copy"
+            ) from None
+        return cls.from_dict(values, source=str(file))
 
     def save(self, folder: Path) -> None:
         """Writes privacy.json and statement.md, each aside and renamed."""

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -58,3 +59,13 @@ def _number(error: OSError | SafetensorError) -> int:
         return error.errno or 0
     found = _OS_ERROR.search(str(error))
     return int(found.group(1)) if found else 0
+
+
+def obstacle(folder: Path) -> str | None:
+    """Returns why a folder cannot be made or written into, as far as that can be foreseen."""
+    place = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+    if not place.is_dir():
+        return f"{place} is a file"
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        return f"{place} may not be read and written"
+    return None

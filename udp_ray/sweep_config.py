@@ -32,6 +32,7 @@ from udp_ray.config import (
     PrivacyConfig,
     Section,
     TrainConfig,
+    require_consistent_sections,
 )
 from udp_ray.dp.trial_count import TrialCount, trial_count
 
@@ -176,6 +177,9 @@ class SweepJobConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        sizes = self.sweep.group_size or [self.privacy.group_size]
+        is_uls = "uls" in (self.sweep.sampling or [self.privacy.sampling])
+        require_consistent_sections(self, rows_per_group=max(sizes) if is_uls else 1)
         if self.privacy.max_cohort_size is not None:
             raise ValueError(
                 "privacy.max_cohort_size belongs to one cohort size, and the trials of a sweep have"

@@ -51,10 +51,14 @@ def verify_sweep(output: Path, *, ledger_url: str | None = None) -> Verdict:
         run, version = values["run"], values["sweep_schema_version"]
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise DataError(
-            f"{_file(output)} is not the statement of a sweep ({error}): it was edited or damaged"
+            f"{_file(output)} is not the statement of a sweep ({error}): it was edited or damaged,"
+            " so restore it from a copy"
         ) from None
     if run is None or version != SCHEMA_VERSION:
-        raise DataError(f"{_file(output)} is a promise, or of another version of udp-ray")
+        raise DataError(
+            f"{_file(output)} is a promise, or of another version of udp-ray: give the output"
+            " folder of a sweep that has ended"
+        )
     with Ledger.open(ledger_url or run["ledger_url"]) as ledger:
         record, trials = ledger.run(run["run_id"]), ledger.trials(run["run_id"])
         checks = [

@@ -77,7 +77,10 @@ def verify(output: Path, *, ledger_url: str | None = None) -> Verdict:
     file = output / PRIVACY_FILE if output.is_dir() else output
     statement = PrivacyStatement.load(file)
     if statement.run is None or statement.spent is None:
-        raise DataError(f"{file} is a promise and not the statement of a run that has ended")
+        raise DataError(
+            f"{file} is a promise and not the statement of a run that has ended: give the output"
+            " folder of a finished run"
+        )
     ledger = Ledger.open(ledger_url or statement.run.ledger_url, expected_id=None)
     record = ledger.run(statement.run.run_id)
     checks = [

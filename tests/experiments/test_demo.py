@@ -26,7 +26,8 @@ from udp_ray.experiments.demo import (
     make_anew,
     without_privacy,
 )
-from udp_ray.experiments.pretrain import PretrainConfig, pretrain
+from udp_ray.experiments.pretrain import pretrain
+from udp_ray.experiments.pretrain_config import PretrainConfig
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 SHIPPED = REPOSITORY / "jobs" / "configs" / "demo.yaml"

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.pretrain import (
-    PretrainConfig,
     dry_run,
     learning_rate_at,
     pack,
     pretrain,
     train_tokenizer,
 )
+from udp_ray.experiments.pretrain_config import PretrainConfig
 from udp_ray.models.load import load_model, load_tokenizer
 
 WORDS = ["public", "text", "about", "models", "of", "language", "and", "other", "things"]
@@ -71,16 +71,27 @@ def test_a_few_steps_learn_and_leave_a_checkpoint_that_opens(tmp_path):
 
 def test_same_seed_gives_the_same_loss_and_another_seed_another(tmp_path):
     losses = [
-        pretrain(_config(tmp_path, num_steps=3, seed=seed)).heldout_loss for seed in (0, 0, 1)
+        pretrain(
+            _config(tmp_path, num_steps=3, seed=seed, output=str(tmp_path / name))
+        ).heldout_loss
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_stopping_early_keeps_the_rates_of_the_whole_schedule(tmp_path):
     stopped = pretrain(_config(tmp_path, num_steps=6, stop_after=4))
-    shorter = pretrain(_config(tmp_path, num_steps=4))
+    shorter = pretrain(_config(tmp_path, num_steps=4, output=str(tmp_path / "shorter")))
     assert stopped.num_tokens_trained == shorter.num_tokens_trained == 4 * 128
     assert stopped.heldout_loss != shorter.heldout_loss
+
+
+def test_a_folder_with_something_in_it_is_not_written_over(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("another model")
+    with pytest.raises(ConfigError, match="is not empty"):
+        pretrain(_config(tmp_path))
+    assert (tmp_path / "model" / "config.json").read_text() == "another model"
 
 
 def test_model_card_names_text_licence_and_checksum(tmp_path):

@@ -273,6 +273,8 @@ def _cut_dataset(whole: Piece, piece_bytes: int) -> list[Piece]:
 def _cut_file(whole: Piece, piece_bytes: int, *, look_inside: bool) -> list[Piece]:
     if whole.kind == "parquet" and look_inside:
         with explained(whole), pq.ParquetFile(open_file(whole)) as file:
+            if file.metadata.num_rows == 0:
+                return []
             sizes = [
                 file.metadata.row_group(group).total_byte_size
                 for group in range(file.num_row_groups)

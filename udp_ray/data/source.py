@@ -97,7 +97,7 @@ def find_files(name: str) -> list[Piece]:
         if wanted:
             matching.append(_piece_of(file, f"{root.rstrip('/')}/{inside}"))
     if not matching:
-        raise DataError(f"data.input {name!r} matches no file: correct the path or the pattern")
+        raise DataError(f"{name!r} matches no file: correct the path or the pattern")
     return sorted(matching, key=lambda piece: piece.location)
 
 
@@ -105,7 +105,7 @@ def _piece_of(info: pafs.FileInfo, location: str) -> Piece:
     kind = _kind_of(location)
     if kind is None:
         raise DataError(
-            f"data.input {location!r} is of no known format: give files that end in"
+            f"{location!r} is of no known format: give files that end in"
             f" {', '.join(_KINDS)}, the text ones perhaps compressed ({', '.join(_COMPRESSED)})"
         )
     return Piece(kind, location, num_bytes=info.size or 0)

@@ -4,10 +4,10 @@ The promise is the plan's (epsilon, delta); the compute is its expected examples
 number of steps. Compared are the noise of ELS by the tight accountant, by the two conversions from
 example-level privacy (`baselines`), and that of ULS with the same group size.
 
-    >>> from udp_ray.config import PrivacyConfig
-    >>> config = PrivacyConfig(epsilon=1.0, delta=1e-6, clip_norm=1.0, group_size=4,
+    >>> from udp_ray.privacy_config import PricingConfig
+    >>> config = PricingConfig(epsilon=1.0, delta=1e-6, group_size=4,
     ...     cohort_size=16, num_steps=100, population=16_000)
-    >>> found = compare(PrivacyPlan.from_config(config, num_users=None))
+    >>> found = compare(PricedPlan.from_config(config, num_users=None))
     >>> found.els_tight < found.els_textbook
     True
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from udp_ray.dp import baselines
 from udp_ray.dp.calibration import noise_multiplier_of
-from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.plan import PricedPlan
 from udp_ray.errors import ConfigError
 
 
@@ -119,15 +119,21 @@ def _times(noise_on_mean: float, comparison: Comparison) -> str:
     return f"{noise_on_mean * comparison.batch_size / comparison.els_tight:.2f}"
 
 
-def compare(plan: PrivacyPlan) -> Comparison:
+def compare(plan: PricedPlan) -> Comparison:
     """Returns the plan beside its alternatives.
 
     A ULS plan says nothing of how many examples users have; its ELS counterpart then assumes that
     each has at least group_size. A given noise multiplier is compared at the epsilon it costs.
 
     Raises:
-        ConfigError: If the plan has no noise, hence no promise to compare at.
+        ConfigError: If the plan has no noise, hence no promise to compare at, or its population is
+            unknown, which the price of ULS depends on.
     """
+    if plan.population is None:
+        raise ConfigError(
+            "privacy.population is missing: --compare prices ULS too, whose price depends on it, so"
+            " give it"
+        )
     target = plan.target_epsilon or plan.epsilon()
     if not 0 < target < math.inf:
         raise ConfigError(

@@ -196,7 +196,8 @@ class Database:
             raise
         except DBAPIError as error:
             raise LedgerError(
-                f"the ledger at {self.url} cannot be used: {_reason(error)}"
+                f"the ledger at {self.url} cannot be used ({_reason(error)}): restore it, or"
+                " correct data.ledger"
             ) from None
 
     def _require_same_file(self) -> None:

@@ -104,7 +104,10 @@ def run_row(connection: Connection, run_id: str, *, lock: bool = False) -> AnyRo
     """Returns a run's row; under lock, no other transaction can change the run."""
     row = connection.execute(_RUN_LOCKED if lock else _RUN, {"run_id": run_id}).first()
     if row is None:
-        raise LedgerError(f"the ledger holds no run named {run_id!r}: it was never admitted")
+        raise LedgerError(
+            f"the ledger holds no run named {run_id!r}: it was never admitted there, so correct the"
+            " run or the ledger; jobs/ledger.py show lists its runs"
+        )
     return row
 
 

@@ -22,10 +22,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from udp_ray.config import PrivacyConfig
 from udp_ray.dp import accounting, calibration
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
+from udp_ray.privacy_config import PricingConfig
 
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
@@ -33,14 +33,13 @@ DERIVED = ("sampling_probability", "noise_stddev", "divisor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyPlan:
-    """Everything that fixes the guarantee of a run, in public numbers.
+class PricedPlan:
+    """Everything that fixes the price of a run, in public numbers. Only a `PrivacyPlan` trains.
+
+    The price does not depend on the clip norm, and under els not on the population, so either may
+    be unknown here.
 
     Privacy:
-        One user moves the clipped sum of a step by at most `sensitivity()` (uls), or by that much
-        for each of their sampled examples (els). Noise of stddev `noise_stddev` on that sum, and a
-        division by the fixed `divisor`, make each step the event that `dp_event` prices.
-
         The sampling probability comes from the declared population (uls) or number of examples
         (els) and is used as it is, whatever the store holds. So the price is right even where the
         declared number is wrong; only the expected size of a step is then off.
@@ -50,20 +49,20 @@ class PrivacyPlan:
     """uls or els."""
     noise_multiplier: float
     """Noise stddev on the clipped sum over the clip norm; 0 means no guarantee."""
-    clip_norm: float
-    """L2 bound on one user's (uls) or one example's (els) gradient."""
+    clip_norm: float | None = None
+    """L2 bound on one user's (uls) or one example's (els) gradient; None: unknown."""
     group_size: int
     """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
     num_steps: int
     """Noisy releases in the run."""
     expected_size: int
     """Expected users (uls) or examples (els) per step: the divisor of the noisy sum."""
-    population: int
-    """Number of users that is taken as public."""
+    population: int | None = None
+    """Number of users that is taken as public; None: unknown, which only els can be priced with."""
     population_is_declared: bool
     """False: the population is the store's own count, which is thereby taken as public."""
     delta: float
-    """Delta of the run; below 1 / population."""
+    """Delta of the run; below 1 / population, where that is known."""
     num_examples: int | None = None
     """Number of kept examples that is taken as public (els)."""
     num_examples_is_declared: bool = False
@@ -83,15 +82,13 @@ class PrivacyPlan:
                 f"privacy.adjacency is {self.adjacency}, for which neither sampler has a proven"
                 " price here: use add_or_remove_one"
             )
-        pool = self.population if self.sampling == "uls" else self.num_examples
-        if pool is None:
-            raise ConfigError("privacy.num_examples is missing: give it, or prepare data.store")
-        if self.expected_size > pool:
+        if self.expected_size > self._pool:
             size, whole = _names_of_rate(self.sampling)
             raise ConfigError(
-                f"privacy.{size} is {self.expected_size}, above privacy.{whole} = {pool}: lower it"
+                f"privacy.{size} is {self.expected_size}, above privacy.{whole} = {self._pool}:"
+                " lower it"
             )
-        if self.delta >= 1 / self.population:
+        if self.population is not None and self.delta >= 1 / self.population:
             raise ConfigError(
                 f"privacy.delta is {self.delta:g}, which is not below 1 / population ="
                 f" {1 / self.population:.3g}: such a delta allows publishing a user outright;"
@@ -100,7 +97,7 @@ class PrivacyPlan:
 
     @classmethod
     def from_config(
-        cls, privacy: PrivacyConfig, *, num_users: int | None, num_examples: int | None = None
+        cls, privacy: PricingConfig, *, num_users: int | None, num_examples: int | None = None
     ) -> Self:
         """Returns the plan of a configuration, with the noise calibrated if epsilon was given.
 
@@ -119,9 +116,8 @@ class PrivacyPlan:
             makes steps larger than asked for; delta must be below 1 / users all the same.
         """
         population = num_users if privacy.population is None else privacy.population
-        if population is None:
-            raise ConfigError("privacy.population is missing: give it, or prepare data.store")
-        if privacy.max_cohort_size is not None and (num_users or 0) > population:
+        is_bounded = population is None or (num_users or 0) <= population
+        if privacy.max_cohort_size is not None and not is_bounded:
             raise ConfigError(
                 f"privacy.population is {population}, below the users in data.store: with"
                 " privacy.max_cohort_size it must bound them from above; raise it"
@@ -171,9 +167,16 @@ class PrivacyPlan:
     @property
     def sampling_probability(self) -> float:
         """Chance that a user (uls) or a kept example (els) is in a step."""
+        return self.expected_size / self._pool
+
+    @property
+    def _pool(self) -> int:
+        """Number of users (uls) or kept examples (els) that steps are sampled from."""
         pool = self.population if self.sampling == "uls" else self.num_examples
-        assert pool is not None  # __post_init__
-        return self.expected_size / pool
+        if pool is None:
+            _, whole = _names_of_rate(self.sampling)
+            raise ConfigError(f"privacy.{whole} is missing: give it, or prepare data.store")
+        return pool
 
     @property
     def divisor(self) -> int:
@@ -181,26 +184,11 @@ class PrivacyPlan:
         return self.expected_size
 
     @property
-    def noise_stddev(self) -> float:
-        """Standard deviation of the noise on the clipped sum, before the division."""
-        return self.noise_multiplier * self.clip_norm if self.noise_multiplier else 0.0
-
-    @property
-    def clip_bound(self) -> float:
-        """The L2 norm that groups are clipped to: the clip norm less `rounding_slack`.
-
-        The noise is that of the whole clip norm. What lies between is for roundings of the sum, so
-        that the sum as computed moves by at most the clip norm.
-        """
-        return self.clip_norm * (1 - rounding_slack(self.expected_size))
-
-    def sensitivity(self) -> float:
-        """Returns the largest L2 change of the clipped sum by one sampled unit.
-
-        The unit is a user (uls) or an example (els; a user brings up to group_size of them, which
-        the mixture event accounts for).
-        """
-        return self.clip_norm
+    def noise_stddev(self) -> float | None:
+        """Standard deviation of the noise on the clipped sum; None if the clip norm is unknown."""
+        if self.clip_norm is None:
+            return None
+        return _noise_stddev(self.noise_multiplier, self.clip_norm)
 
     def dp_event(self, num_steps: int | None = None) -> accounting.DpEvent:
         """Returns the event of the run, or of its first `num_steps` steps."""
@@ -211,7 +199,7 @@ class PrivacyPlan:
                 self.sampling_probability,
                 self.max_cohort_size,
                 # A counted population is that of the data at hand; its neighbour has one more user.
-                self.population + (not self.population_is_declared),
+                self._pool + (not self.population_is_declared),
                 steps,
             )
         if self.sampling == "uls":
@@ -241,7 +229,9 @@ class PrivacyPlan:
 
     def assumptions(self) -> list[str]:
         """Returns what the guarantee takes for granted, one sentence each, for statements."""
-        counts = [("users", self.population, self.population_is_declared)]
+        counts = []
+        if self.population is not None:
+            counts.append(("users", self.population, self.population_is_declared))
         if self.num_examples is not None:
             counts.append(("examples", self.num_examples, self.num_examples_is_declared))
         sentences = [
@@ -251,6 +241,11 @@ class PrivacyPlan:
             else f"The number of {unit}, {count:,}, was counted in the data and is taken as public."
             for unit, count, is_declared in counts
         ]
+        if self.population is None:
+            sentences.append(
+                "The number of users is unknown here, so delta was not compared with 1 / users;"
+                " training requires it to be below."
+            )
         if self.max_cohort_size is not None:
             sentences[0] = (
                 f"There are at most {self.population:,} users, or one more: the price of the cap on"
@@ -273,6 +268,58 @@ class PrivacyPlan:
             f" cost privacy; {roomy} (cohort_size + 6 sqrt(cohort_size)) costs next to nothing."
         ]
 
+    def _steps(self, num_steps: int | None) -> int:
+        steps = self.num_steps if num_steps is None else num_steps
+        if steps < 0:
+            raise ValueError(f"num_steps is {steps}: a run takes 0 steps or more")
+        return steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyPlan(PricedPlan):
+    """Everything that fixes the guarantee of a run, in public numbers.
+
+    Privacy:
+        One user moves the clipped sum of a step by at most `sensitivity()` (uls), or by that much
+        for each of their sampled examples (els). Noise of stddev `noise_stddev` on that sum, and a
+        division by the fixed `divisor`, make each step the event that `dp_event` prices.
+    """
+
+    clip_norm: float
+    """L2 bound on one user's (uls) or one example's (els) gradient."""
+    population: int
+    """Number of users that is taken as public."""
+
+    def __post_init__(self) -> None:
+        if self.population is None:
+            raise ConfigError("privacy.population is missing: give it, or prepare data.store")
+        if self.clip_norm is None:
+            raise ConfigError("privacy.clip_norm is missing: give it")
+        super().__post_init__()
+        rounding_slack(self.expected_size)  # refuses cohorts too large to add up accurately
+
+    @property
+    def noise_stddev(self) -> float:
+        """Standard deviation of the noise on the clipped sum, before the division."""
+        return _noise_stddev(self.noise_multiplier, self.clip_norm)
+
+    @property
+    def clip_bound(self) -> float:
+        """The L2 norm that groups are clipped to: the clip norm less `rounding_slack`.
+
+        The noise is that of the whole clip norm. What lies between is for roundings of the sum, so
+        that the sum as computed moves by at most the clip norm.
+        """
+        return self.clip_norm * (1 - rounding_slack(self.expected_size))
+
+    def sensitivity(self) -> float:
+        """Returns the largest L2 change of the clipped sum by one sampled unit.
+
+        The unit is a user (uls) or an example (els; a user brings up to group_size of them, which
+        the mixture event accounts for).
+        """
+        return self.clip_norm
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON-ready values, with the derived ones for readers.
 
@@ -293,23 +340,19 @@ class PrivacyPlan:
             name: math.inf if value == "inf" else value for name, value in values.items()
         }
         derived = {name: given.pop(name) for name in DERIVED if name in given}
+        _require_types(given)
         try:
             plan = cls(**given)
         except TypeError as error:
             raise ConfigError(f"this is no privacy plan: {error}") from None
         for name, value in derived.items():
-            if not math.isclose(getattr(plan, name), value, rel_tol=1e-12):
+            agrees = _is_number(value) and math.isclose(getattr(plan, name), value, rel_tol=1e-12)
+            if not agrees:
                 raise ConfigError(
                     f"the privacy plan says {name} = {value}, but its other numbers give"
                     f" {getattr(plan, name)}: it was changed by hand"
                 )
         return plan
-
-    def _steps(self, num_steps: int | None) -> int:
-        steps = self.num_steps if num_steps is None else num_steps
-        if steps < 0:
-            raise ValueError(f"num_steps is {steps}: a run takes 0 steps or more")
-        return steps
 
 
 def json_number(value: Any) -> Any:
@@ -317,21 +360,50 @@ def json_number(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
+WHOLE = ("group_size", "num_steps", "expected_size", "population")
+WHOLE_OR_NONE = ("num_examples", "max_cohort_size")
+
+
+def _require_types(given: Mapping[str, Any]) -> None:
+    """Refuses values that no plan has, which would fail later and elsewhere."""
+    for name, value in given.items():
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_right = {
+            **dict.fromkeys(WHOLE, is_whole),
+            **dict.fromkeys(WHOLE_OR_NONE, is_whole or value is None),
+            "sampling": value in ("uls", "els"),
+            "noise_multiplier": _is_number(value) and 0 <= value < math.inf,
+            "clip_norm": _is_number(value) and value > 0,
+            "delta": _is_number(value) and 0 < value < 1,
+            "target_epsilon": value is None or (_is_number(value) and 0 < value < math.inf),
+        }.get(name, True)
+        if not is_right:
+            raise ConfigError(f"the privacy plan says {name} = {value!r}: it was changed by hand")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _noise_stddev(noise_multiplier: float, clip_norm: float) -> float:
+    return noise_multiplier * clip_norm if noise_multiplier else 0.0  # not nan of 0 times inf
+
+
 def _names_of_rate(sampling: Sampling) -> tuple[str, str]:
     return ("cohort_size", "population") if sampling == "uls" else ("batch_size", "num_examples")
 
 
 @functools.lru_cache(maxsize=4096)
-def _certified_epsilon(plan: PrivacyPlan, num_steps: int) -> float:
+def _certified_epsilon(plan: PricedPlan, num_steps: int) -> float:
     return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
 
 
 @functools.lru_cache(maxsize=4096)
-def _rough_epsilon(plan: PrivacyPlan, num_steps: int) -> float:
+def _rough_epsilon(plan: PricedPlan, num_steps: int) -> float:
     precision = _precision(plan).coarser()
     return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
 
 
-def _precision(plan: PrivacyPlan) -> accounting.Precision:
+def _precision(plan: PricedPlan) -> accounting.Precision:
     # One for all parts of a run, so that the cost of more steps is never below that of fewer.
     return accounting.Precision.of_certificate(plan.dp_event(), plan.delta)

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from udp_ray.dp.comparison import Comparison
-from udp_ray.dp.plan import PrivacyPlan, json_number
+from udp_ray.dp.plan import PricedPlan, json_number
 
 UNITS = {"uls": "users", "els": "examples"}
 
 
 def to_json(
-    plan: PrivacyPlan,
+    plan: PricedPlan,
     comparison: Comparison | None = None,
     *,
     memory_bytes: Mapping[str, int] | None = None,
 ) -> str:
     """Returns the price of a plan as one JSON object, flat but for the comparison.
 
-    Keys that do not apply to the sampler are null, so that scripts find the same keys always.
+    Keys that do not apply to the sampler, or were not given, are null, so that scripts find the
+    same keys always.
     """
     values = {
         "sampling": plan.sampling,
@@ -37,7 +38,9 @@ def to_json(
         "max_cohort_size": plan.max_cohort_size,
         "num_steps": plan.num_steps,
         "population": plan.population,
-        "population_is_declared": plan.population_is_declared,
+        "population_is_declared": (
+            None if plan.population is None else plan.population_is_declared
+        ),
         "num_examples": plan.num_examples,
         "adjacency": plan.adjacency,
         "privacy_unit": "user",
@@ -50,18 +53,14 @@ def to_json(
     return json.dumps(found, allow_nan=False)
 
 
-def to_text(plan: PrivacyPlan, comparison: Comparison | None = None) -> str:
+def to_text(plan: PricedPlan, comparison: Comparison | None = None) -> str:
     """Returns the price of a plan as a few lines for people."""
     unit = UNITS[plan.sampling]
     origin = "as given" if plan.target_epsilon is None else "worked out from epsilon"
     rows = [
         ("epsilon", f"{plan.epsilon():.4f}, at delta {plan.delta:g}, per user"),
         ("noise multiplier", f"{plan.noise_multiplier:.6g}, {origin}"),
-        (
-            "noise on the sum",
-            f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g}), then divided by"
-            f" {plan.divisor:,}",
-        ),
+        ("noise on the sum", f"{_noise(plan)}, then divided by {plan.divisor:,}"),
         (
             "each step",
             f"{plan.expected_size:,} {unit} expected, each with probability"
@@ -77,3 +76,9 @@ def to_text(plan: PrivacyPlan, comparison: Comparison | None = None) -> str:
     warnings = [f"warning: {warning}" for warning in plan.warnings()]
     beside = [] if comparison is None else ["", comparison.to_text()]
     return "\n".join([title, table, *plan.assumptions(), *warnings, *beside])
+
+
+def _noise(plan: PricedPlan) -> str:
+    if plan.noise_stddev is None:
+        return f"stddev {plan.noise_multiplier:.6g} times the clip norm, which was not given"
+    return f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g})"

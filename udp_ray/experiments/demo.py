@@ -21,7 +21,7 @@ from pathlib import Path
 from udp_ray.config import ExperimentConfig, PrivacyConfig
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.on_ray.connect import connected
-from udp_ray.on_ray.prepare import prepare
+from udp_ray.on_ray.prepare import prepare, require_usable
 from udp_ray.on_ray.train import train_on_ray
 from udp_ray.outputs import METRICS_FILE, write_aside
 
@@ -91,10 +91,13 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
     """
     start = time.monotonic()
     folder = demo_folder(config)
+    require_own_folder(folder)
+    tokenizer = config.data.tokenizer or config.model.name
+    require_usable(config.data, tokenizer=tokenizer, model=config.model.name)
     make_anew(folder)
     with connected(config.cluster.address):
         announce("\n== 1/3 prepare: text to a store, sharded by user")
-        prepare(config.data, tokenizer=config.data.tokenizer or config.model.name)
+        prepare(config.data, tokenizer=tokenizer, model=config.model.name)
         announce("\n== 2/3 train with privacy")
         private_s = _timed(lambda: train_on_ray(config, announce=announce))
         announce("\n== 3/3 the same run without noise and clipping, which promises nothing")
@@ -131,8 +134,8 @@ def demo_folder(config: ExperimentConfig) -> Path:
     return folder
 
 
-def make_anew(folder: Path) -> None:
-    """Empties the folder of an earlier demo, or makes it.
+def require_own_folder(folder: Path) -> None:
+    """Refuses a folder that the demo must not empty.
 
     Raises:
         ConfigError: If there is something in it that no demo made.
@@ -143,6 +146,15 @@ def make_anew(folder: Path) -> None:
             f"{folder} was not made by the demo, which would delete what is in it: give another"
             " output"
         )
+
+
+def make_anew(folder: Path) -> None:
+    """Empties the folder of an earlier demo, or makes it.
+
+    Raises:
+        ConfigError: If there is something in it that no demo made.
+    """
+    require_own_folder(folder)
     with suppress(FileNotFoundError):
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

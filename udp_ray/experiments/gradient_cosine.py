@@ -138,8 +138,9 @@ def read_texts(config: EstimateConfig, file: Path) -> dict[str, list[str]]:
     for column in (config.user_column, config.text_column):
         if column not in table.column_names:
             raise DataError(
-                f"--estimate-on {file} has no column {column!r}: name it with"
-                " estimate.user_column or estimate.text_column"
+                f"--estimate-on {file} has no column {column!r}: it has"
+                f" {', '.join(map(repr, table.column_names))}; name one with estimate.user_column"
+                " or estimate.text_column"
             )
     texts: dict[str, list[str]] = {}
     columns = (table[name].to_pylist() for name in (config.user_column, config.text_column))

@@ -87,6 +87,12 @@ class Study(Section):
             )
         if self.delta >= 1 / self.num_users:
             raise ValueError(f"delta is {self.delta:g}, not below 1 / num_users: lower it")
+        for budget in self.budgets:
+            if not self.methods(budget):
+                raise ValueError(
+                    f"budgets has {budget}, of which no group size is a divisor, or which is more"
+                    " than all users' examples: lower it"
+                )
         return self
 
     def methods(self, budget: int) -> list[Method]:

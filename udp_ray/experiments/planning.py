@@ -30,7 +30,7 @@ from udp_ray.dp.planning import (
 )
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.planning_figure import draw
-from udp_ray.outputs import write_aside
+from udp_ray.outputs import require_writable_folder, write_aside
 
 PRIVATE = (
     "MARKED PRIVATE: made from the store's own histogram of examples per user, which nothing paid"
@@ -73,6 +73,8 @@ class PlanConfig(Section):
     def _check(self) -> Self:
         if (self.examples_per_user is None) == (self.store is None):
             raise ValueError("give exactly one of plan.examples_per_user and plan.store")
+        if self.examples_per_user is not None and not self.examples_per_user:
+            raise ValueError("plan.examples_per_user is {}: give at least one entry, as {8: 100}")
         if self.store is not None and not self.use_private_histogram:
             raise ValueError(
                 "plan.store would show how many examples its users have, which is private: give"
@@ -171,7 +173,11 @@ def make_plan(plan: PlanConfig) -> tuple[Workload, list[Prediction]]:
     workload = plan.workload()
     sizes = plan.group_sizes or group_sizes(workload)
     predictions = predict(workload, els_group_sizes=sizes, uls_group_sizes=sizes)
-    recommend(predictions)  # refuses an empty list
+    if not predictions:
+        raise ConfigError(
+            f"plan.batch_size is {plan.batch_size}, which fits no group size: lower it if there are"
+            " fewer examples, raise it if it is below one group"
+        )
     return workload, predictions
 
 
@@ -293,6 +299,12 @@ def to_json(plan: PlanConfig, workload: Workload, predictions: Sequence[Predicti
         "predictions": [asdict(prediction) for prediction in ranked(predictions)],
     }
     return json.dumps(values, indent=2)
+
+
+def require_output(folder: str | None) -> None:
+    """Refuses an output folder that could not be made in the end; none is asked for by None."""
+    if folder is not None:
+        require_writable_folder(Path(folder))
 
 
 def save(

@@ -19,89 +19,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, Self
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as functional
-from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from udp_ray.config import AbsolutePath, PositiveFloat, PositiveInt, Section
 from udp_ray.errors import ConfigError, DataError
+from udp_ray.experiments.pretrain_config import PretrainConfig
+from udp_ray.outputs import OutputFolder
 
 END_OF_TEXT = "<|endoftext|>"
-_BYTES = 256  # the alphabet of a byte-level tokenizer
 _ADAM_BETAS = (0.9, 0.95)
 _GRADIENT_BOUND = 1.0  # against the spikes of early training; nothing to do with privacy
 _FINAL_LEARNING_RATE = 0.05  # of the peak
 _EVALUATED_BLOCKS = 512
-
-
-class PretrainConfig(Section):
-    """Settings of the recipe. None of them concerns privacy: all the text is public."""
-
-    input: Annotated[list[AbsolutePath], Field(min_length=1)]
-    """Parquet files of public text, all read into memory."""
-    heldout: AbsolutePath | None = None
-    """Parquet file of public text for the final loss; never trained on. Default: no final loss."""
-    text_column: str = "text"
-    """Column with the text."""
-    source: str = ""
-    """Where the text comes from and under which licence; copied into the model card."""
-    vocab_size: Annotated[int, Field(gt=_BYTES)] = 2048
-    """Entries of the byte-level BPE tokenizer."""
-    width: PositiveInt = 128
-    """Size of the hidden states."""
-    num_layers: PositiveInt = 4
-    """Transformer blocks."""
-    num_heads: PositiveInt = 4
-    """Attention heads; divides width."""
-    context_tokens: Annotated[int, Field(ge=2)] = 256
-    """Longest input of the model."""
-    batch_blocks: PositiveInt = 16
-    """Blocks of context_tokens tokens in one step."""
-    num_steps: PositiveInt = 2800
-    """Optimizer steps of the whole schedule."""
-    stop_after: PositiveInt | None = None
-    """Steps after which to stop before the schedule has ended. Default: never."""
-    learning_rate: PositiveFloat = 2.5e-3
-    """Peak learning rate of AdamW; a cosine leads down from it."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled weight decay of the matrices."""
-    autocast: Literal["off", "bfloat16"] = "bfloat16"
-    """Number format inside forward and backward; the weights stay float32."""
-    save_every: PositiveInt = 200
-    """Steps between writings of the checkpoint, so that a long run can be looked at early."""
-    seed: int = 0
-    """Seed of the initial weights and of the order in which the texts are read."""
-    output: AbsolutePath
-    """Folder for the model, the tokenizer and the model card."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.width % self.num_heads:
-            raise ValueError(
-                f"num_heads is {self.num_heads}, which does not divide width = {self.width}"
-            )
-        if self.heldout in self.input:
-            raise ValueError("heldout is one of the input files: its loss would prove nothing")
-        return self
-
-    @property
-    def steps_taken(self) -> int:
-        """Optimizer steps that are carried out."""
-        return min(self.num_steps, self.stop_after or self.num_steps)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens in one optimizer step."""
-        return self.batch_blocks * self.context_tokens
 
 
 @dataclass(frozen=True)
@@ -122,6 +57,7 @@ class PretrainReport:
 def pretrain(config: PretrainConfig) -> PretrainReport:
     """Trains tokenizer and model on the public text and writes both, with a model card."""
     start = time.monotonic()
+    require_usable(config)
     texts = [text for file in config.input for text in read_texts(file, config.text_column)]
     tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size, context=config.context_tokens)
     rng = np.random.default_rng(config.seed)
@@ -156,15 +92,27 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
 
 def read_texts(file: str, text_column: str) -> list[str]:
     """Returns the non-empty texts of a parquet file, in its order."""
-    try:
-        column = pq.read_table(file, columns=[text_column]).column(text_column)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise DataError(f"{file} cannot be read as parquet: {reason}") from None
+    _require_column(file, text_column)
+    column = pq.read_table(file, columns=[text_column]).column(text_column)
     texts = [text for text in column.to_pylist() if text]
     if not texts:
         raise DataError(f"{file} has no text in column {text_column!r}: name another text_column")
     return texts
+
+
+def _require_column(file: str, text_column: str) -> None:
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise DataError(
+            f"{file} cannot be read as parquet ({reason}): give a parquet file of public text"
+        ) from None
+    if text_column not in names:
+        raise DataError(
+            f"text_column is {text_column!r}, which {file} lacks: name one of"
+            f" {', '.join(map(repr, names))}"
+        )
 
 
 def train_tokenizer(
@@ -311,7 +259,7 @@ were made from the public text below and from nothing else.
 
 ## Text
 
-{config.source.strip() or "(the source was not stated)"}
+{(config.source or "").strip() or "(the source was not stated)"}
 
 {inputs}
 
@@ -327,11 +275,24 @@ Settings: `{json.dumps(settings)}`
 """
 
 
-def dry_run(config: PretrainConfig) -> str:
-    """Returns what a run would do, having only looked whether its files exist."""
-    for file in [*config.input, *([config.heldout] if config.heldout else [])]:
+def require_usable(config: PretrainConfig) -> None:
+    """Refuses files that cannot be read and a folder that cannot be written, before any work.
+
+    Raises:
+        ConfigError: If a file is missing, or the output folder holds something.
+        DataError: If a file is not parquet, or lacks the column.
+    """
+    OutputFolder(Path(config.output)).check(resume=False)
+    heldout = [("heldout", config.heldout)] if config.heldout else []
+    for field, file in [*(("input", name) for name in config.input), *heldout]:
         if not Path(file).is_file():
-            raise ConfigError(f"{file} does not exist: give a parquet file of public text")
+            raise ConfigError(f"{field} {file} does not exist: give a parquet file of public text")
+        _require_column(file, config.text_column)
+
+
+def dry_run(config: PretrainConfig) -> str:
+    """Returns what a run would do, having only looked at its files."""
+    require_usable(config)
     embeddings = (config.vocab_size + config.context_tokens) * config.width
     parameters = embeddings + config.num_layers * 12 * config.width**2
     tokens = config.steps_taken * config.tokens_per_step

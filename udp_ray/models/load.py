@@ -101,6 +101,15 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def model_config(name: str) -> PretrainedConfig:
+    """Returns a model's configuration; no weights are read.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    return _load_config(name)
+
+
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
     """Raises UnsupportedModelError if a layer's name says that it couples examples.
 

@@ -18,7 +18,8 @@ from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.ledger_rules import refuse_mismatch
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
-from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
+from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.run import Run
 from udp_ray.outputs import OutputFolder
 from udp_ray.provenance import code_digest
@@ -63,6 +64,7 @@ def plan_of(config: ExperimentConfig) -> PrivacyPlan:
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
         check_store(config, store)
         return _plan_on(config.privacy, store)
+    _require_positions(config, config.data.block_tokens)
     return PrivacyPlan.from_config(config.privacy, num_users=None)
 
 
@@ -89,6 +91,15 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
             f"data.tokenizer is {name}, which is not the tokenizer that made data.store"
             f" ({manifest.tokenizer.name}): name that one, or prepare the store again"
         )
+    # Trained on is what the store holds; a length that was not given is only a default.
+    is_given = "block_tokens" in config.data.model_fields_set
+    given = config.data.block_tokens if is_given else manifest.block_tokens
+    _require_positions(config, max(given, manifest.block_tokens))
+
+
+def _require_positions(config: ExperimentConfig, block_tokens: int) -> None:
+    name = config.model.name
+    require_positions(name, model_config(name), block_tokens)
 
 
 def admit(run: Run, *, resume: bool) -> None:

@@ -44,12 +44,13 @@ from udp_ray.data.store import publish
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.dp.ledger_database import parse_url, public_url
 from udp_ray.durable import vanishes_with_job
-from udp_ray.errors import DataError, GuaranteeError, StorageError, UdpRayError
+from udp_ray.errors import ConfigError, DataError, GuaranteeError, StorageError, UdpRayError
 from udp_ray.location import is_url
-from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
+from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.connect import connected
-from udp_ray.on_ray.registration import Registration, registered
-from udp_ray.storage import writing
+from udp_ray.on_ray.registration import Registration, registered, require_ledger
+from udp_ray.storage import obstacle, writing
 
 _MOST_PIECES = 4096
 _LEAST_PIECE_BYTES = 1 << 20
@@ -110,31 +111,67 @@ def find_input(data: DataConfig) -> Input:
 
 
 def _find_pieces(field: str, inputs: list[str], split: str, columns: Columns) -> list[Piece]:
-    pieces = find_pieces(inputs, split, _LEAST_PIECE_BYTES)
+    try:
+        pieces = find_pieces(inputs, split, _LEAST_PIECE_BYTES)
+        # A look at the first file; the others are looked at by who reads them.
+        names = column_names(pieces[0]) if pieces else []
+        if names:
+            require_columns(names, columns.names, pieces[0].location)
+    except DataError as error:
+        raise DataError(f"{field}: {error}") from None
     if inputs and not pieces:
-        raise DataError(f"{field} has no rows: {', '.join(inputs)}")
-    # A look at the first file; the others are looked at by who reads them.
-    names = column_names(pieces[0]) if pieces else []
-    if names:
-        require_columns(names, columns.names, pieces[0].location)
+        raise DataError(f"{field} has no rows: {', '.join(inputs)}; give files with text")
     return pieces
 
 
-def prepare(data: DataConfig, *, tokenizer: str, address: str | None = None) -> Prepared:
+def require_usable(
+    data: DataConfig, *, tokenizer: str, model: str | None
+) -> tuple[TextEncoder, Input]:
+    """Returns the encoder and what there is to read, after all checks that need no cluster.
+
+    Only whether the store's place is free is left to `refuse_existing`.
+
+    Args:
+        data: The settings.
+        tokenizer: Name or folder of the tokenizer.
+        model: Name or folder of the model that will be trained, if it is known.
+
+    Raises:
+        UdpRayError: If the settings or the input cannot be used.
+    """
+    require_ledger(data.ledger_url)
+    encoder = load_encoder(tokenizer, data.block_tokens)
+    if model is not None:
+        _require_positions(model, data.block_tokens)
+    return encoder, find_input(data)
+
+
+def _require_positions(model: str, block_tokens: int) -> None:
+    try:
+        config = model_config(model)
+    except ConfigError:
+        return  # the tokenizer may be at hand where the model is not
+    require_positions(model, config, block_tokens)
+
+
+def prepare(
+    data: DataConfig, *, tokenizer: str, model: str | None = None, address: str | None = None
+) -> Prepared:
     """Makes the store of `data`; it appears whole, or not at all.
 
     Args:
         data: The settings.
         tokenizer: Name or folder of the tokenizer.
+        model: Name or folder of the model that will be trained, if it is known; its positions bound
+            the length of examples.
         address: Ray cluster to join.
 
     Raises:
         UdpRayError: If the settings or the input cannot be used; nothing is left behind.
     """
+    parse_url(data.ledger_url)
     refuse_existing(data.store)
-    parse_url(data.ledger_url)  # a URL that cannot be used is refused before a cluster starts
-    encoder = load_encoder(tokenizer, data.block_tokens)
-    found = find_input(data)
+    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
     with (
         connected(address),
         registered(data.name, data.ledger_url) as registration,
@@ -167,15 +204,15 @@ def prepare(data: DataConfig, *, tokenizer: str, address: str | None = None) -> 
     return Prepared(data.store, manifest, counts, registration.aside is not None)
 
 
-def dry_run_text(data: DataConfig, *, tokenizer: str) -> str:
+def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) -> str:
     """Returns what `prepare` would do. Touches nothing, and starts no cluster.
 
     Raises:
         UdpRayError: What `prepare` would raise before it starts to read.
     """
+    parse_url(data.ledger_url)
     refuse_existing(data.store)
-    encoder = load_encoder(tokenizer, data.block_tokens)
-    found = find_input(data)
+    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
     lines = describe_input([*found.pieces, *found.heldout_pieces], found.columns)
     lines.append(
         f"tokenizer: {tokenizer}, {encoder.info.vocab_size:,} tokens; examples of at most"
@@ -217,7 +254,9 @@ def refuse_existing(place: str) -> None:
             f"data.store {path} lies in a job's temporary package directory and would vanish with"
             " the job: give an absolute path that all nodes reach"
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if (reason := obstacle(path)) is not None:
+        raise DataError(f"data.store {path} cannot be made, {reason}: choose another folder")
+    if path.is_dir() and any(path.iterdir()):
         raise DataError(f"data.store {path} is not empty: choose another folder, or remove it")
 
 

@@ -47,6 +47,17 @@ class Registration:
             ledger.register_dataset(self.name, fingerprint)
 
 
+def require_ledger(url: str) -> None:
+    """Refuses a ledger that cannot be used, as far as no server need be asked.
+
+    Raises:
+        LedgerError: If the URL is malformed, or what is there is no ledger.
+    """
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite" and Path(str(parsed.database)).exists():
+        Ledger.open(url).close()
+
+
 @contextmanager
 def registered(name: str, url: str) -> Iterator[Registration]:
     """Enters the data's name in the ledger at a URL; a new ledger needs `confirm` to stay.

@@ -46,12 +46,15 @@ def train_on_ray(
     folder = OutputFolder(Path(config.output))
     folder.check(resume=resume)
     run = prepare_run(config, folder, run_id=folder.run_id() if resume else new_run_id(config))
+    if resume:
+        admit(run, resume=True)  # a refusal need not wait for a cluster
     announce(run.statement.to_text())
     with connected(config.cluster.address):
         require_capacity(config.cluster, announce)
         if config.cluster.storage is not None and not resume:
             require_writable(run.run_folder)
-        admit(run, resume=resume)
+        if not resume:
+            admit(run, resume=False)
         return carry_out(run, resume=resume, announce=announce)
 
 
