@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import ConfigError
 from udp_ray.location import is_url
@@ -318,12 +319,11 @@ def require_consistent_sections(config: Sections, *, rows_per_group: int) -> Non
         rows_per_group: Most examples that are clipped as one.
     """
     privacy, model, train, cluster = config.privacy, config.model, config.train, config.cluster
-    if privacy.secure_noise and train.fuse_reduce and cluster.num_workers > 1:
-        raise ConfigError(
-            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
-            f" {cluster.num_workers}: rank 0 would round its noise before the other workers' sums"
-            " are added, which brings back the attack on floating-point noise; set"
-            " train.fuse_reduce false"
+    if train.fuse_reduce and train.zero_stage < 3:
+        require_fusible(
+            is_secure=privacy.secure_noise,
+            expected_groups=privacy.expected_size,
+            num_workers=cluster.num_workers,
         )
     if train.kernel == "ghost" and model.dropout > 0:
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 import math
 import struct
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ import torch
 
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
-from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.secure_normals import secure_normals
-from udp_ray.dp.sensitivity import MOST_FUSED
+from udp_ray.dp.sensitivity import MOST_FUSED, require_fusible
 from udp_ray.engine.clipped_sum import ClippedSum
-from udp_ray.engine.step import require_fusible
-from udp_ray.engine.world import World
+from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.world import World, join_world
 from udp_ray.errors import ConfigError
+from udp_ray.testing.training import TinyRun, tiny_model
+from udp_ray.testing.training_steps import build_step
 
 KEY = RunKey.from_seed(5).noise()
 COUNTERS = (3, "weight", 0)
@@ -104,16 +104,17 @@ def test_with_fused_sums_secure_noise_would_show_whether_another_rank_has_a_sum(
 
 @pytest.mark.parametrize("num_workers", [2, 8])
 def test_secure_noise_with_fused_sums_is_refused_above_one_worker(num_workers):
-    plan = PrivacyPlan(
-        sampling="uls", noise_multiplier=1.0, clip_norm=1.0, group_size=1, num_steps=1,
-        expected_size=8, population=24, population_is_declared=True, delta=1e-3, secure_noise=True,
-    )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"secure_noise and .*set train\.fuse_reduce false"):
-        require_fusible(plan, num_workers=num_workers)
-    require_fusible(plan, num_workers=1)  # a single rank has no sum of others
-    require_fusible(replace(plan, secure_noise=False), num_workers=num_workers)
-    many = replace(
-        plan, secure_noise=False, expected_size=MOST_FUSED + 1, population=10**5, delta=1e-6
-    )
-    with pytest.raises(ConfigError, match=r"privacy\.cohort_size is 2049, above the 2048"):
-        require_fusible(many, num_workers=num_workers)
+    with pytest.raises(ConfigError, match=r"secure_noise .*set train\.fuse_reduce false"):
+        require_fusible(is_secure=True, expected_groups=8, num_workers=num_workers)
+    require_fusible(is_secure=True, expected_groups=8, num_workers=1)  # has no sum of others
+    require_fusible(is_secure=False, expected_groups=MOST_FUSED, num_workers=num_workers)
+    with pytest.raises(ConfigError, match=r"2,049 groups .*above the 2,048 .*fuse_reduce false"):
+        require_fusible(is_secure=False, expected_groups=MOST_FUSED + 1, num_workers=num_workers)
+
+
+def test_the_engine_asks_as_well():
+    run = TinyRun(store="", secure_noise=True, fuse_reduce=True)
+    step = build_step(run, tiny_model(), join_world())  # alone it may
+    two = World(rank=0, size=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="secure_noise"):
+        PrivateStep(step._kernel, step.zero, step.plan, step._noise, world=two, fuse_reduce=True)

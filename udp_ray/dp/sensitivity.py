@@ -102,3 +102,37 @@ def rounding_slack(expected_groups: int) -> float:
             " privacy.batch_size under els), too many to add up accurately: lower it"
         )
     return slack
+
+
+def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) -> None:
+    """Refuses to round the sums of ranks before the noise is in, where that breaks a claim.
+
+    With `train.fuse_reduce` each rank rounds its own sum to float32, rank 0 with the noise in it,
+    and ZeRO adds them up in float32.
+
+    Args:
+        is_secure: Whether the noise is secure. Its claim is that rounding comes last: added to a
+            value that was rounded already, another rank's sum can be told from none.
+        expected_groups: Users (uls) or examples (els) expected in a step. `rounding_slack` covers
+            the rounding of up to `MOST_FUSED`.
+        num_workers: World size; a single rank has no sum of others.
+
+    Raises:
+        ConfigError: If the sums may not be fused.
+    """
+    if num_workers == 1:
+        return
+    if is_secure:
+        raise ConfigError(
+            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
+            f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
+            " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
+            " false"
+        )
+    if expected_groups > MOST_FUSED:
+        raise ConfigError(
+            f"train.fuse_reduce is true, cluster.num_workers {num_workers} and"
+            f" {expected_groups:,} groups are expected in a step (privacy.cohort_size, or"
+            f" privacy.batch_size under els), above the {MOST_FUSED:,} whose sums may be rounded"
+            " before the noise is added: set train.fuse_reduce false"
+        )

@@ -27,40 +27,13 @@ from torch import Tensor
 from udp_ray.data.cohort import Group
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sensitivity import MOST_FUSED
+from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.engine.clipped_sum import ClippedSum
 from udp_ray.engine.ports import Kernel
 from udp_ray.engine.sliced_sum import SlicedSum
 from udp_ray.engine.world import World
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.errors import ConfigError, GuaranteeError
-
-
-def require_fusible(plan: PrivacyPlan, *, num_workers: int) -> None:
-    """Refuses to round the sums of other ranks before the noise is in, where that breaks a claim.
-
-    Args:
-        plan: Says whether the noise is secure, and how many groups are expected.
-        num_workers: World size; a single rank has no sum of others.
-
-    Raises:
-        ConfigError: With secure noise, whose claim is that rounding comes after the noise; or with
-            so many groups that `rounding_slack` does not cover the rounding.
-    """
-    if num_workers == 1:
-        return
-    if plan.secure_noise:
-        raise ConfigError(
-            f"privacy.secure_noise and train.fuse_reduce are true and cluster.num_workers is"
-            f" {num_workers}: fused sums are rounded before all of them are in, which undoes what"
-            " secure noise is for; set train.fuse_reduce false"
-        )
-    if plan.expected_size > MOST_FUSED:
-        name = "privacy.cohort_size" if plan.sampling == "uls" else "privacy.batch_size"
-        raise ConfigError(
-            f"train.fuse_reduce is true and {name} is {plan.expected_size}, above the {MOST_FUSED}"
-            " whose sums may be rounded before the noise is added: set train.fuse_reduce false"
-        )
+from udp_ray.errors import GuaranteeError
 
 
 class PrivateStep:
@@ -98,7 +71,11 @@ class PrivateStep:
                 f" {plan.noise_stddev:g}"
             )
         if fuse_reduce and not zero.is_sliced:
-            require_fusible(plan, num_workers=world.size)
+            require_fusible(
+                is_secure=plan.secure_noise,
+                expected_groups=plan.expected_size,
+                num_workers=world.size,
+            )
         self.world = world
         self.plan = plan
         self.zero = zero
