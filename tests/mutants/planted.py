@@ -17,7 +17,7 @@ from __future__ import annotations
 from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
-BEFORE_CLIP_BOUND = "\n\n    @property\n    def clip_bound"
+THEN_BOUND = "\n\n    @property\n    def clip_bound"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
@@ -247,8 +247,8 @@ NOISE = [
         name="noise_on_the_mean",
         breaks="P1: noise of z C on the mean, so M times too little on the sum",
         file="udp_ray/dp/plan.py",
-        text=f"_noise_stddev(self.noise_multiplier, self.clip_norm){BEFORE_CLIP_BOUND}",
-        replacement=f"self.noise_multiplier * self.clip_norm / self.expected_size{BEFORE_CLIP_BOUND}",
+        text=f"_noise_stddev(self.noise_multiplier, self.clip_norm){THEN_BOUND}",
+        replacement=f"self.noise_multiplier * self.clip_norm / self.expected_size{THEN_BOUND}",
         tests=("tests/dp/test_plan.py::test_rate_divisor_and_noise_come_from_public_numbers",),
     ),
     Mutant(
