@@ -243,7 +243,8 @@ class ClusterConfig(Section):
     address: str | None = None
     """Ray cluster to join. Default: the one that the job runs in, else a new local one."""
     storage: AbsolutePath | None = None
-    """Folder or URL that all nodes reach, for checkpoints. Default: output/checkpoints."""
+    """Folder or URL that all nodes reach, for checkpoints; for the operator only. Default:
+    output/checkpoints, which is open to its owner only and goes when the run ends."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Restarts of the workers before the run gives up."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0

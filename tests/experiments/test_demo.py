@@ -93,6 +93,8 @@ def test_table_takes_the_first_and_last_evaluation_of_each_run(tmp_path):
     assert "7.90" in comparison.to_text()
     assert "infinite" in comparison.to_text()
     assert json.loads(comparison.to_json())["rows"][2]["epsilon"] is None
+    assert "60 s in all" in comparison.to_text()
+    assert "seconds" not in comparison.to_json()  # shown to the operator, and not saved
 
 
 def test_run_without_evaluations_is_refused(tmp_path):

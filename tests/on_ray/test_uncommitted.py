@@ -88,7 +88,7 @@ def test_a_new_attempt_removes_uncommitted_checkpoints_once_older_attempts_are_f
 def test_without_the_removal_two_versions_of_a_step_would_lie_in_the_storage(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "remove_uncommitted", lambda *_: None)
+    monkeypatch.setattr(worker, "remove_uncommitted", lambda *_, **__: None)
     begin(start_of(storage), storage, tmp_path)
     assert LEFTOVER in names_in(tmp_path)  # and the repetition writes step 6 again, as attempt 2
 
@@ -100,8 +100,20 @@ def test_a_commit_leaves_the_last_two_committed_checkpoints(storage: str, tmp_pa
     assert names_in(tmp_path) == [KEPT[1], "checkpoint-00000006-attempt-2", OF_RAY]
 
 
+def test_a_worker_that_slept_after_its_commit_leaves_a_newer_attempt_alone(
+    storage: str, tmp_path: Path
+) -> None:
+    """It was fenced meanwhile, so it does not know what the newer attempt has committed."""
+    checkpoints = RunCheckpoints(storage, start_of(storage))
+    newer = ["checkpoint-00000006-attempt-3", "checkpoint-00000008-attempt-12"]
+    for name in newer:
+        (tmp_path / name).mkdir()
+    checkpoints.committed(below(storage, KEPT[1]))
+    assert names_in(tmp_path) == [KEPT[1], *newer, OF_RAY]
+
+
 def test_a_run_that_has_written_nothing_yet_has_nothing_to_remove(tmp_path: Path) -> None:
-    remove_uncommitted(str(tmp_path / "not there"), [])
+    remove_uncommitted(str(tmp_path / "not there"), [], attempt=1)
     assert names_in(tmp_path) == []
 
 
@@ -142,7 +154,7 @@ def test_a_run_ends_with_no_uncommitted_checkpoint_in_its_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
 ) -> None:
     if not is_removed:
-        monkeypatch.setattr(publish, "remove_uncommitted", lambda *_: None)
+        monkeypatch.setattr(publish, "remove_uncommitted", lambda *_, **__: None)
     leave_after_the_last_commit(monkeypatch, tmp_path / "storage" / "run")
     config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
     run_to_the_end(with_storage(config, tmp_path / "storage"), lambda step: None)

@@ -71,9 +71,15 @@ class Comparison:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Returns the table as JSON; an infinite epsilon is null."""
+        """Returns the table as JSON, without durations; an infinite epsilon is null.
+
+        How long a private run took depends on its cohorts: it is shown to the operator and not
+        saved.
+        """
         values = asdict(self)
+        del values["seconds"]
         for row in values["rows"]:
+            del row["seconds"]
             row["epsilon"] = row["epsilon"] if math.isfinite(row["epsilon"]) else None
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 

@@ -87,7 +87,8 @@ def publish_run(
     """
     record = run.ledger.run(run.run_id)
     # No attempt can commit any more: each would begin at the last step, and take none.
-    remove_uncommitted(run.run_folder, run.ledger.committed_checkpoints(run.run_id))
+    committed = run.ledger.committed_checkpoints(run.run_id)
+    remove_uncommitted(run.run_folder, committed, attempt=record.num_attempts)
     budget_message = accountant.progress(0).budget_message
     if budget_message is not None:
         announce(f"training ended at step {record.committed_step}: {budget_message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,8 +15,16 @@ from udp_ray.errors import CheckpointError, ConfigError
 from udp_ray.location import name_of
 from udp_ray.storage import writing
 
-CHECKPOINT_PREFIX = "checkpoint-"
 PROBE = "probe"
+_NAME = re.compile(r"checkpoint-\d+-attempt-(\d+)")
+
+
+def checkpoint_name(step: int, attempt: int) -> str:
+    """Returns the name of a checkpoint's folder.
+
+    The attempt is in it: a repeated step must not write over an older checkpoint.
+    """
+    return f"checkpoint-{step:08d}-attempt-{attempt}"
 
 
 def require_writable(folder: str) -> None:
@@ -83,25 +92,32 @@ def remove(stored: Checkpoint) -> None:
         stored.filesystem.delete_dir(stored.path)
 
 
-def remove_uncommitted(run_folder: str, kept: Iterable[str]) -> None:
+def remove_uncommitted(run_folder: str, kept: Iterable[str], *, attempt: int) -> None:
     """Removes all checkpoints of a run except those at the given locations, which are committed.
 
-    To be called only where no older attempt can commit any more.
+    To be called only where no older attempt can commit any more. A newer one may: this process may
+    have slept since it was fenced.
 
     Args:
         run_folder: Folder or URL of the run's checkpoints; it may not exist yet.
         kept: Locations of committed checkpoints.
+        attempt: Checkpoints of later attempts than this one are left alone.
 
     Raises:
         StorageError: If the storage may not be changed.
     """
     names = {name_of(place) for place in kept}
     folder = Checkpoint(run_folder)
+
+    def is_uncommitted(name: str) -> bool:
+        written_by = _NAME.fullmatch(name)
+        return written_by is not None and name not in names and int(written_by[1]) <= attempt
+
     with writing("changes", run_folder):
         for entry in folder.filesystem.get_file_info(
             FileSelector(folder.path, allow_not_found=True)
         ):
-            if entry.base_name.startswith(CHECKPOINT_PREFIX) and entry.base_name not in names:
+            if is_uncommitted(entry.base_name):
                 folder.filesystem.delete_dir(entry.path)
 
 

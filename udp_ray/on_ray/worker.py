@@ -31,7 +31,7 @@ from udp_ray.on_ray.remote_accountant import (
     WorkerSecrets,
 )
 from udp_ray.on_ray.stored import (
-    CHECKPOINT_PREFIX,
+    checkpoint_name,
     open_checkpoint,
     remove,
     remove_uncommitted,
@@ -69,7 +69,7 @@ def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart
     box = [remote.begin() if rank == 0 else None]
     start = box[0]
     if start is not None:
-        remove_uncommitted(run_folder, start.committed)
+        remove_uncommitted(run_folder, start.committed, attempt=start.number)
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -134,8 +134,7 @@ class RunCheckpoints:
         Raises:
             StorageError: There is no room for it, or the storage may not be written.
         """
-        # The attempt is in the name: a repeated step must not write over an older checkpoint.
-        name = f"{CHECKPOINT_PREFIX}{step:08d}-attempt-{self._attempt}"
+        name = checkpoint_name(step, self._attempt)
         location = below(self._folder, name)
         try:
             with writing(f"the checkpoint of step {step}", self._folder):
@@ -156,7 +155,7 @@ class RunCheckpoints:
         """Removes all checkpoints but this one and the one committed before it."""
         kept = [place for place in (location, self._last_committed) if place]
         self._last_committed = location
-        remove_uncommitted(self._folder, kept)
+        remove_uncommitted(self._folder, kept, attempt=self._attempt)
 
 
 @dataclass(frozen=True)
