@@ -142,7 +142,7 @@ class PrivacyStatement:
                 spent=budget_from_dict(values["spent"]) if values["spent"] else None,
                 num_steps_spent=values["num_steps_spent"],
                 is_seeded=values["is_seeded"],
-                run=RunIdentity(**values["run"]) if values["run"] else None,
+                run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
             )
