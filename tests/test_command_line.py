@@ -10,6 +10,7 @@ import pytest
 from udp_ray.command_line import DRY_RUN, RESUME, Job, parse, to_yaml
 from udp_ray.config import ExperimentConfig, PrivacyConfig, Section
 from udp_ray.errors import ConfigError
+from udp_ray.sweep_config import SweepJobConfig
 
 SETTINGS = """
 privacy: {epsilon: 8, delta: 1.0e-5, clip_norm: 1.0, cohort_size: 20, num_steps: 5}
@@ -118,9 +119,95 @@ def test_a_mistake_is_one_sentence_that_names_field_and_value(
     assert "\n" not in str(refused.value)
 
 
+SECURE = ["--privacy.secure_noise", "true"]
+FUSED = ["--train.fuse_reduce", "true"]
+TWO_WORKERS = ["--cluster.num_workers", "2"]
+
+
+def test_secure_noise_with_a_fused_reduction_over_several_workers_is_refused(
+    settings_file: str,
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read(settings_file, *SECURE, *FUSED, *TWO_WORKERS)
+    for name in ("privacy.secure_noise", "cluster.num_workers 2", "set train.fuse_reduce false"):
+        assert name in str(refused.value)
+    for two in ([*SECURE, *FUSED], [*SECURE, *TWO_WORKERS], [*FUSED, *TWO_WORKERS]):
+        read(settings_file, *two)
+
+
+def test_it_is_refused_for_the_trials_of_a_sweep_too(settings_file: str) -> None:
+    asked = ["--config", settings_file, "--sweep.release", "all", *SECURE, *FUSED]
+    assert parse(SweepJobConfig, "A job.", asked).config.privacy.secure_noise
+    with pytest.raises(ConfigError, match=r"set train\.fuse_reduce false"):
+        parse(SweepJobConfig, "A job.", [*asked, *TWO_WORKERS])
+
+
+def test_an_option_of_one_value_is_given_once_and_a_list_as_often_as_it_has_values(
+    settings_file: str,
+) -> None:
+    inputs = read(settings_file, "--data.input", "a.csv", "--data.input", "b.csv").config.data.input
+    assert inputs == ["a.csv", "b.csv"]
+    for repeated in (["--privacy.epsilon", "1", "--privacy.epsilon=2"], ["--config", "x"]):
+        with pytest.raises(ConfigError, match="is given 2 times"):
+            read(settings_file, *repeated)
+
+
+@pytest.mark.parametrize("number", ["-1e-6", "-inf", "-3"])
+def test_a_negative_number_is_a_value_and_not_an_option(settings_file: str, number: str) -> None:
+    with pytest.raises(ConfigError, match=rf"privacy\.delta is '{number}'"):
+        read(settings_file, "--privacy.delta", number)
+    assert read(settings_file, "--privacy.seed", "-3").config.privacy.seed == -3
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("output: ''", "output: '' is an empty text"),
+        ("output: '  '", "output: '  ' is an empty text"),
+        ("data: {name: x, store: s, input: [a.csv, '']}", "data.input: '' is an empty text"),
+        ("privacy: {num_steps: true}", "privacy.num_steps: true is not a value"),
+        ("privacy: {epsilon: .inf}", "privacy.epsilon is inf: it must be a finite number"),
+        ("train: {weight_decay: .nan}", "train.weight_decay is nan: it must be a finite number"),
+        ("train: {betas: [0.9, 1.0]}", "train.betas.1 is 1.0"),
+    ],
+)
+def test_what_no_field_can_mean_is_refused(tmp_path: Path, content: str, name: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        read(str(file))
+    assert name in str(refused.value)
+
+
+def test_a_switch_may_be_true_and_a_clip_norm_infinite(settings_file: str) -> None:
+    asked = ["--privacy.clip_norm", "inf", "--privacy.noise_multiplier", "0"]
+    asked += ["--privacy.epsilon", "null", "--privacy.accept_no_guarantee", "true"]
+    privacy = read(settings_file, *asked).config.privacy
+    assert privacy.clip_norm == float("inf")
+    assert privacy.accept_no_guarantee is True
+
+
+def test_a_misspelling_is_answered_with_the_nearest_name(settings_file: str) -> None:
+    for wrong, right in (
+        ("--privacy.clip_norms", "did you mean --privacy.clip_norm?"),
+        ("--dry-rum", "did you mean --dry-run?"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            read(settings_file, wrong, "1")
+        assert right in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        read(settings_file, "--zzz", "1")
+    assert "did you mean" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("content", "names"),
     [
+        ("privacy: {epsilon: 1, epsilon: 2}", ["'epsilon' is given twice", "keep one"]),
+        ("privacy: {}\ndata: {}\nprivacy: {}", ["'privacy' is given twice"]),
+        ("privacy: {epsilon: 0, sigma: 1}", ["privacy.sigma", "not a known setting"]),
+        ("privacy: {epsilon: 0}", ["privacy.epsilon is 0"]),  # and not that delta is missing
+        ("privacy: [1]", ["section 'privacy' is [1]"]),
         ("privacy: [", ["not valid YAML"]),
         ("just text", ["holds no settings"]),
         ("privvacy: {}", ["privvacy", "privacy"]),

@@ -76,7 +76,8 @@ class _Parser(argparse.ArgumentParser):
     """Options that a misspelling may have meant."""
 
     def error(self, message: str) -> NoReturn:
-        given = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
+        words = (word.partition("=")[0].rstrip(":,") for word in message.split())
+        given = [word for word in words if word.startswith("--")]
         hint = next((_did_you_mean(w, self.known) for w in given if w not in self.known), "")
         raise ConfigError(f"{_one_line(message)}{hint}; --help lists every option")
 
@@ -117,15 +118,18 @@ def parse(
     settings_class = _settings_class(config_class)
     arguments = _joined(sys.argv[1:] if argv is None else argv)
     _refuse_repeats(arguments, fields)
-    command_line: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
-        settings_class,
-        root_parser=parser,
-        cli_parse_args=arguments,
-        cli_avoid_json=True,
-        cli_hide_none_type=True,
-        cli_parse_none_str="null",
-        cli_enforce_required=False,
-    )
+    try:
+        command_line: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+            settings_class,
+            root_parser=parser,
+            cli_parse_args=arguments,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="null",
+            cli_enforce_required=False,
+        )
+    except SettingsError as error:
+        raise ConfigError(f"{_one_line(str(error))}; write it in the --config file") from None
     # The source above has refused what is unknown; this second look only reads our own options.
     parsed, _ = parser.parse_known_args(arguments)
     from_file = _read_yaml(parsed.config, config_class) if parsed.config else {}

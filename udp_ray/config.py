@@ -57,11 +57,11 @@ class DataConfig(Section):
     """Column with the response; only its tokens carry loss."""
     tokenizer: str | None = None
     """Hugging Face name or folder of a fast tokenizer. Default: model.name."""
-    block_tokens: Annotated[int, Field(ge=2)] = 256
+    block_tokens: Annotated[int, Field(ge=2, le=2**24)] = 256
     """Most tokens in one example; longer texts are split into several examples."""
     max_examples_per_user: PositiveInt | None = None
     """Most examples stored per user, chosen by a keyed hash. Default: all."""
-    num_shards: PositiveInt = 16
+    num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
     """Shard files of the store; part of its identity, independent of the cluster."""
     store: AbsolutePath
     """Folder of the user-sharded token store, or a URL such as s3://bucket/chats."""
@@ -89,7 +89,7 @@ class DataConfig(Section):
         # The command line brings every value as text, and repeats of an option as a list.
         try:
             return float(value[0]) if isinstance(value, list) and len(value) == 1 else value
-        except ValueError:
+        except (TypeError, ValueError):
             return value
 
     @model_validator(mode="after")

@@ -192,7 +192,9 @@ def _kernel_bytes(
     Where the kernel is chosen at the start of a run, the larger of the two counts.
     """
     group = _largest_group(rows, tokens, train.microbatch_tokens)
-    is_large = len(group.microbatches) > 1  # then the direct kernel takes it in any case
+    # A group that fills more than a microbatch is the direct kernel's in any case.
+    fits = sum(part.input_ids.numel() for part in group.microbatches) <= train.microbatch_tokens
+    is_large = len(group.microbatches) > 1 or not fits
     counts = []
     if train.kernel != "ghost" or is_large:
         direct = DirectKernel(model, parameters, clip_norm=1.0, autocast=settings.autocast)

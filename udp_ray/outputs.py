@@ -30,6 +30,7 @@ from typing import Any
 
 from udp_ray.durable import vanishes_with_job
 from udp_ray.errors import ConfigError
+from udp_ray.location import is_url
 from udp_ray.storage import obstacle, writing
 
 RUN_FILE = "run.json"
@@ -136,14 +137,20 @@ class OutputFolder:
         write_aside(self.path / name, _to_json(value))
 
 
-def require_writable_folder(folder: Path) -> None:
-    """Refuses an output folder that could not be made in the end.
+def require_writable_folder(folder: Path, field: str = "output") -> None:
+    """Refuses a folder that could not be made in the end.
 
     Raises:
         ConfigError: If something stands in its way.
     """
     if (reason := obstacle(folder)) is not None:
-        raise ConfigError(f"output {folder} cannot be made, {reason}: give a folder to write into")
+        raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
+
+
+def require_storage(storage: str | None) -> None:
+    """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
+    if storage is not None and not is_url(storage):
+        require_writable_folder(Path(storage), "cluster.storage")
 
 
 def write_new(file: Path, content: str) -> None:

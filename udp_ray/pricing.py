@@ -71,11 +71,15 @@ def memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
     Raises:
         ConfigError: If there is no such model, or a setting is missing.
     """
-    from udp_ray.memory import estimate_memory  # a price alone must not wait for torch
+    # A price alone must not wait for torch.
+    from udp_ray.memory import estimate_memory
+    from udp_ray.models.load import model_config
+    from udp_ray.models.positions import require_positions
 
     if config.model is None:
         raise ConfigError("model.name is missing: --memory needs it, so give it")
     if config.data is None:
         raise ConfigError("data.block_tokens is missing: --memory needs it, so give it")
     tokens = config.data.block_tokens
+    require_positions(config.model.name, model_config(config.model.name), tokens)
     return estimate_memory(config.model, config.train, plan, tokens, config.cluster)

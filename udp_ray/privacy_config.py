@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 
 from udp_ray.sections import PositiveFloat, PositiveInt, Section
 
+Epsilon = Annotated[float, Field(gt=0, le=1000)]
+"""A target; a larger one would promise nothing."""
+NumSteps = Annotated[int, Field(gt=0, le=10_000_000)]
+LEAST_NOISE = 1e-3
+MOST_KEPT = 10_000
+"""Largest group of els that the accountant prices; its work grows with the square."""
+
 
 class PricingConfig(Section):
     """The privacy settings of a run of which only the price is asked.
@@ -19,10 +26,10 @@ class PricingConfig(Section):
     sampling: Literal["uls", "els"] = "uls"
     """uls: each step samples users and clips each user's mean gradient. els: each step samples
     examples and clips each example's gradient."""
-    epsilon: PositiveFloat | None = None
+    epsilon: Epsilon | None = None
     """Target user-level epsilon of the run; the noise multiplier is calibrated from it. Give this
     or privacy.noise_multiplier."""
-    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] | None = None
     """Standard deviation of the noise on the clipped sum, in units of the clip norm. Give this or
     privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
     delta: Annotated[float, Field(gt=0, lt=1)]
@@ -39,7 +46,7 @@ class PricingConfig(Section):
     costs privacy, and makes privacy.population an upper bound that the store must keep to."""
     batch_size: PositiveInt | None = None
     """Expected examples per step (els). The divisor of the noisy sum."""
-    num_steps: PositiveInt
+    num_steps: NumSteps
     """Noisy releases in the run."""
     population: PositiveInt | None = None
     """Public number of users. Default: the store's count, which the statement then calls public."""
@@ -89,6 +96,11 @@ class PricingConfig(Section):
                 "privacy.noise_multiplier is 0, which gives no privacy at all: raise it, or say"
                 " privacy.accept_no_guarantee: true"
             )
+        if self.noise_multiplier is not None and 0 < self.noise_multiplier < LEAST_NOISE:
+            raise ValueError(
+                f"privacy.noise_multiplier is {self.noise_multiplier:g}, too small to be priced:"
+                f" raise it to {LEAST_NOISE:g} at least"
+            )
         if self.clip_norm is None:
             return
         if math.isinf(self.clip_norm) and not without_noise:
@@ -113,6 +125,11 @@ class PricingConfig(Section):
             raise ValueError(
                 f"privacy.{other} is {getattr(self, other)} but privacy.sampling is"
                 f" {self.sampling}: drop it, {needed} is the expected size of a step"
+            )
+        if self.sampling == "els" and self.group_size > MOST_KEPT:
+            raise ValueError(
+                f"privacy.group_size is {self.group_size}: els is priced for at most {MOST_KEPT}"
+                " examples of a user; lower it"
             )
         if self.sampling == "uls" and self.num_examples is not None:
             raise ValueError("privacy.num_examples belongs to privacy.sampling els: drop it")

@@ -162,7 +162,7 @@ class PrivacyStatement:
                 divergence=values.get("divergence"),
                 has_weights=values.get("has_weights", True),
                 is_seeded=values["is_seeded"],
-                run=RunIdentity(**values["run"]) if values["run"] else None,
+                run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
             )

@@ -61,6 +61,19 @@ class RunIdentity:
             is_recorded=is_recorded,
         )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the identity that `dataclasses.asdict` gave.
+
+        Raises:
+            TypeError: If the values are not those of a run.
+        """
+        run = cls(**values)
+        for name, value in values.items():
+            if not isinstance(value, str) and not (name == "git_commit" and value is None):
+                raise TypeError(f"run.{name} is {value!r}, not a text")
+        return run
+
     def rows(self, kind: str) -> list[tuple[str, str]]:
         """Returns what a statement shows of it, under the name of what it is."""
         return [

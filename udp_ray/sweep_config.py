@@ -85,6 +85,8 @@ def _has_range(value: Any) -> bool:
 
 
 def _refuse_repeats(values: list[Any] | None) -> list[Any] | None:
+    if values is not None and not values:
+        raise ValueError("[] names no value to try: give one, or leave the list out")
     if values is not None and len(set(values)) < len(values):
         raise ValueError(f"{values} names a value twice: each one is tried, and paid for, once")
     return values

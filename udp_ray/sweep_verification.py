@@ -16,8 +16,9 @@ from typing import Any
 from udp_ray.dp.ledger import Budget, Ledger, RunRecord, TrialRecord, plan_digest
 from udp_ray.dp.sweep import PlannedSweep
 from udp_ray.dp.trial_count import PoissonTrials, TrialCount, TruncatedNegativeBinomial
-from udp_ray.errors import ConfigError, DataError
+from udp_ray.errors import DataError
 from udp_ray.outputs import PRIVACY_FILE
+from udp_ray.statement_parts import RunIdentity
 from udp_ray.sweep_report import SCHEMA_VERSION, SweepStatement
 from udp_ray.verification import RELATIVE_TOLERANCE, Check, Verdict
 
@@ -27,7 +28,8 @@ COUNTS = {"TruncatedNegativeBinomial": TruncatedNegativeBinomial, "PoissonTrials
 def is_sweep(output: Path) -> bool:
     """Returns whether a folder, or a privacy.json, is that of a sweep; False if unreadable."""
     try:
-        return "sweep_schema_version" in json.loads(_file(output).read_text())
+        values = json.loads(_file(output).read_text())
+        return isinstance(values, dict) and "sweep_schema_version" in values
     except (OSError, ValueError):
         return False  # the reader of runs says what is wrong with it
 
@@ -49,7 +51,10 @@ def verify_sweep(output: Path, *, ledger_url: str | None = None) -> Verdict:
         count = _count(values["sweep"]["trial_count"])
         planned = PlannedSweep.from_dict(values["sweep"], charge=charge, count=count)
         run, version = values["run"], values["sweep_schema_version"]
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        if run is not None:
+            RunIdentity.from_dict(run)
+            float(values["spent"]["epsilon"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(
             f"{_file(output)} is not the statement of a sweep ({error}): it was edited or damaged,"
             " so restore it from a copy"

@@ -229,9 +229,43 @@ PRICES = {
     "an unknown sampler": bad(
         "price", f"{PRICE} --privacy.sampling both", "privacy.sampling", "'both'", "'uls' or 'els'",
     ),
+    "a held-out share in braces": bad(
+        "price", f"{PRICE} --data.heldout {{}}", "data.heldout", "{}", "must be",
+    ),
     "an adjacency without a price": bad(
         "price", f"{PRICE} --privacy.adjacency replace_one", "privacy.adjacency", "replace_one",
         "use add_or_remove_one",
+    ),
+    "a target that promises nothing": bad(
+        "price", f"{PRICE} --privacy.epsilon 1e300", "privacy.epsilon", "1e300",
+        "less than or equal to 1000",
+    ),
+    "more steps than the accountant can tell apart": bad(
+        "price", f"{PRICE} --privacy.num_steps 1000000000000", "privacy.num_steps",
+        "1000000000000", "less than or equal to",
+    ),
+    "a delta below rounding": bad(
+        "price", f"{PRICE} --privacy.delta 1e-320", "privacy.delta", "e-321", "raise it",
+    ),
+    "next to no noise": bad(
+        "price", f"{PRICE} --privacy.epsilon null --privacy.noise_multiplier 1e-300",
+        "privacy.noise_multiplier", "1e-300", "raise it",
+    ),
+    "noise too small to be priced": bad(
+        "price", f"{PRICE} --privacy.epsilon null --privacy.noise_multiplier 1e-3",
+        "privacy.noise_multiplier", "0.001", "raise",
+    ),
+    "a group of els that cannot be priced": bad(
+        "price", "--config WORLD/els.yaml --privacy.group_size 100000000", "privacy.group_size",
+        "100000000", "lower it",
+    ),
+    "memory of examples longer than the model's positions": bad(
+        "price", f"{PRICE} --memory --model.name WORLD/model --data.block_tokens 1000",
+        "data.block_tokens", "1000", "or less",
+    ),
+    "a store whose private counts are damaged": bad(
+        "price", f"{PRICE} --privacy.population null --data.store WORLD/countless_store",
+        "countless_store", "private.json is damaged", "prepare the store again",
     ),
     "no noise without consent": bad(
         "price", f"{PRICE} --privacy.epsilon null --privacy.noise_multiplier 0",
@@ -346,6 +380,10 @@ TRAININGS = {
         "train", "--config WORLD/train.yaml --output WORLD/locked/out", "output", "locked",
         "give a folder", needs_permissions=True,
     ),
+    "checkpoints in a file": bad(
+        "train", f"{TRAIN} --cluster.storage WORLD/rows.parquet", "cluster.storage",
+        "rows.parquet", "give a folder",
+    ),
     "an output that is a URL": bad(
         "train", "--config WORLD/train.yaml --output s3://bucket/out", "output", "s3://bucket/out",
         "give a folder",
@@ -445,6 +483,18 @@ SWEEPS = {
     "a clip norm tried twice": bad(
         "sweep", "--config TMP/a.yaml", "sweep", "[1.0, 1.0]", "once",
         files={"a.yaml": "sweep: {release: all, clip_norm: [1, 1]}\n"},
+    ),
+    "nothing to try": bad(
+        "sweep", "--config TMP/a.yaml", "sweep", "[]", "leave the list out",
+        files={"a.yaml": "sweep: {release: all, clip_norm: []}\n"},
+    ),
+    "a resumed sweep that is a training run": bad(
+        "sweep", "--config WORLD/sweep.yaml --output WORLD/ended_run --resume", "output",
+        "a training run", "use jobs/train.py",
+    ),
+    "checkpoints of a sweep in a file": bad(
+        "sweep", f"{SWEEP} --cluster.storage WORLD/rows.parquet", "cluster.storage",
+        "rows.parquet", "give a folder",
     ),
     "a scheduler": bad(
         "sweep", f"{SWEEP} --sweep.scheduler asha", "sweep.scheduler", "asha", "leave it out",
@@ -593,6 +643,14 @@ PREPARATIONS = {
         "prepare", f"{STORING} --data.ledger WORLD/ledger.sqlite", "data.ledger", "database URL",
         "write sqlite:////",
     ),
+    "a ledger below a file": bad(
+        "prepare", f"{STORING} --data.ledger sqlite:///WORLD/rows.parquet/l.sqlite", "data.ledger",
+        "rows.parquet", "give a place",
+    ),
+    "blocks longer than any model's": bad(
+        "prepare", f"{PREPARE} --data.block_tokens 99999999999999999999", "data.block_tokens",
+        "99999999999999999999", "less than or equal to",
+    ),
     "a ledger that is a damaged file": bad(
         "prepare", f"{STORING} --data.ledger sqlite:///WORLD/garbage.sqlite", "garbage.sqlite",
         "not a database", "restore",
@@ -623,6 +681,14 @@ LEDGERS = {
     "a ledger without a dataset": bad(
         "ledger", "show --ledger sqlite:///WORLD/ledger.sqlite", "dataset", "is missing",
         "give --dataset",
+    ),
+    "a ledger that others may read": bad(
+        "ledger", "show --ledger sqlite:///WORLD/readable.sqlite --dataset x", "readable.sqlite",
+        "mode 644", "run chmod 600",
+    ),
+    "a server that does not answer, and a password": bad(
+        "ledger", f"show --ledger postgresql://user:{SECRET}@127.0.0.1:1/x --dataset x",
+        "postgresql://user@127.0.0.1:1/x", "does not answer", "try again",
     ),
     "a ledger whose URL has a typo": bad(
         "ledger", "show --ledger sqllite:///x --dataset x", "ledger", "sqllite", "only sqlite",
@@ -710,6 +776,10 @@ VERIFICATIONS = {
         "verify", "--output WORLD/run --ledger sqlite:///WORLD/other.sqlite", "'run'",
         "never admitted", "correct the run or the ledger",
     ),
+    "a statement that is a number": bad(
+        "verify", "--output TMP/privacy.json", "privacy.json", "not a privacy statement",
+        "give the output folder", files={"privacy.json": "7"},
+    ),
     "a run at a URL": bad(
         "verify", "--output s3://bucket/run", "output", "s3://bucket/run", "give a folder",
     ),
@@ -761,6 +831,20 @@ PLANS = {
         "plan", f"{PLAN} --estimate-on TMP/none.parquet --estimate.model WORLD/model",
         "--estimate-on", "TMP/none.parquet", "give one",
     ),
+    "a histogram that is not JSON": bad(
+        "plan", f"{PLAN} --plan.examples_per_user {{a:1}}", "plan.examples_per_user",
+        "Expecting property name", "write it in the --config file",
+    ),
+    "an estimate with a model that is missing": bad(
+        "plan", f"{PLAN} --estimate-on WORLD/public.parquet --estimate.model TMP/none",
+        "estimate.model", "TMP/none", "correct the path",
+    ),
+    "an estimate on too little text": bad(
+        "plan",
+        f"{PLAN} --estimate-on WORLD/empty.parquet --estimate.model WORLD/model"
+        " --estimate.user_column who",
+        "--estimate-on", "empty.parquet", "give more text",
+    ),
     "an estimate without a model": bad(
         "plan", f"{PLAN} --estimate-on WORLD/public.parquet", "estimate.model", "is missing",
         "give the model",
@@ -810,6 +894,10 @@ STUDIES = {
     ),
     "results to draw anew that are not there": bad(
         "mean_estimation", f"{MEAN} --redraw", "TMP/out", "no results", "run it first",
+    ),
+    "results of something else to draw anew": bad(
+        "mean_estimation", "--config WORLD/mean_estimation.yaml --output WORLD/strange_results"
+        " --redraw", "strange_results", "other columns", "run it first",
     ),
     "a benchmark without rounds": bad(
         "benchmark", f"{BENCHMARK} --study.rounds 0", "study.rounds", "'0'", "greater than 0",
@@ -868,6 +956,10 @@ OTHERS = {
     ),
     "public text without the column": bad(
         "pretrain", f"{PRETRAIN} --text_column body", "text_column", "'body'", "name",
+    ),
+    "public text that is numbers": bad(
+        "pretrain", "--input WORLD/numbers.parquet --output TMP/out", "text_column", "int64",
+        "name a column of text",
     ),
     "heads that do not divide the width": bad(
         "pretrain", f"{PRETRAIN} --width 100 --num_heads 3", "num_heads", "is 3", "change",

@@ -34,7 +34,7 @@ import udp_ray
 from tests.contracts.bad_inputs import CASES, SECRET, BadInput
 from udp_ray.command_line import run_job
 from udp_ray.config import ExperimentConfig
-from udp_ray.data.manifest import MANIFEST_FILE, Manifest
+from udp_ray.data.manifest import MANIFEST_FILE, PRIVATE_FILE, Manifest
 from udp_ray.data.store import HELDOUT_FOLDER
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Digests, Ledger, plan_digest
@@ -194,9 +194,10 @@ def _make_settings(folder: Path, config: ExperimentConfig, text: Mapping[str, An
 
 
 def _make_stores(folder: Path) -> None:
-    for name in ("broken_store", "damaged_store", "no_heldout_store"):
+    for name in ("broken_store", "damaged_store", "countless_store", "no_heldout_store"):
         shutil.copytree(folder / "store", folder / name)
     (folder / "broken_store" / MANIFEST_FILE).write_text('{"schema_version": 7}')
+    (folder / "countless_store" / PRIVATE_FILE).write_text("{")
     shard = folder / "damaged_store" / "shard-00000.bin"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -225,6 +226,11 @@ def _make_files(folder: Path, byte_tokenizer: Path) -> None:
     for name in ("garbage.parquet", "garbage.sqlite"):
         (folder / name).write_bytes(b"neither parquet nor a database" * 40)
         (folder / name).chmod(0o600)
+    (folder / "strange_results").mkdir()
+    for file in ("strange_results/results.parquet", "numbers.parquet"):
+        pq.write_table(pa.table({"text": [1, 2, 3]}), folder / file)
+    shutil.copy(folder / "ledger.sqlite", folder / "readable.sqlite")
+    (folder / "readable.sqlite").chmod(0o644)
     (folder / "closed.yaml").write_text("privacy: {}")
     (folder / "closed.yaml").chmod(0)
     (folder / "locked").mkdir(mode=0o500)

@@ -133,6 +133,19 @@ def test_a_plan_survives_json_and_an_edited_one_is_refused(plan):
         PrivacyPlan.from_dict(values | {"noise_multiplier": 2.0})
     with pytest.raises(ConfigError, match="no privacy plan"):
         PrivacyPlan.from_dict(values | {"surprise": 1})
+    for name, wrong in (
+        ("population", 0),
+        ("population", None),
+        ("num_steps", True),
+        ("group_size", 1.5),
+        ("delta", "1e-6"),
+        ("clip_norm", math.nan),
+        ("noise_multiplier", -1.0),
+        ("sampling", "both"),
+        ("divisor", "many"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            PrivacyPlan.from_dict(values | {name: wrong})
 
 
 def test_epsilon_grows_with_the_steps_taken_up_to_the_whole_run():

@@ -2,8 +2,10 @@
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from udp_ray.config import PrivacyConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import DataError, LedgerError
+from udp_ray.errors import DataError, LedgerError, UdpRayError
 from udp_ray.report import PrivacyStatement
 from udp_ray.statement_parts import DatasetTotal, RunIdentity
 from udp_ray.verification import verify
@@ -110,6 +112,35 @@ def test_a_changed_ledger_is_noticed(output: Path, statement: str) -> None:
     with sqlite3.connect(output.parent / "ledger.sqlite") as connection:
         assert connection.execute(statement).rowcount > 0
     assert not verify(output).agrees
+
+
+NONSENSE: tuple[Any, ...] = (None, "nonsense", -1, [], {"a": 1})
+
+
+def places(values: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yields the place of each value in a statement, of whole parts too."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        yield (*above, key)
+        yield from places(value, (*above, key))
+
+
+def test_nonsense_anywhere_in_a_statement_is_a_verdict_or_one_sentence(output: Path) -> None:
+    file = output / "privacy.json"
+    text = file.read_text()
+    refused = 0
+    for place in places(json.loads(text)):
+        for nonsense in NONSENSE:
+            values = json.loads(text)
+            part = values
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = nonsense
+            file.write_text(json.dumps(values))
+            with suppress(UdpRayError):
+                verify(output)
+                continue
+            refused += 1
+    assert refused > 50  # or the places were not those of a statement
 
 
 def test_what_cannot_be_compared_is_refused(output: Path) -> None:

@@ -154,7 +154,13 @@ class PrivateCounts(_Part):
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Reads the counts of the store in `directory`."""
-        return cls.model_validate_json(_read(directory, PRIVATE_FILE))
+        try:
+            return cls.model_validate_json(_read(directory, PRIVATE_FILE))
+        except ValidationError:  # its text would quote private numbers
+            raise DataError(
+                f"{directory / PRIVATE_FILE} is damaged: restore it from a copy or prepare the"
+                " store again"
+            ) from None
 
 
 def _version_in(text: str) -> Any:

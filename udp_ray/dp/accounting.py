@@ -212,7 +212,16 @@ def composed_loss(event: DpEvent, precision: Precision) -> Loss | None:
     if count == 0 or isinstance(step, dp_event.NoOpDpEvent):
         return privacy_loss_distribution.identity(precision.grid)
     loss = step_loss(step, precision)
-    return loss if loss is None or count == 1 else loss.self_compose(count)
+    if loss is None or count == 1:
+        return loss
+    try:
+        return loss.self_compose(count)
+    except MemoryError:
+        raise ConfigError(
+            f"{count:,} steps (privacy.num_steps) with so little noise are beyond the accountant:"
+            " their epsilon is in the thousands and promises nothing; raise"
+            " privacy.noise_multiplier"
+        ) from None
 
 
 @functools.lru_cache(maxsize=4)  # a run asks for the same step at many counts; losses are large

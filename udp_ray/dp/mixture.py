@@ -20,7 +20,7 @@ from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 from numpy.typing import NDArray
 from scipy import interpolate, optimize, special
 
-from udp_ray.errors import GuaranteeError
+from udp_ray.errors import ConfigError, GuaranteeError
 
 Floats = NDArray[np.float64]
 
@@ -29,6 +29,8 @@ MARGIN = 1e-10
 NEGLIGIBLE_EXPONENT = 45.0
 """A component this far below the largest, in logarithm, changes no 64-bit sum."""
 TABLE_SIZE = 20_000
+MOST_CELLS = 1 << 25
+"""Losses that one step's distribution may tell apart; more would take gigabytes."""
 CHUNK = 4096
 
 
@@ -172,6 +174,11 @@ def _cells(
     """Returns grid losses, as multiples of the grid, and the x at which each is met."""
     table = np.linspace(lowest, highest, TABLE_SIZE)
     values, slopes = mixture.log_ratio(table)
+    if (values[-1] - values[0]) / discretization > MOST_CELLS:
+        raise ConfigError(
+            f"a noise multiplier of {mixture.stddev:g} is too small to be priced: its epsilon is in"
+            " the thousands and promises nothing; raise privacy.noise_multiplier"
+        )
     losses = np.arange(
         math.floor(values[0] / discretization), math.ceil(values[-1] / discretization) + 1
     )

@@ -362,6 +362,7 @@ def json_number(value: Any) -> Any:
 
 WHOLE = ("group_size", "num_steps", "expected_size", "population")
 WHOLE_OR_NONE = ("num_examples", "max_cohort_size")
+SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
 
 
 def _require_types(given: Mapping[str, Any]) -> None:
@@ -371,6 +372,8 @@ def _require_types(given: Mapping[str, Any]) -> None:
         is_right = {
             **dict.fromkeys(WHOLE, is_whole),
             **dict.fromkeys(WHOLE_OR_NONE, is_whole or value is None),
+            **dict.fromkeys(SWITCHES, isinstance(value, bool)),
+            "adjacency": isinstance(value, str),
             "sampling": value in ("uls", "els"),
             "noise_multiplier": _is_number(value) and 0 <= value < math.inf,
             "clip_norm": _is_number(value) and value > 0,

@@ -61,8 +61,15 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
     if config.model is None:
         raise ConfigError("estimate.model is missing: give the model that is to be fine-tuned")
     texts = draw_users(config, read_texts(config, file))
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, dropout=0.0).eval()
+    if len(texts) < 2:
+        raise DataError(
+            f"--estimate-on {file} has fewer than two users with two examples: give more text"
+        )
+    try:
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, dropout=0.0).eval()
+    except ConfigError as error:
+        raise ConfigError(f"estimate.model is {config.model}: {error}") from None
     parameters = list(trainable_parameters(model).values())
 
     def gradient(tokens: list[int]) -> list[Tensor]:

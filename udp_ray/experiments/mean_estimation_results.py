@@ -24,6 +24,11 @@ from udp_ray.experiments.mean_estimation import Cell, cell_of, choose
 from udp_ray.experiments.mean_estimation_runs import Method, Row
 
 RESULTS_FILE = "results.parquet"
+COLUMNS = {
+    "role", "seed", "epsilon", "budget", "diversity", "sampling", "group_size", "error",
+    "clip_norm", "learning_rate",
+}  # fmt: skip
+"""What each row of results has at least."""
 CONFIDENCE = 0.99
 """Of every interval shown, by itself: nothing is corrected for their number."""
 
@@ -68,9 +73,12 @@ class Results:
         """
         file = folder / RESULTS_FILE
         try:
-            return cls(pq.read_table(file).to_pylist())
+            rows = pq.read_table(file).to_pylist()
         except (OSError, pa.ArrowInvalid) as error:
             raise DataError(f"{file} holds no results of a study: run it first") from error
+        if not rows or not rows[0].keys() >= COLUMNS:
+            raise DataError(f"{file} holds other columns than results of a study: run it first")
+        return cls(rows)
 
     def save(self, folder: Path) -> None:
         """Writes the rows as parquet into a folder, which is made if need be."""

@@ -30,6 +30,7 @@ from udp_ray.config import PositiveFloat, PositiveInt, Section
 from udp_ray.dp import planning
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
+from udp_ray.privacy_config import Epsilon, NumSteps
 
 # Shape letters: S settings run side by side, U groups in a step, D dimensions, E examples.
 Floats = NDArray[np.floating]
@@ -52,13 +53,13 @@ class Study(Section):
     """Expected squared distance of an example from that mean, within and between users together."""
     diversities: Annotated[list[Share], Field(min_length=1)]
     """Shares f of the variance that lie within users."""
-    epsilons: Annotated[list[PositiveFloat], Field(min_length=1)]
+    epsilons: Annotated[list[Epsilon], Field(min_length=1)]
     """User-level targets."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Target delta; below 1 / num_users."""
     budgets: Annotated[list[PositiveInt], Field(min_length=1)]
     """Expected examples per step B."""
-    num_steps: PositiveInt
+    num_steps: NumSteps
     """Steps T of every run."""
     averaged_share: Annotated[float, Field(gt=0, le=1)]
     """Share of the steps, the last ones, whose iterates are averaged into the estimate."""

@@ -31,6 +31,7 @@ from udp_ray.dp.planning import (
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.planning_figure import draw
 from udp_ray.outputs import require_writable_folder, write_aside
+from udp_ray.privacy_config import Epsilon, NumSteps
 
 PRIVATE = (
     "MARKED PRIVATE: made from the store's own histogram of examples per user, which nothing paid"
@@ -52,9 +53,9 @@ class PlanConfig(Section):
     """Admits the store's private histogram; the plan is marked, for nothing pays for it."""
     batch_size: PositiveInt
     """Compute budget B: expected examples per step. ULS gets M = B / G users."""
-    num_steps: PositiveInt
+    num_steps: NumSteps
     """Steps T."""
-    epsilon: PositiveFloat
+    epsilon: Epsilon
     """User-level target of the run."""
     delta: Annotated[float, Field(gt=0, lt=1)]
     """Target delta; must be below 1 / population."""

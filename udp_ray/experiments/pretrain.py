@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as functional
@@ -102,16 +103,20 @@ def read_texts(file: str, text_column: str) -> list[str]:
 
 def _require_column(file: str, text_column: str) -> None:
     try:
-        names = pq.read_schema(file).names
+        schema = pq.read_schema(file)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise DataError(
             f"{file} cannot be read as parquet ({reason}): give a parquet file of public text"
         ) from None
-    if text_column not in names:
+    names = ", ".join(map(repr, schema.names))
+    if text_column not in schema.names:
+        raise DataError(f"text_column is {text_column!r}, which {file} lacks: name one of {names}")
+    kind = schema.field(text_column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(
-            f"text_column is {text_column!r}, which {file} lacks: name one of"
-            f" {', '.join(map(repr, names))}"
+            f"text_column is {text_column!r}, which holds {kind} in {file}: name a column of text"
+            f" among {names}"
         )
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from udp_ray.dp.ledger import Ledger
 from udp_ray.dp.ledger_database import give_name, parse_url, public_url
+from udp_ray.errors import LedgerError
+from udp_ray.storage import obstacle
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,15 @@ def require_ledger(url: str) -> None:
         LedgerError: If the URL is malformed, or what is there is no ledger.
     """
     parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and Path(str(parsed.database)).exists():
+    if parsed.get_backend_name() != "sqlite":
+        return
+    file = Path(str(parsed.database))
+    if file.is_file():
         Ledger.open(url).close()
+    elif (reason := obstacle(file.parent)) is not None:
+        raise LedgerError(
+            f"data.ledger {file} cannot be made, {reason}: give a place that can be written"
+        )
 
 
 @contextmanager

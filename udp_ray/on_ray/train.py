@@ -23,7 +23,7 @@ from udp_ray.on_ray.connect import connected
 from udp_ray.on_ray.result import RunResult
 from udp_ray.on_ray.run import without_secrets
 from udp_ray.on_ray.stored import require_writable
-from udp_ray.outputs import OutputFolder
+from udp_ray.outputs import OutputFolder, require_storage
 from udp_ray.report import PrivacyStatement
 
 
@@ -45,6 +45,7 @@ def train_on_ray(
     """
     folder = OutputFolder(Path(config.output))
     folder.check(resume=resume)
+    require_storage(config.cluster.storage)
     run = prepare_run(config, folder, run_id=folder.run_id() if resume else new_run_id(config))
     if resume:
         admit(run, resume=True)  # a refusal need not wait for a cluster

@@ -32,7 +32,7 @@ from udp_ray.on_ray.stored import require_writable
 from udp_ray.on_ray.sweep import Sweep, admit_sweep, has_ended, plan_of_sweep, prepare_sweep
 from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep, result_of
 from udp_ray.on_ray.trial import TRIAL, TrialJob, run_trial
-from udp_ray.outputs import ERROR_FILE, OutputFolder
+from udp_ray.outputs import ERROR_FILE, OutputFolder, require_storage
 from udp_ray.sweep_config import SweepJobConfig
 from udp_ray.sweep_report import SweepStatement, describe_point
 from udp_ray.sweep_table import loss_text
@@ -63,6 +63,7 @@ def run_sweep(
     """
     folder = OutputFolder(Path(config.output))
     folder.check(resume=resume)
+    require_storage(config.cluster.storage)
     sweep = prepare_sweep(config, folder, resume=resume)
     announce(sweep.statement.to_text())
     if resume and has_ended(sweep):
