@@ -969,7 +969,7 @@ OUTPUTS = [
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
-        text="        remove_uncommitted(run_folder, start.committed)\n",
+        text="        remove_uncommitted(run_folder, start.committed, attempt=start.number)\n",
         replacement="        pass\n",
         tests=(
             "tests/on_ray/test_uncommitted.py"
