@@ -21,7 +21,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
@@ -188,8 +188,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         names = [key.value for key in keys]
-        for key in keys:
-            if names.count(key.value) > 1:
+        for number, key in enumerate(keys):
+            if key.value in names[:number]:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is given twice: keep one of the two", key.start_mark
                 )
@@ -205,7 +205,7 @@ def _read_yaml(file: str, config_class: type[Section]) -> dict[str, Any]:
         raise ConfigError(f"--config {file} is not UTF-8 text: save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"--config {file} is not valid YAML: {_shortened(str(error), 300)}; correct it there"
+            f"--config {file} is not valid YAML: {_yaml_mistake(error)}; correct it there"
         ) from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds no settings: write sections such as 'privacy:'")
@@ -218,6 +218,14 @@ def _read_yaml(file: str, config_class: type[Section]) -> dict[str, Any]:
             f" known are {', '.join(sorted(known))}"
         )
     return {key: value for key, value in content.items() if key in config_class.model_fields}
+
+
+def _yaml_mistake(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{_one_line(error.problem or 'a mistake')} (line {error.problem_mark.line + 1})"
+    return _shortened(str(error), 300)
 
 
 def _build(
@@ -251,7 +259,8 @@ def explain(error: ValidationError, known: Iterable[str] = ()) -> str:
     first = min(mistakes, key=lambda mistake: order.get(mistake["type"], 1))
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     field = ".".join(str(part) for part in first["loc"] if not _is_choice(part))
-    is_section = field in ExperimentConfig.model_fields and field != "output"
+    known = list(known)
+    is_section = any(name.startswith(f"{field}.") for name in known)
     if kind == "missing" and is_section:
         return f"section {field!r} is missing: give it in the --config file"
     if kind == "missing":
@@ -287,6 +296,8 @@ def _is_choice(part: int | str) -> bool:
 
 def _shown(value: Any) -> str:
     """Returns a wrong value as a message quotes it."""
+    if value is None:
+        return "null"
     if holds_secret(str(value)):
         return "a value with a password in it"
     return _shortened(repr(value), MOST_SHOWN)
@@ -298,8 +309,12 @@ def _shortened(text: str, most: int) -> str:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f", did you mean {close[0]}?" if close else ""
+    # The section before the last dot is equal in most names, so the last part must be near as well.
+    last = name.rpartition(".")[2]
+    for close in get_close_matches(name, list(known), n=3, cutoff=0.75):
+        if SequenceMatcher(None, last, close.rpartition(".")[2]).ratio() >= 0.6:
+            return f", did you mean {close}?"
+    return ""
 
 
 def _fields(section: type[BaseModel], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,8 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """Hugging Face name or folder of a fast tokenizer. Default: model.name."""
     block_tokens: Annotated[int, Field(ge=2, le=2**24)] = 256
-    """Most tokens in one example; longer texts are split into several examples."""
+    """Most tokens in one example, at most the model's positions; longer texts are split into
+    several examples."""
     max_examples_per_user: PositiveInt | None = None
     """Most examples stored per user, chosen by a keyed hash. Default: all."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
@@ -209,7 +210,8 @@ class TrainConfig(Section):
     under zero_stage 3, which direct cannot work with."""
     fuse_reduce: bool = False
     """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less. No
-    effect under zero_stage 3, which reduces layer by layer as gradients come."""
+    effect under zero_stage 3, which reduces layer by layer as gradients come. Refused with
+    privacy.secure_noise above one worker."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

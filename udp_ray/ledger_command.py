@@ -57,7 +57,7 @@ def run_command(command: str, config: LedgerConfig, *, dry_run: bool) -> Spendin
 def _abandon(ledger: Ledger, dataset: str, run_id: str, *, dry_run: bool) -> None:
     if ledger.run(run_id).dataset != dataset:
         raise ConfigError(
-            f"run is {run_id}, which is no run on dataset {dataset}: mend one of them"
+            f"run is {run_id}, which is no run on dataset {dataset}: correct one of them"
         )
     ledger.abandon(run_id, dry_run=dry_run)
 

@@ -151,6 +151,8 @@ class PrivacyStatement:
             DataError: If the values are not those of a statement.
         """
         try:
+            if not isinstance(values, dict):
+                raise TypeError("it holds no named values")
             if values["schema_version"] != SCHEMA_VERSION:
                 raise ValueError(f"schema version {values['schema_version']} is not known")
             dataset = values["dataset"]

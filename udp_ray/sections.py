@@ -37,7 +37,7 @@ def _place(value: str) -> str:
 
 def _local_folder(value: str) -> str:
     if is_url(value):
-        raise ValueError(f"{_place(value)} does not do: give a folder, not a URL")
+        raise ValueError(f"{_place(value)} is a URL: give a folder, not a URL")
     return absolute(value)
 
 

@@ -84,12 +84,16 @@ def _has_range(value: Any) -> bool:
     return any(isinstance(item, str) and item.strip().startswith("from") for item in items)
 
 
-def _refuse_repeats(values: list[Any] | None) -> list[Any] | None:
-    if values is not None and not values:
-        raise ValueError("[] names no value to try: give one, or leave the list out")
-    if values is not None and len(set(values)) < len(values):
-        raise ValueError(f"{values} names a value twice: each one is tried, and paid for, once")
-    return values
+def _refuse_repeats(name: str, values: list[Any] | None) -> None:
+    if values is None:
+        return
+    if not values:
+        raise ValueError(f"sweep.{name} is []: give a value to try, or leave the list out")
+    if len(set(values)) < len(values):
+        raise ValueError(
+            f"sweep.{name} is {values}, which has a value twice: each is tried, and paid for, once,"
+            " so name it once"
+        )
 
 
 def _one_is_a_list_of_one(value: Any) -> Any:
@@ -141,10 +145,8 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for values in (
-            self.clip_norm, self.group_size, self.sampling, self.learning_rate, self.epsilon,
-        ):  # fmt: skip
-            _refuse_repeats(values)
+        for name in ("clip_norm", "group_size", "sampling", "learning_rate", "epsilon"):
+            _refuse_repeats(name, getattr(self, name))
         self._check_search()
         return self
 

@@ -80,7 +80,7 @@ FILES = {
         files={"a.yaml": ""},
     ),
     "a key given twice": bad(
-        "price", "--config TMP/a.yaml", "a.yaml", "'epsilon' is given twice", "keep one",
+        "price", "--config TMP/a.yaml", "a.yaml", "'epsilon' is given twice", "(line 4)",
         files={"a.yaml": "privacy:\n  epsilon: 1\n  delta: 1e-6\n  epsilon: 8\n"},
     ),
     "a section given twice": bad(
@@ -127,7 +127,7 @@ FILES = {
         files={"a.yaml": "privacy: {}\ndata: [1, 2]\n"},
     ),
     "a section that is empty": bad(
-        "price", "--config TMP/a.yaml", "'privacy'", "None", "name: value",
+        "price", "--config TMP/a.yaml", "'privacy'", "is null", "name: value",
         files={"a.yaml": "privacy:\n"},
     ),
     "no settings at all": bad("train", "", "'privacy'", "is missing", "give it"),
@@ -285,7 +285,7 @@ PRICES = {
 
 TRAININGS = {
     "a clip norm that is missing": bad(
-        "train", f"{TRAIN} --privacy.clip_norm null", "privacy.clip_norm", "None", "must be",
+        "train", f"{TRAIN} --privacy.clip_norm null", "privacy.clip_norm", "is null", "must be",
     ),
     "a negative clip norm": bad(
         "train", f"{TRAIN} --privacy.clip_norm -1", "privacy.clip_norm", "'-1'", "greater than 0",
@@ -470,7 +470,8 @@ TRAININGS = {
 
 SWEEPS = {
     "a sweep without a release": bad(
-        "sweep", "--config WORLD/train.yaml --output TMP/out", "sweep", "is missing", "give it",
+        "sweep", "--config WORLD/train.yaml --output TMP/out", "section 'sweep'", "is missing",
+        "give it",
         as_process=True,
     ),
     "an unknown release": bad(
@@ -481,11 +482,11 @@ SWEEPS = {
         files={"a.yaml": "sweep: {release: all, clip_norm: from 10 to 1 in 3}\n"},
     ),
     "a clip norm tried twice": bad(
-        "sweep", "--config TMP/a.yaml", "sweep", "[1.0, 1.0]", "once",
+        "sweep", "--config TMP/a.yaml", "sweep.clip_norm", "[1.0, 1.0]", "name it once",
         files={"a.yaml": "sweep: {release: all, clip_norm: [1, 1]}\n"},
     ),
     "nothing to try": bad(
-        "sweep", "--config TMP/a.yaml", "sweep", "[]", "leave the list out",
+        "sweep", "--config TMP/a.yaml", "sweep.clip_norm", "[]", "leave the list out",
         files={"a.yaml": "sweep: {release: all, clip_norm: []}\n"},
     ),
     "a resumed sweep that is a training run": bad(

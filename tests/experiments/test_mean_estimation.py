@@ -123,7 +123,9 @@ def test_the_noise_of_a_step_has_its_scale(method: Method) -> None:
 
 
 def test_els_sees_only_what_was_kept_and_uls_all_of_it() -> None:
-    given = study(num_users=20, examples_per_user=6, num_steps=200, els_group_sizes=[2])
+    given = study(
+        num_users=20, examples_per_user=6, num_steps=200, els_group_sizes=[2], budgets=[10]
+    )
     people = People.draw(given, diversity=1.0, seed=5)
     owner = {row.tobytes(): i // 6 for i, row in enumerate(people.examples_ED)}
 
