@@ -66,7 +66,7 @@ def check_invariance(
 
     It processes made-up groups of one row, short and of `tokens_per_row` tokens, with the kernel
     that will train and with the model as it will train (training mode, autocast, activation
-    checkpointing, adapters), and as evaluation does. Costs about six times the forward and backward
+    checkpointing, adapters), and as evaluation does. Costs about five times the forward and backward
     pass of one full row, and two gradients in host memory.
 
     Args:
