@@ -66,8 +66,8 @@ def check_invariance(
 
     It processes made-up groups of one row, short and of `tokens_per_row` tokens, with the kernel
     that will train and with the model as it will train (training mode, autocast, activation
-    checkpointing, adapters), and as evaluation does. Costs about six times the forward and backward
-    pass of one full row, and two gradients in host memory.
+    checkpointing, adapters), and as evaluation does. Costs about five forward
+    and backward passes of one full row, and two gradients in host memory.
 
     Args:
         model: The model, whole, in training mode, with the weights that training starts from. It
