@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from udp_ray.config import ExperimentConfig
 from udp_ray.testing.distributed import run_on_ranks
 from udp_ray.testing.training import TinyRun, distance, train_many, write_tiny_store
 
@@ -111,6 +112,50 @@ def test_what_a_pair_means_would_show(meant, name):
     else:
         least = 1e-5 if name == "bfloat16" else 1e-3
         assert distance(plain, meant[pair]) > least
+
+
+SETTINGS = {
+    "els": {"privacy": {"sampling": "els", "batch_size": 64, "cohort_size": None}},
+    "cap": {"privacy": {"max_cohort_size": 100}},
+    "lora": {"model": {"lora": {"rank": 2}}},
+    "bfloat16": {"model": {"autocast": "bfloat16"}},
+    "dropout": {"model": {"dropout": 0.1}},
+    "secure noise": {"privacy": {"secure_noise": True}},
+    "ghost": {"train": {"kernel": "ghost"}},
+    "stage 1": {"train": {"zero_stage": 1}},
+    "stage 2": {"train": {"zero_stage": 2}},
+    "stage 3": {"train": {"zero_stage": 3}},
+    "offload": {"train": {"zero_stage": 3, "offload": "parameters"}},
+    "fused": {"train": {"fuse_reduce": True}},
+    "checkpointing": {"train": {"activation_checkpointing": True}},
+}
+
+
+def settings_of(pair):
+    """The settings of a run with both options, on two workers."""
+    settings = {
+        "privacy": {"epsilon": 8, "delta": 1e-6, "clip_norm": 1, "cohort_size": 64, "num_steps": 9},
+        "data": {"name": "chats", "store": "/nowhere", "block_tokens": 64},
+        "model": {"name": "gpt2"},
+        "train": {"microbatch_tokens": 4096},
+        "cluster": {"num_workers": 2},
+        "output": "/nowhere",
+    }
+    for option in pair:
+        for section, values in SETTINGS[option].items():
+            settings[section] = settings[section] | values
+    return settings
+
+
+@pytest.mark.parametrize("pair", sorted(REFUSED), ids=" and ".join)
+def test_a_refused_pair_is_refused_with_the_settings(pair):
+    with pytest.raises(ValueError, match=r"(set|drop|give|needs)"):
+        ExperimentConfig.model_validate(settings_of(pair))
+
+
+def test_all_other_pairs_are_accepted():
+    for pair in PAIRS:
+        ExperimentConfig.model_validate(settings_of(pair))
 
 
 def test_the_table_in_the_docs_says_what_is_tested_and_what_is_refused():
