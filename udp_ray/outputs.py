@@ -137,20 +137,26 @@ class OutputFolder:
         write_aside(self.path / name, _to_json(value))
 
 
-def require_writable_folder(folder: Path, field: str = "output") -> None:
+def require_writable_folder(folder: Path, field: str = "output", *, what: str = RUN_FILE) -> None:
     """Refuses a folder that could not be made in the end.
 
+    Args:
+        folder: The folder, which need not be there.
+        field: The setting that names it.
+        what: What is written there first.
+
     Raises:
-        ConfigError: If something stands in its way.
+        ConfigError: If a file stands in its way.
+        StorageError: If the place may not be written.
     """
-    if (reason := obstacle(folder)) is not None:
+    if (reason := obstacle(what, folder)) is not None:
         raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
 
 
 def require_storage(storage: str | None) -> None:
     """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
     if storage is not None and not is_url(storage):
-        require_writable_folder(Path(storage), "cluster.storage")
+        require_writable_folder(Path(storage), "cluster.storage", what="checkpoints")
 
 
 def write_new(file: Path, content: str) -> None:

@@ -70,7 +70,10 @@ class RunIdentity:
         """
         run = cls(**values)
         for name, value in values.items():
-            if not isinstance(value, str) and not (name == "git_commit" and value is None):
+            if name == "is_recorded":
+                if not isinstance(value, bool):
+                    raise TypeError(f"run.{name} is {value!r}, neither true nor false")
+            elif not isinstance(value, str) and not (name == "git_commit" and value is None):
                 raise TypeError(f"run.{name} is {value!r}, not a text")
         return run
 

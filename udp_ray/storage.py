@@ -61,11 +61,21 @@ def _number(error: OSError | SafetensorError) -> int:
     return int(found.group(1)) if found else 0
 
 
-def obstacle(folder: Path) -> str | None:
-    """Returns why a folder cannot be made or written into, as far as that can be foreseen."""
+def obstacle(what: str, folder: Path) -> str | None:
+    """Returns why a folder cannot be made, as far as that can be foreseen: a file in its place.
+
+    Args:
+        what: What is to be written into it, as in `writing`.
+        folder: The folder, which need not be there.
+
+    Raises:
+        StorageError: If the place may not be written.
+    """
     place = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
     if not place.is_dir():
         return f"{place} is a file"
     if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
-        return f"{place} may not be read and written"
+        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        with writing(what, folder):
+            raise OSError(errno.EROFS if is_read_only else errno.EACCES, "")
     return None

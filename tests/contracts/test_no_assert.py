@@ -21,7 +21,6 @@ SUBPACKAGES = ("dp", "engine", "on_ray", "data", "models")
 
 # (file, condition): why the condition cannot be false. Nothing but type narrowing belongs here.
 TYPE_NARROWING = {
-    ("dp/plan.py", "pool is not None"): "PrivacyPlan.__post_init__ refuses a plan without one",
     ("dp/sweep.py", "count is not None"): "SweepConfig refuses release best without a count",
     ("dp/sweep.py", "privacy.epsilon is not None"): "the enclosing condition has it",
     ("dp/baselines.py", "loss is not None"): "callers have noise",

@@ -477,8 +477,8 @@ def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_t
         assert [trial.run.charged_steps for trial in trials] == [NUM_STEPS, 1]
         assert not ledger.trials(trials[0].run.run_id)
     assert not (result.output / "trials" / "0002" / "model.safetensors").exists()
-    kept = result.output / "trials" / "checkpoints"  # for the resumption, and its owner only
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+    # Nothing is left to be resumed: checkpoints, whose files have times, are gone.
+    assert not (result.output / "trials" / "checkpoints").exists()
 
 
 @pytest.mark.slow

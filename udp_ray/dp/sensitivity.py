@@ -91,7 +91,7 @@ def rounding_slack(expected_groups: int) -> float:
         >>> rounding_slack(100) == 2**-10
         True
         >>> round(rounding_slack(10**6), 4)
-        0.0077
+        0.0079
     """
     most = expected_groups + 10 * math.sqrt(expected_groups)
     root = SMALLEST_SLACK * math.sqrt(most / SMALLEST_SLACK_GROUPS)

@@ -305,7 +305,7 @@ def to_json(plan: PlanConfig, workload: Workload, predictions: Sequence[Predicti
 def require_output(folder: str | None) -> None:
     """Refuses an output folder that could not be made in the end; none is asked for by None."""
     if folder is not None:
-        require_writable_folder(Path(folder))
+        require_writable_folder(Path(folder), what="the plan")
 
 
 def save(

@@ -254,7 +254,7 @@ def refuse_existing(place: str) -> None:
             f"data.store {path} lies in a job's temporary package directory and would vanish with"
             " the job: give an absolute path that all nodes reach"
         )
-    if (reason := obstacle(path)) is not None:
+    if (reason := obstacle("the store", path)) is not None:
         raise DataError(f"data.store {path} cannot be made, {reason}: choose another folder")
     if path.is_dir() and any(path.iterdir()):
         raise DataError(f"data.store {path} is not empty: choose another folder, or remove it")

@@ -61,7 +61,7 @@ def require_ledger(url: str) -> None:
     file = Path(str(parsed.database))
     if file.is_file():
         Ledger.open(url).close()
-    elif (reason := obstacle(file.parent)) is not None:
+    elif (reason := obstacle("the ledger", file.parent)) is not None:
         raise LedgerError(
             f"data.ledger {file} cannot be made, {reason}: give a place that can be written"
         )
