@@ -282,10 +282,13 @@ NOISE = [
         name="divisor_realized",
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
-        text="        self._kernel.add_clipped(self._sum, groups)\n",
+        text="        self._kernel.add_clipped(self._sum, groups)\n"
+        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
         "        self._kernel.add_clipped(self._sum, groups)\n"
-        "        self._sum.divide(max(1, len(groups)) / self.plan.divisor)\n",
+        "        mean = self._noisy_mean(self._noise, step)\n"
+        "        share = self.plan.divisor / max(1, len(groups))\n"
+        "        self.zero.apply({name: share * part for name, part in mean.items()}, step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
