@@ -1,4 +1,4 @@
-"""Whether what is written to a folder lasts: a job's own copy of the project does not.
+"""Whether what is written lasts: not in a job's own copy of the project, nor before it is flushed.
 
 `ray job submit --working-dir .` unpacks the project into a folder of Ray's session, which vanishes
 with the job. A relative path leads there, so a ledger, a store or an output could be lost with it.
@@ -7,6 +7,7 @@ with the job. A relative path leads there, so a ledger, a store or an output cou
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 PACKAGES = "runtime_resources"
@@ -20,3 +21,12 @@ def vanishes_with_job(path: Path) -> bool:
         for parts in (path.parts, path.resolve().parts)
         for above, folder in itertools.pairwise(parts)
     )
+
+
+def flush(place: Path) -> None:
+    """Has a file, or the names in a folder, survive a power cut."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

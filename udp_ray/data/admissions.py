@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from udp_ray.data.source import file_system
+from udp_ray.durable import flush
 from udp_ray.errors import DataError
 from udp_ray.location import below, is_url
 
@@ -93,15 +94,7 @@ def _create(file: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(exist_ok=True)
         folder.chmod(store.stat().st_mode & 0o777)  # others who share the store record runs, too
-        _flush(store)
+        flush(store)
     if not file.exists():
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT, 0o644))
-        _flush(folder)
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush(folder)

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from udp_ray.data.manifest import Manifest, ShardEntry
+from udp_ray.durable import flush
 from udp_ray.errors import DataError
 from udp_ray.storage import writing
 
@@ -250,7 +251,7 @@ def publish(aside: Path, store: Path) -> None:
         DataError: If something has come to stand at `store` meanwhile.
     """
     for folder, _, _ in os.walk(aside):
-        _sync_folder(Path(folder))
+        flush(Path(folder))
     try:
         with writing("the store", store.parent):
             aside.rename(store)
@@ -258,7 +259,7 @@ def publish(aside: Path, store: Path) -> None:
         raise DataError(
             f"data.store {store} is not empty: choose another folder, or remove it"
         ) from error
-    _sync_folder(store.parent)
+    flush(store.parent)
 
 
 def _open_shard(path: Path, entry: ShardEntry, verify: bool) -> Shard:
@@ -290,14 +291,6 @@ def _sha256(buffer: mmap.mmap) -> str:
 
 def _starts(counts: list[int]) -> Int64Array:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _reopen(path: str) -> TokenStore:

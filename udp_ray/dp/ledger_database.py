@@ -34,7 +34,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.pool import QueuePool
 
-from udp_ray.durable import vanishes_with_job
+from udp_ray.durable import flush, vanishes_with_job
 from udp_ray.errors import LedgerError, LedgerUnavailableError
 
 BUSY_TIMEOUT_S = 30.0
@@ -238,11 +238,7 @@ def give_name(aside: Path, path: Path) -> None:
         os.link(aside, path)  # unlike a rename, refuses what is there
     except FileExistsError:
         raise LedgerError(f"there is a file at {path} already: it is left alone") from None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or a power cut could lose the file's name
-    finally:
-        os.close(folder)
+    flush(path.parent)  # or a power cut could lose the file's name
 
 
 def parse_url(url: str) -> URL:

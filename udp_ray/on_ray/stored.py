@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 from ray.train import Checkpoint
 
+from udp_ray.durable import flush
 from udp_ray.errors import CheckpointError, ConfigError
 from udp_ray.location import name_of
 from udp_ray.storage import writing
@@ -67,8 +67,8 @@ def require_stored(directory: Path, stored: Checkpoint) -> None:
             raise RuntimeError(f"Ray Train did not store {stored.path}/{file.name} whole")
     if isinstance(stored.filesystem, LocalFileSystem):
         for place in [*(entry.path for entry in found.values()), stored.path]:
-            _flush(Path(place))
-        _flush(Path(stored.path).parent)
+            flush(Path(place))
+        flush(Path(stored.path).parent)
 
 
 def open_checkpoint(location: str) -> AbstractContextManager[str]:
@@ -126,11 +126,3 @@ def _files(stored: Checkpoint) -> list[FileInfo]:
     return [
         entry for entry in stored.filesystem.get_file_info(selector) if entry.type is FileType.File
     ]
-
-
-def _flush(place: Path) -> None:
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -25,15 +25,16 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine import loop
-from udp_ray.engine.ports import ResumePoint, RunningSum, WorkerKeys
+from udp_ray.engine.ports import ResumePoint, RunningSum
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.world import World, join_world
+from udp_ray.engine.world import join_world
 from udp_ray.errors import UdpRayError
 from udp_ray.testing.stores import write_store
 from udp_ray.testing.training import (
     VOCABULARY,
     RecordingAccountant,
     Weights,
+    keys_of,
     tiny_model,
     weights_of,
 )
@@ -139,7 +140,7 @@ def observe(
             plan,
             settings=settings or plain_sgd(),
             autocast="off",
-            keys=keys_of(key, world),
+            keys=keys_of(key, world.rank),
             accountant=RecordingAccountant(seen.events, last_step) if world.is_first else None,
             publish=publish,
             on_metrics=lambda metrics: seen.events.append(("metrics", metrics)),
@@ -154,17 +155,6 @@ def plain_sgd(**changes: Any) -> TrainConfig:
     """Returns settings under which a step subtracts what the optimizer is given."""
     values = {"optimizer": "sgd", "learning_rate": 1.0, "kernel": "direct", "checkpoint_every": 100}
     return TrainConfig.model_validate(values | changes)
-
-
-def keys_of(key: RunKey, world: World) -> WorkerKeys:
-    """Returns what the accountant gives a rank."""
-    return WorkerKeys(
-        key_id=key.id,
-        sampling=key.sampling(),
-        noise=key.noise() if world.is_first else None,
-        dropout=key.dropout(),
-        selfcheck=key.selfcheck() if world.is_first else None,
-    )
 
 
 class _NotingKernel:

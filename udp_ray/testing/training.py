@@ -130,15 +130,19 @@ class TinyRun:
 
     def keys(self, rank: int) -> WorkerKeys:
         """Returns what the accountant would give this rank."""
-        key = RunKey.from_seed(self.seed)
-        is_first = rank == 0
-        return WorkerKeys(
-            key_id=key.id,
-            sampling=key.sampling(),
-            noise=key.noise() if is_first else None,
-            dropout=key.dropout(),
-            selfcheck=key.selfcheck() if is_first else None,
-        )
+        return keys_of(RunKey.from_seed(self.seed), rank)
+
+
+def keys_of(key: RunKey, rank: int) -> WorkerKeys:
+    """Returns what the accountant gives a rank."""
+    is_first = rank == 0
+    return WorkerKeys(
+        key_id=key.id,
+        sampling=key.sampling(),
+        noise=key.noise() if is_first else None,
+        dropout=key.dropout(),
+        selfcheck=key.selfcheck() if is_first else None,
+    )
 
 
 @dataclass(frozen=True)
