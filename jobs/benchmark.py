@@ -13,10 +13,16 @@ hold every cell, the hardware and the versions. On a GPU: jobs/configs/benchmark
 from collections.abc import Sequence
 from pathlib import Path
 
-from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
-from udp_ray.config import ClusterConfig, LocalFolder, Section
-from udp_ray.experiments.benchmark_study import Study
-from udp_ray.outputs import OutputFolder
+from udp_ray.config.base import LocalFolder, Section
+from udp_ray.config.cli import (
+    DRY_RUN,
+    Flag,
+    parse,
+    run_job,
+)
+from udp_ray.config.experiment import ClusterConfig
+from udp_ray.experiments.benchmark.settings import Study
+from udp_ray.io import OutputFolder
 
 QUICK = Flag("quick", "Measure small_study instead of study: four cells, under five minutes.")
 
@@ -34,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = parse(BenchmarkConfig, __doc__, argv, flags=(QUICK, DRY_RUN))
     config = job.config
     # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.experiments.benchmark import describe, run_benchmark, save
-    from udp_ray.on_ray.connect import connected
+    from udp_ray.experiments.benchmark.run import describe, run_benchmark, save
+    from udp_ray.on_ray.cluster import connected
 
     study = config.small_study if job.flag("quick") else config.study
     print(describe(study))

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from udp_ray.command_line import DRY_RUN, parse, run_job
-from udp_ray.config import ExperimentConfig
+from udp_ray.config.cli import DRY_RUN, parse, run_job
+from udp_ray.config.experiment import ExperimentConfig
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 

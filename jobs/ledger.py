@@ -11,15 +11,22 @@ python jobs/ledger.py abandon --config FILE --run NAME
 import json
 from collections.abc import Sequence
 
-from udp_ray.command_line import DRY_RUN, JSON, parse, run_job
-from udp_ray.dp.ledger_view import to_json, to_text
-from udp_ray.ledger_command import COMMANDS, LedgerConfig, run_command
+from udp_ray.config.cli import (
+    DRY_RUN,
+    JSON,
+    parse,
+    run_job,
+)
+from udp_ray.reports.tables import spending_to_json, spending_to_text
+from udp_ray.runs.registration import COMMANDS, LedgerConfig, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(LedgerConfig, __doc__, argv, flags=(JSON, DRY_RUN), commands=COMMANDS)
     spending = run_command(job.command or "show", job.config, dry_run=job.flag("dry-run"))
-    print(json.dumps(to_json(spending)) if job.flag("json") else to_text(spending))
+    print(
+        json.dumps(spending_to_json(spending)) if job.flag("json") else spending_to_text(spending)
+    )
     return 0
 
 

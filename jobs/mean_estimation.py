@@ -11,16 +11,21 @@ of arXiv:2407.07737, not a reproduction. The people are made up, so no budget is
 from collections.abc import Sequence
 from pathlib import Path
 
-from udp_ray.command_line import DRY_RUN, Flag, parse, run_job, to_yaml
-from udp_ray.config import ClusterConfig, LocalFolder, Section
-from udp_ray.experiments.mean_estimation import describe, run_study
-from udp_ray.experiments.mean_estimation_claims import write_claims
-from udp_ray.experiments.mean_estimation_figures import draw_all
-from udp_ray.experiments.mean_estimation_results import Results
-from udp_ray.experiments.mean_estimation_runs import Study
-from udp_ray.on_ray.connect import connected
-from udp_ray.on_ray.studies import run_tasks
-from udp_ray.outputs import CONFIG_FILE, OutputFolder, write_aside
+from udp_ray.config.base import LocalFolder, Section
+from udp_ray.config.cli import (
+    DRY_RUN,
+    Flag,
+    parse,
+    run_job,
+    to_yaml,
+)
+from udp_ray.config.experiment import ClusterConfig
+from udp_ray.experiments.mean_estimation.claims import Results, write_claims
+from udp_ray.experiments.mean_estimation.figures import draw_all
+from udp_ray.experiments.mean_estimation.simulation import Study, describe, run_study
+from udp_ray.io import CONFIG_FILE, OutputFolder, write_aside
+from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.tasks import run_tasks
 
 QUICK = Flag("quick", "Run small_study instead of study: under two minutes.")
 REDRAW = Flag("redraw", "Write text and figures anew from the results in the output folder.")

@@ -21,9 +21,14 @@ from pathlib import Path
 
 from pydantic import AliasChoices, Field
 
-from udp_ray.command_line import DRY_RUN, JSON, parse, run_job
-from udp_ray.config import AbsolutePath, LocalFolder, Section
-from udp_ray.experiments import planning
+from udp_ray.config.base import AbsolutePath, LocalFolder, Section
+from udp_ray.config.cli import (
+    DRY_RUN,
+    JSON,
+    parse,
+    run_job,
+)
+from udp_ray.experiments import planner as planning
 
 
 class PlanJobConfig(Section):

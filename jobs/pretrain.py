@@ -3,8 +3,8 @@
 python jobs/pretrain.py --config jobs/configs/pretrain.yaml --input public.parquet
 """
 
-from udp_ray.command_line import DRY_RUN, parse, run_job
-from udp_ray.experiments.pretrain_config import PretrainConfig
+from udp_ray.config.cli import DRY_RUN, parse, run_job
+from udp_ray.config.pretrain import PretrainConfig
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,10 +13,21 @@ worker holds, of a model that need not be here but for its configuration.
 
 from collections.abc import Sequence
 
-from udp_ray.command_line import DRY_RUN, JSON, Flag, parse, run_job
-from udp_ray.dp import price
+from udp_ray.config.cli import (
+    DRY_RUN,
+    JSON,
+    Flag,
+    parse,
+    run_job,
+)
 from udp_ray.dp.comparison import compare
-from udp_ray.pricing import PriceConfig, memory_of, plan_to_price
+from udp_ray.reports.price import (
+    PriceConfig,
+    memory_of,
+    plan_to_price,
+    price_to_json,
+    price_to_text,
+)
 
 COMPARE = Flag("compare", "Also price ELS by three accountants, and ULS at equal compute.")
 MEMORY = Flag("memory", "Also work out the memory of a worker, from the model's configuration.")
@@ -29,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     comparison = compare(plan) if job.flag("compare") else None
     memory = memory_of(job.config, plan) if job.flag("memory") else None
     if job.flag("json"):
-        print(price.to_json(plan, comparison, memory_bytes=memory and memory.to_dict()))
+        print(price_to_json(plan, comparison, memory_bytes=memory and memory.to_dict()))
     else:
-        print(price.to_text(plan, comparison), *([memory.to_text()] if memory else []), sep="\n\n")
+        print(price_to_text(plan, comparison), *([memory.to_text()] if memory else []), sep="\n\n")
     return 0
 
 

@@ -11,8 +11,13 @@ interrupted sweep stood, and charges nothing again.
 
 from collections.abc import Sequence
 
-from udp_ray.command_line import DRY_RUN, Flag, parse, run_job
-from udp_ray.sweep_config import SweepJobConfig
+from udp_ray.config.cli import (
+    DRY_RUN,
+    Flag,
+    parse,
+    run_job,
+)
+from udp_ray.config.sweep import SweepJobConfig
 
 RESUME = Flag("resume", "Go on with the sweep in the output folder.")
 

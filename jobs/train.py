@@ -8,8 +8,13 @@ The promised statement is printed before anything is spent, the one of what was 
 
 from collections.abc import Sequence
 
-from udp_ray.command_line import DRY_RUN, RESUME, parse, run_job
-from udp_ray.config import ExperimentConfig
+from udp_ray.config.cli import (
+    DRY_RUN,
+    RESUME,
+    parse,
+    run_job,
+)
+from udp_ray.config.experiment import ExperimentConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,10 +8,14 @@ Exit status 0: they agree. 1: they do not. 2: one of them cannot be read.
 from collections.abc import Sequence
 from pathlib import Path
 
-from udp_ray.command_line import DRY_RUN, JSON, parse, run_job
-from udp_ray.config import LocalFolder, Section
-from udp_ray.sweep_verification import is_sweep, verify_sweep
-from udp_ray.verification import verify
+from udp_ray.config.base import LocalFolder, Section
+from udp_ray.config.cli import (
+    DRY_RUN,
+    JSON,
+    parse,
+    run_job,
+)
+from udp_ray.reports.verify import is_sweep, verify, verify_sweep
 
 
 class VerifyConfig(Section):

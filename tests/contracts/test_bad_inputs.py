@@ -32,16 +32,20 @@ from transformers import PreTrainedTokenizerFast
 
 import udp_ray
 from tests.contracts.bad_inputs import CASES, SECRET, BadInput
-from udp_ray.command_line import run_job
-from udp_ray.config import ExperimentConfig
-from udp_ray.data.manifest import MANIFEST_FILE, PRIVATE_FILE, Manifest
-from udp_ray.data.store import HELDOUT_FOLDER
+from tests.support.runs import (
+    DATASET,
+    NUM_USERS,
+    text_of_people,
+    tiny_experiment,
+)
+from udp_ray.config.cli import run_job
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.data.store import HELDOUT_FOLDER, MANIFEST_FILE, PRIVATE_FILE, Manifest
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.report import PrivacyStatement
-from udp_ray.statement_parts import DatasetTotal, RunIdentity
-from udp_ray.testing.runs import DATASET, NUM_USERS, text_of_people, tiny_experiment
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Digests, plan_digest
+from udp_ray.reports.statement import DatasetTotal, PrivacyStatement, RunIdentity
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 JOBS = REPOSITORY / "jobs"

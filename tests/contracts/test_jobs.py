@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 
 import udp_ray
-from udp_ray.command_line import run_job
-from udp_ray.dp.ledger import Ledger
+from udp_ray.config.cli import run_job
+from udp_ray.ledger.ledger import Ledger
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))

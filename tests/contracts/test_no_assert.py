@@ -23,8 +23,8 @@ SUBPACKAGES = ("dp", "engine", "on_ray", "data", "models")
 TYPE_NARROWING = {
     ("dp/sweep.py", "count is not None"): "SweepConfig refuses release best without a count",
     ("dp/sweep.py", "privacy.epsilon is not None"): "the enclosing condition has it",
-    ("dp/baselines.py", "loss is not None"): "callers have noise",
-    ("data/stages.py", "self.url is not None"): "only called for a store at a URL",
+    ("dp/comparison.py", "loss is not None"): "callers have noise",
+    ("data/build.py", "self.url is not None"): "only called for a store at a URL",
     ("data/read.py", "piece.split is not None"): "pieces of a data set have a split",
     ("privacy_config.py", "size is not None"): "PrivacyConfig refuses settings without one",
     ("verification.py", "statement.spent is not None"): "verify has looked",

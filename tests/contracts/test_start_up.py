@@ -18,8 +18,8 @@ HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboar
         # Starts the workers, opens the ledger, shows the progress; publishes at the end.
         ("udp_ray.on_ray.trial", {"alembic", "sqlalchemy"}),
         # The door: what the driver hands to Ray Train.
-        ("udp_ray.on_ray.worker_job", set()),
-        ("udp_ray.on_ray.remote_accountant", set()),
+        ("udp_ray.on_ray.worker", set()),
+        ("udp_ray.on_ray.accountant", set()),
         ("udp_ray.on_ray.accountant", {"alembic", "sqlalchemy"}),
     ],
 )
@@ -32,7 +32,7 @@ def test_the_accountant_starts_without_torch() -> None:
 
 
 def test_the_reader_of_imports_sees_a_heavy_one() -> None:
-    assert "matplotlib" in heavy_imports("udp_ray.figures")
+    assert "matplotlib" in heavy_imports("udp_ray.reports.figures")
 
 
 def heavy_imports(module: str) -> set[str]:

@@ -11,12 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udp_ray.data.balance import assign, pack, padded_tokens
-from udp_ray.data.cohort import NO_LOSS, CohortReader
+from tests.support.stores import lengths_of, write_store
+from udp_ray.data.batches import NO_LOSS, CohortReader, assign, pack, padded_tokens
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
-from udp_ray.testing.stores import lengths_of, write_store
 
 PAD = 99
 WAIT_S = 30  # for a background thread that is expected to act; never reached when it does

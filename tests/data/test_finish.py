@@ -13,14 +13,18 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from udp_ray.data.describe import describe_counts
-from udp_ray.data.finish import Origin, collect, finish
-from udp_ray.data.manifest import Manifest, PrivateCounts
-from udp_ray.data.read import find_pieces
+from udp_ray.data.build import (
+    Origin,
+    Task,
+    collect,
+    describe_counts,
+    finish,
+    read_examples,
+    write_shards,
+)
+from udp_ray.data.read import Columns, find_pieces
 from udp_ray.data.remote import is_prepared, open_store, put_store
-from udp_ray.data.source import Columns
-from udp_ray.data.stages import Task, read_examples, write_shards
-from udp_ray.data.store import TokenStore
+from udp_ray.data.store import Manifest, PrivateCounts, TokenStore
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.errors import DataError
 

@@ -12,8 +12,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from udp_ray.data.read import column_names, find_pieces, read_rows
-from udp_ray.data.source import Columns
+from udp_ray.data.read import Columns, column_names, find_pieces, read_rows
 from udp_ray.errors import DataError
 
 ROWS = [

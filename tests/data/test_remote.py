@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from udp_ray.command_line import explain
-from udp_ray.config import ClusterConfig, DataConfig
+from tests.support.object_store import ObjectStore
+from tests.support.runs import tiny_experiment
+from tests.support.stores import Users, tell_digest, write_store
+from udp_ray.config.cli import explain
+from udp_ray.config.experiment import ClusterConfig, DataConfig
 from udp_ray.data import remote
-from udp_ray.data.admissions import ADMISSIONS_FOLDER, record_run, recorded_runs
-from udp_ray.data.manifest import MANIFEST_FILE
 from udp_ray.data.remote import (
     cache_folder,
     discard,
@@ -29,12 +30,10 @@ from udp_ray.data.remote import (
     read_manifest,
     refuse_occupied,
 )
-from udp_ray.data.store import TokenStore
+from udp_ray.data.store import MANIFEST_FILE, TokenStore
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.on_ray.train import describe_run
-from udp_ray.testing.object_store import ObjectStore
-from udp_ray.testing.runs import tiny_experiment
-from udp_ray.testing.stores import Users, tell_digest, write_store
+from udp_ray.runs.admission import ADMISSIONS_FOLDER, record_run, recorded_runs
 
 At = Callable[[str], str]
 

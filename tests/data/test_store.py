@@ -12,10 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from udp_ray.data.manifest import Manifest, PrivateCounts
-from udp_ray.data.store import Shard, TokenStore, publish, shard_file, write_shard
+from tests.support.stores import write_store
+from udp_ray.data.store import (
+    Manifest,
+    PrivateCounts,
+    Shard,
+    TokenStore,
+    publish,
+    shard_file,
+    write_shard,
+)
 from udp_ray.errors import DataError
-from udp_ray.testing.stores import write_store
 
 USERS = [
     [[1, 2, 3], [4, 5]],

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from udp_ray.data.hashing import hash_user, shard_of
-from udp_ray.data.manifest import TokenizerInfo
-from udp_ray.data.source import Columns
-from udp_ray.data.tokenize import Example, Placement, TextEncoder, tokenize_rows
+from udp_ray.data.read import Columns
+from udp_ray.data.store import TokenizerInfo
+from udp_ray.data.tokenize import (
+    Example,
+    Placement,
+    TextEncoder,
+    tokenize_rows,
+)
 from udp_ray.errors import DataError
 
 KEY = bytes(range(16))

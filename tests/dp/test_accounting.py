@@ -5,7 +5,8 @@ import math
 import pytest
 from scipy import stats
 
-from udp_ray.dp import accounting, calibration
+from udp_ray.dp import accounting
+from udp_ray.dp import accounting as calibration
 from udp_ray.dp.accounting import capped_uls_event, els_event, uls_event
 from udp_ray.errors import ConfigError
 

@@ -13,9 +13,9 @@ from udp_ray.dp.clipping import (
     clip_and_add,
     clip_factor,
     group_norm,
-    sensitivity,
     squared_norms,
 )
+from udp_ray.dp.sensitivity import sensitivity
 from udp_ray.errors import ConfigError
 
 # Norms are float64 sums of exact squares: what is left is float64's rounding.

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from udp_ray.config import PrivacyConfig
+from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.comparison import compare
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError

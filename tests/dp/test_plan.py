@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from udp_ray.config import PrivacyConfig
+from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
@@ -203,7 +203,7 @@ def test_a_cap_below_the_cohort_or_under_els_is_refused(changes, message):
 def test_the_price_needs_neither_torch_nor_ray():
     code = """if True:
         import sys
-        import udp_ray.dp.plan, udp_ray.dp.price, jobs.price
+        import udp_ray.dp.plan, udp_ray.reports.price, jobs.price
         loaded = {"torch", "ray", "deepspeed", "transformers", "datasets"} & set(sys.modules)
         sys.exit(f"imported {loaded}" if loaded else 0)
     """

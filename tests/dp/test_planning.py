@@ -12,7 +12,13 @@ import pytest
 from scipy import stats
 
 from udp_ray.dp import accounting, planning
-from udp_ray.dp.planning import Prediction, Workload, predict, ranked, recommend
+from udp_ray.dp.planning import (
+    Prediction,
+    Workload,
+    predict,
+    ranked,
+    recommend,
+)
 from udp_ray.errors import ConfigError
 
 # Tables computed with the bare library before this code was written (PAPER.md, sections 4 and 7),

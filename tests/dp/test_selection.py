@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from udp_ray.dp.accounting import els_event, epsilon, uls_event
-from udp_ray.dp.selection import Profile, SelectionCurve, best_epsilon
-from udp_ray.dp.trial_count import TruncatedNegativeBinomial, trial_count
+from udp_ray.dp.selection import (
+    Profile,
+    SelectionCurve,
+    TruncatedNegativeBinomial,
+    best_epsilon,
+    trial_count,
+)
 from udp_ray.errors import ConfigError
 
 EVENT = uls_event(1.0, 0.01, 300)

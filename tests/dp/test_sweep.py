@@ -7,13 +7,12 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from udp_ray.config import PrivacyConfig
+from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sweep import PlannedSweep, plan_sweep
-from udp_ray.dp.sweep_price import WINDOW
+from udp_ray.dp.sweep import WINDOW, PlannedSweep, plan_sweep
 from udp_ray.errors import ConfigError
-from udp_ray.sweep_config import SweepJobConfig
 
 USERS = 5_000
 KEPT = {1: 5_000, 2: 9_000, 4: 15_000, 8: 22_000}

@@ -6,10 +6,11 @@ import math
 import pytest
 from dp_accounting import dp_event
 
-from udp_ray.config import PrivacyConfig
+from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp import accounting
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sweep_price import (
+from udp_ray.dp.selection import trial_count
+from udp_ray.dp.sweep import (
     WINDOW,
     ReleaseAll,
     ReleaseBest,
@@ -17,7 +18,6 @@ from udp_ray.dp.sweep_price import (
     calibrate_sweep,
     price_sweep,
 )
-from udp_ray.dp.trial_count import trial_count
 from udp_ray.errors import ConfigError
 
 DELTA = 1e-6

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.trial_count import (
+from udp_ray.dp.selection import (
     PoissonTrials,
     SelectionDraws,
     TruncatedNegativeBinomial,

@@ -10,12 +10,18 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from udp_ray.config import LoraConfig
-from udp_ray.engine.world import join_world
+from tests.support.training import (
+    VOCABULARY,
+    TinyRun,
+    tiny_model,
+    train_tiny,
+    write_tiny_store,
+)
+from udp_ray.config.experiment import LoraConfig
+from udp_ray.engine.distributed import join_world
 from udp_ray.errors import ConfigError
 from udp_ray.models.load import checkpoint_activations, trainable_parameters
 from udp_ray.models.lora import add_adapters
-from udp_ray.testing.training import VOCABULARY, TinyRun, tiny_model, train_tiny, write_tiny_store
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 

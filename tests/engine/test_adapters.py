@@ -12,12 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from udp_ray.engine import checkpoint
-from udp_ray.engine.loop import ResumePoint
-from udp_ray.engine.world import join_world
-from udp_ray.errors import CheckpointError, ConfigError
-from udp_ray.models.load import trainable_parameters
-from udp_ray.testing.training import (
+from tests.support.training import (
     RecordingAccountant,
     TinyRun,
     run_loop,
@@ -26,6 +21,11 @@ from udp_ray.testing.training import (
     weights_of,
     write_tiny_store,
 )
+from udp_ray.engine import checkpoint
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.types import ResumePoint
+from udp_ray.errors import CheckpointError, ConfigError
+from udp_ray.models.load import trainable_parameters
 
 
 @pytest.fixture(scope="module")

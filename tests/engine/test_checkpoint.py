@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.support.training import TinyRun, tiny_model
 from udp_ray.dp.keys import RunKey
 from udp_ray.engine import checkpoint
-from udp_ray.engine.world import join_world
+from udp_ray.engine.distributed import join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError
 from udp_ray.models.load import trainable_parameters
-from udp_ray.testing.training import TinyRun, tiny_model
 
 KEY = RunKey.from_seed(3)
 FILES = [checkpoint.MANIFEST, checkpoint.WEIGHTS, checkpoint.OPTIMIZER]

@@ -10,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.support.stores import write_store
+from tests.support.training import NUM_USERS, TinyRun, write_tiny_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine.loop import cohorts
-from udp_ray.testing.stores import write_store
-from udp_ray.testing.training import NUM_USERS, TinyRun, write_tiny_store
+from udp_ray.engine.trainer import cohorts
 
 KEY = RunKey.from_seed(3).sampling()
 STEPS = range(1, 60)

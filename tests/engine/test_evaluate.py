@@ -7,12 +7,17 @@ import math
 import pytest
 import torch
 
+from tests.support.distributed import run_on_ranks
+from tests.support.stores import write_store
+from tests.support.training import (
+    VOCABULARY,
+    evaluate_tiny,
+    tiny_model,
+    tiny_users,
+)
 from udp_ray.data.store import TokenStore
+from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.world import join_world
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.stores import write_store
-from udp_ray.testing.training import VOCABULARY, evaluate_tiny, tiny_model, tiny_users
 
 USERS = tiny_users(6, seed=2)
 

@@ -14,15 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from udp_ray.data.sharing import join
-from udp_ray.engine.ghost import GhostKernel
-from udp_ray.engine.ghost_check import made_up_group
-from udp_ray.engine.invariance import check_invariance
-from udp_ray.engine.token_loss import chunk_logits
-from udp_ray.engine.world import join_world
-from udp_ray.errors import ConfigError, UnsupportedModelError
-from udp_ray.models.load import checkpoint_activations, trainable_parameters
-from udp_ray.testing.architectures import (
+from tests.support.architectures import (
     COUPLED,
     ORIGINAL_CONTEXT,
     SOUND,
@@ -31,7 +23,20 @@ from udp_ray.testing.architectures import (
     phi3_longrope,
     with_layer,
 )
-from udp_ray.testing.training import RecordingAccountant, TinyRun, run_loop, write_tiny_store
+from tests.support.training import (
+    RecordingAccountant,
+    TinyRun,
+    run_loop,
+    write_tiny_store,
+)
+from udp_ray.data.batches import join
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.invariance import check_invariance
+from udp_ray.engine.kernels.ghost import GhostKernel
+from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.loss import chunk_logits
+from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.models.load import checkpoint_activations, trainable_parameters
 
 BLOCK = 2 * ORIGINAL_CONTEXT
 KERNELS = pytest.mark.parametrize("kernel", ["direct", "ghost"])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.distributed import run_on_ranks
+from tests.support.training import TinyRun, tiny_model
+from tests.support.training_steps import build_step, take_empty_step
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
-from udp_ray.engine.world import join_world
+from udp_ray.engine.distributed import join_world
 from udp_ray.errors import GuaranteeError
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training import TinyRun, tiny_model
-from udp_ray.testing.training_steps import build_step, take_empty_step
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from udp_ray.config import TrainConfig
-from udp_ray.engine.world import join_world
+from tests.support.distributed import run_on_ranks
+from tests.support.training_steps import state_travels_between_stages
+from udp_ray.config.experiment import TrainConfig
+from udp_ray.engine.distributed import join_world
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import GuaranteeError
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training_steps import state_travels_between_stages
 
 STAGES = [
     {"zero_stage": 0},

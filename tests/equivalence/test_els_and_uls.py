@@ -10,10 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from udp_ray.engine.world import join_world
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.stores import write_store
-from udp_ray.testing.training import (
+from tests.support.distributed import run_on_ranks
+from tests.support.stores import write_store
+from tests.support.training import (
     NUM_USERS,
     VOCABULARY,
     TinyRun,
@@ -22,6 +21,7 @@ from udp_ray.testing.training import (
     train_tiny,
     write_tiny_store,
 )
+from udp_ray.engine.distributed import join_world
 
 # The groups come in the same order, so nothing is even rounded differently.
 TOLERANCE = 0.0

@@ -10,16 +10,21 @@ from dataclasses import replace
 
 import pytest
 
-from udp_ray.dp.ledger import Ledger
-from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, distance, train_tiny, write_tiny_store
-from udp_ray.testing.training_deaths import (
+from tests.support.distributed import WorldFailed, run_on_ranks
+from tests.support.training import (
+    TinyRun,
+    distance,
+    train_tiny,
+    write_tiny_store,
+)
+from tests.support.training_deaths import (
     RUN_ID,
     Death,
     make_ledger,
     train_with_ledger,
     train_with_masks_by_chance,
 )
+from udp_ray.ledger.ledger import Ledger
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 

@@ -13,15 +13,21 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from tests.support.distributed import WorldFailed, run_on_ranks
+from tests.support.training import (
+    TinyRun,
+    distance,
+    tiny_model,
+    train_tiny,
+    write_tiny_store,
+)
+from tests.support.training_deaths import Death, make_ledger, train_with_ledger
+from tests.support.training_steps import take_many_steps
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.sampling import PoissonUserSampler
-from udp_ray.engine.world import join_world
-from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import TinyRun, distance, tiny_model, train_tiny, write_tiny_store
-from udp_ray.testing.training_deaths import Death, make_ledger, train_with_ledger
-from udp_ray.testing.training_steps import take_many_steps
+from udp_ray.engine.distributed import join_world
 
 RANK = 2
 ALPHA = 16  # LoraConfig's default

@@ -16,9 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training import TinyRun, distance, train_many, write_tiny_store
+from tests.support.distributed import run_on_ranks
+from tests.support.training import (
+    TinyRun,
+    distance,
+    train_many,
+    write_tiny_store,
+)
+from udp_ray.config.experiment import ExperimentConfig
 
 # Weights are below 2 and move by 0.5 times a mean of norm up to 0.5, three times; roundings of
 # float32 differ between kernels, stages and orders of addition.

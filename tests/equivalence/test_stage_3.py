@@ -11,10 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.distributed import WorldFailed, run_on_ranks
+from tests.support.training import (
+    VOCABULARY,
+    TinyRun,
+    distance,
+    train_tiny,
+    write_tiny_store,
+)
 from udp_ray.engine import checkpoint
-from udp_ray.engine.world import join_world
-from udp_ray.testing.distributed import WorldFailed, run_on_ranks
-from udp_ray.testing.training import VOCABULARY, TinyRun, distance, train_tiny, write_tiny_store
+from udp_ray.engine.distributed import join_world
 
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 

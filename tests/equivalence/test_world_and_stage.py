@@ -13,13 +13,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.support.distributed import run_on_ranks
+from tests.support.training import (
+    TinyRun,
+    distance,
+    tiny_model,
+    write_tiny_store,
+)
+from tests.support.training_steps import take_many_steps
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.sampling import PoissonUserSampler
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training import TinyRun, distance, tiny_model, write_tiny_store
-from udp_ray.testing.training_steps import take_many_steps
 
 # Weights are below 2, so one float32 rounding is at most 1.2e-7; a step adds a few of them, and
 # clipping aims 1e-6 * clip norm below the bound. Seen: 2.4e-7 after four steps.

@@ -14,27 +14,46 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from udp_ray.data.cohort import Group
+from tests.support.stores import lengths_of
+from udp_ray.data.batches import Group
 from udp_ray.data.store import TokenStore
-from udp_ray.engine.clipped_sum import ClippedSum
-from udp_ray.engine.direct import DirectKernel
-from udp_ray.engine.world import join_world
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.gradient_sum import ClippedSum
+from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.errors import BenchmarkError
-from udp_ray.experiments import benchmark, benchmark_aims, benchmark_parts
-from udp_ray.experiments.benchmark_cells import Times, measured, missing_peers, run_cell
-from udp_ray.experiments.benchmark_contestants import (
+from udp_ray.experiments.benchmark import parts as benchmark_parts
+from udp_ray.experiments.benchmark import report as benchmark_aims
+from udp_ray.experiments.benchmark import run as benchmark
+from udp_ray.experiments.benchmark.cells import (
+    Facts,
+    LeftOutError,
+    Team,
+    Times,
+    build,
+    measured,
+    missing_peers,
+    run_cell,
+)
+from udp_ray.experiments.benchmark.contestants import (
     PlainLoop,
     PrivateContestant,
     Task,
+    build_model,
     check_equal,
     everybody_as_one,
     open_reader,
+    step_tokens,
+    write_people,
 )
-from udp_ray.experiments.benchmark_growth import Curve, curves_of, growth_cells
-from udp_ray.experiments.benchmark_people import build_model, step_tokens, write_people
-from udp_ray.experiments.benchmark_process import Facts, LeftOutError, Team, build
-from udp_ray.experiments.benchmark_study import CEILING, Cell, Growth, ModelShape, Parts, Study
-from udp_ray.testing.stores import lengths_of
+from udp_ray.experiments.benchmark.parts import Curve, curves_of, growth_cells
+from udp_ray.experiments.benchmark.settings import (
+    CEILING,
+    Cell,
+    Growth,
+    ModelShape,
+    Parts,
+    Study,
+)
 
 SHAPES = [
     ModelShape(name=family, family=family, width=16, layers=1, heads=2, vocabulary=64)

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.dp import ledger as ledger_module
-from udp_ray.dp.ledger import Ledger
+from tests.support.ledger_processes import new_ledger_url
+from tests.support.postgres import NoServerError
 from udp_ray.errors import LedgerError
-from udp_ray.experiments.benchmark_accountant import (
+from udp_ray.experiments.benchmark.parts import (
     DATASET,
     WARM_UP,
     Waits,
     authorize_rate,
     round_trip,
 )
-from udp_ray.testing.ledger_processes import new_ledger_url
-from udp_ray.testing.postgres import NoServerError
+from udp_ray.ledger import ledger as ledger_module
+from udp_ray.ledger.ledger import Ledger
 
 NUM_STEPS = 300
 

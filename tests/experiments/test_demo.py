@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 import udp_ray
-from udp_ray.command_line import parse
-from udp_ray.config import ExperimentConfig
+from udp_ray.config.cli import parse
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.pretrain import PretrainConfig
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.demo import (
     MARK,
@@ -27,7 +28,6 @@ from udp_ray.experiments.demo import (
     without_privacy,
 )
 from udp_ray.experiments.pretrain import pretrain
-from udp_ray.experiments.pretrain_config import PretrainConfig
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 SHIPPED = REPOSITORY / "jobs" / "configs" / "demo.yaml"

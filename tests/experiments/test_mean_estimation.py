@@ -15,18 +15,23 @@ import pytest
 from scipy import stats
 
 import udp_ray
-from udp_ray.experiments.mean_estimation import choose, run_study
-from udp_ray.experiments.mean_estimation_claims import check_planner, write_claims
-from udp_ray.experiments.mean_estimation_figures import draw_all
-from udp_ray.experiments.mean_estimation_results import Interval, Results
-from udp_ray.experiments.mean_estimation_runs import (
+from udp_ray.experiments.mean_estimation.claims import (
+    Interval,
+    Results,
+    check_planner,
+    write_claims,
+)
+from udp_ray.experiments.mean_estimation.figures import draw_all
+from udp_ray.experiments.mean_estimation.simulation import (
     Method,
     People,
     Settings,
     Study,
+    choose,
     clipped_sums,
     descend,
     group_means,
+    run_study,
     simulate,
 )
 

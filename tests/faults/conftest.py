@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.dp.ledger import Ledger
-from udp_ray.testing.aftermath import Undisturbed
-from udp_ray.testing.disks import NoDiskError, SmallDisk, small_disk
-from udp_ray.testing.runs import tiny_experiment
+from tests.support.disks import NoDiskError, SmallDisk, small_disk
+from tests.support.recovery import Undisturbed
+from tests.support.runs import tiny_experiment
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.ledger.ledger import Ledger
 
 NUM_STEPS = 8
 EVERY = 2

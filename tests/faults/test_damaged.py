@@ -9,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.dp.ledger import Ledger
+from tests.support.recovery import require_one_sentence, unheard
+from tests.support.runs import DATASET, tiny_experiment
 from udp_ray.errors import DataError
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.train import train_on_ray
-from udp_ray.testing.aftermath import (
-    require_one_sentence,
-    unheard,
-)
-from udp_ray.testing.runs import DATASET, tiny_experiment
 
 Damage = Callable[[Path], None]
 

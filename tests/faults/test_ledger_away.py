@@ -12,25 +12,30 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.data.store import TokenStore
-from udp_ray.dp import ledger_database
-from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import LedgerError, LedgerUnavailableError
-from udp_ray.on_ray.accountant import Charge, RunAccountant
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.testing.aftermath import (
+from tests.support.fault_points import Moment, paused_at
+from tests.support.ledger_processes import (
+    DATASET,
+    DIGESTS,
+    admit,
+    new_ledger,
+)
+from tests.support.postgres import NoServerError, PostgresServer, find_programs
+from tests.support.recovery import (
     Undisturbed,
     require_one_sentence,
     require_unreleased,
     run_id_in,
     unheard,
 )
-from udp_ray.testing.ledger_processes import DATASET, DIGESTS, admit, new_ledger
-from udp_ray.testing.lockers import Locker
-from udp_ray.testing.moments import Moment, paused_at
-from udp_ray.testing.postgres import NoServerError, PostgresServer, find_programs
-from udp_ray.testing.runs import tiny_experiment, to_folder
+from tests.support.runs import tiny_experiment, to_folder
+from tests.support.sqlite_lock import Locker
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.data.store import TokenStore
+from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.ledger import database as ledger_database
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray.accountant import Charge, RunAccountant
+from udp_ray.on_ray.train import train_on_ray
 
 STEP = 5
 AWAY_S = 8.0  # until a person is told, and longer than any single step

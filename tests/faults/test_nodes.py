@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.dp.ledger import Ledger
-from udp_ray.testing.aftermath import Undisturbed, require_unreleased, run_id_in
-from udp_ray.testing.head_nodes import Head
-from udp_ray.testing.jobs import TIMEOUT_S, finished_job, started_job
-from udp_ray.testing.moments import go_on, reached
-from udp_ray.testing.runs import to_folder
+from tests.support.fault_points import go_on, reached
+from tests.support.head_nodes import Head
+from tests.support.jobs import TIMEOUT_S, finished_job, started_job
+from tests.support.recovery import Undisturbed, require_unreleased, run_id_in
+from tests.support.runs import to_folder
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.ledger.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 STEP = 5
@@ -28,7 +28,7 @@ def at(address: str, config: ExperimentConfig, output: Path) -> ExperimentConfig
 def waiting(folder: Path) -> tuple[str, ...]:
     """The interpreter's arguments that make a job's rank 0 wait in the middle of a step."""
     folder.mkdir()
-    return ("-m", "udp_ray.testing.moments", str(folder), "authorized", str(STEP), "0")
+    return ("-m", "tests.support.fault_points", str(folder), "authorized", str(STEP), "0")
 
 
 def test_a_restarted_head_loses_nothing(

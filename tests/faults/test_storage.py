@@ -12,25 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import DataConfig, ExperimentConfig
-from udp_ray.data.store import TokenStore
-from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import ConfigError, StorageError
-from udp_ray.on_ray.prepare import prepare
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.outputs import OutputFolder, write_aside
-from udp_ray.storage import writing
-from udp_ray.testing.aftermath import (
+from tests.support.disks import SmallDisk
+from tests.support.fault_points import Moment, paused_at
+from tests.support.jobs import finished_job
+from tests.support.recovery import (
     Undisturbed,
     require_one_sentence,
     require_unreleased,
     run_id_in,
     unheard,
 )
-from udp_ray.testing.disks import SmallDisk
-from udp_ray.testing.jobs import finished_job
-from udp_ray.testing.moments import Moment, paused_at
-from udp_ray.testing.runs import DATASET, to_folder
+from tests.support.runs import DATASET, to_folder
+from udp_ray.config.experiment import DataConfig, ExperimentConfig
+from udp_ray.data.store import TokenStore
+from udp_ray.errors import ConfigError, StorageError
+from udp_ray.io import OutputFolder, write_aside, writing
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray.prepare import prepare
+from udp_ray.on_ray.train import train_on_ray
 
 STEP = 4
 HALF_A_CHECKPOINT = 20_000  # bytes; a checkpoint of the tiny model takes 35,000

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from udp_ray.dp.ledger import Budget, Ledger
-from udp_ray.testing.aftermath import run_id_in
-from udp_ray.testing.jobs import TIMEOUT_S, started_job
-from udp_ray.testing.moments import go_on, reached
-from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder
-from udp_ray.testing.sweeps import tiny_sweep
+from tests.support.fault_points import go_on, reached
+from tests.support.jobs import TIMEOUT_S, started_job
+from tests.support.recovery import run_id_in
+from tests.support.runs import DATASET, tiny_experiment, to_folder
+from tests.support.sweeps import tiny_sweep
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Budget
 
 pytestmark = pytest.mark.slow
 TOTAL = Budget(10.0, 2e-3)  # room for one of epsilon 8, and not for two
@@ -78,7 +79,7 @@ def test_a_second_driver_of_one_run_takes_it_over_and_the_first_says_so(tmp_path
     config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
     moment = tmp_path / "moment"
     moment.mkdir()
-    wait = ("-m", "udp_ray.testing.moments", str(moment), "authorized", "3", "0")
+    wait = ("-m", "tests.support.fault_points", str(moment), "authorized", "3", "0")
     with started_job("train", config, tmp_path, by=wait) as first:
         reached(moment)  # it holds a step that is reserved, and sleeps
         with started_job("train", config, tmp_path, "--resume") as second:

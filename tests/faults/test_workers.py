@@ -11,11 +11,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import WorkersLostError
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.testing.aftermath import (
+from tests.support.fault_points import Moment, kill, paused_at
+from tests.support.recovery import (
     TOLERANCE,
     Undisturbed,
     require_one_sentence,
@@ -23,9 +20,12 @@ from udp_ray.testing.aftermath import (
     run_id_in,
     unheard,
 )
-from udp_ray.testing.moments import Moment, kill, paused_at
-from udp_ray.testing.runs import to_folder
-from udp_ray.testing.training import distance
+from tests.support.runs import to_folder
+from tests.support.training import distance
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.errors import WorkersLostError
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray.train import train_on_ray
 
 pytestmark = pytest.mark.slow
 STEP = 5  # between the checkpoints of steps 4 and 6

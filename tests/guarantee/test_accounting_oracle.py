@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import integrate, optimize, special, stats
 
-from udp_ray.dp import accounting, calibration
+from udp_ray.dp import accounting
+from udp_ray.dp import accounting as calibration
 
 AGREEMENT = 1e-3
 """Largest distance in epsilon between the accountant and the oracle."""

@@ -20,8 +20,14 @@ from udp_ray.dp.sensitivity import (
     SMALLEST_SLACK_GROUPS,
     rounding_slack,
 )
-from udp_ray.engine import group_gradients
-from udp_ray.engine.group_gradients import GroupGradients, Held, Lookups, Products, Tied
+from udp_ray.engine.kernels import gradients as group_gradients
+from udp_ray.engine.kernels.gradients import (
+    GroupGradients,
+    Held,
+    Lookups,
+    Products,
+    Tied,
+)
 from udp_ray.errors import ConfigError
 
 GROUPS = 16_384

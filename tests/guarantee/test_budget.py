@@ -20,16 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udp_ray.dp.keys import RunKey
-from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import (
-    FencedError,
-    LedgerError,
-    PrivacyBudgetExceededError,
-    ReplayRefusedError,
-)
-from udp_ray.testing import ledger_processes as drivers
-from udp_ray.testing.ledger_processes import (
+from tests.support import ledger_processes as drivers
+from tests.support.ledger_processes import (
     DATASET,
     DIGESTS,
     admit,
@@ -42,7 +34,15 @@ from udp_ray.testing.ledger_processes import (
     spawn,
     started,
 )
-from udp_ray.testing.postgres import NoServerError
+from tests.support.postgres import NoServerError
+from udp_ray.dp.keys import RunKey
+from udp_ray.errors import (
+    FencedError,
+    LedgerError,
+    PrivacyBudgetExceededError,
+    ReplayRefusedError,
+)
+from udp_ray.ledger.ledger import Ledger
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -11,13 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from udp_ray.engine.direct import DirectKernel
-from udp_ray.engine.ghost import GhostKernel
-from udp_ray.engine.ghost_check import made_up_group
-from udp_ray.engine.invariance import check_invariance
-from udp_ray.errors import UnsupportedModelError
-from udp_ray.models.load import trainable_parameters
-from udp_ray.testing.architectures import (
+from tests.support.architectures import (
     COUPLED,
     ORIGINAL_CONTEXT,
     POSITIONS,
@@ -26,7 +20,13 @@ from udp_ray.testing.architectures import (
     phi3,
     phi3_longrope,
 )
-from udp_ray.testing.kernels import flat, kernel_sum
+from tests.support.kernels import flat, kernel_sum
+from udp_ray.engine.invariance import check_invariance
+from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.kernels.ghost import GhostKernel
+from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.errors import UnsupportedModelError
+from udp_ray.models.load import trainable_parameters
 
 CLIP_NORM = 0.2
 NUM_SHORT = 8

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.training import TinyRun, write_tiny_store
-from udp_ray.testing.training_steps import moves_of_the_sum
+from tests.support.distributed import run_on_ranks
+from tests.support.training import TinyRun, write_tiny_store
+from tests.support.training_steps import moves_of_the_sum
 
 # What a user's own gradient is clipped to, in clip norms: the rest is for roundings of the sum.
 KEPT = 1 - 2.0**-10

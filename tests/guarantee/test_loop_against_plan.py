@@ -18,17 +18,9 @@ import torch
 from dp_accounting import dp_event
 from scipy import stats
 
-from udp_ray.data.store import TokenStore
-from udp_ray.dp.keys import RunKey
-from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
-from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.loop import ResumePoint, cohorts
-from udp_ray.engine.world import join_world
-from udp_ray.errors import NoiseCheckError
-from udp_ray.testing import observed
-from udp_ray.testing.distributed import run_on_ranks
-from udp_ray.testing.observed import (
+from tests.support import observed
+from tests.support.distributed import run_on_ranks
+from tests.support.observed import (
     SEED,
     Observed,
     numbered,
@@ -36,13 +28,22 @@ from udp_ray.testing.observed import (
     plain_sgd,
     write_numbered_store,
 )
-from udp_ray.testing.statistics import (
+from tests.support.statistics import (
     FALSE_ALARM,
     agrees_with_binomial,
     agrees_with_frequencies,
     agrees_with_normal,
 )
-from udp_ray.testing.training import tiny_model
+from tests.support.training import tiny_model
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.evaluate import evaluate
+from udp_ray.engine.trainer import cohorts
+from udp_ray.engine.types import ResumePoint
+from udp_ray.errors import NoiseCheckError
 
 KEY = RunKey.from_seed(4).sampling()
 NUM_USERS = 400

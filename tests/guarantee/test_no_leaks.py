@@ -31,21 +31,26 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
 import udp_ray
-from udp_ray.config import ExperimentConfig
+from tests.support.correlation import (
+    Finding,
+    Series,
+    correlated,
+    series_in,
+)
+from tests.support.runs import SEED, tiny_experiment
+from tests.support.stores import Users
+from tests.support.without_ray import without_ray
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import PoissonUserSampler
-from udp_ray.engine import loop
-from udp_ray.engine.ports import Metrics
-from udp_ray.event_file import EVENT_FILE
+from udp_ray.engine import trainer as loop
+from udp_ray.engine.types import Metrics
+from udp_ray.io import OutputFolder
 from udp_ray.models.load import load_model
-from udp_ray.on_ray.admission import admit, prepare_run
-from udp_ray.on_ray.carry_out import carry_out
-from udp_ray.outputs import OutputFolder
-from udp_ray.testing.correlation import Finding, Series, correlated, series_in
-from udp_ray.testing.runs import SEED, tiny_experiment
-from udp_ray.testing.stores import Users
-from udp_ray.testing.without_ray import without_ray
+from udp_ray.on_ray.train import carry_out
+from udp_ray.reports.figures import EVENT_FILE
+from udp_ray.runs.admission import admit, prepare_run
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "train.py"
 NUM_USERS = 1200

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.statistics import agrees_with_normal, looks_uncorrelated, repeats_a_window
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
-from udp_ray.testing.statistics import agrees_with_normal, looks_uncorrelated, repeats_a_window
 
 STDDEV = 0.37
 SHAPES = {"embed.weight": (300, 64), "head.weight": (64, 300), "norm.bias": (500,)}

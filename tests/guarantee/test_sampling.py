@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from udp_ray.data.cohort import CohortReader
+from tests.support.statistics import agrees_with_binomial, agrees_with_frequencies
+from tests.support.stores import write_store
+from udp_ray.data.batches import CohortReader
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
-from udp_ray.testing.statistics import agrees_with_binomial, agrees_with_frequencies
-from udp_ray.testing.stores import write_store
 
 NUM_USERS = 120
 NUM_STEPS = 3000

@@ -17,9 +17,22 @@ from dp_accounting import dp_event, rdp
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from udp_ray.dp.accounting import Precision, composed_loss, els_event, epsilon, uls_event
-from udp_ray.dp.selection import Profile, SelectionCurve, best_epsilon
-from udp_ray.dp.trial_count import PoissonTrials, TrialCount, TruncatedNegativeBinomial, trial_count
+from udp_ray.dp.accounting import (
+    Precision,
+    composed_loss,
+    els_event,
+    epsilon,
+    uls_event,
+)
+from udp_ray.dp.selection import (
+    PoissonTrials,
+    Profile,
+    SelectionCurve,
+    TrialCount,
+    TruncatedNegativeBinomial,
+    best_epsilon,
+    trial_count,
+)
 
 Floats = NDArray[np.float64]
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udp_ray.dp.clipping import clip_and_add, sensitivity
-from udp_ray.testing.neighbours import neighbours, user_datasets, user_gradients
+from tests.support.adjacent_datasets import neighbours, user_datasets, user_gradients
+from udp_ray.dp.clipping import clip_and_add
+from udp_ray.dp.sensitivity import sensitivity
 
 NUM_PARAMETERS = 7
 SPLIT = 3  # the gradient lives in two parameter tensors

@@ -19,11 +19,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from udp_ray.config import LoraConfig
+from tests.support.training import VOCABULARY, tiny_model
+from udp_ray.config.experiment import LoraConfig
 from udp_ray.errors import ConfigError
 from udp_ray.models.load import frozen_fingerprint, load_model, trainable_parameters
 from udp_ray.models.lora import add_adapters
-from udp_ray.testing.training import VOCABULARY, tiny_model
 
 RANK = 3
 IDS = torch.arange(1, 13).reshape(2, 6)

@@ -20,7 +20,7 @@ LOOP = "tests/guarantee/test_loop_against_plan.py"
 THEN_BOUND = "\n\n    @property\n    def clip_bound"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
-GHOST_SUM = "tests/engine/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
+GHOST_SUM = "tests/engine/kernels/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
 GHOST_NORM = "summed_squared_norms(gradients.values())"
 
 
@@ -32,18 +32,18 @@ CLIPPING = [
     Mutant(
         name="no_clip_above_one_microbatch",
         breaks="review: a user of several microbatches is not clipped",
-        file="udp_ray/engine/direct.py",
+        file="udp_ray/engine/kernels/direct.py",
         text="self.group_gradient(group), self._clip_norm",
         replacement="self.group_gradient(group),"
         " self._clip_norm if len(group.microbatches) == 1 else float('inf')",
         tests=(
-            "tests/engine/test_direct.py::test_the_sum_is_that_of_a_plain_loop_over_users[13-0.1]",
+            "tests/engine/kernels/test_direct.py::test_the_sum_is_that_of_a_plain_loop_over_users[13-0.1]",
         ),
     ),
     Mutant(
         name="ghost_does_not_clip",
         breaks="P30: the clip norm of the settings is not applied",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text="clip_factor(squared.sqrt(), self._clip_norm)",
         replacement="clip_factor(squared.sqrt(), float('inf'))",
         tests=(GHOST_SUM,),
@@ -51,7 +51,7 @@ CLIPPING = [
     Mutant(
         name="bias_outside_the_norm",
         breaks="review: biases are added to the sum and not counted in the norm",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text=GHOST_NORM,
         replacement=_left_out_of_the_norm("bias"),
         tests=(GHOST_SUM,),
@@ -59,7 +59,7 @@ CLIPPING = [
     Mutant(
         name="layer_norm_outside_the_norm",
         breaks="review: LayerNorm is added to the sum and not counted in the norm",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text=GHOST_NORM,
         replacement=_left_out_of_the_norm(".ln_"),
         tests=(GHOST_SUM,),
@@ -67,7 +67,7 @@ CLIPPING = [
     Mutant(
         name="tied_weight_outside_the_norm",
         breaks="review: the tied embedding is added to the sum and not counted in the norm",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text=GHOST_NORM,
         replacement=_left_out_of_the_norm("wte"),
         tests=(GHOST_SUM,),
@@ -75,21 +75,21 @@ CLIPPING = [
     Mutant(
         name="tied_weight_without_its_cross_term",
         breaks="P16: the norm of a weight used twice is not the norm of its parts",
-        file="udp_ray/engine/group_gradients.py",
+        file="udp_ray/engine/kernels/gradients.py",
         text=" + 2 * cross",
         replacement="",
         tests=(
-            "tests/engine/test_group_gradients.py"
+            "tests/engine/kernels/test_gradients.py"
             "::test_the_norm_of_a_tied_table_is_never_too_small",
         ),
     ),
     Mutant(
         name="second_lora_matrix_outside_the_norm",
         breaks="review: B of an adapter is added to the sum and not counted in the norm",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text=GHOST_NORM,
         replacement=_left_out_of_the_norm("lora_B"),
-        tests=("tests/engine/test_ghost.py::test_adapters_are_clipped_exactly_and_alone",),
+        tests=("tests/engine/kernels/test_ghost.py::test_adapters_are_clipped_exactly_and_alone",),
     ),
     Mutant(
         name="first_parameter_outside_the_norm",
@@ -121,10 +121,10 @@ CLIPPING = [
     Mutant(
         name="no_slack_in_gram_norms",
         breaks="review: a norm in the Gram form comes out too small where tokens cancel",
-        file="udp_ray/engine/group_gradients.py",
+        file="udp_ray/engine/kernels/gradients.py",
         text="GRAM_SLACK = 2.0**-19",
         replacement="GRAM_SLACK = 0.0",
-        tests=("tests/engine/test_group_gradients.py::test_a_gram_norm_is_never_too_small",),
+        tests=("tests/engine/kernels/test_gradients.py::test_a_gram_norm_is_never_too_small",),
     ),
     Mutant(
         name="not_finite_gradients_let_through",
@@ -137,7 +137,7 @@ CLIPPING = [
     Mutant(
         name="clip_weighted_sum_in_bfloat16",
         breaks="P14: the sum over users is rounded to bfloat16 after clipping",
-        file="udp_ray/engine/group_gradients.py",
+        file="udp_ray/engine/kernels/gradients.py",
         text="accumulate(total, some_rows.T @ some_columns)",
         replacement="accumulate(total, (some_rows.T @ some_columns).bfloat16().float())",
         tests=(GHOST_SUM,),
@@ -145,18 +145,18 @@ CLIPPING = [
     Mutant(
         name="users_padded_to_their_company",
         breaks="P42: under autocast a user's gradient depends on who shares the pass",
-        file="udp_ray/engine/ghost.py",
+        file="udp_ray/engine/kernels/ghost.py",
         text='None if self._autocast == "off" else LENGTH_GRID',
         replacement="None",
         tests=(
-            "tests/engine/test_ghost.py"
+            "tests/engine/kernels/test_ghost.py"
             "::test_under_autocast_a_users_gradient_does_not_depend_on_who_shares",
         ),
     ),
     Mutant(
         name="sum_over_examples_instead_of_mean",
         breaks="review, P34: a user of many examples weighs more, and another loss is trained",
-        file="udp_ray/data/cohort.py",
+        file="udp_ray/data/batches.py",
         text="weight=1 / len(examples)",
         replacement="weight=1.0",
         tests=("tests/data/test_cohort.py",),
@@ -164,7 +164,7 @@ CLIPPING = [
     Mutant(
         name="padding_counts_in_the_loss",
         breaks="P17: padding tokens carry loss",
-        file="udp_ray/data/cohort.py",
+        file="udp_ray/data/batches.py",
         text="labels = np.full(shape, NO_LOSS, dtype=np.int64)",
         replacement="labels = np.full(shape, self._pad_id, dtype=np.int64)",
         tests=("tests/data/test_cohort.py",),
@@ -183,7 +183,7 @@ NOISE = [
     Mutant(
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="            self.plan.noise_stddev,\n",
         replacement="            self.plan.noise_stddev / self.world.size**0.5,\n",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -191,10 +191,12 @@ NOISE = [
     Mutant(
         name="noise_divided_by_sqrt_of_world_in_the_sum",
         breaks="review, P11: the same, where the noise is added",
-        file="udp_ray/engine/clipped_sum.py",
+        file="udp_ray/engine/gradient_sum.py",
         text="values.to(flat.device)",
         replacement="values.to(flat.device) / self._world.size**0.5",
-        tests=("tests/engine/test_selfcheck.py::test_a_sound_step_passes_at_every_stage[2 ranks]",),
+        tests=(
+            "tests/engine/test_noise_check.py::test_a_sound_step_passes_at_every_stage[2 ranks]",
+        ),
     ),
     Mutant(
         name="noise_halved_after_the_check",
@@ -217,12 +219,12 @@ NOISE = [
     Mutant(
         name="noise_restarted_on_resume",
         breaks="review: a resumed run repeats the noise of its first steps",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="self.private_step.run(self.step + 1,",
         replacement="self.private_step.run("
         "self.step + 1 - (self.resume.step if self.resume else 0),",
         tests=(
-            "tests/engine/test_loop.py"
+            "tests/engine/test_trainer.py"
             "::test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits",
         ),
     ),
@@ -262,18 +264,18 @@ NOISE = [
     Mutant(
         name="noise_of_the_slice_of_rank_0_only",
         breaks="P11: under ZeRO 3 the slices of other ranks get none",
-        file="udp_ray/engine/sliced_sum.py",
+        file="udp_ray/engine/gradient_sum.py",
         text="dist.send(piece.contiguous(), dst=rank)",
         replacement="dist.send(torch.zeros_like(piece), dst=rank)",
         tests=(
-            "tests/engine/test_sliced_sum.py"
+            "tests/engine/test_gradient_sum.py"
             "::test_slices_put_together_are_the_sum_over_ranks_with_the_noise_once",
         ),
     ),
     Mutant(
         name="secure_noise_not_drawn",
         breaks="P38: the settings ask for secure noise and the plain one is drawn",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="is_secure=self.plan.secure_noise,",
         replacement="is_secure=False,",
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
@@ -320,7 +322,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out",
         breaks="review: a run begins without the start-up check",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="check_noise(self.private_step, self._noise(self.keys.selfcheck))",
         replacement="self._noise(self.keys.selfcheck)",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -328,7 +330,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out_on_resume",
         breaks="review: a resumed run goes on without the start-up check",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="        check_noise(self.private_step",
         replacement="        if saved is None:\n            check_noise(self.private_step",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -336,7 +338,7 @@ NOISE = [
     Mutant(
         name="check_with_the_noise_of_the_run",
         breaks="the noise of the check is also that of the run",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="self._noise(self.keys.selfcheck)",
         replacement="self._noise(self.keys.noise)",
         tests=(f"{LOOP}::test_the_check_draws_from_a_key_of_its_own_before_the_first_step",),
@@ -368,7 +370,7 @@ NOISE = [
     Mutant(
         name="key_in_the_checkpoint",
         breaks="P38: a checkpoint holds the key in place of its public name",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="key_id=self.keys.key_id,",
         replacement="key_id=self.keys.sampling.secret.hex(),",
         tests=(f"{LOOP}::test_no_key_is_in_a_checkpoint",),
@@ -379,7 +381,7 @@ SAMPLING = [
     Mutant(
         name="els_rate",
         breaks="review: the loop samples examples with 1.2 p",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="PoissonExampleSampler(\n            key,\n"
         "            sampling_probability=plan.sampling_probability,",
         replacement="PoissonExampleSampler(\n            key,\n"
@@ -389,7 +391,7 @@ SAMPLING = [
     Mutant(
         name="uls_rate",
         breaks="review: the loop samples users with 1.2 q",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -399,7 +401,7 @@ SAMPLING = [
     Mutant(
         name="rate_from_the_users_in_the_store",
         breaks="P2, P3: the rate depends on the private number of users",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -409,7 +411,7 @@ SAMPLING = [
     Mutant(
         name="cap_left_out_of_the_loop",
         breaks="the cap is priced and not applied",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="max_cohort_size=plan.max_cohort_size,",
         replacement="max_cohort_size=None,",
         tests=("tests/engine/test_cohorts.py::test_a_cap_of_the_plan_bounds_every_cohort",),
@@ -472,7 +474,7 @@ SAMPLING = [
     Mutant(
         name="one_user_on_two_ranks",
         breaks="P20: every rank computes every user, who is clipped once on each",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="rank=self.world.rank,",
         replacement="rank=0,",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -480,7 +482,7 @@ SAMPLING = [
     Mutant(
         name="ranks_draw_other_cohorts",
         breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="cohorts(self.plan, self.keys.sampling, self.store),",
         replacement="cohorts(\n                self.plan,\n"
         "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
@@ -530,7 +532,7 @@ PRICE = [
     Mutant(
         name="tail_left_out_of_the_loss",
         breaks="review: what lies beyond the grid of losses is not charged",
-        file="udp_ray/dp/mixture.py",
+        file="udp_ray/dp/accounting.py",
         text="mixture.upper_tail(highest) + mixture.lost,",
         replacement="0.0,",
         tests=("tests/dp/test_accounting.py::test_leaving_out_more_counts_is_more_pessimistic",),
@@ -549,7 +551,7 @@ PRICE = [
     Mutant(
         name="losses_rounded_down",
         breaks="P37: an optimistic loss distribution",
-        file="udp_ray/dp/mixture.py",
+        file="udp_ray/dp/accounting.py",
         text="up = np.clip(share + margin, 0.0, 1.0)",
         replacement="up = np.zeros_like(share)",
         tests=(
@@ -579,7 +581,7 @@ PRICE = [
     Mutant(
         name="number_of_trials_fixed",
         breaks="review: K is its mean, while a random K is priced",
-        file="udp_ray/dp/trial_count.py",
+        file="udp_ray/dp/selection.py",
         text="trials = max(count.smallest, int(np.argmax(count.survival() <= uniform)))",
         replacement="trials = max(count.smallest, round(count.mean))",
         tests=(
@@ -589,7 +591,7 @@ PRICE = [
     Mutant(
         name="trials_share_one_key",
         breaks="P13: the trials of a secret sweep have the same noise",
-        file="udp_ray/on_ray/sweep.py",
+        file="udp_ray/runs/sweep.py",
         text="key=_seeded_key(key, number) if is_seeded else RunKey.generate(),",
         replacement="key=_seeded_key(key, 1) if is_seeded else key,",
         tests=(
@@ -603,7 +605,7 @@ LEDGER = [
     Mutant(
         name="step_before_its_authorization",
         breaks="review, P26: noise is drawn for a step that may be refused, or forgotten",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="                budget_message = self._ask(self.step + 1)\n"
         "                if budget_message is not None:\n"
         "                    break\n"
@@ -619,28 +621,28 @@ LEDGER = [
     Mutant(
         name="metrics_before_the_commit",
         breaks="review: what is computed of weights that may be lost leaves all the same",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="        location = self.publish(",
         replacement='        self._tell({"step": self.step, **heldout})\n'
         "        location = self.publish(",
         tests=(
-            "tests/engine/test_loop.py"
+            "tests/engine/test_trainer.py"
             "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
         ),
     ),
     Mutant(
         name="private_number_in_the_metrics",
         breaks="P23: a number of the private batch leaves with the metrics",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="            self.on_metrics(metrics)",
         replacement="            self.on_metrics("
         'metrics | {"train/rejected": float(self.private_step._kernel.num_rejected)})',
-        tests=("tests/engine/test_loop.py::test_metrics_are_public_numbers_and_nothing_else",),
+        tests=("tests/engine/test_trainer.py::test_metrics_are_public_numbers_and_nothing_else",),
     ),
     Mutant(
         name="evaluation_of_training_users",
         breaks="review, P52: an unpaid query on private users",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="            self.store.heldout,\n",
         replacement="            self.store,\n",
         tests=(f"{LOOP}::test_evaluation_reads_the_heldout_users_and_no_others",),
@@ -648,7 +650,7 @@ LEDGER = [
     Mutant(
         name="evaluation_of_training_users_for_want_of_others",
         breaks="P52: without held-out users, training users are evaluated",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="        if self.store.heldout is None:\n            return {}\n"
         "        return evaluate(\n            self.model,\n            self.store.heldout,\n",
         replacement="        return evaluate(\n            self.model,\n"
@@ -658,7 +660,7 @@ LEDGER = [
     Mutant(
         name="one_step_more_than_admitted",
         breaks="review, P26: the ledger grants the step after the last",
-        file="udp_ray/dp/ledger.py",
+        file="udp_ray/ledger/ledger.py",
         text="if run.charged_steps >= run.num_steps or step > run.num_steps:",
         replacement="if run.charged_steps > run.num_steps:",
         tests=(
@@ -668,7 +670,7 @@ LEDGER = [
     Mutant(
         name="steps_under_a_new_key_are_free",
         breaks="review: repeating steps under another key costs nothing",
-        file="udp_ray/dp/ledger_rules.py",
+        file="udp_ray/ledger/ledger.py",
         text='{"charged_steps": run.charged_steps + 1,',
         replacement='{"charged_steps": run.charged_steps + (run.attempt == 1),',
         tests=(
@@ -679,31 +681,31 @@ LEDGER = [
     Mutant(
         name="replay_charged_again",
         breaks="the same release is charged twice, so that a run ends before its last step",
-        file="udp_ray/dp/ledger_rules.py",
+        file="udp_ray/ledger/ledger.py",
         text="        return False\n    differing =",
         replacement="        return False\n"
         "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
         "    differing =",
         tests=(
-            "tests/dp/test_ledger.py"
+            "tests/ledger/test_ledger.py"
             "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
         ),
     ),
     Mutant(
         name="replay_from_other_weights",
         breaks="the same noise on the sum of other weights is taken for the same release",
-        file="udp_ray/dp/ledger_rules.py",
+        file="udp_ray/ledger/ledger.py",
         text='["starting checkpoint"] * (reserved.start_digest != starting_checkpoint)',
         replacement="[]",
         tests=(
-            "tests/dp/test_ledger.py::test_a_step_from_another_starting_checkpoint_is_refused"
+            "tests/ledger/test_ledger.py::test_a_step_from_another_starting_checkpoint_is_refused"
             "[sqlite]",
         ),
     ),
     Mutant(
         name="replay_with_other_data",
         breaks="the same noise on the sum of other users is taken for the same release",
-        file="udp_ray/dp/ledger_rules.py",
+        file="udp_ray/ledger/ledger.py",
         text='if differing and on_mismatch != "rekey":',
         replacement='if differing and on_mismatch == "never":',
         tests=(
@@ -713,56 +715,58 @@ LEDGER = [
     Mutant(
         name="total_checked_run_by_run",
         breaks="P24: what other runs spent does not count",
-        file="udp_ray/dp/ledger_rules.py",
+        file="udp_ray/ledger/ledger.py",
         text="fits([*charges, charge], total)",
         replacement="fits([charge], total)",
         tests=(
-            "tests/dp/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
+            "tests/ledger/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
         ),
     ),
     Mutant(
         name="delta_not_subtracted",
         breaks="only epsilon is kept within the total",
-        file="udp_ray/dp/ledger_records.py",
+        file="udp_ray/ledger/records.py",
         text="    ) <= exact(total.delta)",
         replacement="    ) <= 1",
         tests=(
-            "tests/dp/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
+            "tests/ledger/test_ledger.py::test_whole_budgets_add_up_until_a_run_does_not_fit[sqlite]",
         ),
     ),
     Mutant(
         name="old_attempts_go_on",
         breaks="an attempt that was replaced still writes",
-        file="udp_ray/dp/ledger_rows.py",
+        file="udp_ray/ledger/tables.py",
         text="if run.attempt != attempt.number:",
         replacement="if run.attempt < attempt.number:",
         tests=(
-            "tests/dp/test_ledger.py::test_an_attempt_that_was_replaced_may_no_longer_write[sqlite]",
+            "tests/ledger/test_ledger.py::test_an_attempt_that_was_replaced_may_no_longer_write[sqlite]",
         ),
     ),
     Mutant(
         name="keys_survive_their_run",
         breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
-        file="udp_ray/dp/ledger_rows.py",
+        file="udp_ray/ledger/tables.py",
         text=".values(secret=secret))",
         replacement=".values(secret=table.c.secret))",
-        tests=("tests/dp/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",),
+        tests=(
+            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",
+        ),
     ),
     Mutant(
         name="ledger_not_flushed",
         breaks="review: a step that was reserved can be forgotten when the power fails",
-        file="udp_ray/dp/ledger_database.py",
+        file="udp_ray/ledger/database.py",
         text='"synchronous=FULL"',
         replacement='"synchronous=OFF"',
         tests=(
-            "tests/dp/test_ledger_database.py"
+            "tests/ledger/test_database.py"
             "::test_each_connection_flushes_to_the_disk_and_overwrites_what_it_deletes",
         ),
     ),
     Mutant(
         name="trials_priced_one_by_one",
         breaks="P32: all trials of a sweep may be seen, and one is charged",
-        file="udp_ray/dp/sweep_price.py",
+        file="udp_ray/dp/sweep.py",
         text="[dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]",
         replacement="[event for event in events][:1]",
         tests=(
@@ -776,7 +780,7 @@ DATA = [
     Mutant(
         name="held_out_users_also_train",
         breaks="P22: users of a separate held-out input are in the training input too",
-        file="udp_ray/data/finish.py",
+        file="udp_ray/data/build.py",
         text="    _refuse_overlap(TokenStore.open(task.folder, verify=False))\n",
         replacement="",
         tests=(
@@ -820,7 +824,7 @@ DATA = [
     Mutant(
         name="examples_in_order_of_arrival",
         breaks="the order of rows decides which examples survive a bound",
-        file="udp_ray/data/assemble.py",
+        file="udp_ray/data/build.py",
         text="    order = _sorted_by(users, own)\n    if max_examples",
         replacement="    order = _sorted_by(users, np.zeros_like(own))\n    if max_examples",
         tests=("tests/data/test_assemble.py::test_arrival_order_cannot_be_seen_in_the_bytes",),
@@ -853,7 +857,7 @@ ROUNDING = [
     Mutant(
         name="one_long_product",
         breaks="P45: float32 products over all groups of a microbatch",
-        file="udp_ray/engine/group_gradients.py",
+        file="udp_ray/engine/kernels/gradients.py",
         text="accumulate(total, some_rows.T @ some_columns)",
         replacement="total.copy_(total.float() + some_rows.T @ some_columns)",
         tests=(
@@ -863,7 +867,7 @@ ROUNDING = [
     Mutant(
         name="nothing_kept_for_roundings",
         breaks="P45: groups are clipped to the whole clip norm, so roundings exceed it",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="clip_norm=self.plan.clip_bound",
         replacement="clip_norm=self.plan.clip_norm",
         tests=(
@@ -877,33 +881,33 @@ ROUNDING = [
         text="    if is_secure:\n",
         replacement="    if is_secure and num_workers > 1000:\n",
         tests=(
-            "tests/dp/test_secure_normals.py"
+            "tests/dp/test_secure_noise.py"
             "::test_secure_noise_with_fused_sums_is_refused_above_one_worker",
         ),
     ),
     Mutant(
         name="noise_rounded_before_it_is_added",
         breaks="P38: secure noise lies on the coarse grid of float32",
-        file="udp_ray/engine/clipped_sum.py",
+        file="udp_ray/engine/gradient_sum.py",
         text=".add_(values.to(flat.device))",
         replacement=".add_(values.to(flat.device).float())",
-        tests=("tests/dp/test_secure_normals.py::test_secure_noise_does_not_show_it",),
+        tests=("tests/dp/test_secure_noise.py::test_secure_noise_does_not_show_it",),
     ),
     Mutant(
         name="replay_by_another_kernel",
         breaks="P46: the same noise on a sum that bfloat16 rounds otherwise",
-        file="udp_ray/config.py",
+        file="udp_ray/config/experiment.py",
         text='if self.model.autocast != "off" or self.model.dropout > 0:',
         replacement="if self.model.dropout > 1:",
         tests=(
-            "tests/test_command_line.py"
+            "tests/config/test_cli.py"
             "::test_where_kernels_round_visibly_the_digest_holds_what_decides_it",
         ),
     ),
     Mutant(
         name="dropout_masks_by_chance",
         breaks="P46: a repeated step has other masks under the same noise",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="mask_seed=self.keys.dropout.number",
         replacement="mask_seed=None",
         tests=(
@@ -914,10 +918,12 @@ ROUNDING = [
     Mutant(
         name="dropout_seeds_not_used",
         breaks="P46: masks from the generator of the process, which a restart begins anew",
-        file="udp_ray/engine/direct.py",
+        file="udp_ray/engine/kernels/direct.py",
         text="with _seeded(group.mask_seed, self._device):",
         replacement="with _seeded(None, self._device):",
-        tests=("tests/engine/test_direct.py::test_dropout_masks_are_those_of_the_groups_seed",),
+        tests=(
+            "tests/engine/kernels/test_direct.py::test_dropout_masks_are_those_of_the_groups_seed",
+        ),
     ),
 ]
 
@@ -925,7 +931,7 @@ COUPLING = [
     Mutant(
         name="coupled_models_accepted",
         breaks="P42: a model in which users change each other's gradients is trained",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="self.world.from_first(lambda: self._check_invariance(kernel))",
         replacement="self.world.from_first(lambda: None)",
         tests=(
@@ -960,11 +966,11 @@ OUTPUTS = [
     Mutant(
         name="commit_between_reserved_steps",
         breaks="review: a resumed run with more checkpoints can never end",
-        file="udp_ray/engine/loop.py",
+        file="udp_ray/engine/trainer.py",
         text="return self.step >= self.replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
-            "tests/engine/test_loop.py"
+            "tests/engine/test_trainer.py"
             "::test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated",
         ),
     ),
@@ -982,18 +988,18 @@ OUTPUTS = [
     Mutant(
         name="secret_sweep_refunded",
         breaks="P47: repeating a sweep until it draws a trial conditions the number of trials",
-        file="udp_ray/dp/ledger.py",
+        file="udp_ray/ledger/ledger.py",
         text="if is_secret_sweep(rows.plan_of(run)):",
         replacement="if is_secret_sweep({}):",
         tests=(
-            "tests/dp/test_ledger_trials.py"
+            "tests/ledger/test_trials.py"
             "::test_a_secret_sweep_is_never_refunded_however_many_trials_it_drew",
         ),
     ),
     Mutant(
         name="copied_ledger_accepted",
         breaks="review: a copy of the ledger file is a second budget",
-        file="udp_ray/on_ray/admission.py",
+        file="udp_ray/runs/admission.py",
         text="    unknown = ledger.unknown_runs(recorded)\n",
         replacement="    unknown = ledger.unknown_runs(recorded)[:0]\n",
         tests=(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.ledger import Digests, Ledger, plan_digest
 from udp_ray.errors import (
     ConfigError,
     DataError,
@@ -18,13 +17,15 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     PrivacyBudgetExceededError,
 )
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.on_ray.accountant import (
     Charge,
+    RemoteAccountant,
     RunAccountant,
     read_evaluations,
     start_accountant,
 )
-from udp_ray.on_ray.remote_accountant import RemoteAccountant
 
 PLAN = {"z": 1.0}
 DIGESTS = Digests(plan=plan_digest(PLAN), config="config", code="code", store="store")

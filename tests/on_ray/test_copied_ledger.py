@@ -10,20 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.data import admissions
-from udp_ray.data.admissions import recorded_runs
-from udp_ray.dp.ledger import Ledger
+from tests.support.runs import DATASET, tiny_experiment
+from tests.support.sweeps import tiny_sweep
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.errors import LedgerError, PrivacyBudgetExceededError
-from udp_ray.on_ray import admission
-from udp_ray.on_ray.admission import admit, prepare_run
-from udp_ray.on_ray.run import Run
-from udp_ray.on_ray.sweep import Sweep, admit_sweep, prepare_sweep
-from udp_ray.outputs import OutputFolder
-from udp_ray.statement_parts import DatasetTotal
-from udp_ray.sweep_config import SweepJobConfig
-from udp_ray.testing.runs import DATASET, tiny_experiment
-from udp_ray.testing.sweeps import tiny_sweep
+from udp_ray.io import OutputFolder
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.reports.statement import DatasetTotal
+from udp_ray.runs import admission
+from udp_ray.runs import admission as admissions
+from udp_ray.runs.admission import Run, admit, prepare_run, recorded_runs
+from udp_ray.runs.sweep import Sweep, admit_sweep, prepare_sweep
 
 REFUSED = "does not know run .* an older or another copy"
 

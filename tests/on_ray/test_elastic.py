@@ -17,16 +17,16 @@ import yaml
 from safetensors.numpy import load_file
 
 import udp_ray
-from udp_ray.config import ExperimentConfig
+from tests.support.faults import wait_for_steps
+from tests.support.object_store import ObjectStore
+from tests.support.recovery import weights
+from tests.support.runs import tiny_experiment, to_folder, with_storage
+from tests.support.training import distance
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.remote import put_store
-from udp_ray.dp.ledger import Ledger
-from udp_ray.location import below
-from udp_ray.testing.aftermath import weights
-from udp_ray.testing.faults import wait_for_steps
-from udp_ray.testing.object_store import ObjectStore
-from udp_ray.testing.runs import tiny_experiment, to_folder, with_storage
-from udp_ray.testing.training import distance
-from udp_ray.verification import verify
+from udp_ray.io import below
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.reports.verify import verify
 
 NUM_STEPS = 60
 EVERY = 3

@@ -16,12 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 
 import udp_ray
-from udp_ray.config import DataConfig
+from udp_ray.config.experiment import DataConfig
 from udp_ray.data.hashing import hash_user
-from udp_ray.data.manifest import PrivateCounts
-from udp_ray.data.store import TokenStore
-from udp_ray.dp.ledger import Ledger
-from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
+from udp_ray.data.store import PrivateCounts, TokenStore
+from udp_ray.errors import (
+    ConfigError,
+    DataError,
+    LedgerError,
+    UdpRayError,
+)
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.prepare import Prepared, dry_run_text, prepare
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "prepare.py"

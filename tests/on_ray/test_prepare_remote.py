@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import udp_ray
-from udp_ray.config import DataConfig
+from tests.support.object_store import ObjectStore
+from udp_ray.config.experiment import DataConfig
 from udp_ray.data.remote import is_prepared, open_store, read_counts
 from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.on_ray.prepare import prepare, prepared_text
-from udp_ray.testing.object_store import ObjectStore
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "prepare.py"
 NUM_USERS = 40

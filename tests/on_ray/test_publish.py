@@ -15,21 +15,25 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from udp_ray.dp.ledger import Ledger, RunRecord
+from tests.support.runs import DATASET, tiny_experiment
+from tests.support.training import tiny_model
 from udp_ray.engine import checkpoint
-from udp_ray.errors import ConfigError, DivergedError, LedgerError, StorageError
-from udp_ray.on_ray import carry_out as carrying
+from udp_ray.errors import (
+    ConfigError,
+    DivergedError,
+    LedgerError,
+    StorageError,
+)
+from udp_ray.io import OutputFolder
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import RunRecord
 from udp_ray.on_ray import publish as publishing
+from udp_ray.on_ray import train as carrying
 from udp_ray.on_ray.accountant import RunAccountant
-from udp_ray.on_ray.admission import admit, prepare_run
-from udp_ray.on_ray.carry_out import carry_out
-from udp_ray.on_ray.result import RunResult
-from udp_ray.on_ray.run import Run
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.outputs import OutputFolder
-from udp_ray.testing.runs import DATASET, tiny_experiment
-from udp_ray.testing.training import tiny_model
-from udp_ray.verification import verify
+from udp_ray.on_ray.train import carry_out, train_on_ray
+from udp_ray.reports.verify import verify
+from udp_ray.runs.admission import Run, admit, prepare_run
+from udp_ray.runs.result import RunResult
 
 NUM_STEPS = 6
 TAKEN = 2

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from ray.cluster_utils import Cluster
 
+from tests.support.faults import TRAIN_WORKER
+from tests.support.hosts import Hosts, NoHostsError
+from tests.support.placements import ACCOUNTANT
+from tests.support.runs import text_of_people, tiny_experiment
 from udp_ray.data.remote import DEFAULT_CACHE
-from udp_ray.testing.faults import TRAIN_WORKER
-from udp_ray.testing.hosts import Hosts, NoHostsError
-from udp_ray.testing.placements import ACCOUNTANT
-from udp_ray.testing.runs import text_of_people, tiny_experiment
-from udp_ray.verification import verify
+from udp_ray.reports.verify import verify
 
-PROGRAM = "udp_ray.testing.placements"
+PROGRAM = "tests.support.placements"
 PATIENCE_S = 400
 NUM_STEPS = 4
 

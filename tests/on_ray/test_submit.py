@@ -14,13 +14,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import udp_ray
+from tests.support.heads import RayHead
+from tests.support.runs import text_of_people, tiny_experiment
 from udp_ray.data.store import TokenStore
-from udp_ray.dp.ledger import Ledger
-from udp_ray.provenance import code_digest
-from udp_ray.sweep_verification import verify_sweep
-from udp_ray.testing.heads import RayHead
-from udp_ray.testing.runs import text_of_people, tiny_experiment
-from udp_ray.verification import verify
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.reports.verify import verify, verify_sweep
+from udp_ray.runs.provenance import code_digest
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 NUM_STEPS = 4

@@ -18,8 +18,16 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import udp_ray
-from udp_ray.config import ClusterConfig, ExperimentConfig
-from udp_ray.dp.ledger import Ledger
+from tests.support.faults import train_workers, wait_for_steps, worker_killed_after
+from tests.support.recovery import weights
+from tests.support.runs import (
+    DATASET,
+    tiny_experiment,
+    to_folder,
+    with_storage,
+)
+from tests.support.training import distance
+from udp_ray.config.experiment import ClusterConfig, ExperimentConfig
 from udp_ray.errors import (
     ConfigError,
     DataError,
@@ -27,17 +35,15 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.event_file import EVENT_FILE
-from udp_ray.on_ray.admission import admit, plan_of, prepare_run
-from udp_ray.on_ray.capacity import require_capacity
+from udp_ray.io import OutputFolder
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray.cluster import require_capacity
 from udp_ray.on_ray.progress import EpsilonCurve
-from udp_ray.on_ray.train import RunResult, describe_run, train_on_ray
-from udp_ray.outputs import OutputFolder
-from udp_ray.testing.aftermath import weights
-from udp_ray.testing.faults import train_workers, wait_for_steps, worker_killed_after
-from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder, with_storage
-from udp_ray.testing.training import distance
-from udp_ray.verification import verify
+from udp_ray.on_ray.train import describe_run, train_on_ray
+from udp_ray.reports.figures import EVENT_FILE
+from udp_ray.reports.verify import verify
+from udp_ray.runs.admission import admit, plan_of, prepare_run
+from udp_ray.runs.result import RunResult
 
 NUM_STEPS = 24
 EVERY = 6

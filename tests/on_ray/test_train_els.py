@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.support.runs import tiny_experiment
 from udp_ray.dp.accounting import els_event, epsilon
 from udp_ray.on_ray.train import train_on_ray
-from udp_ray.testing.runs import tiny_experiment
-from udp_ray.verification import verify
+from udp_ray.reports.verify import verify
 
 ELS = {"sampling": "els", "cohort_size": None, "batch_size": 10, "group_size": 3, "num_steps": 4}
 

@@ -14,13 +14,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from udp_ray.config import ExperimentConfig
+from tests.support.runs import tiny_experiment, with_storage
+from tests.support.training import weights_of
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
-from udp_ray.on_ray.publish import RunResult
 from udp_ray.on_ray.train import describe_run, train_on_ray
-from udp_ray.testing.runs import tiny_experiment, with_storage
-from udp_ray.testing.training import weights_of
-from udp_ray.verification import verify
+from udp_ray.reports.verify import verify
+from udp_ray.runs.result import RunResult
 
 # Means of float32 losses, added up in another order.
 ROUNDING = 1e-5

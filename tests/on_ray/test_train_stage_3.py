@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from udp_ray.dp.ledger import Ledger
+from tests.support.faults import worker_killed_after
+from tests.support.recovery import weights
+from tests.support.runs import DATASET, tiny_experiment, to_folder
+from tests.support.training import distance
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.train import train_on_ray
-from udp_ray.testing.aftermath import weights
-from udp_ray.testing.faults import worker_killed_after
-from udp_ray.testing.runs import DATASET, tiny_experiment, to_folder
-from udp_ray.testing.training import distance
-from udp_ray.verification import verify
+from udp_ray.reports.verify import verify
 
 KILL_AFTER = 6  # between the checkpoints of steps 4 and 8
 TOLERANCE = 1e-5  # as in test_train.py

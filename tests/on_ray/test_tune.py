@@ -22,9 +22,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import udp_ray
-from udp_ray.config import ExperimentConfig
+from tests.support.runs import DATASET, tiny_experiment
+from tests.support.sweeps import NUM_STEPS, play_trial, tiny_sweep
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.ledger import Budget, Ledger
 from udp_ray.errors import (
     ConfigError,
     DataError,
@@ -34,16 +36,20 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
+from udp_ray.io import OutputFolder
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Budget
 from udp_ray.on_ray import tune as tuning
-from udp_ray.on_ray.sweep import Sweep, admit_sweep, plan_of_sweep, prepare_sweep
-from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep
+from udp_ray.on_ray.publish import SweepResult, publish_sweep
 from udp_ray.on_ray.train import train_on_ray
 from udp_ray.on_ray.tune import _forget, describe_sweep, run_sweep
-from udp_ray.outputs import OutputFolder
-from udp_ray.sweep_config import SweepJobConfig
-from udp_ray.sweep_verification import is_sweep, verify_sweep
-from udp_ray.testing.runs import DATASET, tiny_experiment
-from udp_ray.testing.sweeps import NUM_STEPS, play_trial, tiny_sweep
+from udp_ray.reports.verify import is_sweep, verify_sweep
+from udp_ray.runs.sweep import (
+    Sweep,
+    admit_sweep,
+    plan_of_sweep,
+    prepare_sweep,
+)
 
 GRID = {"clip_norm": [0.1, 0.2, 0.5, 1.0]}  # of equal price, so that noise is soon found
 ALL = {"release": "all", **GRID}

@@ -15,18 +15,17 @@ from typing import cast
 
 import pytest
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.engine.world import join_world
-from udp_ray.location import below
+from tests.support.runs import tiny_experiment, with_storage
+from tests.support.without_ray import without_ray
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.engine.distributed import join_world
+from udp_ray.io import OutputFolder, below
 from udp_ray.on_ray import publish, worker
-from udp_ray.on_ray.admission import admit, prepare_run
-from udp_ray.on_ray.carry_out import carry_out
-from udp_ray.on_ray.remote_accountant import AttemptStart, RemoteAccountant
-from udp_ray.on_ray.stored import remove_uncommitted
+from udp_ray.on_ray.accountant import AttemptStart, RemoteAccountant
+from udp_ray.on_ray.checkpoints import remove_uncommitted
+from udp_ray.on_ray.train import carry_out
 from udp_ray.on_ray.worker import RunCheckpoints
-from udp_ray.outputs import OutputFolder
-from udp_ray.testing.runs import tiny_experiment, with_storage
-from udp_ray.testing.without_ray import without_ray
+from udp_ray.runs.admission import admit, prepare_run
 
 KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
 LEFTOVER = "checkpoint-00000006-attempt-1"

@@ -23,11 +23,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from udp_ray.data.manifest import MANIFEST_FILE, PRIVATE_FILE, Manifest, PrivateCounts, ShardEntry
-from udp_ray.data.source import file_system
-from udp_ray.data.store import HELDOUT_FOLDER, TokenStore, publish
+from udp_ray.data.read import file_system
+from udp_ray.data.store import (
+    HELDOUT_FOLDER,
+    MANIFEST_FILE,
+    PRIVATE_FILE,
+    Manifest,
+    PrivateCounts,
+    ShardEntry,
+    TokenStore,
+    publish,
+)
 from udp_ray.errors import DataError
-from udp_ray.location import below, is_url
+from udp_ray.io import below, is_url
 
 DEFAULT_CACHE = Path("~/.cache/udp-ray/stores")
 OWNER_ONLY = 0o700

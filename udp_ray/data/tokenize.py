@@ -31,8 +31,8 @@ from udp_ray.data.hashing import (
     is_text,
     shard_of,
 )
-from udp_ray.data.manifest import TokenizerInfo
-from udp_ray.data.source import Columns
+from udp_ray.data.read import Columns
+from udp_ray.data.store import TokenizerInfo
 from udp_ray.errors import DataError
 
 if TYPE_CHECKING:  # workers get the tokenizer as text and are spared the import

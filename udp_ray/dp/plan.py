@@ -4,7 +4,7 @@ A plan is built from public numbers only, and is priced without data, cluster or
 trains, charges, reports or verifies asks the plan; nobody else works out a divisor, a sampling
 probability or a noise scale.
 
-    >>> from udp_ray.config import PrivacyConfig
+    >>> from udp_ray.config.experiment import PrivacyConfig
     >>> config = PrivacyConfig(
     ...     noise_multiplier=1.0, delta=1e-6, clip_norm=0.5, cohort_size=100, num_steps=1000)
     >>> plan = PrivacyPlan.from_config(config, num_users=10_000)
@@ -22,10 +22,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from udp_ray.dp import accounting, calibration
+from udp_ray.config.privacy import PricingConfig
+from udp_ray.dp import accounting
+from udp_ray.dp import accounting as calibration
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
-from udp_ray.privacy_config import PricingConfig
 
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")

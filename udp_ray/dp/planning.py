@@ -3,7 +3,7 @@
 For each sampler and group size G, under the same compute (B examples per step in expectation, T
 steps) and the same (epsilon, delta), this module predicts the noise that privacy adds to the
 averaged gradient and how much of the data the run gets to see, and recommends one. Numbers only:
-who may use which histogram, and how rho is estimated, stands in `udp_ray.experiments.planning`.
+who may use which histogram, and how rho is estimated, stands in `udp_ray.experiments.planner`.
 
     >>> workload = Workload(population=10_000, examples_per_user={32: 1}, batch_size=2048,
     ...     num_steps=200, epsilon=2.0, delta=1e-6, gradient_cosine=0.1)
@@ -54,7 +54,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from udp_ray.dp.calibration import noise_multiplier_of
+from udp_ray.dp.accounting import noise_multiplier_of
 from udp_ray.errors import ConfigError
 
 Sampling = Literal["els", "uls"]

@@ -1,7 +1,7 @@
 """Keyed Poisson samplers: who takes part in a step, as a pure function of (secret key, step).
 
 Here stand the two samplers of the method and nothing about gradients. Every worker derives the
-same cohort alone, and a restarted worker derives it again; `udp_ray.data.cohort` divides it.
+same cohort alone, and a restarted worker derives it again; `udp_ray.data.batches` divides it.
 
     >>> from udp_ray.dp.keys import RunKey
     >>> user_offsets = np.array([0, 3, 3, 10])  # three users with 3, 0 and 7 examples

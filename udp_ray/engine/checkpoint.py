@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from udp_ray.engine.world import World
+from udp_ray.engine.distributed import World
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import CheckpointError
-from udp_ray.storage import writing
+from udp_ray.io import writing
 
 FORMAT = 1
 FROZEN = "frozen_weights"

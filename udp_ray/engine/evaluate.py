@@ -17,11 +17,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from udp_ray.data.cohort import CohortReader, Group
-from udp_ray.data.sharing import without_groups
+from udp_ray.data.batches import CohortReader, Group, without_groups
 from udp_ray.data.store import TokenStore
-from udp_ray.engine.token_loss import autocast_context, row_losses
-from udp_ray.engine.world import World
+from udp_ray.engine.distributed import World
+from udp_ray.engine.loss import autocast_context, row_losses
 
 USERS_AT_ONCE = 256
 """Users read at once by all ranks together. Speed and memory only."""

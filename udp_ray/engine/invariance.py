@@ -21,14 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from udp_ray.data.cohort import Group, Microbatch
-from udp_ray.data.sharing import SharedMicrobatch, join, share
-from udp_ray.engine.direct import DirectKernel
+from udp_ray.data.batches import Group, Microbatch, SharedMicrobatch, join, share
 from udp_ray.engine.evaluate import evaluating, user_totals
-from udp_ray.engine.ghost import LENGTH_GRID, GhostKernel
-from udp_ray.engine.ghost_check import made_up_group
-from udp_ray.engine.layer_call import Call
-from udp_ray.engine.token_loss import autocast_context, row_losses
+from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.kernels.ghost import LENGTH_GRID, GhostKernel
+from udp_ray.engine.kernels.layers import Call
+from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.errors import UnsupportedModelError
 
 SAME_GRADIENT = 1e-4

@@ -24,14 +24,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from udp_ray.data.cohort import Group
+from udp_ray.data.batches import Group
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sensitivity import require_fusible
-from udp_ray.engine.clipped_sum import ClippedSum
-from udp_ray.engine.ports import Kernel
-from udp_ray.engine.sliced_sum import SlicedSum
-from udp_ray.engine.world import World
+from udp_ray.engine.distributed import World
+from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
+from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import GuaranteeError
 

@@ -23,10 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from udp_ray.config import TrainConfig
-from udp_ray.engine.optimizer import make_optimizer, state_kinds
-from udp_ray.engine.schedule import learning_rate
-from udp_ray.engine.world import own_device
+from udp_ray.config.experiment import TrainConfig
+from udp_ray.engine.distributed import own_device
+from udp_ray.engine.optim import learning_rate, make_optimizer, state_kinds
 from udp_ray.errors import GuaranteeError
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
@@ -40,7 +39,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-from udp_ray.engine.zero_slices import SlicedParameters, slice_model, sliced_options
+from udp_ray.engine.zero3 import SlicedParameters, slice_model, sliced_options
 
 logger.setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
 warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)

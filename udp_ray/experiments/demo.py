@@ -18,12 +18,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from udp_ray.config import ExperimentConfig, PrivacyConfig
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.on_ray.connect import connected
+from udp_ray.io import METRICS_FILE, write_aside
+from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.prepare import prepare, require_usable
 from udp_ray.on_ray.train import train_on_ray
-from udp_ray.outputs import METRICS_FILE, write_aside
 
 MARK = "made-by-the-demo"
 COMPARISON_FILE = "comparison.json"

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.planning import EstimateConfig
+from udp_ray.experiments.planner import EstimateConfig
 from udp_ray.models.load import load_model, load_tokenizer, trainable_parameters
 
 

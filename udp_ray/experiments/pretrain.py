@@ -29,9 +29,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from udp_ray.config.pretrain import PretrainConfig
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.pretrain_config import PretrainConfig
-from udp_ray.outputs import OutputFolder
+from udp_ray.io import OutputFolder
 
 END_OF_TEXT = "<|endoftext|>"
 _ADAM_BETAS = (0.9, 0.95)

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from udp_ray.config import LoraConfig, ModelConfig
+from udp_ray.config.experiment import LoraConfig, ModelConfig
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.lora import add_adapters
 

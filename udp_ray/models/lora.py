@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from udp_ray.config import ALL_LINEAR, LoraConfig
+from udp_ray.config.experiment import ALL_LINEAR, LoraConfig
 from udp_ray.errors import ConfigError
 
 _LINEAR = (nn.Linear, Conv1D)

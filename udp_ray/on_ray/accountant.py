@@ -8,6 +8,12 @@ the noise key goes to rank 0 alone.
     remote = RemoteAccountant(start_accountant(charge))    # driver
 
 What workers and the driver ask it by stands in `remote_accountant.py`, which knows no database.
+
+The accountant of a run as workers and the driver see it: the same calls, errors of our own.
+
+remote = RemoteAccountant(actor)                       # its errors are our own
+attempt = remote.begin()                               # rank 0, once per worker group
+remote.of_attempt(attempt.number).authorize(1, digest) # the engine's accountant
 """
 
 from __future__ import annotations
@@ -19,12 +25,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from udp_ray.dp.ledger import Attempt, Digests, Ledger, RunRecord
+from udp_ray.dp.keys import StreamKey
 from udp_ray.dp.plan import json_number
 from udp_ray.errors import (
     DataError,
@@ -34,10 +40,130 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     UdpRayError,
 )
-from udp_ray.on_ray.remote_accountant import AttemptStart, Progress, WorkerSecrets, own_errors
-from udp_ray.outputs import write_aside
+from udp_ray.io import write_aside
+from udp_ray.ledger.records import Attempt, Digests, RunRecord
+
+if TYPE_CHECKING:  # the database library takes seconds to load, and only the actor needs it
+    from udp_ray.ledger.ledger import Ledger
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class AttemptStart:
+    """Where a new attempt begins. Public: it is broadcast among the workers."""
+
+    number: int
+    step: int
+    location: str | None
+    digest: str | None
+    replay_until: int
+    """Before this step no checkpoint may be committed; see `Attempt.replay_until`."""
+    committed: tuple[str, ...]
+    """Where the committed checkpoints were written, oldest first."""
+
+
+@dataclass(frozen=True)
+class WorkerSecrets:
+    """The secrets that one rank needs. Sensitive, except the id."""
+
+    key_id: str
+    sampling: StreamKey
+    noise: StreamKey | None
+    dropout: StreamKey
+    selfcheck: StreamKey | None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in public numbers."""
+
+    attempts: int = 0
+    step: int = 0
+    """Last step authorized."""
+    charged_steps: int = 0
+    """Steps charged so far; more than `step` where some were charged and their weights lost."""
+    committed_step: int = 0
+    metrics: tuple[dict[str, float], ...] = ()
+    """What has left since the caller last asked, oldest first."""
+    num_metrics: int = 0
+    budget_message: str | None = None
+    """Why training ended early, in the words of the ledger, or because it diverged."""
+    error: UdpRayError | None = None
+    """The user's mistake, or refusal, that stopped the run for good."""
+    waiting_s: float = 0.0
+    """How long the ledger has not answered a call that is under way."""
+
+
+class RemoteAccountant:
+    """The accountant as workers and driver see it: the same calls, and errors of our own."""
+
+    def __init__(self, actor: ray.actor.ActorHandle):
+        self.actor = actor
+
+    def begin(self) -> AttemptStart | None:
+        """See `RunAccountant.begin`."""
+        return self._ask("begin")
+
+    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
+        """See `RunAccountant.secrets`."""
+        return own_errors(
+            lambda: ray.get(self.actor.secrets.remote(number, rank, code=code, store=store))
+        )
+
+    def of_attempt(self, number: int) -> AttemptAccountant:
+        """Returns the accountant that the engine asks."""
+        return AttemptAccountant(self, number)
+
+    def stop(self, error: UdpRayError) -> None:
+        """See `RunAccountant.stop`."""
+        self._ask("stop", error)
+
+    def end(self, number: int, budget_message: str | None) -> None:
+        """See `RunAccountant.end`."""
+        self._ask("end", number, budget_message)
+
+    def finish(self) -> RunRecord:
+        """See `RunAccountant.finish`."""
+        return self._ask("finish")
+
+    def progress(self, seen: int) -> Progress:
+        """See `RunAccountant.progress`."""
+        return self._ask("progress", seen)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        return own_errors(lambda: ray.get(getattr(self.actor, method).remote(*arguments)))
+
+
+@dataclass(frozen=True)
+class AttemptAccountant:
+    """One attempt's accountant; satisfies `engine.accountant.Accountant`. Rank 0 holds it."""
+
+    remote: RemoteAccountant
+    number: int
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        """Returns once the step is durably reserved."""
+        self.remote._ask("authorize", self.number, step, starting_checkpoint)
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        """Records durably that all steps up to this one are in the checkpoint."""
+        self.remote._ask("commit", self.number, step, location, digest)
+
+    def record_metrics(self, metrics: dict[str, float]) -> None:
+        """Hands on the numbers of a committed checkpoint."""
+        self.remote._ask("record_metrics", self.number, metrics)
+
+
+def own_errors(ask: Callable[[], Result]) -> Result:
+    """Unwraps an error of ours from Ray's, whose text is a remote traceback."""
+    try:
+        return ask()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UdpRayError):
+            raise error.cause from None
+        raise
+
 
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
@@ -78,6 +204,8 @@ class RunAccountant:
 
     @cached_property
     def _ledger(self) -> Ledger:
+        from udp_ray.ledger.ledger import Ledger
+
         return Ledger.open(self._charge.ledger_url, expected_id=self._charge.ledger_id)
 
     def check(self) -> None:

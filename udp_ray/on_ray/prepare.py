@@ -27,30 +27,41 @@ import ray
 from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import RayTaskError
 
-from udp_ray.config import DataConfig
-from udp_ray.data.describe import describe_input, describe_store, estimate
-from udp_ray.data.finish import Origin, collect, finish
-from udp_ray.data.manifest import Manifest, PrivateCounts
-from udp_ray.data.read import column_names, find_pieces, require_columns
+from udp_ray.config.experiment import DataConfig
+from udp_ray.data.build import (
+    REFUSED,
+    Origin,
+    Task,
+    collect,
+    describe_input,
+    describe_store,
+    estimate,
+    finish,
+    read_examples,
+    write_shards,
+)
+from udp_ray.data.read import Columns, Piece, column_names, find_pieces, require_columns
 from udp_ray.data.remote import (
     cache_folder,
     discard,
     put_store,
     refuse_occupied,
 )
-from udp_ray.data.source import Columns, Piece
-from udp_ray.data.stages import REFUSED, Task, read_examples, write_shards
-from udp_ray.data.store import publish
+from udp_ray.data.store import Manifest, PrivateCounts, publish
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.dp.ledger_database import parse_url, public_url
-from udp_ray.durable import vanishes_with_job
-from udp_ray.errors import ConfigError, DataError, GuaranteeError, StorageError, UdpRayError
-from udp_ray.location import is_url
+from udp_ray.errors import (
+    ConfigError,
+    DataError,
+    GuaranteeError,
+    StorageError,
+    UdpRayError,
+)
+from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
+from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
-from udp_ray.on_ray.connect import connected
-from udp_ray.on_ray.registration import Registration, registered, require_ledger
-from udp_ray.storage import obstacle, writing
+from udp_ray.on_ray.cluster import connected
+from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
 _LEAST_PIECE_BYTES = 1 << 20

@@ -19,7 +19,7 @@ import ray
 from tqdm import tqdm
 
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.on_ray.remote_accountant import Progress, RemoteAccountant
+from udp_ray.on_ray.accountant import Progress, RemoteAccountant
 
 POLL_S = 0.5
 TOLD_AFTER_S = 5.0  # of waiting for the ledger

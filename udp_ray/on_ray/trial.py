@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from udp_ray.config import ExperimentConfig
-from udp_ray.dp.ledger import Budget, Digests, Ledger, RunRecord
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import DivergedError, UdpRayError
-from udp_ray.on_ray.carry_out import carry_out
-from udp_ray.on_ray.run import Run
-from udp_ray.outputs import ERROR_FILE, METRICS_FILE, OutputFolder
-from udp_ray.report import PrivacyStatement
+from udp_ray.io import ERROR_FILE, METRICS_FILE, OutputFolder
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Budget, Digests, RunRecord
+from udp_ray.on_ray.train import carry_out
+from udp_ray.reports.statement import PrivacyStatement
+from udp_ray.runs.admission import Run
 
 TRIAL = "trial"
 """The only thing that Tune is told of a trial: its id in the ledger."""

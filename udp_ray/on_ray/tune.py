@@ -24,18 +24,23 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from udp_ray.dp.ledger import TrialRecord
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.errors import LedgerUnavailableError
-from udp_ray.on_ray.capacity import require_capacity, runs_at_a_time
-from udp_ray.on_ray.connect import connected
-from udp_ray.on_ray.stored import require_writable
-from udp_ray.on_ray.sweep import Sweep, admit_sweep, has_ended, plan_of_sweep, prepare_sweep
-from udp_ray.on_ray.sweep_publish import SweepResult, publish_sweep, result_of
+from udp_ray.io import ERROR_FILE, OutputFolder, require_storage
+from udp_ray.ledger.records import TrialRecord
+from udp_ray.on_ray.checkpoints import require_writable
+from udp_ray.on_ray.cluster import connected, require_capacity, runs_at_a_time
+from udp_ray.on_ray.publish import SweepResult, publish_sweep, result_of
 from udp_ray.on_ray.trial import TRIAL, TrialJob, run_trial
-from udp_ray.outputs import ERROR_FILE, OutputFolder, require_storage
-from udp_ray.sweep_config import SweepJobConfig
-from udp_ray.sweep_report import SweepStatement, describe_point
-from udp_ray.sweep_table import loss_text
+from udp_ray.reports.statement import SweepStatement, describe_point
+from udp_ray.reports.tables import loss_text
+from udp_ray.runs.sweep import (
+    Sweep,
+    admit_sweep,
+    has_ended,
+    plan_of_sweep,
+    prepare_sweep,
+)
 
 TUNE_FOLDER = "tune"
 POLL_S = 2.0

@@ -4,6 +4,11 @@ Rank 0 begins the attempt, which fences the workers of older ones, removes the c
 those have left uncommitted, and tells the others the attempt's number; each rank then fetches its
 own secrets. The ledger says which checkpoint to continue from, never Ray's snapshot. A user's
 mistake stops the run for good instead of being tried again.
+
+What a training worker is told, and the door that it enters by.
+
+The driver hands both to Ray Train without importing what only workers need: DeepSpeed, the model
+library and the engine take seconds to load, in the driver of every trial.
 """
 
 from __future__ import annotations
@@ -13,37 +18,60 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
-import torch.distributed as dist
-from ray.train import Checkpoint
 
-from udp_ray.data.remote import open_store
-from udp_ray.engine.loop import ResumePoint, TrainResult, WorkerKeys, train
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import LedgerError, StorageError, UdpRayError
-from udp_ray.location import below
-from udp_ray.models.load import load_model
-from udp_ray.on_ray.remote_accountant import (
+from udp_ray.io import below
+from udp_ray.on_ray.accountant import (
     AttemptAccountant,
     AttemptStart,
     RemoteAccountant,
     WorkerSecrets,
 )
-from udp_ray.on_ray.stored import (
+from udp_ray.on_ray.checkpoints import (
     checkpoint_name,
     open_checkpoint,
     remove,
     remove_uncommitted,
     require_stored,
 )
-from udp_ray.on_ray.worker_job import WorkerJob
-from udp_ray.provenance import code_digest
-from udp_ray.storage import writing
+from udp_ray.runs.provenance import code_digest
+
+if TYPE_CHECKING:
+    from udp_ray.engine.types import ResumePoint, TrainResult, WorkerKeys
+from udp_ray.io import writing
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker is told. Public: Ray may write it down."""
+
+    config: ExperimentConfig
+    """Without the ledger's URL."""
+    plan: PrivacyPlan
+    run_folder: str
+    """Folder or URL of the run's checkpoints."""
+    provenance: dict[str, str]
+    accountant: ray.actor.ActorHandle
+
+
+def run_worker(settings: dict[str, Any]) -> None:
+    """Trains on this worker. Ray Train calls it on all workers at once.
+
+    Args:
+        settings: {"job": WorkerJob}; Ray Train hands over a dict.
+    """
+    work(settings["job"])
 
 
 def work(job: WorkerJob) -> None:
     """Trains on this worker; all workers of a run do so at once."""
+    import torch
+
     remote = RemoteAccountant(job.accountant)
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
@@ -66,6 +94,8 @@ def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart
     Uncommitted checkpoints are removed first of all, and only once older attempts are fenced: until
     then one of those may still commit what it has written.
     """
+    import torch.distributed as dist
+
     box = [remote.begin() if rank == 0 else None]
     start = box[0]
     if start is not None:
@@ -75,6 +105,10 @@ def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart
 
 
 def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: int) -> TrainResult:
+    from udp_ray.data.remote import open_store
+    from udp_ray.engine.trainer import train
+    from udp_ray.models.load import load_model
+
     config = job.config
     # The driver has verified it; a store at a URL was verified when this node fetched it.
     store = open_store(config.data.store, cache=config.data.cache, verify=False)
@@ -101,6 +135,8 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: 
 
 
 def _engine_keys(secrets: WorkerSecrets) -> WorkerKeys:
+    from udp_ray.engine.types import WorkerKeys
+
     return WorkerKeys(
         key_id=secrets.key_id,
         sampling=secrets.sampling,
@@ -134,6 +170,9 @@ class RunCheckpoints:
         Raises:
             StorageError: There is no room for it, or the storage may not be written.
         """
+        import torch.distributed as dist
+        from ray.train import Checkpoint
+
         name = checkpoint_name(step, self._attempt)
         location = below(self._folder, name)
         try:
@@ -176,6 +215,8 @@ class _LedgerOnRay:
 @contextmanager
 def _resume_point(start: AttemptStart) -> Iterator[ResumePoint | None]:
     """Yields the checkpoint to continue from, as a local folder for as long as the block lasts."""
+    from udp_ray.engine.types import ResumePoint
+
     if start.location is None or start.digest is None:
         yield None
         return

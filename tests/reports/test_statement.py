@@ -1,0 +1,170 @@
+"""What a statement says: everything an auditor needs, and loudly what voids it."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.errors import DataError
+from udp_ray.ledger.records import Budget
+from udp_ray.reports.figures import draw_curves
+from udp_ray.reports.statement import DatasetTotal, PrivacyStatement, RunIdentity
+
+RUN = RunIdentity(
+    run_id="chats-1f",
+    config_digest="c" * 64,
+    code_digest="d" * 64,
+    store_digest="e" * 64,
+    ledger_id="ledger-7",
+    ledger_url="sqlite:////data/ledger.sqlite",
+    git_commit="a1b2c3",
+)
+TOTAL = DatasetTotal("chats", num_runs=3, spent=Budget(11.0, 3e-6), total=Budget(20.0, 1e-5))
+
+
+def statement(**changes: object) -> PrivacyStatement:
+    settings = {
+        "epsilon": 4.0,
+        "delta": 1e-5,
+        "clip_norm": 0.5,
+        "cohort_size": 20,
+        "group_size": 3,
+        "num_steps": 50,
+        "population": 2000,
+    }
+    privacy = PrivacyConfig.model_validate(settings | changes)
+    return PrivacyStatement.promise(privacy, plan_of(privacy))
+
+
+@cache
+def plan_of(privacy: PrivacyConfig) -> PrivacyPlan:
+    return PrivacyPlan.from_config(privacy, num_users=None)
+
+
+def test_a_promise_names_unit_adjacency_mechanism_and_every_number() -> None:
+    text = statement().to_text()
+    for needed in (
+        "user: all examples of one person", "add or remove one user", "Poisson", "epsilon = 4",
+        "1e-05", "clip norm C", "0.5", "group size G", "steps T", "50", "2000", "0.01", "PLD",
+        "declared", "promised",
+    ):  # fmt: skip
+        assert needed in text, needed
+    assert "NO GUARANTEE" not in text
+
+
+def test_a_finished_statement_also_names_run_ledger_totals_and_what_is_not_covered() -> None:
+    page = statement().with_spent(num_steps=50).of_run(RUN, TOTAL).to_markdown()
+    for needed in (
+        "chats-1f", "ledger-7", "cccccccccccccccc", "dddddddddddddddd", "a1b2c3", "Held-out people",
+        "pretrained", "3 runs", "epsilon = 11", "epsilon = 20", "dp-accounting", "Side channels",
+        "50 of 50 steps charged", "only those that the ledger has committed",
+        "For the operator only are the store, the ledger, the storage of checkpoints",
+        "how long all of them took",
+    ):  # fmt: skip
+        assert needed in page, needed
+
+
+def test_a_counted_population_is_said_to_be_taken_as_public() -> None:
+    privacy = PrivacyConfig(
+        noise_multiplier=1.0, delta=1e-5, clip_norm=1.0, cohort_size=20, num_steps=5
+    )
+    plan = PrivacyPlan.from_config(privacy, num_users=2000)
+    counted = PrivacyStatement.promise(privacy, plan)
+    assert "taken as public" in counted.to_text()
+    assert any("taken as public" in line for line in counted.to_dict()["assumptions"])
+
+
+def test_spent_is_what_the_charged_steps_cost_and_never_above_the_promise() -> None:
+    promised = statement()
+    half = promised.with_spent(num_steps=25)
+    whole = promised.with_spent(num_steps=50)
+    assert half.spent is not None
+    assert whole.spent is not None
+    assert half.spent.epsilon == promised.plan.epsilon(25)
+    assert 0 < half.spent.epsilon < whole.spent.epsilon <= promised.promised.epsilon
+    assert promised.with_spent(num_steps=0).spent == Budget(0.0, 0.0)
+
+
+def test_a_seed_voids_the_statement() -> None:
+    seeded = statement(seed=3)
+    assert not seeded.is_guarantee
+    assert "NO GUARANTEE" in seeded.to_text()
+    assert "differentially private" not in seeded.to_markdown().split("##")[0]
+
+
+def test_a_run_without_noise_is_said_to_have_no_guarantee() -> None:
+    bare = statement(
+        epsilon=None, noise_multiplier=0.0, clip_norm=math.inf, accept_no_guarantee=True
+    ).with_spent(num_steps=50)
+    assert "NO GUARANTEE" in bare.to_text()
+    assert "epsilon = inf" in bare.to_markdown()
+    assert bare.to_dict()["is_guarantee"] is False
+    json.loads(bare.to_json(), parse_constant=pytest.fail)  # strict JSON holds no Infinity
+    assert PrivacyStatement.from_dict(json.loads(bare.to_json())) == bare
+
+
+def test_a_dataset_that_lost_its_guarantee_is_said_to_have() -> None:
+    lost = DatasetTotal("chats", num_runs=2, spent=Budget(math.inf, 1e-6))
+    assert "NO GUARANTEE LEFT" in statement().of_run(RUN, lost).to_text()
+
+
+def test_json_gives_the_same_statement_back(tmp_path: Path) -> None:
+    whole = statement().with_spent(num_steps=40).of_run(RUN, TOTAL)
+    whole.save(tmp_path)
+    assert PrivacyStatement.load(tmp_path / "privacy.json") == whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["privacy.json", "statement.md"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:100], "not valid JSON"),
+        (lambda text: text.replace('"promised"', '"promise"'), "not a privacy statement"),
+        (lambda text: text.replace('"clip_norm": 0.5', '"clip_norm": 5'), "changed by hand"),
+        (lambda text: text.replace('"schema_version": 1', '"schema_version": 9'), "schema version"),
+    ],
+)
+def test_a_damaged_statement_is_refused_in_one_sentence(
+    damage, message: str, tmp_path: Path
+) -> None:
+    statement().with_spent(num_steps=40).of_run(RUN, TOTAL).save(tmp_path)
+    file = tmp_path / "privacy.json"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(DataError, match=message):
+        PrivacyStatement.load(file)
+
+
+def test_a_missing_statement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        PrivacyStatement.load(tmp_path / "privacy.json")
+
+
+def test_curves_are_drawn_with_and_without_held_out_people() -> None:
+    rows = [
+        {"step": 0, "token_loss": 3.0, "user_loss": 3.1},
+        {"step": 5, "token_loss": 2.0, "user_loss": 2.2},
+    ]
+    full = draw_curves(rows, [(0, 0.0), (5, 1.0)], title="run")
+    bare = draw_curves([], [(0, 0.0), (5, math.inf)], title="run")
+    assert full.startswith(b"\x89PNG")
+    assert bare.startswith(b"\x89PNG")
+    assert full != bare
+
+
+def test_a_statement_says_which_noise_it_rests_on():
+    plain, secure = statement(), statement(secure_noise=True)
+    assert "Philox" in plain.to_text()
+    assert "ChaCha20" in secure.to_text()
+    assert "privacy.secure_noise" in plain.to_markdown()
+    assert "Unknown floating-point attacks" in secure.to_markdown()
+    assert secure.to_dict()["plan"]["secure_noise"] is True
+
+
+def test_a_promise_warns_of_a_tight_cap_on_the_cohort():
+    tight = statement(population=2_000, max_cohort_size=21)
+    assert "privacy.max_cohort_size is 21" in tight.to_text()
+    assert "privacy.max_cohort_size" not in "".join(tight.with_spent(num_steps=1).warnings())

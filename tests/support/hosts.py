@@ -1,0 +1,182 @@
+"""Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
+
+    with Hosts(tmp_path, 2) as hosts:
+        hosts.start_ray()                                  # the first one is the head
+        hosts.run(0, "python", "-m", "tests.support.placements", ...)
+
+Each host has its own loopback, address and home; the disks are shared. It needs root and iproute2.
+Everything is named by chance and taken away at the end, whatever happens.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.support.heads import OBJECT_STORE_BYTES, program
+
+PORT = 6379
+START_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 60.0
+PAUSE_S = 1.0
+
+
+class NoHostsError(Exception):
+    """No network namespaces can be had here; the text says why."""
+
+
+class Hosts:
+    """Hosts numbered from 0, each with an address in one private network."""
+
+    def __init__(self, folder: Path, count: int):
+        """Prepares hosts; entering the block makes them."""
+        self._folder = folder
+        self._names = [f"udp{secrets.token_hex(3)}" for _ in range(count)]
+        self._network = f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}"
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Makes the namespaces, their links and the bridge.
+
+        Raises:
+            NoHostsError: The machine does not let us.
+        """
+        if os.geteuid() != 0 or shutil.which("ip") is None:
+            raise NoHostsError("network namespaces need root and iproute2")
+        try:
+            self._make()
+        except subprocess.CalledProcessError as error:
+            self.__exit__(None, None, None)
+            reason = error.stderr.decode().strip()
+            raise NoHostsError(f"network namespaces cannot be made here: {reason}") from None
+        return self
+
+    def _make(self) -> None:
+        bridge = f"{self._names[0]}br"
+        self._add(["ip", "link", "add", bridge, "type", "bridge"], ["ip", "link", "del", bridge])
+        _call("ip", "link", "set", bridge, "up")
+        for number, name in enumerate(self._names):
+            inside, outside = f"{name}a", f"{name}b"
+            self._add(["ip", "netns", "add", name], ["ip", "netns", "del", name])
+            self._add(
+                ["ip", "link", "add", outside, "type", "veth", "peer", "name", inside],
+                ["ip", "link", "del", outside],
+            )
+            _call("ip", "link", "set", outside, "master", bridge, "up")
+            _call("ip", "link", "set", inside, "netns", name)
+            _call("ip", "-n", name, "addr", "add", f"{self.address(number)}/24", "dev", inside)
+            for device in ("lo", inside):
+                _call("ip", "-n", name, "link", "set", device, "up")
+            _call("ip", "-n", name, "route", "add", "default", "dev", inside)
+            self.home(number).mkdir(parents=True)
+
+    def _add(self, make: list[str], unmake: list[str]) -> None:
+        _call(*make)
+        self._open.callback(subprocess.run, unmake, capture_output=True, check=False)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Ends every process that was started, and takes the network away."""
+        for process in reversed(self._processes):
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            try:
+                process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self._open.close()
+
+    def address(self, number: int) -> str:
+        """Returns a host's address."""
+        return f"{self._network}.{number + 1}"
+
+    def home(self, number: int) -> Path:
+        """Returns a host's home folder, where its caches go."""
+        return self._folder / f"home-{number}"
+
+    def start_ray(self, num_cpus: int = 1) -> str:
+        """Starts a raylet of its own on every host; returns the cluster's address."""
+        scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
+        head = f"{self.address(0)}:{PORT}"
+        for number in range(len(self._names)):
+            place = ["--head", f"--port={PORT}", f"--temp-dir={scratch}/{number}"]
+            command = [program("ray"), "start", "--block", f"--num-cpus={num_cpus}"]
+            command += place if number == 0 else [f"--address={head}"]
+            command += [f"--node-ip-address={self.address(number)}", "--num-gpus=0"]
+            command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+            command += ["--include-dashboard=false"] if number == 0 else []
+            with (self._folder / f"ray-{number}.log").open("wb") as log:
+                self._processes.append(
+                    subprocess.Popen(
+                        self._on(number, command),
+                        env=self._environment(number),
+                        cwd=self.home(number),
+                        stdout=log,
+                        stderr=log,
+                        start_new_session=True,
+                    )
+                )
+            self._wait(number, head)
+        return head
+
+    def run(self, number: int, *command: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        """Runs a command on a host."""
+        return subprocess.run(
+            self._on(number, list(command)),
+            env=self._environment(number),
+            cwd=self.home(number),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def _on(self, number: int, command: list[str]) -> list[str]:
+        return ["ip", "netns", "exec", self._names[number], *command]
+
+    def _environment(self, number: int) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        return kept | {
+            "HOME": str(self.home(number)),
+            "PATH": path,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # gloo and NCCL look an address up by the host's name, which all hosts here share.
+            "GLOO_SOCKET_IFNAME": f"{self._names[number]}a",
+        }
+
+    def _wait(self, number: int, head: str) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        program_text = (
+            "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR');"
+            " print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        while True:
+            asked = self.run(number, sys.executable, "-c", program_text, head, timeout_s=120)
+            if asked.stdout.strip() == str(number + 1):
+                return
+            if time.monotonic() > deadline or self._processes[-1].poll() is not None:
+                log = (self._folder / f"ray-{number}.log").read_text()[-3000:]
+                raise RuntimeError(f"no raylet on host {number}:\n{log}\n{asked.stderr[-2000:]}")
+            time.sleep(PAUSE_S)
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)

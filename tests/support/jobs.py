@@ -1,0 +1,66 @@
+"""Jobs as a person runs them: as processes, with their settings in a file.
+
+with started_job("train", config, tmp_path) as job:
+    ...
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel
+
+import udp_ray
+
+JOBS = Path(udp_ray.__file__).parent.parent / "jobs"
+TIMEOUT_S = 400.0
+
+
+def command(name: str, config: BaseModel, folder: Path, *arguments: str) -> list[str]:
+    """Returns a job's command line after the interpreter; its settings are put into `folder`."""
+    file = folder / f"{name}-{len(list(folder.glob('*.yaml')))}.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
+    return [str(JOBS / f"{name}.py"), "--config", str(file), *arguments]
+
+
+@contextmanager
+def started_job(
+    name: str,
+    config: BaseModel,
+    folder: Path,
+    *arguments: str,
+    by: Sequence[str] = (),
+) -> Iterator[subprocess.Popen[str]]:
+    """Starts a job; it is over with the block, whatever happens.
+
+    Args:
+        name: Of the job.
+        config: Its settings.
+        folder: For the file of settings.
+        arguments: Further ones of the job.
+        by: Interpreter's arguments before the job, as of `tests.support.fault_points`.
+    """
+    job = subprocess.Popen(
+        [sys.executable, *by, *command(name, config, folder, *arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+    )  # fmt: skip
+    try:
+        yield job
+    finally:
+        if job.poll() is None:
+            job.kill()
+            job.communicate()
+
+
+def finished_job(
+    name: str, config: BaseModel, folder: Path, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a job to its end and returns it with all that it said."""
+    with started_job(name, config, folder, *arguments) as job:
+        text, _ = job.communicate(timeout=TIMEOUT_S)
+        return subprocess.CompletedProcess(job.args, job.returncode, text)

@@ -1,0 +1,308 @@
+"""Tiny training runs for tests: a GPT-2 of two layers, a store of two dozen users, seeded keys.
+
+run = TinyRun(store=str(write_tiny_store(tmp_path / "store")), zero_stage=2)
+weights = run_on_ranks(4, train_tiny, run)[0].weights
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.support.stores import Users, write_store
+from udp_ray.config.experiment import LoraConfig, TrainConfig
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import RunKey
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine import trainer as loop
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
+from udp_ray.engine.loss import chunk_logits
+from udp_ray.engine.trainer import train
+from udp_ray.engine.types import (
+    Accountant,
+    Metrics,
+    ResumePoint,
+    TrainResult,
+    WorkerKeys,
+)
+from udp_ray.errors import PrivacyBudgetExceededError
+from udp_ray.models.load import trainable_parameters
+from udp_ray.models.lora import add_adapters
+
+VOCABULARY = 48
+
+NUM_USERS = 24
+
+Weights = dict[str, NDArray[np.float32]]
+
+Fault = Literal[
+    "none", "realized_divisor", "clip_each_microbatch", "noise_on_all", "no_noise", "half_noise",
+    "noise_twice", "misplaced_noise", "clip_weighted_pass",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """All that a rank needs for one run; picklable."""
+
+    store: str
+    sampling: Literal["uls", "els"] = "uls"
+    zero_stage: int = 0
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    microbatch_tokens: int = 64
+    fuse_reduce: bool = False
+    activation_checkpointing: bool = False
+    chunk_logits: int | None = None
+    """Most logits held at once, instead of far more than there are."""
+    kernel: Literal["direct", "ghost"] = "direct"
+    autocast: Literal["off", "bfloat16"] = "off"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.0
+    learning_rate: float = 0.5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    noise_multiplier: float = 1.0
+    clip_norm: float = 0.5
+    cohort_size: int = 8
+    """Expected units per step: users under uls, examples under els."""
+    group_size: int = 2
+    num_examples: int | None = None
+    """Under els, what the kept examples are said to number."""
+    num_steps: int = 4
+    checkpoint_every: int = 2
+    seed: int = 7
+    lora_rank: int | None = None
+    """Trains adapters of this rank instead of the whole model."""
+    dropout: float = 0.0
+    secure_noise: bool = False
+    max_cohort_size: int | None = None
+    fault: Fault = "none"
+
+    def plan(self) -> PrivacyPlan:
+        """Returns the plan: by default group size 2, each user in a third of the steps."""
+        return PrivacyPlan(
+            sampling=self.sampling,
+            noise_multiplier=self.noise_multiplier,
+            clip_norm=self.clip_norm,
+            group_size=self.group_size,
+            num_examples=self.num_examples,
+            num_steps=self.num_steps,
+            expected_size=self.cohort_size,
+            population=NUM_USERS,
+            population_is_declared=True,
+            max_cohort_size=self.max_cohort_size,
+            secure_noise=self.secure_noise,
+            delta=1e-3,
+        )
+
+    def model(self) -> GPT2LMHeadModel:
+        """Returns the tiny model, with its adapters if the run trains those."""
+        model = tiny_model()
+        if self.lora_rank is not None:
+            add_adapters(model, LoraConfig(rank=self.lora_rank), dropout=self.dropout)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.dropout
+        return model
+
+    def settings(self) -> TrainConfig:
+        """Returns the settings of the engine."""
+        return TrainConfig(
+            zero_stage=self.zero_stage,
+            offload=self.offload,
+            microbatch_tokens=self.microbatch_tokens,
+            activation_checkpointing=self.activation_checkpointing,
+            optimizer=self.optimizer,
+            momentum=self.momentum,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            checkpoint_every=self.checkpoint_every,
+            fuse_reduce=self.fuse_reduce,
+            kernel=self.kernel,
+        )
+
+    def keys(self, rank: int) -> WorkerKeys:
+        """Returns what the accountant would give this rank."""
+        return keys_of(RunKey.from_seed(self.seed), rank)
+
+
+def keys_of(key: RunKey, rank: int) -> WorkerKeys:
+    """Returns what the accountant gives a rank."""
+    is_first = rank == 0
+    return WorkerKeys(
+        key_id=key.id,
+        sampling=key.sampling(),
+        noise=key.noise() if is_first else None,
+        dropout=key.dropout(),
+        selfcheck=key.selfcheck() if is_first else None,
+    )
+
+
+@dataclass(frozen=True)
+class TinyOutcome:
+    """What a run left behind."""
+
+    weights: Weights
+    result: TrainResult | None = None
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+    """On rank 0 what happened, in order: ("authorize", step, digest), ("publish", step),
+    ("commit", step, location), ("metrics", dict)."""
+
+
+def tiny_model() -> GPT2LMHeadModel:
+    """Returns a GPT-2 of about 8,000 parameters with tied embeddings, always the same."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config)
+
+
+def tiny_users(num_users: int, seed: int) -> Users:
+    """Returns users of 1 to 5 examples of 3 to 12 tokens."""
+    random = np.random.default_rng(seed)
+    return [
+        [
+            random.integers(1, VOCABULARY, size=random.integers(3, 13)).tolist()
+            for _ in range(random.integers(1, 6))
+        ]
+        for _ in range(num_users)
+    ]
+
+
+def write_tiny_store(path: Path, block_tokens: int = 16) -> Path:
+    """Writes the store of two dozen users, and five held-out ones."""
+    users, heldout = tiny_users(NUM_USERS, seed=1), tiny_users(5, seed=2)
+    return write_store(
+        path, users, heldout=heldout, vocab_size=VOCABULARY, block_tokens=block_tokens
+    )
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """Returns copies of the trainable weights."""
+    return {n: p.detach().cpu().numpy().copy() for n, p in trainable_parameters(model).items()}
+
+
+def distance(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> float:
+    """Returns the largest difference of two models' weights."""
+    assert one.keys() == other.keys()
+    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+
+
+class RecordingAccountant:
+    """An accountant in memory: notes what it was asked, and refuses steps above a limit."""
+
+    def __init__(self, events: list[tuple[Any, ...]], last_step: int | None = None) -> None:
+        self._events = events
+        self._last_step = last_step
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        """Grants the step, or says that the budget is spent."""
+        if self._last_step is not None and step > self._last_step:
+            raise PrivacyBudgetExceededError(f"step {step} would overspend")
+        self._events.append(("authorize", step, starting_checkpoint))
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        """Notes the commit."""
+        self._events.append(("commit", step, location, digest))
+
+
+def train_tiny(
+    run: TinyRun,
+    last_step: int | None = None,
+    resume: ResumePoint | None = None,
+    checkpoints: str | None = None,
+) -> TinyOutcome:
+    """Runs the training loop with an accountant in memory.
+
+    Args:
+        run: The run.
+        last_step: The accountant refuses the steps after this one.
+        resume: Where to continue.
+        checkpoints: Folder for them; a temporary one by default.
+    """
+    events: list[tuple[Any, ...]] = []
+    accountant = RecordingAccountant(events, last_step) if dist.get_rank() == 0 else None
+    with tempfile.TemporaryDirectory() as folder, chunks_of(run.chunk_logits):
+        return run_loop(run, accountant, events, Path(checkpoints or folder), resume)
+
+
+def train_many(runs: list[TinyRun]) -> list[Weights]:
+    """Trains several runs in one world, and returns their weights."""
+    return [train_tiny(run).weights for run in runs]
+
+
+@contextmanager
+def chunks_of(logits: int | None) -> Iterator[None]:
+    """Has training hold so few logits at once."""
+    if logits is not None:
+        loop.chunk_logits = partial(chunk_logits, chunk_logits=logits)
+    try:
+        yield
+    finally:
+        loop.chunk_logits = chunk_logits
+
+
+def run_loop(
+    run: TinyRun,
+    accountant: Accountant | None,
+    events: list[tuple[Any, ...]],
+    checkpoints: Path,
+    resume: ResumePoint | None = None,
+    model: nn.Module | None = None,
+    replay_until: int = 0,
+) -> TinyOutcome:
+    """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
+    model = run.model() if model is None else model
+
+    def publish(step: int, checkpoint: Path | None) -> str | None:
+        if checkpoint is None:
+            return None
+        events.append(("publish", step))
+        return str(checkpoint.rename(checkpoints / f"{checkpoint.name}-{os.getpid()}"))
+
+    def note(metrics: Metrics) -> None:
+        events.append(("metrics", metrics))
+
+    is_first = dist.get_rank() == 0
+    result = train(
+        model,
+        TokenStore.open(run.store, verify=False),
+        run.plan(),
+        settings=run.settings(),
+        autocast=run.autocast,
+        keys=run.keys(dist.get_rank()),
+        accountant=accountant,
+        publish=publish,
+        on_metrics=note if is_first else None,
+        workspace=checkpoints / "workspace",
+        resume=resume,
+        replay_until=replay_until,
+        provenance={"run_id": "tiny"},
+    )
+    return TinyOutcome(weights_of(model), result, events)
+
+
+def evaluate_tiny(store: str, microbatch_tokens: int) -> HeldoutMetrics:
+    """Evaluates the tiny model on all users of a store."""
+    return evaluate(
+        tiny_model(),
+        TokenStore.open(store, verify=False),
+        world=join_world(),
+        microbatch_tokens=microbatch_tokens,
+    )

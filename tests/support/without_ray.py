@@ -1,0 +1,91 @@
+"""A whole run in this process: the product's own code, with plain calls where Ray stands.
+
+    with without_ray(before_step=clock.advance):
+        result = carry_out(run, resume=False, announce=print)
+
+Replaced are Ray's calls alone: the actor is an object, the worker group is this process, and a
+reported checkpoint is copied into the run's storage. What is written, and when, is as on a cluster.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import ray
+from ray.train import Checkpoint
+
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.step import PrivateStep
+from udp_ray.io import below
+from udp_ray.on_ray import train as carry_out
+from udp_ray.on_ray.accountant import Charge, RunAccountant
+
+
+@contextmanager
+def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Iterator[None]:
+    """Has `carry_out` run in this process for as long as the block lasts.
+
+    Args:
+        before_step: Called with the number of each private step, before it computes.
+    """
+    take_step = PrivateStep.run
+
+    def told_step(self: PrivateStep, step: int, groups: Any) -> None:
+        before_step(step)
+        take_step(self, step, groups)
+
+    with ExitStack() as patches:
+        for owner, name, replacement in (
+            (carry_out, "start_accountant", _LocalActor),
+            (carry_out, "TorchTrainer", _LocalTrainer),
+            (ray, "get", lambda answer: answer),
+            (ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0)),
+            (PrivateStep, "run", told_step),
+        ):
+            patches.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+class _LocalActor:
+    """The accountant; `actor.method.remote(...)` calls it and returns its answer."""
+
+    def __init__(self, charge: Charge) -> None:
+        self._accountant = RunAccountant(charge)
+
+    def __getattr__(self, method: str) -> _LocalMethod:
+        return _LocalMethod(getattr(self._accountant, method))
+
+
+@dataclass(frozen=True)
+class _LocalMethod:
+    remote: Callable[..., Any]
+
+
+class _LocalTrainer:
+    """Ray Train with one worker, which is this process."""
+
+    def __init__(
+        self, worker: Callable[[dict[str, Any]], None], *, train_loop_config: dict[str, Any],
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        self._worker = worker
+        self._settings = train_loop_config
+
+    def fit(self) -> None:
+        """Trains."""
+        folder = self._settings["job"].run_folder
+
+        def report(metrics: Any, *, checkpoint: Checkpoint, checkpoint_dir_name: str) -> None:
+            shutil.copytree(checkpoint.path, below(folder, checkpoint_dir_name))
+
+        join_world()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with mock.patch.object(ray.train, "report", report):
+            self._worker(self._settings)

@@ -1,0 +1,1 @@
+"""All settings, and the command line that reads them."""

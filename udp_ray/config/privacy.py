@@ -1,0 +1,169 @@
+"""Every number of a run that can change its guarantee, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from udp_ray.config.base import PositiveFloat, PositiveInt, Section
+
+Epsilon = Annotated[float, Field(gt=0, le=1000)]
+"""A target; a larger one would promise nothing."""
+NumSteps = Annotated[int, Field(gt=0, le=10_000_000)]
+LEAST_NOISE = 1e-3
+MOST_KEPT = 10_000
+"""Largest group of els that the accountant prices; its work grows with the square."""
+
+
+class PricingConfig(Section):
+    """The privacy settings of a run of which only the price is asked.
+
+    All of `PrivacyConfig`, but the clip norm may be left out: the price does not depend on it.
+    """
+
+    sampling: Literal["uls", "els"] = "uls"
+    """uls: each step samples users and clips each user's mean gradient. els: each step samples
+    examples and clips each example's gradient."""
+    epsilon: Epsilon | None = None
+    """Target user-level epsilon of the run; the noise multiplier is calibrated from it. Give this
+    or privacy.noise_multiplier."""
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    """Standard deviation of the noise on the clipped sum, in units of the clip norm. Give this or
+    privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    """Target delta of the run; must be below 1 / population."""
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
+    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise.
+    The price does not depend on it."""
+    group_size: PositiveInt = 1
+    """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
+    cohort_size: PositiveInt | None = None
+    """Expected users per step (uls). The divisor of the noisy sum."""
+    max_cohort_size: PositiveInt | None = None
+    """Most users in a step (uls); of a larger draw a uniform subset stays. Bounds memory and time,
+    costs privacy, and makes privacy.population an upper bound that the store must keep to."""
+    batch_size: PositiveInt | None = None
+    """Expected examples per step (els). The divisor of the noisy sum."""
+    num_steps: NumSteps
+    """Noisy releases in the run."""
+    population: PositiveInt | None = None
+    """Public number of users. Default: the store's count, which the statement then calls public."""
+    num_examples: PositiveInt | None = None
+    """Public number of examples kept (els). Default: the store's count, then called public."""
+    adjacency: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
+    """How neighbouring datasets differ, in users. Only add_or_remove_one is accounted."""
+    dataset_epsilon: PositiveFloat | None = None
+    """Total epsilon of all runs on data.name; set in the ledger when it has no total yet."""
+    dataset_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Total delta of all runs on data.name; goes with privacy.dataset_epsilon."""
+    on_mismatch: Literal["refuse", "rekey"] = "refuse"
+    """When a resumed run differs from its reservation: refuse it, or draw a new key and charge the
+    repeated steps again."""
+    secure_noise: bool = False
+    """Noise from a cryptographic generator, four draws averaged and added in float64, against
+    attacks on floating-point samplers. Slower; the price in epsilon is the same."""
+    accept_no_guarantee: bool = False
+    """Admits a run without noise. Its data lose their guarantee, and the ledger says so."""
+    seed: int | None = None
+    """For tests only: derives the keys from this number, which voids the statement."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_noise()
+        self._check_sampling()
+        if (self.dataset_epsilon is None) != (self.dataset_delta is None):
+            raise ValueError(
+                "privacy.dataset_epsilon and privacy.dataset_delta go together: give both or none"
+            )
+        if self.population is not None and self.delta >= 1 / self.population:
+            raise ValueError(
+                f"privacy.delta is {self.delta:g}, not below 1 / population ="
+                f" {1 / self.population:.3g}: it would allow publishing a user outright; lower it"
+            )
+        return self
+
+    def _check_noise(self) -> None:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError(
+                "give exactly one of privacy.epsilon and privacy.noise_multiplier;"
+                " null takes one back"
+            )
+        without_noise = self.noise_multiplier == 0
+        if without_noise and not self.accept_no_guarantee:
+            raise ValueError(
+                "privacy.noise_multiplier is 0, which gives no privacy at all: raise it, or say"
+                " privacy.accept_no_guarantee: true"
+            )
+        if self.noise_multiplier is not None and 0 < self.noise_multiplier < LEAST_NOISE:
+            raise ValueError(
+                f"privacy.noise_multiplier is {self.noise_multiplier:g}, too small to be priced:"
+                f" raise it to {LEAST_NOISE:g} at least"
+            )
+        if self.clip_norm is None:
+            return
+        if math.isinf(self.clip_norm) and not without_noise:
+            raise ValueError(
+                "privacy.clip_norm is infinite, so no noise can cover a user: give a finite one,"
+                " or set privacy.noise_multiplier to 0"
+            )
+        if math.isnan(self.clip_norm):
+            raise ValueError("privacy.clip_norm is not a number: give a positive one")
+
+    def _check_sampling(self) -> None:
+        needed, other = (
+            ("cohort_size", "batch_size")
+            if self.sampling == "uls"
+            else ("batch_size", "cohort_size")
+        )
+        if getattr(self, needed) is None:
+            raise ValueError(
+                f"privacy.{needed} is missing: privacy.sampling {self.sampling} needs it"
+            )
+        if getattr(self, other) is not None:
+            raise ValueError(
+                f"privacy.{other} is {getattr(self, other)} but privacy.sampling is"
+                f" {self.sampling}: drop it, {needed} is the expected size of a step"
+            )
+        if self.sampling == "els" and self.group_size > MOST_KEPT:
+            raise ValueError(
+                f"privacy.group_size is {self.group_size}: els is priced for at most {MOST_KEPT}"
+                " examples of a user; lower it"
+            )
+        if self.sampling == "uls" and self.num_examples is not None:
+            raise ValueError("privacy.num_examples belongs to privacy.sampling els: drop it")
+        if self.max_cohort_size is not None:
+            self._check_cap(self.max_cohort_size)
+        if (
+            self.population is not None
+            and self.cohort_size is not None
+            and self.cohort_size > self.population
+        ):
+            raise ValueError(
+                f"privacy.cohort_size is {self.cohort_size}, above privacy.population ="
+                f" {self.population}: lower it"
+            )
+
+    def _check_cap(self, most: int) -> None:
+        if self.sampling != "uls":
+            raise ValueError("privacy.max_cohort_size belongs to privacy.sampling uls: drop it")
+        if self.cohort_size is not None and most < self.cohort_size:
+            raise ValueError(
+                f"privacy.max_cohort_size is {most}, below privacy.cohort_size ="
+                f" {self.cohort_size}: raise it, best to cohort_size + 6 sqrt(cohort_size) or more"
+            )
+
+    @property
+    def expected_size(self) -> int:
+        """Expected units per step: the cohort size (uls) or the batch size (els)."""
+        size = self.cohort_size if self.sampling == "uls" else self.batch_size
+        assert size is not None  # _check_sampling
+        return size
+
+
+class PrivacyConfig(PricingConfig):
+    """Every number that can change the guarantee."""
+
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]
+    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""

@@ -1,0 +1,1 @@
+"""The clipping kernels: direct and ghost, and the choice between them."""

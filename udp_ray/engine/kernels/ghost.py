@@ -1,0 +1,165 @@
+"""The ghost kernel: many groups per backward pass, none of whose gradients is formed by backward.
+
+    rows of many groups -> forward, backward: each layer's input and output gradient (capture.py)
+      -> each group's norm over all parameters (group_gradients.py) -> clip factors (dp/clipping.py)
+      -> layer by layer the sum over groups, factors inside, in float32 -> the clipped sum
+
+One backward pass, and no parameter's gradient in it: what a weight's gradient would have cost goes
+into the clipped sum instead. Parameters are handed over in the model's order, each exactly once per
+microbatch. A group that fills more than one microbatch goes through the direct kernel,
+which ZeRO 3 cannot run: there each group must fit (`choose.py`).
+
+What a group adds must not depend on who shares its microbatch, or one user's absence would move
+what others add. The model gets no attention mask, which would depend on the company, and before
+each run `invariance.py` checks on made-up tokens that company changes nothing. In float32 the
+padded length changes a gradient by float32 rounding; in bfloat16 by some 5e-3 of it, which is why
+under autocast the length is a function of the group alone (see `data.sharing`). The number of rows
+and their order change nothing, bit for bit, as tested on a CPU. On CUDA under autocast the number
+of rows may select another matrix product, and so change bfloat16 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from udp_ray.data.batches import Group, SharedMicrobatch, share, without_groups
+from udp_ray.dp.clipping import clip_factor
+from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.kernels.gradients import GroupGradients, summed_squared_norms, total
+from udp_ray.engine.kernels.hooks import capturing
+from udp_ray.engine.kernels.layers import RowLayout, make_layer, needs_parameters
+from udp_ray.engine.loss import autocast_context, row_losses
+from udp_ray.engine.types import RunningSum
+from udp_ray.errors import ConfigError, GuaranteeError, UnsupportedModelError
+
+SMALLEST_CLIP_NORM = 1e-6
+"""Norms come from products of float32 squares, which vanish below 1e-38: bounds stay far above."""
+
+LENGTH_GRID = 16
+"""Under autocast, groups are padded to multiples of this and share with those of equal length."""
+
+
+class GhostKernel:
+    """Adds up the clipped gradients of groups, many per backward pass.
+
+    Build it while the parameters are whole: layers are recognized by what they compute. Later they
+    may be in slices (ZeRO 3): only the model's own forward and backward pass reads them.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        clip_norm: float,
+        microbatch_tokens: int,
+        autocast: str = "off",
+        device: torch.device | str = "cpu",
+        is_sliced: bool = False,
+    ) -> None:
+        """Looks at the model's layers.
+
+        Args:
+            model: The model, which may still be elsewhere than on `device`.
+            parameters: The trainable ones by name.
+            clip_norm: The plan's.
+            microbatch_tokens: Most tokens, padding included, of a microbatch.
+            autocast: `ModelConfig.autocast`.
+            device: Where it trains.
+            is_sliced: Parameters will be in slices.
+
+        Raises:
+            ConfigError: The clip norm is too small for this kernel.
+            UnsupportedModelError: A layer needs its parameters whole, which will be in slices.
+        """
+        if clip_norm < SMALLEST_CLIP_NORM:
+            raise ConfigError(
+                f"privacy.clip_norm is {clip_norm:g}, below the {SMALLEST_CLIP_NORM:g} that the"
+                " ghost kernel's float32 squares resolve: set train.kernel to direct"
+            )
+        if torch.get_float32_matmul_precision() != "highest":
+            raise GuaranteeError("torch's float32 products are set to TF32, which rounds norms")
+        self._model = model
+        self._parameters = dict(parameters)
+        self._clip_norm = clip_norm
+        self._microbatch_tokens = microbatch_tokens
+        self._autocast = autocast
+        self._device = torch.device(device)
+        self._direct = DirectKernel(
+            model, parameters, clip_norm=clip_norm, autocast=autocast, device=device
+        )
+        names = {parameter: name for name, parameter in parameters.items()}
+        layers = {path: make_layer(module, names) for path, module in model.named_modules()}
+        self._layers = {path: layer for path, layer in layers.items() if layer is not None}
+        if is_sliced:
+            self._refuse_layers_of_whole_parameters()
+        self._num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
+
+    @property
+    def num_rejected(self) -> Tensor:
+        """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
+        return self._num_rejected + self._direct.num_rejected
+
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
+        """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
+        microbatches, large = self.share(groups)
+        num_missing = sums.num_rounds(len(microbatches)) - len(microbatches)
+        for microbatch in [*microbatches, *([without_groups()] * num_missing)]:
+            self.add_microbatch(sums, microbatch)
+        self._direct.add_clipped(sums, large)
+
+    def share(self, groups: Iterable[Group]) -> tuple[list[SharedMicrobatch], list[Group]]:
+        """Returns the groups in microbatches for `add_microbatch`, and those too large for one."""
+        return share(
+            groups,
+            self._microbatch_tokens,
+            length_grid=None if self._autocast == "off" else LENGTH_GRID,
+            longest=getattr(self._model.config, "max_position_embeddings", None),
+        )
+
+    def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
+        """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
+        gradients = self.group_gradients(microbatch)
+        squared = summed_squared_norms(gradients.values())
+        is_rejected = ~torch.isfinite(squared)
+        self._num_rejected += is_rejected.sum()
+        factors = clip_factor(squared.sqrt(), self._clip_norm)
+        # 0 * NaN is NaN: what is not finite has to be masked; on a CPU, where looking costs
+        # nothing, only where there is any.
+        must_mask = self._device.type != "cpu" or bool(is_rejected.any())
+        for name in self._parameters:
+            gradient = gradients.pop(name, None)
+            if gradient is None:  # without influence on the loss; other ranks wait all the same
+                sums.add_by(name, _add_nothing)
+                continue
+            kept = gradient.without(is_rejected) if must_mask else gradient
+            sums.add_by(name, partial(kept.add_weighted, factors_U=factors))
+
+    def group_gradients(self, microbatch: SharedMicrobatch) -> dict[str, GroupGradients]:
+        """Returns the unclipped gradients of one microbatch's groups, by parameter. Sensitive."""
+        layout = RowLayout(microbatch.rows_of_groups, self._device)
+        trainable = list(self._parameters.values())
+        with capturing(self._model, self._layers, trainable, layout, self._device) as capture:
+            with autocast_context(self._autocast, self._device):
+                sums_R, counts_R = row_losses(self._model, microbatch, self._device)
+            weights_R = microbatch.row_weight.to(self._device)
+            capture.backward((weights_R * sums_R / counts_R.clamp(min=1)).sum())
+        return {name: total(uses) for name, uses in capture.uses.items()}
+
+    def _refuse_layers_of_whole_parameters(self) -> None:
+        for path, layer in self._layers.items():
+            if needs_parameters(layer):
+                kind = type(self._model.get_submodule(path)).__name__
+                raise UnsupportedModelError(
+                    f"the layer {path} ({kind}) can only be clipped with its parameters whole, and"
+                    " train.zero_stage 3 cuts them: set train.zero_stage to 2, or freeze the layer"
+                )
+
+
+def _add_nothing(total: Tensor) -> None:
+    """Leaves a running sum as it is."""

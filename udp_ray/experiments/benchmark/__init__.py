@@ -1,0 +1,1 @@
+"""The benchmark: speed, memory and overhead of private training beside its peers."""

@@ -1,0 +1,1 @@
+"""The mean-estimation study: ELS against ULS on synthetic users."""

@@ -1,0 +1,356 @@
+"""The output folder of a run: what stands where, and how it gets there whole.
+
+    output/
+      run.json                which run this is; what --resume looks for
+      config.yaml             the resolved settings
+      config.json, model.safetensors, tokenizer.json, ...      the model, as Hugging Face reads it
+      adapter_config.json, adapter_model.safetensors           instead of it, after training by LoRA
+      privacy.json, statement.md                               what was promised and spent
+      metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
+      error.json              of a run that diverged: how, and what to change
+      checkpoints/            until the run ends, unless cluster.storage says elsewhere
+
+Files are written aside and renamed, so that no reader and no crash meets half of one.
+
+The folder may be published once the run has ended. No file then holds a time or a rate, and all
+are written anew at the end: between them, times of files would tell how long steps took, which
+depends on who is in their cohorts. Checkpoints have such times, in their files and in what Ray
+writes beside them, so their folder is open to its owner only and goes when the run ends.
+
+Whether what is written lasts: not in a job's own copy of the project, nor before it is flushed.
+
+`ray job submit --working-dir .` unpacks the project into a folder of Ray's session, which vanishes
+with the job. A relative path leads there, so a ledger, a store or an output could be lost with it.
+
+Places that are given as a path or as a URL of a pyarrow file system.
+
+A URL may carry options, as `s3://bucket/chats?region=eu-west-1`, so that names are added before the
+question mark. It never carries a password: Ray, manifests and statements write places down.
+
+    >>> below("s3://bucket/chats?region=eu-west-1", "manifest.json")
+    's3://bucket/chats/manifest.json?region=eu-west-1'
+    >>> name_of("s3://bucket/chats/checkpoint-1?region=eu-west-1")
+    'checkpoint-1'
+
+Refusals of a disk that a person can mend: no room, read-only, not permitted.
+
+    with writing("the checkpoint of step 400", folder):
+        ...
+
+Whatever else goes wrong in the block (a broken disk, a network that is away) stays what it is: it
+is nobody's mistake, and may be tried again.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from safetensors import SafetensorError
+
+from udp_ray.errors import ConfigError, StorageError
+
+PACKAGES = "runtime_resources"
+PACKAGE_FOLDERS = {"working_dir_files", "py_modules_files"}
+
+
+def vanishes_with_job(path: Path) -> bool:
+    """Returns whether a path lies in the copy of the project that Ray makes for a job."""
+    return any(
+        above == PACKAGES and folder in PACKAGE_FOLDERS
+        for parts in (path.parts, path.resolve().parts)
+        for above, folder in itertools.pairwise(parts)
+    )
+
+
+def flush(place: Path) -> None:
+    """Has a file, or the names in a folder, survive a power cut."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_SECRETS = ("password", "secret", "key", "token", "credential", "signature", "sas")
+
+
+def is_url(place: str) -> bool:
+    """Returns whether a place is a URL and not a path."""
+    return "://" in place
+
+
+def absolute(place: str) -> str:
+    """Returns a path made absolute; a URL is absolute already."""
+    return place if is_url(place) else str(Path(place).expanduser().absolute())
+
+
+def below(place: str, name: str) -> str:
+    """Returns the place of a file or folder within another."""
+    if not is_url(place):
+        return f"{place.rstrip('/')}/{name}"
+    base, mark, options = place.partition("?")
+    return f"{base.rstrip('/')}/{name}{mark}{options}"
+
+
+def name_of(place: str) -> str:
+    """Returns the last part of a place."""
+    return (place.partition("?")[0] if is_url(place) else place).rstrip("/").rpartition("/")[2]
+
+
+def holds_secret(place: str) -> bool:
+    """Returns whether a URL has a password before its host, or an option that is named like one."""
+    if not is_url(place):
+        return False
+    address, _, options = place.partition("://")[2].partition("?")
+    # Not by a parser: a key may hold a slash, and would then be taken for a path.
+    user, at, _ = address.rpartition("@")
+    names = [name.lower() for name, _ in parse_qsl(options, keep_blank_values=True)]
+    return bool(at and ":" in user) or any(word in name for name in names for word in _SECRETS)
+
+
+MENDED_BY = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "permit this account to write there",
+    errno.EPERM: "permit this account to write there",
+}
+_OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes it
+
+
+@contextmanager
+def writing(what: str, place: object) -> Iterator[None]:
+    """Turns a refusal of the disk into one sentence.
+
+    Args:
+        what: What is being written, as "the checkpoint of step 400".
+        place: Where.
+
+    Raises:
+        StorageError: If there is no room, or the place may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _number(error)
+        if number not in MENDED_BY:
+            raise
+        raise StorageError(
+            f"{what} could not be written to {place} ({os.strerror(number).lower()}):"
+            f" {MENDED_BY[number]}"
+        ) from None
+
+
+def _number(error: OSError | SafetensorError) -> int:
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _OS_ERROR.search(str(error))
+    return int(found.group(1)) if found else 0
+
+
+def obstacle(what: str, folder: Path) -> str | None:
+    """Returns why a folder cannot be made, as far as that can be foreseen: a file in its place.
+
+    Args:
+        what: What is to be written into it, as in `writing`.
+        folder: The folder, which need not be there.
+
+    Raises:
+        StorageError: If the place may not be written.
+    """
+    place = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
+    if not place.is_dir():
+        return f"{place} is a file"
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        with writing(what, folder):
+            raise OSError(errno.EROFS if is_read_only else errno.EACCES, "")
+    return None
+
+
+RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
+PRIVACY_FILE = "privacy.json"
+STATEMENT_FILE = "statement.md"
+METRICS_FILE = "metrics.json"
+CURVES_FILE = "curves.png"
+TENSORBOARD_FOLDER = "tensorboard"
+ERROR_FILE = "error.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+OWNER_ONLY = 0o700
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    def check(self, *, resume: bool) -> None:
+        """Refuses a folder that a run must not begin in, or that holds none to resume.
+
+        Raises:
+            ConfigError: With the remedy.
+        """
+        if vanishes_with_job(self.path):
+            raise ConfigError(
+                f"output {self.path} lies in a job's temporary package directory and would vanish"
+                " with the job: give an absolute path"
+            )
+        require_writable_folder(self.path)
+        if resume and not (self.path / RUN_FILE).is_file():
+            raise ConfigError(
+                f"output {self.path} holds no run to resume: leave --resume out, or give the"
+                " folder of an interrupted run"
+            )
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            has_run = (self.path / RUN_FILE).is_file()
+            other = "--resume to go on with the run in it" if has_run else "remove it"
+            raise ConfigError(f"output {self.path} is not empty: give another folder, or {other}")
+
+    def run_id(self) -> str:
+        """Returns the id of the run in this folder.
+
+        Raises:
+            ConfigError: If run.json is damaged.
+        """
+        try:
+            return str(json.loads((self.path / RUN_FILE).read_text())["run_id"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ConfigError(
+                f"{self.path / RUN_FILE} is damaged: restore it or begin anew"
+            ) from None
+
+    def claim(self, run_id: str) -> None:
+        """Makes the folder this run's own; nothing happens if it is already.
+
+        Raises:
+            ConfigError: If another run has come to stand there meanwhile.
+            StorageError: If the folder cannot be written.
+        """
+        with writing(RUN_FILE, self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:  # exclusively: two drivers may have found the folder empty
+                write_new(self.path / RUN_FILE, _to_json({"run_id": run_id}))
+            except FileExistsError:
+                if self.run_id() != run_id:
+                    raise ConfigError(
+                        f"output {self.path} was taken by run {self.run_id()} just now: give"
+                        " another folder"
+                    ) from None
+
+    def make_checkpoints_folder(self) -> None:
+        """Makes the folder of checkpoints, for its owner only.
+
+        Raises:
+            StorageError: If it cannot be made.
+        """
+        folder = self.path / CHECKPOINTS_FOLDER
+        with writing(CHECKPOINTS_FOLDER, self.path):
+            folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+            folder.chmod(OWNER_ONLY)  # an older one, or another umask
+
+    def remove_checkpoints_folder(self) -> bool:
+        """Removes the folder of checkpoints; returns whether it is gone."""
+        folder = self.path / CHECKPOINTS_FOLDER
+        shutil.rmtree(folder, ignore_errors=True)
+        return not folder.exists()
+
+    def forget_start(self) -> None:
+        """Gives run.json, the first file of a run, the time of now, like all other files."""
+        with writing(RUN_FILE, self.path):
+            (self.path / RUN_FILE).touch()
+
+    def release(self) -> None:
+        """Undoes `claim` for a run that was not admitted."""
+        (self.path / RUN_FILE).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a value as JSON; not-a-number and infinity are refused."""
+        write_aside(self.path / name, _to_json(value))
+
+
+def require_writable_folder(folder: Path, field: str = "output", *, what: str = RUN_FILE) -> None:
+    """Refuses a folder that could not be made in the end.
+
+    Args:
+        folder: The folder, which need not be there.
+        field: The setting that names it.
+        what: What is written there first.
+
+    Raises:
+        ConfigError: If a file stands in its way.
+        StorageError: If the place may not be written.
+    """
+    if (reason := obstacle(what, folder)) is not None:
+        raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
+
+
+def require_storage(storage: str | None) -> None:
+    """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
+    if storage is not None and not is_url(storage):
+        require_writable_folder(Path(storage), "cluster.storage", what="checkpoints")
+
+
+def write_new(file: Path, content: str) -> None:
+    """Writes a file that is not there yet, whole from the moment in which it is there.
+
+    Raises:
+        FileExistsError: If it is there; it stands as it was.
+        StorageError: If it cannot be written.
+    """
+    with writing(file.name, file.parent):
+        aside = _written_aside(file, content.encode())
+        try:
+            os.link(aside, file)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with file.open("x") as stream:
+                stream.write(content)
+        finally:
+            aside.unlink()
+
+
+def write_aside(file: Path, content: str | bytes) -> None:
+    """Writes a file under another name and renames it, so that no reader sees half of it.
+
+    Raises:
+        StorageError: If it cannot be written; then the old file stands as it was.
+    """
+    with writing(file.name, file.parent):
+        aside = _written_aside(file, content.encode() if isinstance(content, str) else content)
+        aside.replace(file)
+
+
+def _written_aside(file: Path, content: bytes) -> Path:
+    """Writes the content durably beside a file, under a name of its own, and returns that."""
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with aside.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return aside
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

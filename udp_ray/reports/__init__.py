@@ -1,0 +1,1 @@
+"""Statements, verification, tables and figures."""

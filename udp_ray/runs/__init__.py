@@ -1,0 +1,1 @@
+"""Runs and sweeps outside of training: admission, registration, result, provenance. No Ray."""
