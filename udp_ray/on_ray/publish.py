@@ -32,7 +32,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ from udp_ray.errors import (
     CheckpointError,
     DataError,
     DivergedError,
-    GuaranteeError,
     UdpRayError,
 )
 from udp_ray.io import (
@@ -82,18 +80,12 @@ from udp_ray.on_ray.accountant import (
 from udp_ray.on_ray.checkpoints import open_checkpoint, remove_uncommitted
 from udp_ray.on_ray.progress import EpsilonCurve
 from udp_ray.on_ray.trial import error_of, final_loss
-from udp_ray.reports.figures import draw_curves, write_event_file
-from udp_ray.reports.statement import DatasetTotal, SweepStatement, describe_point
-from udp_ray.reports.tables import (
-    TrialResult,
-    best_of,
-    draw_heat_map,
-    to_table,
-    winner_yaml,
-)
-from udp_ray.runs.admission import Run, without_secrets
-from udp_ray.runs.result import RunResult
-from udp_ray.runs.sweep import Sweep
+from udp_ray.reports.figures import draw_curves, draw_heat_map, write_event_file
+from udp_ray.reports.statement import DatasetTotal
+from udp_ray.reports.tables import trials_to_text
+from udp_ray.runs.admission import Run, without_ledger_url
+from udp_ray.runs.result import BEST_FILE, RunResult, SweepResult, TrialResult, best_of
+from udp_ray.runs.sweep import Sweep, winner_yaml
 
 
 def publish_run(
@@ -138,7 +130,7 @@ def publish_run(
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
     write_aside(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
-    write_aside(folder.path / CONFIG_FILE, to_yaml(without_secrets(run.config)))
+    write_aside(folder.path / CONFIG_FILE, to_yaml(without_ledger_url(run.config)))
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
@@ -280,7 +272,6 @@ def _scalars(
     }
 
 
-BEST_FILE = "best.yaml"
 TRIALS_FILE = "trials.json"
 TABLE_FILE = "trials.txt"
 HEAT_MAP_FILE = "heatmap.png"
@@ -288,42 +279,6 @@ OF_ONE_TRIAL = {
     RUN_FILE, CONFIG_FILE, PRIVACY_FILE, STATEMENT_FILE, METRICS_FILE, CURVES_FILE, ERROR_FILE,
 }  # fmt: skip
 """Files of a trial that tell which one it was, or what it would cost alone."""
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep released. Public."""
-
-    sweep_id: str
-    output: Path
-    model: Path | None
-    """Folder of the chosen model, as Hugging Face reads it; None if no model is released."""
-    statement: SweepStatement
-    loss: float | None
-    """Held-out loss of the chosen trial; None if there is none."""
-    trials: tuple[TrialResult, ...]
-    """None of a secret sweep."""
-    is_complete: bool
-    """Whether nothing is left to be resumed."""
-    failure: UdpRayError | None = None
-    """Why no model is released though the sweep has ended."""
-
-    def to_text(self) -> str:
-        """Returns what a person wants to know at the end."""
-        if self.statement.winner is None or self.loss is None:
-            raise GuaranteeError("a published sweep must state which configuration was chosen")
-        waiting = sum(trial.loss is None for trial in self.trials)
-        return "\n".join(
-            [
-                self.statement.to_text(),
-                *(["", to_table(self.trials)] if self.trials else []),
-                "",
-                f"Chosen: {describe_point(self.statement.winner)}",
-                f"  held-out loss {self.loss:.4f}; weights in {self.model}",
-                f"  settings for jobs/train.py in {self.output / BEST_FILE}",
-                *([f"{waiting} trials have not ended: --resume takes them up"] * (waiting > 0)),
-            ]
-        )
 
 
 def result_of(sweep: Sweep, trial: TrialRecord) -> TrialResult:
@@ -363,7 +318,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         dataset=total,
     )
     output = sweep.folder.path
-    write_aside(output / CONFIG_FILE, _settings(sweep))
+    write_aside(output / CONFIG_FILE, to_yaml(without_ledger_url(sweep.config)))
     if best is not None:
         write_aside(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
     if not sweep.is_secret:
@@ -417,11 +372,6 @@ def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
     )
 
 
-def _settings(sweep: Sweep) -> str:
-    data = sweep.config.data.model_copy(update={"ledger": None})  # its URL may hold a password
-    return to_yaml(sweep.config.model_copy(update={"data": data}))
-
-
 def _release_winner(folder: Path, output: Path) -> None:
     """Copies the winner's model and losses, and nothing that says which trial it was."""
     for file in sorted(folder.iterdir()):
@@ -442,9 +392,10 @@ def _renew(file: Path) -> None:
 def _write_trials(sweep: Sweep, results: list[TrialResult]) -> None:
     output = sweep.folder.path
     sweep.folder.write_json(TRIALS_FILE, [result.to_dict() for result in results])
-    write_aside(output / TABLE_FILE, to_table(results) + "\n")
+    best = best_of(results)
+    write_aside(output / TABLE_FILE, trials_to_text(results, best=best) + "\n")
     title = f"{sweep.sweep_id}: held-out loss of {len(results)} trials"
-    write_aside(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
+    write_aside(output / HEAT_MAP_FILE, draw_heat_map(results, best=best, title=title))
     if sweep.planned.release == "public":
         # A trial's own statement would promise what nobody was charged for.
         for result in results:

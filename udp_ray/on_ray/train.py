@@ -40,7 +40,7 @@ from udp_ray.runs.admission import (
     new_run_id,
     plan_of,
     prepare_run,
-    without_secrets,
+    without_ledger_url,
 )
 from udp_ray.runs.result import RunResult
 
@@ -161,7 +161,7 @@ def lost_workers(
 
 def _worker_job(run: Run, accountant: RemoteAccountant) -> WorkerJob:
     return WorkerJob(
-        config=without_secrets(run.config),  # Ray may write the job down
+        config=without_ledger_url(run.config),  # Ray may write the job down
         plan=run.plan,
         run_folder=run.run_folder,
         provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},
@@ -219,7 +219,7 @@ def describe_run(config: ExperimentConfig) -> str:
     return "\n\n".join(
         [
             statement.to_text(),
-            "Settings\n" + textwrap.indent(to_yaml(without_secrets(config)).rstrip(), "  "),
+            "Settings\n" + textwrap.indent(to_yaml(without_ledger_url(config)).rstrip(), "  "),
             estimate(config, plan).to_text(),
             "Nothing was started, written or charged.",
         ]

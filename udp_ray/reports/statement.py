@@ -8,8 +8,8 @@ ledger; nothing is computed from private data, and all fields are public.
     print(statement.to_text())
     statement.with_spent(num_steps=record.charged_steps).of_run(identity, total).save(output)
 
-One statement covers all that a sweep releases. With release best it tells nothing of the trials: the
-price was paid to hide how many there were, what they tried and how long they took.
+One statement covers all that a sweep releases. With release best it tells nothing of the trials:
+the price was paid to hide how many there were, what they tried and how long they took.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from udp_ray.dp.selection import PoissonTrials, TrialCount, TruncatedNegativeBin
 from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.errors import DataError
 from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_aside
-from udp_ray.ledger.records import Budget, Digests, Spending
+from udp_ray.ledger.records import Budget, Spending
 from udp_ray.reports.tables import wrap
-from udp_ray.runs.provenance import git_commit, versions
+from udp_ray.runs.provenance import versions
 
 # ---- templates
 
@@ -147,28 +147,6 @@ class RunIdentity:
     git_commit: str | None = None
     is_recorded: bool = False
     """Whether its admission is recorded beside the store, which detects a copied ledger."""
-
-    @classmethod
-    def of(
-        cls,
-        run_id: str,
-        digests: Digests,
-        *,
-        ledger_id: str,
-        ledger_url: str,
-        is_recorded: bool = False,
-    ) -> Self:
-        """Returns the identity of a run or a sweep that runs the code of this process."""
-        return cls(
-            run_id=run_id,
-            config_digest=digests.config,
-            code_digest=digests.code,
-            store_digest=digests.store,
-            ledger_id=ledger_id,
-            ledger_url=ledger_url,
-            git_commit=git_commit(),
-            is_recorded=is_recorded,
-        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
