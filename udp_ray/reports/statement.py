@@ -661,7 +661,7 @@ class SweepStatement(Statement):
             )
         if not math.isfinite(self.planned.charge.epsilon):
             found.append("NO GUARANTEE: trials add no noise (privacy.accept_no_guarantee).")
-        return found + [SEEDED] * self.is_seeded
+        return [*found, SEEDED] if self.is_seeded else found
 
     def sentence(self) -> str:
         """Returns the guarantee in one sentence."""
