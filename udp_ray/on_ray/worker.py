@@ -127,6 +127,7 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: 
             accountant=accountant if rank == 0 else None,
             publish=checkpoints.publish,
             on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
+            on_phase=accountant.attempt.set_phase if rank == 0 else None,
             workspace=Path(workspace),
             resume=resume,
             replay_until=start.replay_until,
