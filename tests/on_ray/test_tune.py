@@ -41,9 +41,10 @@ from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget
 from udp_ray.on_ray import tune as tuning
 from udp_ray.on_ray.publish import SweepResult, publish_sweep
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.on_ray.tune import _forget, describe_sweep, run_sweep
+from udp_ray.on_ray.train import train
+from udp_ray.on_ray.tune import _remove_working_files
 from udp_ray.reports.verify import is_sweep, verify_sweep
+from udp_ray.runs.dry_run import describe_sweep
 from udp_ray.runs.sweep import (
     Sweep,
     admit_sweep,
@@ -115,7 +116,7 @@ def test_resuming_with_another_space_or_another_kind_of_run_is_refused(tmp_path:
         with pytest.raises(ReplayRefusedError, match="config"):
             admit_sweep(resumed(tiny_sweep(tmp_path, other)), resume=True)
     with pytest.raises(ReplayRefusedError, match="plan"):
-        train_on_ray(tiny_experiment(tmp_path), resume=True, announce=lambda text: None)
+        train(tiny_experiment(tmp_path), resume=True, announce=lambda text: None)
     assert sweep.ledger.spent(DATASET).spent == Budget(8.0, 1e-3)
 
 
@@ -227,7 +228,7 @@ def test_checkpoints_in_the_output_folder_go_when_a_sweep_ends_and_others_stay(
     sweep = admitted(tiny_sweep(tmp_path, ALL, cluster={"storage": place}))
     checkpoint = Path(sweep.storage) / "trial" / "checkpoint-00000002-attempt-1"
     checkpoint.mkdir(parents=True)
-    _forget(sweep)
+    _remove_working_files(sweep)
     assert checkpoint.exists() is (storage is not None)
     assert not (sweep.folder.path / "trials" / "checkpoints").exists()
 
@@ -342,12 +343,12 @@ def test_the_loss_before_training_would_make_a_trial_that_diverged_the_winner(
 ) -> None:
     """The failing arm: a trial that diverged before its first commit, scored by its last row."""
     sweep = played(tmp_path, ALL, [3.4, NAN, 3.3, 3.5])
-    monkeypatch.setattr("udp_ray.on_ray.trial.has_diverged", lambda folder: False)
+    monkeypatch.setattr("udp_ray.on_ray.publish._has_diverged", lambda folder: False)
     assert publish_sweep(sweep).loss == 2.0
 
 
 def without_cluster(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    """Has `run_sweep` play its trials."""
+    """Has `sweep` play its trials."""
 
     def play(sweep: Sweep, announce: object) -> None:
         for trial, loss in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
@@ -381,7 +382,7 @@ def test_a_sweep_without_a_model_to_release_ends_and_stays_charged(
     without_cluster(monkeypatch, [NAN] * num_trials)
     said: list[str] = []
     with pytest.raises(error, match=words) as caught:
-        run_sweep(config, announce=said.append)
+        tuning.sweep(config, announce=said.append)
     assert not any("resume" in text for text in [*said, str(caught.value)])
     assert words in said[-1]  # in the statement
     output = Path(config.output)
@@ -467,7 +468,7 @@ def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_t
     section = {"release": "all", "group_size": [1], "learning_rate": RATES}
     config = tiny_sweep(tmp_path, section, train={"weight_decay": DECAY})
     said: list[str] = []
-    result = run_sweep(config, announce=said.append)
+    result = tuning.sweep(config, announce=said.append)
     assert "epsilon = 8" in said[0]  # the price comes first
     assert any(line.startswith("trial 1 (1 of 2 ended)") for line in said)
     good, bad = result.trials
@@ -521,7 +522,7 @@ def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
     assert "Traceback" not in text
     assert AutoModelForCausalLM.from_pretrained(config.output)
     with pytest.raises(LedgerError, match="finished"):
-        run_sweep(config, resume=True, announce=lambda text: None)
+        tuning.sweep(config, resume=True, announce=lambda text: None)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from udp_ray.io import OutputFolder, below
 from udp_ray.on_ray import publish, worker
 from udp_ray.on_ray.accountant import AttemptStart, RemoteAccountant
 from udp_ray.on_ray.checkpoints import remove_uncommitted
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.train import execute
 from udp_ray.on_ray.worker import RunCheckpoints
 from udp_ray.runs.admission import admit, prepare_run
 
@@ -133,7 +133,7 @@ def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None])
     run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
     admit(run, resume=False)
     with without_ray(before_step):
-        carry_out(run, resume=False, announce=said.append)
+        execute(run, resume=False, announce=said.append)
     return said
 
 

@@ -94,7 +94,7 @@ def train(
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
-        on_phase: Called when training enters another phase: checking, evaluating, training, writing.
+        on_phase: Called with the name of each phase that begins, such as "evaluating".
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
         resume: Where to continue; None starts from the model as given.
         replay_until: The last step that an earlier attempt reserved. Until it is repeated, no
