@@ -28,7 +28,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 COLUMNS = 100
-BAR_COLUMNS = 20
 TICK_S = 1.0
 SHORTEST_SILENCE_S, LONGEST_SILENCE_S = 5.0, 30.0
 """Seconds between two lines of a log: first few, later more, since long phases change slowly."""
@@ -102,6 +101,11 @@ class Display:
             parts = [f"{name} {_clock(each)}" for name, each in self._seconds.items() if each >= 1]
         text = f"time {_clock(sum(self._seconds.values()))}: {', '.join(parts)}"
         return textwrap.fill(text, COLUMNS, subsequent_indent="  ") if len(parts) > 1 else ""
+
+    def text(self) -> str:
+        """Returns the present phase in words, with what is known about it."""
+        facts = self._facts()
+        return f"{self._name}: {', '.join(facts)}" if facts else self._name
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -177,15 +181,17 @@ class _Terminal(Display):
 
     def _line(self) -> Table:
         with self._lock:
-            line = Table.grid(padding=(0, 1), pad_edge=False)
+            has_bar = self._total is not None and self._done is not None
+            line = Table.grid(padding=(0, 1), pad_edge=False, expand=has_bar)
+            line.width = min(self._console.width, COLUMNS) if has_bar else None
             cells: list[RenderableType] = [self._spinner, self._name]
-            if self._total is not None and self._done is not None:
-                cells.append(ProgressBar(self._total, self._done, width=BAR_COLUMNS))
+            if has_bar:
+                cells.append(ProgressBar(self._total, self._done or 0))
             began = self._phase_began if self._total is None else self._bar_began
             lasted = [_clock(time.monotonic() - began)] if self._shows_time else []
             cells.append("  ".join([*self._facts(), *lasted]))
-        for _ in cells:
-            line.add_column(no_wrap=True)
+        for cell in cells:  # the bar takes the room that the others leave
+            line.add_column(no_wrap=True, ratio=1 if isinstance(cell, ProgressBar) else None)
         line.add_row(*cells)
         return line
 
@@ -212,9 +218,12 @@ class _Log(Display):
 
     def _tick(self) -> None:
         while not self._is_over.wait(TICK_S):
-            with self._lock:
-                if not self._shows_time:
-                    continue
+            self.beat()
+
+    def beat(self) -> None:
+        """Writes a line if the phase lasts and the last line is old."""
+        with self._lock:
+            if self._shows_time:
                 lasted = time.monotonic() - self._phase_began
                 silence = min(max(lasted / 10, SHORTEST_SILENCE_S), LONGEST_SILENCE_S)
                 self._write_phase(unless_within_s=silence)
@@ -228,10 +237,8 @@ class _Log(Display):
     def _write_phase(self, *, unless_within_s: float) -> None:
         now = time.monotonic()
         if self._name and now - self._written_at >= unless_within_s:
-            facts = self._facts()
-            text = f"{self._name}: {', '.join(facts)}" if facts else self._name
             stamp = f"[{_clock(now - self._began):>7}] " if self._shows_time else ""
-            self._write(stamp + text)
+            self._write(stamp + self.text())
 
     def _write(self, text: str) -> None:
         self._written_at = time.monotonic()

@@ -113,9 +113,9 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
         announce("1/3  Prepare the data: text to a store, sharded by user")
         with connected(config.cluster.address):
             prepare(config.data, tokenizer=tokenizer, model=config.model.name)
-            announce("2/3  Fine-tune with user-level privacy")
+            announce("\n2/3  Fine-tune with user-level privacy")
             private_s = _timed(lambda: train(config, announce=announce))
-            announce("3/3  The same without noise and clipping, for comparison: no promise")
+            announce("\n3/3  The same without noise and clipping, for comparison: no promise")
             open_s = _timed(lambda: train(open_config, announce=_ignore))
     comparison = Comparison(
         rows=compare(

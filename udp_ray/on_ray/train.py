@@ -10,6 +10,8 @@ what is published is made from that one alone.
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.console import current, progress
+from udp_ray.console import COLUMNS, current, progress
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
 from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
@@ -70,16 +72,16 @@ def train(
 def _promise_text(statement: PrivacyStatement) -> str:
     """Returns the promise in short; the whole statement is shown at the end."""
     plan = statement.plan
-    unit = "users" if plan.sampling == "uls" else "examples"
-    most = "of each, at most" if plan.sampling == "uls" else "of a user, at most"
-    clipped = f"clipped to L2 norm {plan.clip_norm:g}" if plan.clip_norm < float("inf") else "whole"
+    drawn = f"users per step expected, each with at most {plan.group_size} examples"
+    if plan.sampling == "els":
+        drawn = f"examples per step expected, from at most {plan.group_size} of each user"
+    clipped = f"clipped to L2 norm {plan.clip_norm:g}" if math.isfinite(plan.clip_norm) else "whole"
+    promised = f"{statement.promised}-differential privacy of each user with all their examples"
     return "\n".join(
         [
-            *statement.warnings(),
-            f"Promise to each user: {statement.promised}, whether all their examples are used or"
-            " none",
-            f"  sampling  {plan.expected_size:g} {unit} expected per step, {most}"
-            f" {plan.group_size} examples; {plan.num_steps} steps",
+            *(textwrap.fill(warning, COLUMNS) for warning in statement.warnings()),
+            f"Promise: {promised if statement.is_guarantee else 'none'}",
+            f"  sampling  {plan.expected_size:g} {drawn}; {plan.num_steps} steps",
             f"  noise     multiplier {plan.noise_multiplier:.4g}, on sums of gradients {clipped}",
         ]
     )
