@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ from tests.support.runs import DATASET, tiny_experiment
 from tests.support.sweeps import NUM_STEPS, play_trial, tiny_sweep
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
+from udp_ray.console import progress
 from udp_ray.dp.keys import RunKey
 from udp_ray.errors import (
     ConfigError,
@@ -409,6 +411,33 @@ def test_of_a_secret_sweep_nothing_tells_that_a_trial_diverged(tmp_path: Path) -
     assert result.loss == 3.4
     text = result.to_text() + "".join((output / name).read_text() for name in seen)
     assert "diverged" not in text
+
+
+@pytest.mark.parametrize("section", [ALL, BEST], ids=["all, the failing arm", "best"])
+def test_while_a_secret_sweep_runs_nothing_is_shown_of_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict
+) -> None:
+    seed = seed_with(3, tiny_sweep(tmp_path, BEST))
+    sweep = admitted(tiny_sweep(tmp_path, section, privacy={"seed": seed}))
+    waiting = list(sweep.ledger.trials(sweep.sweep_id))
+
+    def wait(tasks: list[str], *, timeout: float) -> tuple[list[str], list[str]]:
+        if waiting:
+            play_trial(sweep, waiting.pop(), loss=3.4)
+            return [], tasks
+        return tasks, []
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda task: None)
+    said: list[str] = []
+    with progress("running") as display:
+        tuning._follow(sweep, "task", said.append)
+        shown = display.text()
+    if section is BEST:
+        assert (said, shown) == ([], "running")
+    else:
+        assert said[0].partition(":")[0] == "trial 4 (1 of 4 ended)"
+        assert shown == "running the trials: step 8 of 8"
 
 
 # ---- what an auditor sees

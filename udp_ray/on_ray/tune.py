@@ -230,7 +230,8 @@ def _show(trials: Sequence[TrialRecord]) -> None:
     ]
     running = [str(t.number) for t in trials if _is_open(t) and t.run.num_attempts > 0]
     current().phase("running the trials", total=num_steps)
-    current().advance(sum(taken), trial=f"{', '.join(running) or 'none'} of {len(trials)}")
+    values = {"trial": f"{', '.join(running)} of {len(trials)}"} if running else {}
+    current().advance(sum(taken), **values)
 
 
 # ---- Ray Tune
