@@ -1,7 +1,7 @@
-"""Sweeps on a real Ray cluster: what they leave, what they pay, what a secret one gives away.
+"""Sweeps on a real Ray cluster: what they publish, what they pay, what a secret one reveals.
 
-Whole trials are slow, so most claims are held on trials that are played: their rows in the ledger
-and their files are made without training.
+Whole trials are slow, so most tests use trials that are played: their rows in the ledger and their
+files are written without training.
 """
 
 import json
@@ -91,7 +91,7 @@ def test_a_sweep_is_charged_once_and_resumed_with_the_same_trials(tmp_path: Path
     config = tiny_sweep(tmp_path, ALL)
     sweep = admitted(config)
     again = resumed(config)
-    assert again.planned == sweep.planned  # the noise too, which was not searched anew
+    assert again.planned == sweep.planned  # the noise too, which was not searched again
     admit_sweep(again, resume=True)
     spending = sweep.ledger.spent(DATASET)
     assert spending.spent == Budget(8.0, 1e-3)
@@ -132,7 +132,7 @@ def test_a_sweep_over_the_budget_leaves_nothing(tmp_path: Path) -> None:
         assert not ledger.spent(DATASET).runs
 
 
-def test_people_with_a_budget_are_not_public(tmp_path: Path) -> None:
+def test_users_with_a_budget_are_not_public(tmp_path: Path) -> None:
     config = tiny_sweep(tmp_path, {"release": "public", **GRID})
     with Ledger.open(config.data.ledger_url) as ledger:
         ledger.set_budget(DATASET, epsilon=100.0, delta=1e-2)
@@ -149,7 +149,7 @@ def test_a_public_sweep_charges_nothing_and_promises_nothing(tmp_path: Path) -> 
     assert "no promise" in sweep.statement.sentence()
 
 
-def test_a_store_without_held_out_people_is_refused(tmp_path: Path) -> None:
+def test_a_store_without_held_out_users_is_refused(tmp_path: Path) -> None:
     config = tiny_sweep(tmp_path, ALL)
     manifest = tmp_path / "store" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"heldout": None}))
@@ -167,7 +167,7 @@ def test_a_dry_run_says_trials_price_and_what_is_left_out_and_touches_nothing(
     text = describe_sweep(config)
     assert files(tmp_path) == before
     assert "epsilon = 8, delta = 0.001" in text
-    assert text.count("clip norm C") == 1 + 2  # of ELS, everybody keeps fewer than 100
+    assert text.count("clip norm C") == 1 + 2  # with ELS, every user keeps fewer than 100
     assert "ULS with G = 100 is left out" in text
     secret = describe_sweep(tiny_sweep(tmp_path, BEST))
     assert "6 expected" in secret

@@ -29,7 +29,7 @@ from udp_ray.runs.admission import admit, prepare_run
 
 KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
 LEFTOVER = "checkpoint-00000006-attempt-1"
-"""Written by an attempt that died before it committed: its repetition writes step 6 anew."""
+"""Written by an attempt that died before it committed: its repetition writes step 6 again."""
 LATE = "checkpoint-00000006-attempt-0"
 OF_RAY = "checkpoint_manager_snapshot.json"
 
