@@ -20,7 +20,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from udp_ray.config.experiment import ClusterConfig
-from udp_ray.console import current
+from udp_ray.console import current, progress
 from udp_ray.errors import ConfigError
 
 PAUSE_S = 5.0
@@ -43,8 +43,8 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    current().phase("connecting to Ray")
-    _join(address or os.environ.get("RAY_ADDRESS") or "local")
+    with progress("connecting to Ray"):
+        _join(address or os.environ.get("RAY_ADDRESS") or "local")
     try:
         yield
     finally:

@@ -184,7 +184,7 @@ def prepare(
     refuse_existing(data.store)
     encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
     with (
-        progress("connecting to Ray") as display,
+        progress("checking the input") as display,
         connected(address),
         registered(data.name, data.ledger_url) as registration,
         _folder_aside(data) as aside,
