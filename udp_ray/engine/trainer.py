@@ -361,9 +361,9 @@ class _Training:
         return self.accountant
 
     def _evaluation(self, *, is_whole: bool) -> Metrics:
+        self._enter("evaluating")
         if self.store.heldout is None:
             return {}
-        self._enter("evaluating")
         return evaluate(
             self.model,
             self.store.heldout,
