@@ -70,6 +70,7 @@ def train(
     accountant: Accountant | None,
     publish: Publish,
     on_metrics: Callable[[Metrics], None] | None,
+    on_phase: Callable[[str], None] | None = None,
     workspace: Path,
     attempt: Attempt | None = None,
     resume_from: Path | None = None,
@@ -92,6 +93,7 @@ def train(
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
+        on_phase: Called when training enters another phase: checking, evaluating, training, writing.
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
         attempt: Where the ledger says that training continues; None where no ledger is asked, and
             training starts from the model as given. Until `attempt.replay_until` is repeated, no
@@ -124,6 +126,7 @@ def train(
         accountant=accountant,
         publish=publish,
         on_metrics=on_metrics,
+        on_phase=on_phase,
         workspace=workspace,
         attempt=attempt,
         resume_from=resume_from,
@@ -147,6 +150,7 @@ class _Training:
     accountant: Accountant | None
     publish: Publish
     on_metrics: Callable[[Metrics], None] | None
+    on_phase: Callable[[str], None] | None
     workspace: Path
     attempt: Attempt | None
     resume_from: Path | None
@@ -156,6 +160,7 @@ class _Training:
     """The fingerprint of the weights beside which adapters train; None if all weights do."""
     zero: ZeroEngine = field(init=False)
     private_step: PrivateStep = field(init=False)
+    phase: str = field(init=False, default="")
     step: int = field(init=False, default=0)
     """Last step taken."""
     committed: int = field(init=False, default=0)
@@ -207,6 +212,7 @@ class _Training:
             microbatch_tokens=self.settings.microbatch_tokens,
             even_for=self.store.manifest.block_tokens if is_sliced else None,
         )
+        self._enter("checking the model and noise")
         kernel = self._kernel()
         self.world.from_first(lambda: self._check_invariance(kernel))
         self.zero = ZeroEngine(
@@ -308,6 +314,7 @@ class _Training:
         return None
 
     def _take_step(self, reader: CohortReader) -> None:
+        self._enter("training")
         is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
         before = _samples(self.zero) if is_first else []
         self.private_step.run(self.step + 1, reader.groups(self.step + 1))
@@ -331,6 +338,7 @@ class _Training:
         every = self.settings.evaluate_every or self.settings.checkpoint_every
         is_due = is_last or self._has_passed(every)
         heldout = self._evaluation(is_whole=is_last) if is_due else {}
+        self._enter("writing")
         directory = self.workspace / f"step-{self.step:08d}"
         digest = checkpoint.write(
             directory,
@@ -361,6 +369,7 @@ class _Training:
     def _evaluation(self, *, is_whole: bool) -> Metrics:
         if self.store.heldout is None:
             return {}
+        self._enter("evaluating")
         return evaluate(
             self.model,
             self.store.heldout,
@@ -375,6 +384,11 @@ class _Training:
         """Holds no time and no rate: how long a step takes depends on who is in its cohort."""
         rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
         return {"step": self.step, "train/learning_rate": rate}
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase and self.on_phase is not None:
+            self.on_phase(phase)
+        self.phase = phase
 
     def _tell(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:

@@ -54,6 +54,8 @@ class Progress:
     """How far a run is, in public numbers."""
 
     attempts: int = 0
+    phase: str = "starting workers"
+    """What the workers do now, as the operator sees it."""
     step: int = 0
     """Last step authorized."""
     charged_steps: int = 0
@@ -128,6 +130,10 @@ class AttemptAccountant:
     def record_metrics(self, metrics: dict[str, float]) -> None:
         """Hands on the numbers of a committed checkpoint."""
         self.remote._ask("record_metrics", self.number, metrics)
+
+    def set_phase(self, phase: str) -> None:
+        """Reports what the workers do now, without waiting for an answer."""
+        self.remote.actor.set_phase.remote(self.number, phase)
 
 
 def own_errors(ask: Callable[[], Result]) -> Result:
@@ -208,6 +214,7 @@ class RunAccountant:
         self._divergence = divergence_of(kept, last_step=attempt.resume_step)
         self._update(
             attempts=attempt.number,
+            phase="loading the model",
             step=attempt.resume_step,
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,
@@ -264,10 +271,15 @@ class RunAccountant:
             keep_evaluation(file, metrics)
             self._divergence = divergence_of(read_evaluations(file), last_step=int(metrics["step"]))
 
+    def set_phase(self, number: int, phase: str) -> None:
+        """Notes what the workers do now; an attempt that is over changes nothing."""
+        if self._attempt is not None and self._attempt.number == number:
+            self._update(phase=phase)
+
     def end(self, number: int, budget_message: str | None) -> None:
         """Notes that all ranks have returned from training."""
         self._current(number)
-        self._update(budget_message=budget_message)
+        self._update(budget_message=budget_message, phase="stopping workers")
 
     def finish(self) -> RunRecord:
         """Ends the run for good and destroys its key; returns its last record."""

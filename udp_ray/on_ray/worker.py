@@ -126,6 +126,7 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: Attempt, rank: int) 
             accountant=accountant if rank == 0 else None,
             publish=checkpoints.publish,
             on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
+            on_phase=accountant.attempt.set_phase if rank == 0 else None,
             workspace=Path(workspace),
             attempt=start,
             resume_from=folder,
