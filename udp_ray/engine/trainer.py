@@ -93,7 +93,7 @@ def train(
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
-        on_phase: Called when training enters another phase: checking, evaluating, training, writing.
+        on_phase: Called when training enters another phase, such as evaluating or writing.
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
         attempt: Where the ledger says that training continues; None where no ledger is asked, and
             training starts from the model as given. Until `attempt.replay_until` is repeated, no
