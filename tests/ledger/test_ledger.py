@@ -41,7 +41,6 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.ledger import ledger as rules
 from udp_ray.ledger import tables as schema
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, plan_digest
@@ -541,7 +540,7 @@ def test_with_a_commit_between_reserved_steps_the_run_would_be_refused_for_good(
     ledger, monkeypatch
 ):
     """The failing arm: the ledger without the rule."""
-    monkeypatch.setattr(rules, "refuse_commit_between_reserved", lambda *_: None)
+    monkeypatch.setattr(Ledger, "_refuse_commit_between_reserved", lambda *_: None)
     with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
         resumed_with_frequent_commits(ledger)
     for _ in range(2):
