@@ -749,7 +749,7 @@ LEDGER = [
         text=".values(secret=secret))",
         replacement=".values(secret=KEYS.c.secret))",
         tests=(
-            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",
+            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_continue[sqlite]",
         ),
     ),
     Mutant(

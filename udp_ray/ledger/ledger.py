@@ -369,7 +369,7 @@ class Ledger:
             if run.start_digest not in (None, starting_checkpoint):
                 raise ReplayRefusedError(
                     f"step {step} of run {run.run_id!r} would start from checkpoint"
-                    f" {starting_checkpoint[:16]}, but the run stands at {run.start_digest[:16]}:"
+                    f" {starting_checkpoint[:16]}, but the run is at {run.start_digest[:16]}:"
                     " resume from the checkpoint that the ledger names"
                 )
             if run.charged_steps >= run.num_steps or step > run.num_steps:
@@ -762,7 +762,7 @@ def _total(epsilon: float, delta: float) -> Budget:
     """Returns a dataset's total; refuses one that promises nothing."""
     if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
         raise LedgerError(
-            f"a total of epsilon = {epsilon}, delta = {delta} promises nothing: epsilon is positive"
-            " and finite, delta lies in (0, 1)"
+            f"a total of epsilon = {epsilon}, delta = {delta} promises nothing: give a positive and"
+            " finite epsilon, and a delta in (0, 1)"
         )
     return Budget(epsilon, delta)
