@@ -23,7 +23,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.console import COLUMNS, current, progress
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
-from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
+from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
 from udp_ray.on_ray.checkpoints import require_writable
 from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, following
@@ -101,7 +101,7 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
-    accountant = RemoteAccountant(start_accountant(_charge(run)))
+    accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
         with following(accountant, run.plan, curve, announce):
             stopped_by = _train(run, accountant)
@@ -125,8 +125,8 @@ def _remove_ray_snapshot(run_folder: str) -> None:
         folder.filesystem.delete_file(snapshot)
 
 
-def _charge(run: Run) -> Charge:
-    return Charge(
+def _accountant_config(run: Run) -> AccountantConfig:
+    return AccountantConfig(
         ledger_url=run.ledger_url,
         ledger_id=run.ledger.id,
         run_id=run.run_id,
