@@ -215,7 +215,7 @@ def prepare(
             publish(aside, Path(data.store))
         else:
             put_store(aside, task.url, delivered=delivered)
-    return Prepared(data.store, manifest, counts, registration.aside is not None)
+    return Prepared(data.store, manifest, counts, registration.is_new_ledger)
 
 
 def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) -> str:

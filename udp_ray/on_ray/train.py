@@ -29,7 +29,7 @@ from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, following
 from udp_ray.on_ray.worker import WorkerJob, run_worker
 from udp_ray.reports.statement import PrivacyStatement
-from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_secrets
+from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_ledger_url
 from udp_ray.runs.result import RunResult
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -166,7 +166,7 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
 def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
     cluster = run.config.cluster
     job = WorkerJob(
-        config=without_secrets(run.config),  # Ray may write the job to disk
+        config=without_ledger_url(run.config),  # Ray may write the job to disk
         plan=run.plan,
         run_folder=run.run_folder,
         provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},
