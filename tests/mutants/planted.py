@@ -362,9 +362,9 @@ NOISE = [
     Mutant(
         name="noise_key_for_every_rank",
         breaks="P11: every worker could add the noise, or subtract it",
-        file="udp_ray/on_ray/accountant.py",
-        text="noise=key.noise() if is_first else None",
-        replacement="noise=key.noise()",
+        file="udp_ray/dp/keys.py",
+        text="noise=self.noise() if is_first else None",
+        replacement="noise=self.noise()",
         tests=("tests/on_ray/test_accountant.py::test_only_rank_0_gets_the_noise_key",),
     ),
     Mutant(
@@ -670,7 +670,7 @@ LEDGER = [
     Mutant(
         name="steps_under_a_new_key_are_free",
         breaks="review: repeating steps under another key costs nothing",
-        file="udp_ray/ledger/ledger.py",
+        file="udp_ray/ledger/tables.py",
         text='{"charged_steps": run.charged_steps + 1,',
         replacement='{"charged_steps": run.charged_steps + (run.attempt == 1),',
         tests=(
@@ -682,10 +682,10 @@ LEDGER = [
         name="replay_charged_again",
         breaks="the same release is charged twice, so that a run ends before its last step",
         file="udp_ray/ledger/ledger.py",
-        text="        return False\n    differing =",
-        replacement="        return False\n"
-        "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
-        "    differing =",
+        text="            return False\n        differing =",
+        replacement="            return False\n"
+        "        rows.update_run(run.run_id, charged_steps=run.charged_steps + 1)\n"
+        "        differing =",
         tests=(
             "tests/ledger/test_ledger.py"
             "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
@@ -735,7 +735,7 @@ LEDGER = [
     Mutant(
         name="old_attempts_go_on",
         breaks="an attempt that was replaced still writes",
-        file="udp_ray/ledger/tables.py",
+        file="udp_ray/ledger/ledger.py",
         text="if run.attempt != attempt.number:",
         replacement="if run.attempt < attempt.number:",
         tests=(
@@ -747,9 +747,9 @@ LEDGER = [
         breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
         file="udp_ray/ledger/tables.py",
         text=".values(secret=secret))",
-        replacement=".values(secret=table.c.secret))",
+        replacement=".values(secret=KEYS.c.secret))",
         tests=(
-            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",
+            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_continue[sqlite]",
         ),
     ),
     Mutant(
@@ -967,7 +967,7 @@ OUTPUTS = [
         name="commit_between_reserved_steps",
         breaks="review: a resumed run with more checkpoints can never end",
         file="udp_ray/engine/trainer.py",
-        text="return self.step >= self.replay_until and self._has_passed(",
+        text="return self.step >= replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
             "tests/engine/test_trainer.py"
@@ -978,7 +978,7 @@ OUTPUTS = [
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
-        text="        remove_uncommitted(run_folder, start.committed, attempt=start.number)\n",
+        text="        remove_uncommitted(run_folder, attempt.committed, attempt=attempt.number)\n",
         replacement="        pass\n",
         tests=(
             "tests/on_ray/test_uncommitted.py"
@@ -989,7 +989,7 @@ OUTPUTS = [
         name="secret_sweep_refunded",
         breaks="P47: repeating a sweep until it draws a trial conditions the number of trials",
         file="udp_ray/ledger/ledger.py",
-        text="if is_secret_sweep(rows.plan_of(run)):",
+        text="if is_secret_sweep(tables.plan_of(run)):",
         replacement="if is_secret_sweep({}):",
         tests=(
             "tests/ledger/test_trials.py"

@@ -44,9 +44,8 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
-from udp_ray.ledger.ledger import Ledger, refuse_mismatch
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
-from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.reports.statement import PrivacyStatement, RunIdentity
 from udp_ray.runs.provenance import code_digest, git_commit
@@ -187,9 +186,9 @@ def _check_resumable(run: Run) -> None:
             f"output {run.folder.path} holds run {run.run_id}, which has ended: give another folder"
             " for a new run"
         )
-    differing = run.digests.differing(record.digests)
     # The ledger decides when an attempt begins; a refusal now saves starting the workers.
-    refuse_mismatch(run.run_id, differing, run.config.privacy.on_mismatch)
+    on_mismatch = run.config.privacy.on_mismatch
+    run.ledger.check_digests(run.run_id, run.digests, on_mismatch=on_mismatch)
 
 
 # ---- what runs and sweeps share
@@ -218,6 +217,9 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
             f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
         )
     name = config.data.tokenizer or config.model.name
+    # Imports transformers, which takes seconds and which the driver of a trial does not need.
+    from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+
     if tokenizer_fingerprint(load_tokenizer(name)) != manifest.tokenizer.fingerprint:
         raise DataError(
             f"data.tokenizer is {name}, which is not the tokenizer that made data.store"
@@ -231,6 +233,8 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
 
 def _require_positions(config: ExperimentConfig, block_tokens: int) -> None:
     name = config.model.name
+    from udp_ray.models.load import model_config
+
     require_positions(name, model_config(name), block_tokens)
 
 

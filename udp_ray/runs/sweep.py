@@ -23,7 +23,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sweep import Configuration, PlannedSweep, plan_sweep
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below
-from udp_ray.ledger.ledger import Ledger, refuse_mismatch
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Attempt, Budget, Digests, TrialAdmission, plan_digest
 from udp_ray.reports.statement import RunIdentity, SweepStatement
 from udp_ray.runs.admission import (
@@ -155,8 +155,7 @@ def admit_sweep(sweep: Sweep, *, resume: bool) -> Attempt:
     """
     on_mismatch = sweep.config.privacy.on_mismatch
     if resume:
-        record = sweep.ledger.run(sweep.sweep_id)
-        refuse_mismatch(sweep.sweep_id, sweep.digests.differing(record.digests), on_mismatch)
+        sweep.ledger.check_digests(sweep.sweep_id, sweep.digests, on_mismatch=on_mismatch)
     else:
         key = new_key(sweep.config.privacy)
         charge(
