@@ -297,7 +297,7 @@ def test_under_autocast_slices_are_another_release(settings_file: str) -> None:
 
 def test_a_users_mistake_exits_with_two_and_no_traceback() -> None:
     program = """
-        from udp_ray.command_line import run_job
+        from udp_ray.config.cli import run_job
         from udp_ray.errors import DataError
         def main():
             raise DataError("data.user_column 'who' is not in the input")

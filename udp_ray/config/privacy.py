@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from udp_ray.config.base import PositiveFloat, PositiveInt, Section
+from udp_ray.errors import ConfigError
 
 Epsilon = Annotated[float, Field(gt=0, le=1000)]
 """A target; a larger one would promise nothing."""
@@ -15,6 +16,40 @@ NumSteps = Annotated[int, Field(gt=0, le=10_000_000)]
 LEAST_NOISE = 1e-3
 MOST_KEPT = 10_000
 """Largest group of els that the accountant prices; its work grows with the square."""
+
+
+def require_delta_below_inverse_population(
+    delta: float,
+    population: int,
+    *,
+    field: str = "privacy.delta",
+    population_name: str = "population",
+    population_is_public: bool = True,
+) -> None:
+    """Refuses a delta that is not below 1 / population.
+
+    A mechanism that publishes one randomly selected user in full satisfies
+    (0, 1 / population)-DP, so such a delta protects no one.
+
+    Args:
+        delta: The delta to check, in (0, 1).
+        population: Number of users, at least 1.
+        field: The setting that holds the delta, for the message.
+        population_name: What the population is called in the message.
+        population_is_public: False leaves the number out of the message.
+
+    Raises:
+        ConfigError: If delta is at least 1 / population.
+
+    Example:
+        >>> require_delta_below_inverse_population(1e-6, 10_000)
+    """
+    if delta >= 1 / population:
+        bound = f" = {1 / population:.3g}" if population_is_public else ""
+        raise ConfigError(
+            f"{field} is {delta:g}, which is not below 1 / {population_name}{bound}: such a delta"
+            " allows publishing a user outright; lower it"
+        )
 
 
 class PricingConfig(Section):
@@ -77,11 +112,8 @@ class PricingConfig(Section):
             raise ValueError(
                 "privacy.dataset_epsilon and privacy.dataset_delta go together: give both or none"
             )
-        if self.population is not None and self.delta >= 1 / self.population:
-            raise ValueError(
-                f"privacy.delta is {self.delta:g}, not below 1 / population ="
-                f" {1 / self.population:.3g}: it would allow publishing a user outright; lower it"
-            )
+        if self.population is not None:
+            require_delta_below_inverse_population(self.delta, self.population)
         return self
 
     def _check_noise(self) -> None:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from udp_ray.config.privacy import PricingConfig
+from udp_ray.config.privacy import PricingConfig, require_delta_below_inverse_population
 from udp_ray.dp import accounting
 from udp_ray.dp import accounting as calibration
 from udp_ray.dp.sensitivity import rounding_slack
@@ -89,12 +89,8 @@ class PricedPlan:
                 f"privacy.{size} is {self.expected_size}, above privacy.{whole} = {self._pool}:"
                 " lower it"
             )
-        if self.population is not None and self.delta >= 1 / self.population:
-            raise ConfigError(
-                f"privacy.delta is {self.delta:g}, which is not below 1 / population ="
-                f" {1 / self.population:.3g}: such a delta allows publishing a user outright;"
-                " lower it"
-            )
+        if self.population is not None:
+            require_delta_below_inverse_population(self.delta, self.population)
 
     @classmethod
     def from_config(
@@ -123,10 +119,12 @@ class PricedPlan:
                 f"privacy.population is {population}, below the users in data.store: with"
                 " privacy.max_cohort_size it must bound them from above; raise it"
             )
-        if num_users is not None and privacy.delta >= 1 / num_users:
-            raise ConfigError(
-                f"privacy.delta is {privacy.delta:g}, which is not below 1 / (users in data.store):"
-                " such a delta allows publishing a user outright; lower it"
+        if num_users is not None:
+            require_delta_below_inverse_population(
+                privacy.delta,
+                num_users,
+                population_name="(users in data.store)",
+                population_is_public=False,
             )
         declared = privacy.num_examples is not None
         els = privacy.sampling == "els"

@@ -40,7 +40,7 @@ from typing import Any, Protocol
 
 from dp_accounting import dp_event
 
-from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.config.privacy import PrivacyConfig, require_delta_below_inverse_population
 from udp_ray.config.sweep import EXAMPLES_TOLERANCE, SweepJobConfig
 from udp_ray.dp import accounting
 from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier
@@ -330,12 +330,7 @@ def _check(plans: Sequence[PrivacyPlan], delta: float) -> None:
     if not plans:
         raise ConfigError("the sweep has no trial that can be run: widen its lists")
     for plan in plans:
-        if delta >= 1 / plan.population:
-            raise ConfigError(
-                f"privacy.delta is {delta:g}, which is not below 1 / population ="
-                f" {1 / plan.population:.3g}: such a delta allows publishing a user outright;"
-                " lower it"
-            )
+        require_delta_below_inverse_population(delta, plan.population)
 
 
 KeptExamples = Callable[[int], int | None]

@@ -30,7 +30,7 @@ from udp_ray.config.base import (
     PositiveInt,
     Section,
 )
-from udp_ray.config.privacy import Epsilon, NumSteps
+from udp_ray.config.privacy import Epsilon, NumSteps, require_delta_below_inverse_population
 from udp_ray.data.remote import read_counts
 from udp_ray.dp.planning import (
     TIE,
@@ -140,11 +140,7 @@ class PlanConfig(Section):
                 " plan.examples_per_user from public knowledge, or say plan.use_private_histogram"
                 " true, and the plan is marked"
             )
-        if self.delta >= 1 / self.population:
-            raise ValueError(
-                f"plan.delta is {self.delta:g}, not below 1 / population ="
-                f" {1 / self.population:.3g}: lower it"
-            )
+        require_delta_below_inverse_population(self.delta, self.population, field="plan.delta")
         return self
 
     @property
