@@ -17,7 +17,6 @@ from udp_ray.config.cli import (
     Flag,
     parse,
     run_job,
-    to_yaml,
 )
 from udp_ray.config.experiment import ClusterConfig
 from udp_ray.experiments.mean_estimation.claims import Results, write_claims
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         OutputFolder(folder).check(resume=False)
         with connected(config.cluster.address):
             Results(run_study(study, run_tasks)).save(folder)
-        write_aside(folder / CONFIG_FILE, to_yaml(config))
+        write_aside(folder / CONFIG_FILE, config.to_yaml())
     results = Results.load(folder)
     claims = write_claims(study, results)
     for name, content in {"claims.txt": claims, **draw_all(results)}.items():

@@ -13,7 +13,6 @@ from udp_ray.config.cli import (
     RESUME,
     Job,
     parse,
-    to_yaml,
 )
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
@@ -73,7 +72,7 @@ def test_one_file_serves_a_job_that_takes_fewer_sections(settings_file: str) -> 
 def test_resolved_settings_read_back_as_the_same(settings_file: str, tmp_path: Path) -> None:
     config = read(settings_file, "--privacy.clip_norm", "0.5").config
     again = tmp_path / "again.yaml"
-    again.write_text(to_yaml(config))
+    again.write_text(config.to_yaml())
     assert read(str(again)).config == config
 
 

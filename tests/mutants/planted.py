@@ -877,7 +877,7 @@ ROUNDING = [
     Mutant(
         name="secure_noise_fused",
         breaks="P43: sums of other ranks are added to a value that was rounded already",
-        file="udp_ray/dp/sensitivity.py",
+        file="udp_ray/config/experiment.py",
         text="    if is_secure:\n",
         replacement="    if is_secure and num_workers > 1000:\n",
         tests=(

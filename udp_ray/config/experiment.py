@@ -31,7 +31,6 @@ from udp_ray.config.base import (
     refuse_secret,
 )
 from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.errors import ConfigError
 from udp_ray.io import is_url, vanishes_with_job
 
@@ -295,6 +294,44 @@ def require_fitting_groups(
             f" {tokens_per_row} tokens (data.block_tokens) has more than the {microbatch_tokens}"
             " of train.microbatch_tokens: raise the last to"
             f" {rows_per_group * tokens_per_row}, or set train.zero_stage 2"
+        )
+
+
+MOST_FUSED = 2**11
+"""Most groups expected in a step whose ranks' sums may be rounded to float32 before the noise."""
+
+
+def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) -> None:
+    """Refuses settings under which ranks round their sums before the noise, unless that is proven.
+
+    With `train.fuse_reduce` each rank rounds its own sum to float32, rank 0 with the noise in it,
+    and ZeRO adds them up in float32.
+
+    Args:
+        is_secure: Whether the noise is secure. Its claim is that rounding comes last: added to a
+            rounded value, another rank's sum can be told from none.
+        expected_groups: Users (uls) or examples (els) expected in a step. `dp.sensitivity`
+            keeps a share of the clip norm for this rounding, up to `MOST_FUSED` groups.
+        num_workers: World size; a single rank has no sum of others.
+
+    Raises:
+        ConfigError: If the sums may not be fused.
+    """
+    if num_workers == 1:
+        return
+    if is_secure:
+        raise ConfigError(
+            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
+            f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
+            " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
+            " false"
+        )
+    if expected_groups > MOST_FUSED:
+        raise ConfigError(
+            f"train.fuse_reduce is true, cluster.num_workers {num_workers} and"
+            f" {expected_groups:,} groups are expected in a step (privacy.cohort_size, or"
+            f" privacy.batch_size under els), above the {MOST_FUSED:,} whose sums may be rounded"
+            " before the noise is added: set train.fuse_reduce false"
         )
 
 

@@ -36,11 +36,8 @@ from udp_ray.config.experiment import (
     require_consistent_sections,
 )
 from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.dp.selection import TrialCount, trial_count
 
 RANGE = re.compile(r"^\s*from\s+(\S+)\s+to\s+(\S+)\s+in\s+(\d+)\s*$")
-EXAMPLES_TOLERANCE = 0.05
-"""How far cohort size times group size may be from the examples per step."""
 
 
 def _expanded(value: Any) -> Any:
@@ -160,13 +157,6 @@ class SweepConfig(Section):
                     " the price of a sweep is proven for trials that know nothing of each other;"
                     " leave it out"
                 )
-
-    @property
-    def count(self) -> TrialCount | None:
-        """The distribution of the number of trials; None if all configurations are tried."""
-        if self.release != "best":
-            return None
-        return trial_count(self.num_trials, mean=self.expected_trials)
 
 
 class SweepJobConfig(Section):

@@ -22,9 +22,6 @@ SMALLEST_SLACK_GROUPS = 2**14
 LARGEST_SLACK = 0.25
 """A slack above it would leave too little of the clip norm."""
 
-MOST_FUSED = 2**11
-"""Most groups expected in a step whose ranks' sums may be rounded to float32 before the noise."""
-
 
 def sensitivity(adjacency: Adjacency, clip_norm: float) -> float:
     """Returns the largest L2 change of a clipped sum when one privacy unit changes.
@@ -71,7 +68,8 @@ def rounding_slack(expected_groups: int) -> float:
       padded length that depends on the company: sqrt(n) * 2**-18 C (each rounding independent of
       the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
       aligned groups in two orders differed by 1e-4 C in tests/guarantee/test_accumulation.py);
-    - `train.fuse_reduce`: n * 2**-24 C (proven), allowed up to `MOST_FUSED` groups.
+    - `train.fuse_reduce`: n * 2**-24 C (proven), which the settings allow up to
+      `config.experiment.MOST_FUSED` groups.
 
     Args:
         expected_groups: Users (uls) or examples (els) expected in a step, >= 1. Public.
@@ -102,37 +100,3 @@ def rounding_slack(expected_groups: int) -> float:
             " privacy.batch_size under els), too many to add up accurately: lower it"
         )
     return slack
-
-
-def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) -> None:
-    """Refuses to round the sums of ranks before the noise is in, where that breaks a claim.
-
-    With `train.fuse_reduce` each rank rounds its own sum to float32, rank 0 with the noise in it,
-    and ZeRO adds them up in float32.
-
-    Args:
-        is_secure: Whether the noise is secure. Its claim is that rounding comes last: added to a
-            value that was rounded already, another rank's sum can be told from none.
-        expected_groups: Users (uls) or examples (els) expected in a step. `rounding_slack` covers
-            the rounding of up to `MOST_FUSED`.
-        num_workers: World size; a single rank has no sum of others.
-
-    Raises:
-        ConfigError: If the sums may not be fused.
-    """
-    if num_workers == 1:
-        return
-    if is_secure:
-        raise ConfigError(
-            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
-            f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
-            " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
-            " false"
-        )
-    if expected_groups > MOST_FUSED:
-        raise ConfigError(
-            f"train.fuse_reduce is true, cluster.num_workers {num_workers} and"
-            f" {expected_groups:,} groups are expected in a step (privacy.cohort_size, or"
-            f" privacy.batch_size under els), above the {MOST_FUSED:,} whose sums may be rounded"
-            " before the noise is added: set train.fuse_reduce false"
-        )

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
@@ -138,7 +137,7 @@ def publish_run(
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
     write_aside(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
-    write_aside(folder.path / CONFIG_FILE, to_yaml(without_secrets(run.config)))
+    write_aside(folder.path / CONFIG_FILE, without_secrets(run.config).to_yaml())
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
@@ -419,7 +418,7 @@ def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
 
 def _settings(sweep: Sweep) -> str:
     data = sweep.config.data.model_copy(update={"ledger": None})  # its URL may hold a password
-    return to_yaml(sweep.config.model_copy(update={"data": data}))
+    return sweep.config.model_copy(update={"data": data}).to_yaml()
 
 
 def _release_winner(folder: Path, output: Path) -> None:
