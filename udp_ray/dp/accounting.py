@@ -726,7 +726,7 @@ def solve_within(
         of the smaller values.
 
     Example:
-        >>> 3.999 <= solve_within(lambda x: x**-2, (0.0625, 0.0626), start=1.0) <= 4.0
+        >>> 3.99 <= solve_within(lambda x: x**-2, (0.0625, 0.0626), start=1.0) <= 4.0
         True
     """
     known = {} if known is None else known

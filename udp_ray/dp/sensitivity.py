@@ -1,6 +1,7 @@
-"""How far one user can move a clipped sum: the only place that states this number.
+"""Sensitivity of a clipped sum: how far one privacy unit can move it, roundings included.
 
-It needs no torch, so that a plan can be priced on a laptop; `clipping.py` keeps the promise.
+Here belong the bound and the share of the clip norm that is kept for roundings; `clipping.py`
+implements both. No torch is imported, so that plans are priced without it.
 
     >>> sensitivity("add_or_remove_one", clip_norm=0.5)
     0.5
@@ -20,14 +21,14 @@ SMALLEST_SLACK = 2.0**-10
 SMALLEST_SLACK_GROUPS = 2**14
 
 LARGEST_SLACK = 0.25
-"""A slack above it would leave too little of the clip norm."""
+"""Largest slack: a larger one would leave too little of the clip norm."""
 
 
 def sensitivity(adjacency: Adjacency, clip_norm: float) -> float:
     """Returns the largest L2 change of a clipped sum when one privacy unit changes.
 
     Args:
-        adjacency: How neighbouring datasets differ, in units that are clipped (users in ULS,
+        adjacency: How adjacent datasets differ, in units that are clipped (users in ULS,
             examples in ELS). Public.
         clip_norm: L2 bound on one unit's contribution to the sum, > 0. Public.
 
@@ -43,6 +44,13 @@ def sensitivity(adjacency: Adjacency, clip_norm: float) -> float:
 
     Edge cases:
         An infinite clip norm has an infinite sensitivity: no noise covers it.
+
+    Reference:
+        Abadi et al. 2016, arXiv:1607.00133.
+
+    Example:
+        >>> sensitivity("replace_one", clip_norm=0.5)
+        1.0
     """
     if not clip_norm > 0:
         raise ConfigError(f"privacy.clip_norm is {clip_norm:g}: give a positive number")
@@ -65,8 +73,8 @@ def rounding_slack(expected_groups: int) -> float:
 
     - additions in float64: n**2 * 2**-53 C (proven; 1.5e-8 C for 16,384 groups);
     - float32 products over several groups in the ghost kernel, rounds of ZeRO 3 in float32, and a
-      padded length that depends on the company: sqrt(n) * 2**-18 C (each rounding independent of
-      the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
+      padded length that depends on the other groups: sqrt(n) * 2**-18 C (each rounding independent
+      of the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
       aligned groups in two orders differed by 1e-4 C in tests/guarantee/test_accumulation.py);
     - `train.fuse_reduce`: n * 2**-24 C (proven), which the settings allow up to
       `config.experiment.MOST_FUSED` groups.
@@ -75,15 +83,15 @@ def rounding_slack(expected_groups: int) -> float:
         expected_groups: Users (uls) or examples (els) expected in a step, >= 1. Public.
 
     Returns:
-        2**-10 up to 16,384 groups; from there on it grows with the square root of their number,
-        counted as the expected one and ten standard deviations of a Poisson draw.
+        2**-10 up to 16,384 groups; beyond, it grows with the square root of their number, taken as
+        the expected number plus ten standard deviations of a Poisson draw.
 
     Raises:
         ConfigError: If more than `LARGEST_SLACK` would be needed: above 30 million groups.
 
     Reference:
         [1] Higham and Mary 2019, "A new approach to probabilistic rounding error analysis".
-        Why it matters: Casacuberta et al. 2022, arXiv:2207.10635.
+        Attacks on sums that ignore roundings: Casacuberta et al. 2022, arXiv:2207.10635.
 
     Example:
         >>> rounding_slack(100) == 2**-10
