@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from udp_ray.dp import accounting
-from udp_ray.dp import comparison
+from udp_ray.dp import accounting, comparison
 
 # Tables A and D of the method's sheet, computed elsewhere; brackets up to 0.3 % wide.
 FIXED_RATE = [  # epsilon, group size, tight, best black box, textbook; p = 1e-3, T = 2,000

@@ -42,7 +42,7 @@ from udp_ray.dp.planning import (
     recommend,
 )
 from udp_ray.errors import ConfigError
-from udp_ray.io import require_writable_folder, write_aside
+from udp_ray.io import require_writable_folder, write_atomic
 
 COLOURS = {"els": "#b3541e", "uls": "#1f5a96"}
 
@@ -369,6 +369,6 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if plan.is_private:
         folder.chmod(0o700)
-    write_aside(folder / "plan.txt", text + "\n")
-    write_aside(folder / "plan.json", to_json(plan, workload, predictions) + "\n")
-    write_aside(folder / "plan.png", draw(workload, predictions))
+    write_atomic(folder / "plan.txt", text + "\n")
+    write_atomic(folder / "plan.json", to_json(plan, workload, predictions) + "\n")
+    write_atomic(folder / "plan.png", draw(workload, predictions))
