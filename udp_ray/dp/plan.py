@@ -37,6 +37,10 @@ from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
 """Properties that `PrivacyPlan.to_dict` adds to the fields; `from_dict` checks them."""
+INTEGERS = ("group_size", "num_steps", "expected_size", "population")
+INTEGERS_OR_NONE = ("num_examples", "max_cohort_size")
+SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
+"""Fields by type, for `PrivacyPlan.from_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,18 +430,13 @@ def json_number(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
-WHOLE = ("group_size", "num_steps", "expected_size", "population")
-WHOLE_OR_NONE = ("num_examples", "max_cohort_size")
-SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
-
-
 def _require_types(given: Mapping[str, Any]) -> None:
-    """Refuses values that no plan has, which would fail later and elsewhere."""
+    """Refuses values of a wrong type or range, which would fail later and elsewhere."""
     for name, value in given.items():
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
         is_right = {
-            **dict.fromkeys(WHOLE, is_whole),
-            **dict.fromkeys(WHOLE_OR_NONE, is_whole or value is None),
+            **dict.fromkeys(INTEGERS, is_count),
+            **dict.fromkeys(INTEGERS_OR_NONE, is_count or value is None),
             **dict.fromkeys(SWITCHES, isinstance(value, bool)),
             "adjacency": isinstance(value, str),
             "sampling": value in ("uls", "els"),
