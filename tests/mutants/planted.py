@@ -584,9 +584,7 @@ PRICE = [
         file="udp_ray/dp/selection.py",
         text="trials = max(count.smallest, int(np.argmax(count.survival() <= uniform)))",
         replacement="trials = max(count.smallest, round(count.mean))",
-        tests=(
-            "tests/dp/test_trial_count.py::test_drawn_numbers_of_trials_follow_the_distribution",
-        ),
+        tests=("tests/dp/test_selection.py::test_drawn_numbers_of_trials_follow_the_distribution",),
     ),
     Mutant(
         name="trials_share_one_key",
@@ -770,7 +768,7 @@ LEDGER = [
         text="[dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]",
         replacement="[event for event in events][:1]",
         tests=(
-            "tests/dp/test_sweep_price.py"
+            "tests/dp/test_sweep.py"
             "::test_all_trials_of_full_batches_cost_one_gaussian_of_less_noise",
         ),
     ),
