@@ -17,7 +17,6 @@ from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sweep import plan_sweep
 from udp_ray.errors import DataError, LedgerError, UdpRayError
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
@@ -29,6 +28,7 @@ from udp_ray.reports.statement import (
     load_statement,
 )
 from udp_ray.reports.verify import verify
+from udp_ray.runs.sweep import plan_of_settings
 
 NUM_STEPS = 5
 TAKEN = 4
@@ -86,7 +86,7 @@ def sweep_output(tmp_path: Path) -> Path:
             "sweep": {"release": "best", "expected_trials": 4.0, "clip_norm": [0.5]},
         }
     )
-    planned = plan_sweep(config, num_users=None, kept_examples=lambda group_size: None)
+    planned = plan_of_settings(config, num_users=None, kept_examples=lambda group_size: None)
     plans = [point.plan.to_dict() for point in planned.configurations]
     digests = Digests(
         plan_digest(planned.to_dict()), config="c" * 64, code="d" * 64, store="e" * 64

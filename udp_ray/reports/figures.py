@@ -1,6 +1,6 @@
 """Figures of a run and of a sweep as PNG, and the TensorBoard event file of a run.
 
-    write_aside(output / "curves.png", draw_curves(metrics, epsilons, title="chats-1f"))
+    write_atomic(output / "curves.png", draw_curves(metrics, epsilons, title="chats-1f"))
     write_event_file(output / "tensorboard", {50: {"heldout/token_loss": 4.2}})
 
 Each figure states its message above it and is readable at half its size. Neither figures nor event
@@ -26,7 +26,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from udp_ray.io import write_aside, writing
+from udp_ray.io import write_atomic, writing
 
 if TYPE_CHECKING:
     from udp_ray.runs.result import TrialResult
@@ -269,5 +269,5 @@ def write_event_file(folder: Path, values: Mapping[int, Mapping[str, float]]) ->
     with writing(EVENT_FILE, folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    write_aside(file, content.getvalue())
+    write_atomic(file, content.getvalue())
     return file

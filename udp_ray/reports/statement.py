@@ -29,7 +29,7 @@ from udp_ray.dp.plan import PrivacyPlan, json_number
 from udp_ray.dp.selection import PoissonTrials, TrialCount, TruncatedNegativeBinomial
 from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.errors import DataError
-from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_aside
+from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_atomic
 from udp_ray.ledger.records import Budget, Spending
 from udp_ray.reports.tables import wrap
 from udp_ray.runs.provenance import versions
@@ -339,8 +339,8 @@ class Statement(ABC):
         Raises:
             StorageError: If one of them cannot be written.
         """
-        write_aside(folder / PRIVACY_FILE, self.to_json())
-        write_aside(folder / STATEMENT_FILE, self.to_markdown())
+        write_atomic(folder / PRIVACY_FILE, self.to_json())
+        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
 
 
 def load_statement(file: Path) -> PrivacyStatement | SweepStatement:
@@ -774,6 +774,8 @@ class SweepStatement(Statement):
             sweep, dataset, winner = values["sweep"], values["dataset"], values["winner"]
             charge = budget_from_dict(values["promised"])
             count = _trial_count(sweep["trial_count"])
+            if count is None and sweep["sweep"] == "best":
+                raise ValueError("the distribution of the number of trials is missing")
             return cls(
                 planned=PlannedSweep.from_dict(sweep, charge=charge, count=count),
                 is_seeded=values["is_seeded"],

@@ -148,7 +148,7 @@ def plan_of(config: ExperimentConfig) -> PrivacyPlan:
 
 
 def _plan_on(privacy: PrivacyConfig, store: TokenStore) -> PrivacyPlan:
-    num_examples = kept_examples(store, privacy.group_size)
+    num_examples = count_kept_examples(store, privacy.group_size)
     return PrivacyPlan.from_config(privacy, num_users=store.num_users, num_examples=num_examples)
 
 
@@ -253,7 +253,7 @@ def open_guarding_ledger(data: DataConfig, store: TokenStore) -> tuple[Ledger, s
     return ledger, url
 
 
-def kept_examples(store: TokenStore, group_size: int) -> int:
+def count_kept_examples(store: TokenStore, group_size: int) -> int:
     """Returns the number of examples of a store once each user keeps at most `group_size`."""
     return int(np.minimum(np.diff(store.user_offsets), group_size).sum())
 
