@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 
 from tests.reports.test_figures import trial
-from udp_ray.reports.tables import WIDTH, table_to_text, trials_to_text, wrap
+from udp_ray.console import COLUMNS
+from udp_ray.reports.tables import table_to_text, trials_to_text, wrap
 from udp_ray.runs.result import best_of
 
 LONG = "a sentence of several words that does not fit " * 4
@@ -29,10 +30,10 @@ def test_long_cells_are_wrapped_and_long_words_stay_whole() -> None:
     text = table_to_text([["note", LONG], ["path", path]], left=(0, 1))
     assert path in text
     narrow = table_to_text([["note", LONG]], left=(0, 1))
-    assert max(map(len, narrow.splitlines())) <= WIDTH
+    assert max(map(len, narrow.splitlines())) <= COLUMNS
     assert " ".join(narrow.split()) == f"note {LONG}".strip()
     assert path in wrap(f"Written to {path}")
-    assert max(map(len, wrap(LONG).splitlines())) <= WIDTH
+    assert max(map(len, wrap(LONG).splitlines())) <= COLUMNS
 
 
 @pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"])

@@ -1,6 +1,6 @@
 """Tables as plain text: what was spent on a dataset, and the trials of a sweep.
 
-All text here is plain ASCII of at most `WIDTH` columns, unless a word or a row of numbers needs
+All text here is plain ASCII of at most `COLUMNS` columns, unless a word or a row of numbers needs
 more. It is the same in a terminal, in a file and in a log.
 
     print(spending_to_text(ledger.spent("chats")))
@@ -28,21 +28,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from udp_ray.console import COLUMNS
 from udp_ray.dp.plan import json_number
 from udp_ray.ledger.records import Budget, BudgetChange, RunRecord, Spending
 
 if TYPE_CHECKING:
     from udp_ray.runs.result import TrialResult
 
-WIDTH = 100
-"""Columns of a terminal that text is laid out for."""
-
 
 # ---- layout
 
 
 def wrap(text: str, *, indent: str = "") -> str:
-    """Returns a paragraph wrapped at `WIDTH` columns; paths and other long words stay whole.
+    """Returns a paragraph wrapped at `COLUMNS` columns; paths and other long words stay whole.
 
     Args:
         text: One paragraph.
@@ -50,7 +48,7 @@ def wrap(text: str, *, indent: str = "") -> str:
     """
     return textwrap.fill(
         text,
-        WIDTH,
+        COLUMNS,
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -81,7 +79,7 @@ def table_to_text(
         table.add_row(*map(Text, row))
     # A table that is narrower than its longest words would lose letters.
     words = _console(width=10_000).measure(table).minimum
-    console = _console(width=max(WIDTH - 2, words))
+    console = _console(width=max(COLUMNS - 2, words))
     console.print(table)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(f"  {line}".rstrip() for line in lines)
