@@ -1,4 +1,4 @@
-"""What tests of clipping kernels share: groups from a tiny store, a kernel's sum, a plain judge."""
+"""Shared by tests of clipping kernels: groups of a tiny store, a kernel's sum, a plain reference."""
 
 from __future__ import annotations
 
