@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.config.experiment import TrainConfig
-from udp_ray.data.batches import CohortReader
+from udp_ray.data.batches import CohortReader, Packing
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RankKeys, StreamKey
 from udp_ray.dp.noise import GaussianNoise
@@ -161,6 +161,8 @@ class _Training:
     zero: ZeroEngine = field(init=False)
     private_step: PrivateStep = field(init=False)
     phase: str = field(init=False, default="")
+    packing: Packing | None = field(init=False)
+    """How the kernel wants its groups packed."""
     step: int = field(init=False, default=0)
     """Last step taken."""
     committed: int = field(init=False, default=0)
@@ -219,6 +221,7 @@ class _Training:
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
         )
         self.private_step = self._private_step(kernel)
+        self.packing = kernel.packing
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is not None:
             saved.load_optimizer(self.zero)
@@ -300,6 +303,7 @@ class _Training:
             world_size=self.world.size,
             microbatch_tokens=self.settings.microbatch_tokens,
             pad_id=self.store.manifest.tokenizer.pad_id,
+            packing=self.packing,
             last_step=self.plan.num_steps,
             pin_memory=self.world.device.type == "cuda",
             mask_seed=self.keys.dropout.number,

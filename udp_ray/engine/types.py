@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from udp_ray.data.batches import Group
+from udp_ray.data.batches import Group, Packing
 
 
 class Accountant(Protocol):
@@ -67,6 +67,10 @@ class RunningSum(Protocol):
 
 class Kernel(Protocol):
     """Turns groups into the sum of their clipped gradients."""
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the reader packs groups for this kernel; None: each has microbatches of its own."""
 
     def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         """Adds each group's gradient, clipped to the clip norm as a whole, to `sums`.

@@ -27,6 +27,9 @@ class DirectKernel:
     and whenever the step is repeated, and unrelated between groups and steps.
     """
 
+    packing = None
+    """No two groups share a microbatch."""
+
     def __init__(
         self,
         model: nn.Module,
