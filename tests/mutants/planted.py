@@ -202,10 +202,10 @@ NOISE = [
         name="noise_halved_after_the_check",
         breaks="review: the start-up check sees other noise than the steps get",
         file="udp_ray/engine/step.py",
-        text="        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        text="        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        if self._noise is not None:\n"
         "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -285,12 +285,12 @@ NOISE = [
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
         text="        self._kernel.add_clipped(self._sum, groups)\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
         "        self._kernel.add_clipped(self._sum, groups)\n"
         "        mean = self._noisy_mean(self._noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
-        "        self.zero.apply({name: share * part for name, part in mean.items()}, step)\n",
+        "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(

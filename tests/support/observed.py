@@ -218,9 +218,9 @@ def _watched(
 ) -> Iterator[None]:
     purposes = {key.noise(): "noise", key.selfcheck(): "selfcheck"}
     kernels: list[_NotingKernel] = []
-    choose, run, slice_of = loop.choose_kernel, PrivateStep.run, GaussianNoise.slice
+    choose, run, slice_of = loop.select_kernel, PrivateStep.run, GaussianNoise.slice
 
-    def choose_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
+    def select_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
         seen.clip_norms.append(kwargs["clip_norm"])
         kernels.append(_NotingKernel(choose(*args, **kwargs), seen, added))
         return kernels[-1]
@@ -236,7 +236,7 @@ def _watched(
         return drawn
 
     with (
-        mock.patch.object(loop, "choose_kernel", choose_kernel),
+        mock.patch.object(loop, "select_kernel", select_kernel),
         mock.patch.object(PrivateStep, "run", run_step),
         mock.patch.object(GaussianNoise, "slice", slice_noise),
         mock.patch.object(PrivateStep, "_add_noise", noise_fault) if noise_fault else nullcontext(),

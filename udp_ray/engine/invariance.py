@@ -26,7 +26,7 @@ from udp_ray.engine.evaluate import evaluating, user_totals
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import LENGTH_GRID, GhostKernel
 from udp_ray.engine.kernels.layers import Call
-from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.errors import UnsupportedModelError
 
@@ -264,7 +264,7 @@ class _Probe:
             yield total.cpu()
 
     def _group(self, num_tokens: int, seed: int) -> Group:
-        return made_up_group(self._model, 1, num_tokens, seed=seed)
+        return synthetic_group(self._model, 1, num_tokens, seed=seed)
 
     def _alone(self, group: Group) -> SharedMicrobatch:
         """Returns the group as the kernel packs it when no other is there."""

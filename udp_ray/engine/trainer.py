@@ -31,7 +31,7 @@ from udp_ray.engine.distributed import World, join_world
 from udp_ray.engine.evaluate import evaluate
 from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
 from udp_ray.engine.loss import chunk_logits
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.optim import learning_rate
@@ -181,7 +181,7 @@ class _Training:
             self._checkpoint(is_last=True)
         elif budget_message is not None and self.step > 0:
             self._tell({"step": self.step, **self._evaluation(is_whole=True)})
-        self.zero.close()
+        self.engine.close()
         return TrainResult(self.step, self.location, self.digest, budget_message)
 
     def _set_up(self) -> None:
@@ -208,13 +208,13 @@ class _Training:
         )
         kernel = self._kernel()
         self.world.from_first(lambda: self._check_invariance(kernel))
-        self.zero = ZeroEngine(
+        self.engine = ZeroEngine(
             self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
         )
         self.private_step = self._private_step(kernel)
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is not None:
-            saved.load_optimizer(self.zero)
+            saved.load_optimizer(self.engine)
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
         if self.resume is None:
@@ -230,7 +230,7 @@ class _Training:
         return saved
 
     def _kernel(self) -> Kernel:
-        return choose_kernel(
+        return select_kernel(
             self.settings.kernel,
             self.model,
             self.parameters,
@@ -264,7 +264,7 @@ class _Training:
     def _private_step(self, kernel: Kernel) -> PrivateStep:
         return PrivateStep(
             kernel,
-            self.zero,
+            self.engine,
             self.plan,
             self._noise(self.keys.noise),
             world=self.world,
@@ -304,13 +304,13 @@ class _Training:
 
     def _take_step(self, reader: CohortReader) -> None:
         is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
-        before = _samples(self.zero) if is_first else []
+        before = _samples(self.engine) if is_first else []
         self.private_step.run(self.step + 1, reader.groups(self.step + 1))
         self.step += 1
         if is_first and self.plan.noise_stddev > 0:
             # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
             is_each = self.frozen is not None
-            _check_moved(before, _samples(self.zero), self.world, is_each=is_each)
+            _check_moved(before, _samples(self.engine), self.world, is_each=is_each)
 
     def _is_checkpoint_due(self) -> bool:
         # Committing between steps that are reserved from one checkpoint would bar the later ones.
@@ -328,7 +328,7 @@ class _Training:
         directory = self.workspace / f"step-{self.step:08d}"
         digest = checkpoint.write(
             directory,
-            self.zero,
+            self.engine,
             step=self.step,
             key_id=self.keys.key_id,
             provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
@@ -362,7 +362,7 @@ class _Training:
             microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
             max_examples=None if is_whole else self.settings.evaluate_examples,
-            is_collective=self.zero.is_sliced,
+            is_collective=self.engine.is_sliced,
         ).to_dict()
 
     def _progress(self) -> Metrics:
@@ -401,7 +401,7 @@ def _refuse_diverged(parameters: dict[str, nn.Parameter], step: int) -> None:
 
 def _samples(zero: ZeroEngine) -> list[Tensor]:
     """A few values of each parameter, enough to see whether an update happened at all."""
-    held = (zero.held(name).reshape(-1)[:SAMPLED_VALUES] for name in zero.parameters)
+    held = (zero.local(name).reshape(-1)[:SAMPLED_VALUES] for name in zero.parameters)
     return [values.clone() for values in held]
 
 
