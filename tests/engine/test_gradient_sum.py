@@ -101,7 +101,9 @@ def test_slices_cover_each_value_once():
         for num_ranks in (1, 2, 3, 7):
             ranges = [slice_range(number, rank, num_ranks) for rank in range(num_ranks)]
             assert [i for start, stop in ranges for i in range(start, stop)] == list(range(number))
-            pieces = [own_slice(torch.arange(1.0, number + 1), r, num_ranks) for r in range(num_ranks)]
+            pieces = [
+                own_slice(torch.arange(1.0, number + 1), r, num_ranks) for r in range(num_ranks)
+            ]
             assert all(len(piece) == slice_length(number, num_ranks) for piece in pieces)
             assert torch.cat(pieces)[:number].tolist() == list(range(1, number + 1))
             assert not torch.cat(pieces)[number:].any()

@@ -18,6 +18,7 @@ from tests.support.distributed import WorldFailed, run_on_ranks
 from tests.support.training import (
     RecordingAccountant,
     TinyRun,
+    attempt_at,
     run_loop,
     tiny_model,
     train_tiny,
@@ -33,7 +34,6 @@ from tests.support.training_deaths import (
 from udp_ray.dp.keys import RunKey
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import join_world
-from udp_ray.engine.types import ResumePoint
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -209,11 +209,11 @@ def test_committing_between_reserved_steps_would_end_the_run_for_good(
 
 def test_a_resume_point_of_another_step_is_refused(run, whole):
     with pytest.raises(CheckpointError, match="holds step 2"):
-        train_tiny(run, resume=replace(resume_point(whole, 2), step=3))
+        train_tiny(run, resume=replace(resume_point(whole, 2), resume_step=3))
 
 
 def test_another_checkpoint_than_the_ledgers_is_refused(run, whole):
-    wrong = replace(resume_point(whole, 2), digest=whole.result.digest)
+    wrong = replace(resume_point(whole, 2), resume_digest=whole.result.digest)
     with pytest.raises(CheckpointError, match="not the one that the ledger recorded"):
         train_tiny(run, resume=wrong)
 
@@ -264,7 +264,7 @@ def test_training_does_not_go_on_from_weights_that_are_not_finite(run, whole, tm
     (broken / checkpoint.MANIFEST).write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     with pytest.raises(DivergedError, match="weights of step 2 are not finite"):
-        train_tiny(run, resume=replace(point, directory=broken, digest=digest))
+        train_tiny(run, resume=replace(point, resume_checkpoint=str(broken), resume_digest=digest))
 
 
 def test_a_refusal_stops_all_ranks_with_the_same_error(run):
@@ -288,7 +288,7 @@ def resume_point(outcome, step):
     location, digest = next(
         event[2:] for event in outcome.events if event[0] == "commit" and event[1] == step
     )
-    return ResumePoint(Path(location), digest=digest, step=step, location=location)
+    return attempt_at(step, location, digest)
 
 
 def pairs(outcome):

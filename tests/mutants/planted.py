@@ -362,9 +362,9 @@ NOISE = [
     Mutant(
         name="noise_key_for_every_rank",
         breaks="P11: every worker could add the noise, or subtract it",
-        file="udp_ray/on_ray/accountant.py",
-        text="noise=key.noise() if is_first else None",
-        replacement="noise=key.noise()",
+        file="udp_ray/dp/keys.py",
+        text="noise=self.noise() if is_first else None",
+        replacement="noise=self.noise()",
         tests=("tests/on_ray/test_accountant.py::test_only_rank_0_gets_the_noise_key",),
     ),
     Mutant(
@@ -967,7 +967,7 @@ OUTPUTS = [
         name="commit_between_reserved_steps",
         breaks="review: a resumed run with more checkpoints can never end",
         file="udp_ray/engine/trainer.py",
-        text="return self.step >= self.replay_until and self._has_passed(",
+        text="return self.step >= replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
             "tests/engine/test_trainer.py"

@@ -63,8 +63,8 @@ def test_only_rank_0_gets_the_noise_key(charge: Charge) -> None:
     accountant = RunAccountant(charge)
     attempt = accountant.begin()
     assert attempt is not None
-    first = accountant.secrets(attempt.number, 0, code="code", store="store")
-    other = accountant.secrets(attempt.number, 1, code="code", store="store")
+    first = accountant.keys(attempt.number, 0, code="code", store="store")
+    other = accountant.keys(attempt.number, 1, code="code", store="store")
     assert first.sampling == other.sampling == KEY.sampling()
     assert (first.noise, first.selfcheck) == (KEY.noise(), KEY.selfcheck())
     assert other.noise is None
@@ -77,7 +77,7 @@ def test_a_worker_with_another_code_or_store_gets_no_key(charge: Charge, here: d
     attempt = accountant.begin()
     assert attempt is not None
     with pytest.raises(DataError, match="on every node"):
-        accountant.secrets(attempt.number, 1, **({"code": "code", "store": "store"} | here))
+        accountant.keys(attempt.number, 1, **({"code": "code", "store": "store"} | here))
 
 
 def test_workers_of_an_older_attempt_can_write_nothing(charge: Charge) -> None:
@@ -89,7 +89,7 @@ def test_workers_of_an_older_attempt_can_write_nothing(charge: Charge) -> None:
         lambda: accountant.authorize(old.number, 1, START),
         lambda: accountant.commit(old.number, 1, "there", "digest"),
         lambda: accountant.record_metrics(old.number, {"step": 1}),
-        lambda: accountant.secrets(old.number, 0, code="code", store="store"),
+        lambda: accountant.keys(old.number, 0, code="code", store="store"),
     ):
         with pytest.raises(FencedError):
             write()
@@ -110,14 +110,15 @@ def test_a_new_attempt_goes_on_where_the_ledger_says(charge: Charge) -> None:
     accountant = RunAccountant(charge)
     attempt = accountant.begin()
     assert attempt is not None
-    assert (attempt.step, attempt.location) == (0, None)
+    assert (attempt.resume_step, attempt.resume_checkpoint) == (0, None)
     accountant.authorize(attempt.number, 1, START)
     accountant.commit(attempt.number, 1, "s3://bucket/one", "one")
     accountant.authorize(attempt.number, 2, "one")  # its weights are lost
     again = RunAccountant(charge)
     resumed = again.begin()
     assert resumed is not None
-    assert (resumed.step, resumed.location, resumed.digest) == (1, "s3://bucket/one", "one")
+    where = (resumed.resume_step, resumed.resume_checkpoint, resumed.resume_digest)
+    assert where == (1, "s3://bucket/one", "one")
     assert again.progress(0).charged_steps == 2
     again.authorize(resumed.number, 2, "one")  # the same release: free
     assert again.progress(0).charged_steps == 2

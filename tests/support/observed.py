@@ -23,7 +23,7 @@ from tests.support.training import (
     VOCABULARY,
     RecordingAccountant,
     Weights,
-    keys_of,
+    folder_of,
     tiny_model,
     weights_of,
 )
@@ -36,8 +36,9 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine import trainer as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.types import ResumePoint, RunningSum
+from udp_ray.engine.types import RunningSum
 from udp_ray.errors import UdpRayError
+from udp_ray.ledger import Attempt
 
 SEED = 11
 BASE = VOCABULARY - 1
@@ -98,7 +99,7 @@ def observe(
     last_step: int | None = None,
     added: float = 0.0,
     checkpoints: Path | None = None,
-    resume: ResumePoint | None = None,
+    resume: Attempt | None = None,
     noise_fault: Callable[[PrivateStep, GaussianNoise | None, int], None] | None = None,
 ) -> Observed:
     """Runs the training loop on this rank, and returns what was seen.
@@ -140,12 +141,13 @@ def observe(
             plan,
             settings=settings or plain_sgd(),
             autocast="off",
-            keys=keys_of(key, world.rank),
+            keys=key.of_rank(world.rank),
             accountant=RecordingAccountant(seen.events, last_step) if world.is_first else None,
             publish=publish,
             on_metrics=lambda metrics: seen.events.append(("metrics", metrics)),
             workspace=place / "workspace",
-            resume=resume,
+            attempt=resume,
+            resume_from=folder_of(resume),
         )
     seen.weights.append(weights_of(model))
     return seen

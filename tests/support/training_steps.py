@@ -166,7 +166,9 @@ def _random_gradients(zero: ZeroEngine, step: int) -> dict[str, Tensor]:
     wholes = {name: torch.randn(shape, generator=random) for name, shape in zero.shapes.items()}
     if not zero.is_sliced:
         return wholes
-    return {n: own_slice(whole, dist.get_rank(), dist.get_world_size()) for n, whole in wholes.items()}
+    return {
+        n: own_slice(whole, dist.get_rank(), dist.get_world_size()) for n, whole in wholes.items()
+    }
 
 
 def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:

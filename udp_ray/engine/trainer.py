@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.data.batches import CohortReader
 from udp_ray.data.store import TokenStore
-from udp_ray.dp.keys import StreamKey
+from udp_ray.dp.keys import RankKeys, StreamKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
@@ -41,9 +41,7 @@ from udp_ray.engine.types import (
     Kernel,
     Metrics,
     Publish,
-    ResumePoint,
     TrainResult,
-    WorkerKeys,
 )
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import (
@@ -53,6 +51,7 @@ from udp_ray.errors import (
     GuaranteeError,
     PrivacyBudgetExceededError,
 )
+from udp_ray.ledger.records import Attempt
 from udp_ray.models.load import checkpoint_activations, frozen_fingerprint, trainable_parameters
 from udp_ray.models.positions import require_positions
 
@@ -67,13 +66,13 @@ def train(
     *,
     settings: TrainConfig,
     autocast: str,
-    keys: WorkerKeys,
+    keys: RankKeys,
     accountant: Accountant | None,
     publish: Publish,
     on_metrics: Callable[[Metrics], None] | None,
     workspace: Path,
-    resume: ResumePoint | None = None,
-    replay_until: int = 0,
+    attempt: Attempt | None = None,
+    resume_from: Path | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Fine-tunes `model` in place under `plan`, and returns how far it came.
@@ -85,7 +84,7 @@ def train(
         plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
         settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
         autocast: `ModelConfig.autocast`.
-        keys: This rank's secrets.
+        keys: This rank's keys.
         accountant: Rank 0 only; None elsewhere.
         publish: Called by all ranks after each checkpoint was written, before it is committed.
         on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
@@ -94,11 +93,13 @@ def train(
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
-        resume: Where to continue; None starts from the model as given.
-        replay_until: The last step that an earlier attempt reserved. Until it is repeated, no
+        attempt: Where the ledger says that training continues; None where no ledger is asked, and
+            training starts from the model as given. Until `attempt.replay_until` is repeated, no
             checkpoint is committed: the reserved steps belong to one starting checkpoint, and with
             a commit between them the later ones would start from another (see `Ledger.commit`).
             What `settings` asks for in between is made up for at this step.
+        resume_from: Local folder with the checkpoint that `attempt` names, readable by this rank;
+            None if it names none.
         provenance: Public words written into each checkpoint: ledger id, run id, and the like.
 
     Raises:
@@ -124,8 +125,8 @@ def train(
         publish=publish,
         on_metrics=on_metrics,
         workspace=workspace,
-        resume=resume,
-        replay_until=replay_until,
+        attempt=attempt,
+        resume_from=resume_from,
         provenance=provenance or {},
     )
     return training.run()
@@ -142,13 +143,13 @@ class _Training:
     plan: PrivacyPlan
     settings: TrainConfig
     autocast: str
-    keys: WorkerKeys
+    keys: RankKeys
     accountant: Accountant | None
     publish: Publish
     on_metrics: Callable[[Metrics], None] | None
     workspace: Path
-    resume: ResumePoint | None
-    replay_until: int
+    attempt: Attempt | None
+    resume_from: Path | None
     provenance: dict[str, Any]
 
     frozen: str | None = field(init=False)
@@ -217,16 +218,20 @@ class _Training:
             saved.load_optimizer(self.engine)
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
-        if self.resume is None:
+        attempt = self.attempt
+        digest = None if attempt is None else attempt.resume_digest
+        if (digest is None) != (self.resume_from is None):
+            raise ValueError("resume_from is the checkpoint that attempt names: give both, or none")
+        if attempt is None or digest is None or self.resume_from is None:
             return None
-        saved = checkpoint.read(self.resume.directory, expected_digest=self.resume.digest)
-        if saved.step != self.resume.step:
+        saved = checkpoint.read(self.resume_from, expected_digest=digest)
+        if saved.step != attempt.resume_step:
             raise CheckpointError(
-                f"the checkpoint {self.resume.directory} holds step {saved.step}, and the ledger"
-                f" says {self.resume.step}: use the one that the ledger names"
+                f"the checkpoint {self.resume_from} holds step {saved.step}, and the ledger"
+                f" says {attempt.resume_step}: use the one that the ledger names"
             )
         self.step = self.committed = saved.step
-        self.location, self.digest = self.resume.location, self.resume.digest
+        self.location, self.digest = attempt.resume_checkpoint, digest
         return saved
 
     def _kernel(self) -> Kernel:
@@ -314,7 +319,8 @@ class _Training:
 
     def _is_checkpoint_due(self) -> bool:
         # Committing between steps that are reserved from one checkpoint would bar the later ones.
-        return self.step >= self.replay_until and self._has_passed(self.settings.checkpoint_every)
+        replay_until = 0 if self.attempt is None else self.attempt.replay_until
+        return self.step >= replay_until and self._has_passed(self.settings.checkpoint_every)
 
     def _has_passed(self, every: int) -> bool:
         """Returns whether a multiple of `every` lies after the last commit, up to this step."""

@@ -14,8 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from udp_ray.dp.keys import StreamKey
-
 
 class Accountant(Protocol):
     """Reserves each step before its noise is drawn, and records checkpoints. Rank 0 alone calls it.
@@ -44,36 +42,6 @@ class Accountant(Protocol):
 
 Metrics = dict[str, float]
 """Public numbers by name, names as paths: train/learning_rate, heldout/token_loss."""
-
-
-@dataclass(frozen=True)
-class WorkerKeys:
-    """The secrets that one rank needs, and no more. Sensitive, except the id."""
-
-    key_id: str
-    """Public name of the run key, kept in checkpoints."""
-    sampling: StreamKey
-    """Every rank derives the whole cohort from it."""
-    noise: StreamKey | None
-    """Rank 0 only; None elsewhere."""
-    dropout: StreamKey
-    """Every rank derives the masks of its own groups from it."""
-    selfcheck: StreamKey | None
-    """Rank 0 only; None elsewhere."""
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """The committed checkpoint that training continues from, as the ledger names it."""
-
-    directory: Path
-    """Local folder, readable by this rank."""
-    digest: str
-    """The digest that the ledger recorded; the folder must have it."""
-    step: int
-    """The last step that the checkpoint holds."""
-    location: str
-    """The name under which the ledger knows it; TrainResult.location if no step is added."""
 
 
 class RunningSum(Protocol):

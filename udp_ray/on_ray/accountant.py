@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from udp_ray.dp.keys import StreamKey
+from udp_ray.dp.keys import RankKeys
 from udp_ray.dp.plan import json_number
 from udp_ray.errors import (
     DataError,
@@ -47,31 +47,6 @@ if TYPE_CHECKING:  # the database library takes seconds to load, and only the ac
     from udp_ray.ledger.ledger import Ledger
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class AttemptStart:
-    """Where a new attempt begins. Public: it is broadcast among the workers."""
-
-    number: int
-    step: int
-    location: str | None
-    digest: str | None
-    replay_until: int
-    """Before this step no checkpoint may be committed; see `Attempt.replay_until`."""
-    committed: tuple[str, ...]
-    """Where the committed checkpoints were written, oldest first."""
-
-
-@dataclass(frozen=True)
-class WorkerSecrets:
-    """The secrets that one rank needs. Sensitive, except the id."""
-
-    key_id: str
-    sampling: StreamKey
-    noise: StreamKey | None
-    dropout: StreamKey
-    selfcheck: StreamKey | None
 
 
 @dataclass(frozen=True)
@@ -101,14 +76,14 @@ class RemoteAccountant:
     def __init__(self, actor: ray.actor.ActorHandle):
         self.actor = actor
 
-    def begin(self) -> AttemptStart | None:
+    def begin(self) -> Attempt | None:
         """See `RunAccountant.begin`."""
         return self._ask("begin")
 
-    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
-        """See `RunAccountant.secrets`."""
+    def keys(self, number: int, rank: int, *, code: str, store: str) -> RankKeys:
+        """See `RunAccountant.keys`."""
         return own_errors(
-            lambda: ray.get(self.actor.secrets.remote(number, rank, code=code, store=store))
+            lambda: ray.get(self.actor.keys.remote(number, rank, code=code, store=store))
         )
 
     def of_attempt(self, number: int) -> AttemptAccountant:
@@ -217,7 +192,7 @@ class RunAccountant:
         if self._ledger.id != self._charge.ledger_id:
             raise GuaranteeError("the accountant opened another ledger than the driver")
 
-    def begin(self) -> AttemptStart | None:
+    def begin(self) -> Attempt | None:
         """Begins a new attempt and fences the older ones; None if the run is stopped for good."""
         if self._progress.error is not None:
             return None
@@ -237,16 +212,9 @@ class RunAccountant:
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,
         )
-        return AttemptStart(
-            number=attempt.number,
-            step=attempt.resume_step,
-            location=attempt.resume_checkpoint,
-            digest=attempt.resume_digest,
-            replay_until=attempt.replay_until,
-            committed=attempt.committed,
-        )
+        return attempt
 
-    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
+    def keys(self, number: int, rank: int, *, code: str, store: str) -> RankKeys:
         """Returns one rank's keys, if it runs the code and reads the store of the admission.
 
         Raises:
@@ -259,14 +227,7 @@ class RunAccountant:
                     f"worker {rank} finds another {what} on its node than the driver does: make"
                     " data.store and the installed udp_ray the same on every node"
                 )
-        key, is_first = attempt.key, rank == 0
-        return WorkerSecrets(
-            key_id=key.id,
-            sampling=key.sampling(),
-            noise=key.noise() if is_first else None,
-            dropout=key.dropout(),
-            selfcheck=key.selfcheck() if is_first else None,
-        )
+        return self._guarded(lambda: self._ledger.key(attempt)).of_rank(rank)
 
     def authorize(self, number: int, step: int, starting_checkpoint: str) -> None:
         """Reserves a step durably; see `engine.accountant.Accountant`.
@@ -346,10 +307,10 @@ class RunAccountant:
             )
         return self._attempt
 
-    def _guarded(self, ask: Callable[[], None]) -> None:
+    def _guarded(self, ask: Callable[[], Result]) -> Result:
         """Asks the ledger; if another driver has taken the run over, this one stops for good."""
         try:
-            self._patiently(ask)
+            return self._patiently(ask)
         except FencedError as error:
             self._update(error=error)
             raise

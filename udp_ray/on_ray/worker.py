@@ -26,11 +26,10 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import LedgerError, StorageError, UdpRayError
 from udp_ray.io import below
+from udp_ray.ledger.records import Attempt
 from udp_ray.on_ray.accountant import (
     AttemptAccountant,
-    AttemptStart,
     RemoteAccountant,
-    WorkerSecrets,
 )
 from udp_ray.on_ray.checkpoints import (
     checkpoint_name,
@@ -42,7 +41,7 @@ from udp_ray.on_ray.checkpoints import (
 from udp_ray.runs.provenance import code_digest
 
 if TYPE_CHECKING:
-    from udp_ray.engine.types import ResumePoint, TrainResult, WorkerKeys
+    from udp_ray.engine.types import TrainResult
 from udp_ray.io import writing
 
 
@@ -88,7 +87,7 @@ def work(job: WorkerJob) -> None:
         raise
 
 
-def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart | None:
+def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> Attempt | None:
     """Returns the attempt that rank 0 has begun; None if the run is stopped for good.
 
     Uncommitted checkpoints are removed first of all, and only once older attempts are fenced: until
@@ -104,7 +103,7 @@ def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart
     return box[0]
 
 
-def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: int) -> TrainResult:
+def _train(job: WorkerJob, remote: RemoteAccountant, start: Attempt, rank: int) -> TrainResult:
     from udp_ray.data.remote import open_store
     from udp_ray.engine.trainer import train
     from udp_ray.models.load import load_model
@@ -112,38 +111,26 @@ def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: 
     config = job.config
     # The driver has verified it; a store at a URL was verified when this node fetched it.
     store = open_store(config.data.store, cache=config.data.cache, verify=False)
-    secrets = remote.secrets(start.number, rank, code=code_digest(), store=store.digest)
+    keys = remote.keys(start.number, rank, code=code_digest(), store=store.digest)
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     checkpoints = RunCheckpoints(job.run_folder, start)
     accountant = _LedgerOnRay(remote.of_attempt(start.number), checkpoints)
-    with tempfile.TemporaryDirectory() as workspace, _resume_point(start) as resume:
+    with tempfile.TemporaryDirectory() as workspace, _local_checkpoint(start) as folder:
         return train(
             model,
             store,
             job.plan,
             settings=config.train,
             autocast=config.model.autocast,
-            keys=_engine_keys(secrets),
+            keys=keys,
             accountant=accountant if rank == 0 else None,
             publish=checkpoints.publish,
             on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
             workspace=Path(workspace),
-            resume=resume,
-            replay_until=start.replay_until,
+            attempt=start,
+            resume_from=folder,
             provenance=job.provenance,
         )
-
-
-def _engine_keys(secrets: WorkerSecrets) -> WorkerKeys:
-    from udp_ray.engine.types import WorkerKeys
-
-    return WorkerKeys(
-        key_id=secrets.key_id,
-        sampling=secrets.sampling,
-        noise=secrets.noise,
-        dropout=secrets.dropout,
-        selfcheck=secrets.selfcheck,
-    )
 
 
 class RunCheckpoints:
@@ -159,10 +146,10 @@ class RunCheckpoints:
     each commit, and at the end of the run.
     """
 
-    def __init__(self, run_folder: str, start: AttemptStart):
+    def __init__(self, run_folder: str, start: Attempt):
         self._folder = run_folder
         self._attempt = start.number
-        self._last_committed = start.location
+        self._last_committed = start.resume_checkpoint
 
     def publish(self, step: int, checkpoint: Path | None) -> str | None:
         """Moves a finished checkpoint into Ray's storage; see `engine.loop.Publish`.
@@ -213,12 +200,10 @@ class _LedgerOnRay:
 
 
 @contextmanager
-def _resume_point(start: AttemptStart) -> Iterator[ResumePoint | None]:
+def _local_checkpoint(attempt: Attempt) -> Iterator[Path | None]:
     """Yields the checkpoint to continue from, as a local folder for as long as the block lasts."""
-    from udp_ray.engine.types import ResumePoint
-
-    if start.location is None or start.digest is None:
+    if attempt.resume_checkpoint is None:
         yield None
         return
-    with open_checkpoint(start.location) as directory:
-        yield ResumePoint(Path(directory), start.digest, start.step, start.location)
+    with open_checkpoint(attempt.resume_checkpoint) as directory:
+        yield Path(directory)

@@ -217,7 +217,9 @@ class Tied:
         return Tied(self.products.without(is_rejected_U), self.lookups.without(is_rejected_U))
 
     def materialized(self) -> Materialized:
-        return Materialized(self.products.materialized().gradients + self.lookups.materialized().gradients)
+        return Materialized(
+            self.products.materialized().gradients + self.lookups.materialized().gradients
+        )
 
 
 def total(uses: Sequence[GroupGradients]) -> GroupGradients:
@@ -231,7 +233,9 @@ def total(uses: Sequence[GroupGradients]) -> GroupGradients:
         tied = Tied(products, lookups)
         return tied.materialized() if products.is_better_materialized else tied
     if len(kinds) > 1:
-        return Materialized(reduce(torch.add, [use.materialized().gradients for use in kinds.values()]))
+        return Materialized(
+            reduce(torch.add, [use.materialized().gradients for use in kinds.values()])
+        )
     (only,) = kinds.values()
     is_long = isinstance(only, Products) and only.is_better_materialized
     return only.materialized() if is_long else only
