@@ -22,7 +22,7 @@ from tests.support.training import (
     tiny_users,
     write_tiny_store,
 )
-from udp_ray.engine.gradient_sum import own_slice, slice_range, slice_length
+from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
 from udp_ray.models.load import trainable_parameters
 
 ROUNDING = 4e-6  # as in test_ghost.py, for twice as many users

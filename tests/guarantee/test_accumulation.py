@@ -23,8 +23,8 @@ from udp_ray.dp.sensitivity import (
 from udp_ray.engine.kernels import gradients as group_gradients
 from udp_ray.engine.kernels.gradients import (
     GroupGradients,
-    Materialized,
     Lookups,
+    Materialized,
     Products,
     Tied,
 )

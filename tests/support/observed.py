@@ -33,7 +33,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.types import RunningSum

@@ -31,10 +31,10 @@ from udp_ray.engine.gradient_sum import own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
 from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, chunk_logits, row_losses
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel, RunningSum
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.models.load import checkpoint_activations, trainable_parameters

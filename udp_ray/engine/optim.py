@@ -8,8 +8,8 @@ A restart needs no scheduler state, because the learning rate follows from the s
 [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 The optimizers are torch's own with one addition: they can be frozen. A frozen optimizer leaves
-weights and state unchanged, bit for bit, when the engine completes a step around it. The noise check
-and the creation of optimizer state use this.
+weights and state unchanged, bit for bit, while the engine completes a step around it. The noise
+check and the creation of optimizer state use this.
 """
 
 from __future__ import annotations

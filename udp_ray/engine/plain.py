@@ -1,9 +1,9 @@
-"""A torch optimizer as the engine of private training: whole parameters on every rank, no DeepSpeed.
+"""A torch optimizer as the engine of private training: parameters are whole on every rank.
 
     engine = PlainEngine(parameters, settings, num_steps=100)
     engine.apply(noisy_mean, step=1)
 
-It is the counterpart of `ZeroEngine` for models that fit on one device. Gradients are averaged over
+It is the counterpart of `ZeroEngine`, without DeepSpeed, for models that fit on one device. Gradients are averaged over
 ranks with `torch.distributed`, so that each rank makes the same update.
 """
 

@@ -22,7 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from udp_ray.engine.gradient_sum import own_slice, slice_range, slice_length
+from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
 from udp_ray.errors import GuaranteeError
 
 PERSISTENT_SHARE = 1e-4

@@ -105,7 +105,7 @@ def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> Attempt | No
 
 def _train(job: WorkerJob, remote: RemoteAccountant, start: Attempt, rank: int) -> TrainResult:
     from udp_ray.data.remote import open_store
-    from udp_ray.engine.trainer import train
+    from udp_ray.engine.language_model import train
     from udp_ray.models.load import load_model
 
     config = job.config

@@ -2,11 +2,12 @@
 
     1. For each microbatch of the group: the gradient of its weighted loss, in float32.
     2. Their sum is the gradient of the group.
-    3. Its norm over all trainable parameters, the clip factor, and a scaled add into the float64 sum.
+    3. Its norm over all trainable parameters gives the clip factor; the scaled gradient is added to
+       the float64 sum.
 
-The norm is taken of the whole group, so the size of a microbatch never changes what is clipped. Tied
-weights are one parameter to autograd, hence exact. `torch.autograd.grad` leaves `grad` of parameters
-alone and fires none of DeepSpeed's hooks. The kernel works with any module and any loss.
+The norm is taken of the whole group, so the size of a microbatch never changes what is clipped.
+Tied weights are one parameter to autograd, hence exact. `torch.autograd.grad` does not touch `grad`
+of parameters and fires none of DeepSpeed's hooks. The kernel works with any module and any loss.
 
 Reference: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133.
 """
@@ -40,8 +41,8 @@ class Clippable(Protocol):
 class DirectKernel:
     """Adds up the clipped gradients of groups, one backward pass per microbatch.
 
-    Dropout masks come from the group's own seed: they are the same on any rank and whenever the step
-    is repeated, and unrelated between groups and steps.
+    Dropout masks come from the group's own seed: they are the same on any rank and in a repetition
+    of the step, and unrelated between groups and steps.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class DirectKernel:
             clip_norm: L2 bound of a group's gradient.
             autocast: `ModelConfig.autocast`.
             device: Where the model is.
-            loss: Returns the weighted loss of a microbatch as a scalar. By default the token loss of
-                a causal language model.
+            loss: Returns the weighted loss of a microbatch as a scalar. By default the token loss
+                of a causal language model.
         """
         self._model = model
         self._loss = loss

@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from udp_ray.engine.kernels.gradients import (
     GroupGradients,
-    Materialized,
     Lookups,
+    Materialized,
     Products,
 )
 

@@ -63,9 +63,9 @@ from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import BenchmarkError
