@@ -253,7 +253,7 @@ def test_training_that_diverged_takes_no_further_step(run, tmp_path):
 def test_training_does_not_go_on_from_weights_that_are_not_finite(run, whole, tmp_path):
     point = resume_point(whole, 2)
     broken = tmp_path / "checkpoint"
-    shutil.copytree(point.directory, broken)
+    shutil.copytree(point.resume_checkpoint, broken)
     weights = load_file(broken / checkpoint.WEIGHTS)
     next(iter(weights.values())).view(-1)[0] = float("nan")
     save_file(weights, broken / checkpoint.WEIGHTS)

@@ -978,7 +978,7 @@ OUTPUTS = [
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
-        text="        remove_uncommitted(run_folder, start.committed, attempt=start.number)\n",
+        text="        remove_uncommitted(run_folder, attempt.committed, attempt=attempt.number)\n",
         replacement="        pass\n",
         tests=(
             "tests/on_ray/test_uncommitted.py"

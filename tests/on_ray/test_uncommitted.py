@@ -142,9 +142,9 @@ def leave_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -
     """As if a worker of an older attempt had still been uploading."""
     end = RemoteAccountant.end
 
-    def leave_and_end(self: RemoteAccountant, number: int, message: str | None) -> None:
+    def leave_and_end(self: RemoteAccountant, message: str | None) -> None:
         (folder / LATE).mkdir()
-        end(self, number, message)
+        end(self, message)
 
     monkeypatch.setattr(RemoteAccountant, "end", leave_and_end)
 

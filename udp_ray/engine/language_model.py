@@ -44,6 +44,7 @@ def train(
     accountant: Accountant | None,
     publish: Publish,
     on_metrics: Callable[[Metrics], None] | None,
+    on_phase: Callable[[str], None] | None = None,
     workspace: Path,
     attempt: Attempt | None = None,
     resume_from: Path | None = None,
@@ -66,6 +67,7 @@ def train(
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
+        on_phase: Called when training enters another phase, such as evaluating or writing.
         workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
         attempt: Where the ledger says that training continues; None where no ledger is asked, and
             training starts from the model as given. Until `attempt.replay_until` is repeated, no
@@ -98,6 +100,7 @@ def train(
         accountant=accountant,
         publish=publish,
         on_metrics=on_metrics,
+        on_phase=on_phase,
         workspace=workspace,
         attempt=attempt,
         resume_from=resume_from,
@@ -183,6 +186,7 @@ class LanguageModelTraining(TrainingLoop):
     def _evaluation(self, *, is_whole: bool) -> Metrics:
         if self.store.heldout is None:
             return {}
+        self._enter("evaluating")
         return evaluate(
             self.model,
             self.store.heldout,

@@ -88,6 +88,8 @@ class TrainingLoop(ABC):
     """None writes no checkpoints."""
     on_metrics: Callable[[Metrics], None] | None
     """Rank 0 only."""
+    on_phase: Callable[[str], None] | None
+    """Called when training enters another phase."""
     workspace: Path
     """Local folder for checkpoints that are being written."""
     attempt: Attempt | None
@@ -100,6 +102,7 @@ class TrainingLoop(ABC):
     """The fingerprint of the weights beside which adapters train; None if all weights train."""
     engine: Engine = field(init=False)
     private_step: PrivateStep = field(init=False)
+    phase: str = field(init=False, default="")
     step: int = field(init=False, default=0)
     """Last step taken."""
     committed: int = field(init=False, default=0)
@@ -177,6 +180,7 @@ class TrainingLoop(ABC):
             saved.refuse_other_frozen(self.frozen)
             saved.load_weights(self.parameters)
             _refuse_diverged(self.parameters, saved.step)
+        self._enter("checking the model and noise")
         kernel = self._make_kernel()
         self.engine = self._make_engine()
         self.private_step = self._private_step(kernel)
@@ -230,6 +234,7 @@ class TrainingLoop(ABC):
         return None
 
     def _take_step(self, source: GroupSource) -> None:
+        self._enter("training")
         is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
         before = _sample_weights(self.engine) if is_first else []
         self.private_step.run(self.step + 1, source.groups(self.step + 1))
@@ -259,6 +264,7 @@ class TrainingLoop(ABC):
         self._report({**self._progress(), **heldout})
 
     def _save(self, publish: Publish) -> None:
+        self._enter("writing")
         directory = self.workspace / f"step-{self.step:08d}"
         digest = checkpoint.write(
             directory,
@@ -289,6 +295,11 @@ class TrainingLoop(ABC):
         """Returns step and learning rate; no time or rate, which depend on who is in a cohort."""
         rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
         return {"step": self.step, "train/learning_rate": rate}
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase and self.on_phase is not None:
+            self.on_phase(phase)
+        self.phase = phase
 
     def _report(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:

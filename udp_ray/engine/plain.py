@@ -3,8 +3,8 @@
     engine = PlainEngine(parameters, settings, num_steps=100)
     engine.apply(noisy_mean, step=1)
 
-It is the counterpart of `ZeroEngine`, without DeepSpeed, for models that fit on one device. Gradients are averaged over
-ranks with `torch.distributed`, so that each rank makes the same update.
+It is the counterpart of `ZeroEngine`, without DeepSpeed, for models that fit on one device.
+Gradients are averaged over ranks with `torch.distributed`, so that each rank makes the same update.
 """
 
 from __future__ import annotations

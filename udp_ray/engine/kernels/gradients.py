@@ -4,9 +4,9 @@ A linear layer's gradient for one group is the sum over the group's tokens of an
 output gradient times an input. Its norm is computed in one of two ways. *Materialized*: form the
 gradient, which for groups of many tokens takes less memory than the tokens themselves, and serves
 for the sum too. *Gram*: the squared norm is the sum over pairs of tokens of (input . input) (output
-gradient . output gradient), which for groups of few tokens is far less work. Either way the sum over
-groups is formed in float32 from the same tensors as the norms, with the clip factors inside, also
-where these tensors are bfloat16.
+gradient . output gradient), which for groups of few tokens is far less work. Either way the sum
+over groups is formed in float32 from the same tensors as the norms, with the clip factors inside,
+also where these tensors are bfloat16.
 
 Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens is added to a float64 sum:
 within a product the order of float32 additions, and so the rounding of what one group adds, depends
@@ -16,8 +16,8 @@ Rounding of norms. A norm that is too small would let a group exceed its bound. 
 gradients are added as they are, so their norm, taken in float64, is that of what is added. In the
 Gram form the pairs of tokens cancel, while the roundings of their products (float32, each relative
 to its own pair) do not: they add up like independent errors, to a few units in the last place of
-the root of the sum over pairs of the squared products, which is at most the sum over tokens of |input|^2
-|output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter is added
+the root of the sum over pairs of the squared products. That root is at most the sum over tokens of
+|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter is added
 to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
 `clipping.ROUNDING_MARGIN`.
 
@@ -45,9 +45,9 @@ from udp_ray.dp.clipping import accumulate, squared_norms
 GRAM_SLACK = 2.0**-19
 
 MATERIALIZED_PER_STORED = 2.0
-"""Gradients are materialized if they have at most this many values per value of the tokens that they
-are formed from, which bounds their memory. Measured on a CPU core, layers of 256 x 256 to 768 x 3072
-and 64 to 512 tokens: materialized is faster up to 2, the Gram form from 3 on."""
+"""Gradients are materialized if they have at most this many values per value of the tokens that
+they are formed from, which bounds their memory. Measured on a CPU core, layers of 256 x 256 to
+768 x 3072 and 64 to 512 tokens: materialized is faster up to 2, the Gram form from 3 on."""
 
 BLOCK_TOKENS = 128
 """Tokens whose pairs are multiplied out at once. Speed and memory only."""
