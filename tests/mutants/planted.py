@@ -224,7 +224,7 @@ NOISE = [
         replacement="self.private_step.run("
         "self.step + 1 - (self.resume.step if self.resume else 0),",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits",
         ),
     ),
@@ -626,7 +626,7 @@ LEDGER = [
         replacement='        self._report({"step": self.step, **heldout})\n'
         "        if self.publish is not None:\n",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
         ),
     ),
@@ -637,7 +637,7 @@ LEDGER = [
         text="            self.on_metrics(metrics)",
         replacement="            self.on_metrics("
         'metrics | {"train/rejected": float(self.private_step._kernel.num_rejected)})',
-        tests=("tests/engine/test_trainer.py::test_metrics_are_public_numbers_and_nothing_else",),
+        tests=("tests/engine/test_loop.py::test_metrics_are_public_numbers_and_nothing_else",),
     ),
     Mutant(
         name="evaluation_of_training_users",
@@ -652,6 +652,7 @@ LEDGER = [
         breaks="P52: without held-out users, training users are evaluated",
         file="udp_ray/engine/language_model.py",
         text="        if self.store.heldout is None:\n            return {}\n"
+        '        self._enter("evaluating")\n'
         "        return evaluate(\n            self.model,\n            self.store.heldout,\n",
         replacement="        return evaluate(\n            self.model,\n"
         "            self.store.heldout or self.store,\n",
@@ -970,7 +971,7 @@ OUTPUTS = [
         text="return self.step >= replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated",
         ),
     ),

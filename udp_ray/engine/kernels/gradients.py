@@ -17,8 +17,8 @@ gradients are added as they are, so their norm, taken in float64, is that of wha
 Gram form the pairs of tokens cancel, while the roundings of their products (float32, each relative
 to its own pair) do not: they add up like independent errors, to a few units in the last place of
 the root of the sum over pairs of the squared products. That root is at most the sum over tokens of
-|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter is added
-to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
+|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter
+is added to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
 `clipping.ROUNDING_MARGIN`.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
