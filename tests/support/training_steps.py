@@ -55,6 +55,7 @@ def take_steps(run: TinyRun) -> TinyOutcome:
     reader = CohortReader(
         store, draw, rank=world.rank, world_size=world.size, pad_id=0,
         microbatch_tokens=run.microbatch_tokens, last_step=run.num_steps,
+        packing=private_step._kernel.packing,
     )  # fmt: skip
     with reader:
         for step in range(1, run.num_steps + 1):

@@ -22,7 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from udp_ray.data.batches import Group, Microbatch, SharedMicrobatch, join, share
+from udp_ray.data.batches import (
+    Group,
+    Microbatch,
+    Packing,
+    SharedMicrobatch,
+    join,
+    pack_groups,
+)
 from udp_ray.engine.evaluate import evaluating, user_totals
 from udp_ray.engine.kernels.direct import Clippable, DirectKernel
 from udp_ray.engine.kernels.ghost import LENGTH_GRID, GhostKernel
@@ -346,12 +353,9 @@ class _Probe:
 
     def _alone(self, group: Group) -> SharedMicrobatch:
         """Returns the group as the kernel packs it when no other is there."""
-        (rows,), _ = share(
-            [group],
-            max(self._microbatch_tokens, group.microbatches[0].input_ids.numel()),
-            length_grid=self._length_grid,
-            longest=getattr(self._config, "max_position_embeddings", None),
-        )
+        tokens = max(self._microbatch_tokens, group.microbatches[0].input_ids.numel())
+        longest = getattr(self._config, "max_position_embeddings", None)
+        (rows,) = pack_groups([group], tokens, Packing(self._length_grid, longest)).shared
         return rows
 
     @property

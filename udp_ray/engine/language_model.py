@@ -178,6 +178,7 @@ class LanguageModelTraining(TrainingLoop):
             world_size=self.world.size,
             microbatch_tokens=self.settings.microbatch_tokens,
             pad_id=self.store.manifest.tokenizer.pad_id,
+            packing=self.kernel.packing,
             last_step=self.plan.num_steps,
             pin_memory=self.world.device.type == "cuda",
             mask_seed=self.keys.dropout.number,

@@ -100,6 +100,7 @@ class TrainingLoop(ABC):
 
     frozen: str | None = field(init=False)
     """The fingerprint of the weights beside which adapters train; None if all weights train."""
+    kernel: Kernel = field(init=False)
     engine: Engine = field(init=False)
     private_step: PrivateStep = field(init=False)
     phase: str = field(init=False, default="")
@@ -181,9 +182,9 @@ class TrainingLoop(ABC):
             saved.load_weights(self.parameters)
             _refuse_diverged(self.parameters, saved.step)
         self._enter("checking the model and noise")
-        kernel = self._make_kernel()
+        self.kernel = self._make_kernel()
         self.engine = self._make_engine()
-        self.private_step = self._private_step(kernel)
+        self.private_step = self._private_step()
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is not None:
             saved.load_optimizer(self.engine)
@@ -205,9 +206,9 @@ class TrainingLoop(ABC):
         self.location, self.digest = attempt.resume_checkpoint, digest
         return saved
 
-    def _private_step(self, kernel: Kernel) -> PrivateStep:
+    def _private_step(self) -> PrivateStep:
         return PrivateStep(
-            kernel,
+            self.kernel,
             self.engine,
             self.plan,
             self._noise(self.keys.noise),

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from udp_ray.data.batches import Packing
+
 
 class Accountant(Protocol):
     """Reserves each step before its noise is drawn, and records checkpoints. Rank 0 alone calls it.
@@ -67,6 +69,10 @@ class RunningSum(Protocol):
 
 class Kernel(Protocol):
     """Computes the sum of the clipped gradients of groups."""
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the reader packs groups for this kernel; None: each has microbatches of its own."""
 
     def add_clipped(self, sums: RunningSum, groups: Iterable[Any]) -> None:
         """Adds each group's gradient, clipped as a whole to the clip norm, to `sums`.

@@ -21,7 +21,7 @@ from tests.support.kernels import (
 from tests.support.stores import lengths_of
 from tests.support.training import tiny_model, tiny_users, write_tiny_store
 from udp_ray.config.experiment import LoraConfig
-from udp_ray.data.batches import Group, share, without_groups
+from udp_ray.data.batches import Group, Packing, pack_groups, without_groups
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.kernels import gradients as group_gradients
 from udp_ray.engine.kernels.direct import DirectKernel
@@ -101,7 +101,7 @@ def test_each_microbatch_hands_over_every_parameter_once_and_in_the_same_order(s
     model, sums = tiny_model(), Noted()
     parameters = trainable_parameters(model)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    microbatches, _ = share(groups_of(store, range(12)), 64)
+    microbatches = pack_groups(groups_of(store, range(12)), 64, Packing()).shared
     kernel = ghost(1.0)(model, parameters)
     for microbatch in [*microbatches, without_groups()]:
         kernel.add_microbatch(sums, microbatch)
@@ -267,7 +267,7 @@ def rows_by_group(microbatch):
 def test_under_autocast_a_users_gradient_does_not_depend_on_who_shares(store, with_length):
     pairs = list(
         alone_and_in_company(
-            store, lambda kernel, groups: kernel.share(groups)[0], with_length=with_length
+            store, lambda kernel, groups: kernel.pack(groups).shared, with_length=with_length
         )
     )
     assert all(float((a - b).norm() / a.norm()) < 1e-6 for a, b in pairs)
@@ -276,7 +276,11 @@ def test_under_autocast_a_users_gradient_does_not_depend_on_who_shares(store, wi
 def test_padded_to_the_longest_of_a_microbatch_it_would(store):
     """The failing arm."""
     pairs = list(
-        alone_and_in_company(store, lambda kernel, groups: share(groups, 4096)[0], with_length=True)
+        alone_and_in_company(
+            store,
+            lambda kernel, groups: pack_groups(groups, 4096, Packing()).shared,
+            with_length=True,
+        )
     )
     assert max(float((a - b).norm() / a.norm()) for a, b in pairs) > 1e-4
 
@@ -321,7 +325,7 @@ def test_clipping_rows_instead_of_users_would_be_seen(store, users):
 def test_without_the_cross_term_of_tied_embeddings_a_norm_would_be_wrong(store, monkeypatch):
     """The failing arm of exactness for weights used twice."""
     monkeypatch.setattr(group_gradients, "MATERIALIZED_PER_STORED", FORMS["gram"])
-    microbatches, _ = share(groups_of(store, range(12), 4096), 4096)
+    microbatches = pack_groups(groups_of(store, range(12), 4096), 4096, Packing()).shared
     model = tiny_model()
     kernel = ghost(1.0)(model, trainable_parameters(model))
     tied = kernel.group_gradients(microbatches[0])["transformer.wte.weight"]

@@ -45,6 +45,9 @@ class DirectKernel:
     of the step, and unrelated between groups and steps.
     """
 
+    packing = None
+    """No two groups share a microbatch."""
+
     def __init__(
         self,
         model: nn.Module,

@@ -26,7 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from udp_ray.config.experiment import require_fitting_groups
-from udp_ray.data.batches import NO_LOSS, Group, Microbatch, SharedMicrobatch, share
+from udp_ray.data.batches import (
+    NO_LOSS,
+    Group,
+    Microbatch,
+    Packing,
+    SharedMicrobatch,
+    pack_groups,
+)
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.kernels.direct import DirectKernel
@@ -65,7 +72,7 @@ def check_complete(
     """
     # 3 rows of 7 tokens: a dimension that runs over tokens is no multiple of the rows.
     groups = [synthetic_group(model, num_rows, 7) for num_rows in (2, 1)]
-    (microbatch,), _ = share(groups, microbatch_tokens=21)
+    (microbatch,) = pack_groups(groups, 21, Packing()).shared
     _refuse_dropout(model, microbatch, device)
     kernel = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=21, device=device)
     found = kernel.group_gradients(microbatch)
@@ -212,10 +219,10 @@ def _is_faster(
     ghost: GhostKernel, direct: DirectKernel, sums: ClippedSum, groups: Sequence[Group]
 ) -> bool:
     """Returns whether the ghost kernel takes less time per group, in turn with the direct one."""
-    few = groups[:MEASURED_GROUPS]
+    few, packed = groups[:MEASURED_GROUPS], ghost.pack(groups)
     shared = alone = math.inf
     for _ in range(REPEATS):
-        shared = min(shared, _seconds(ghost, sums, groups) / len(groups))
+        shared = min(shared, _seconds(ghost, sums, packed) / len(packed))
         alone = min(alone, _seconds(direct, sums, few) / len(few))
         lead = alone / shared
         if not 1 / CLEAR_LEAD < lead < CLEAR_LEAD:
