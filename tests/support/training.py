@@ -27,11 +27,11 @@ from udp_ray.config.experiment import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
+from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.trainer import train
 from udp_ray.engine.types import (
     Accountant,
     Metrics,
