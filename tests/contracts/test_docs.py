@@ -13,7 +13,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +63,7 @@ BLOCK = re.compile(
 INDENTED = re.compile(r"(?:\A|\n\n)((?: {4}[^\n]*(?:\n|\Z)|\n(?= {4}))+)")
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
+NAME = re.compile(r"(?<![\w./])udp_ray(?:\.\w+)+")
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -269,14 +269,13 @@ def resolve(name: str) -> bool:
     value: Any = importlib.import_module(parts[0])
     for depth, part in enumerate(parts[1:], start=2):
         if not hasattr(value, part):
-            if not hasattr(value, "__path__"):
-                # What is beyond a value of unknown type, as a result of a call, is not looked at.
+            module = ".".join(parts[:depth])
+            if not hasattr(value, "__path__") or importlib.util.find_spec(module) is None:
                 return False
-            try:
-                importlib.import_module(".".join(parts[:depth]))
-            except ModuleNotFoundError:
-                return False
-        value = getattr(value, part, None) or sys.modules.get(".".join(parts[:depth]))
+            if depth == len(parts):
+                return True  # found, and not imported: that may take seconds
+            importlib.import_module(module)
+        value = getattr(value, part)
     return True
 
 
@@ -307,10 +306,28 @@ def wrong_python(code: str) -> list[str]:
     return [name for name in ours if not resolve(name)]
 
 
+def wrong_names(text: str) -> list[str]:
+    """Returns the names of our modules and their contents in a text that do not exist."""
+    found = [name for code in CODE.findall(prose(text)) for name in NAME.findall(code)]
+    return [name for name in found if not resolve(name)]
+
+
 @by_page
 def test_python_compiles_and_our_names_exist(page: Path) -> None:
     wrong = [wrong_python(code) for kind, code in blocks(page.read_text()) if kind == "python"]
     assert not [each for each in wrong if each]
+
+
+@by_page
+def test_names_in_the_text_exist(page: Path) -> None:
+    assert not wrong_names(page.read_text())
+
+
+def test_a_wrong_name_in_the_text_is_found() -> None:
+    text = (
+        "`udp_ray.dp.none`, `udp_ray.errors.UdpRayError`, `udp_ray.nothing(config)`, `udp_ray.dp`"
+    )
+    assert wrong_names(text) == ["udp_ray.dp.none", "udp_ray.nothing"]
 
 
 @pytest.mark.parametrize(
@@ -411,7 +428,7 @@ def test_the_tour_names_every_module() -> None:
     tour = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tour)
     page = tour.PAGE.read_text()
-    listed = set(re.findall(r"^(?:\| |### )`(udp_ray[\w/.]*)`", page, flags=re.M))
+    listed = set(re.findall(r"^(?:\| |### )`(udp_ray(?:/[\w/.]+)?)`", page, flags=re.M))
     expected = {str(m.parent if m.name == "__init__.py" else m) for m in tour.modules()}
     assert listed == expected, "run python docs/generate_tour.py, or make docs"
     assert "udp_ray/dp/plan.py" in listed
