@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel
 
 import udp_ray
+from tests.mutants.planted import MUTANTS
 from udp_ray.config import cli
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
@@ -437,6 +438,21 @@ def test_the_tour_names_every_module() -> None:
 def test_the_page_of_jobs_names_every_job() -> None:
     listed = re.findall(r"^\| `(jobs/\w+\.py)` \|", (DOCS / "jobs.md").read_text(), flags=re.M)
     assert sorted(listed) == sorted(f"jobs/{job.name}" for job in (ROOT / "jobs").glob("*.py"))
+
+
+def stated_defects(text: str) -> set[int]:
+    """Returns how many planted defects a page speaks of."""
+    found = re.findall(r"plants (\d+) defects|all (\d+)\.|(\d+) of (\d+)\.", " ".join(text.split()))
+    return {int(number) for numbers in found for number in numbers if number}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guarantee.md"])
+def test_the_number_of_planted_defects_is_right(page: str) -> None:
+    assert stated_defects((ROOT / page).read_text()) == {len(MUTANTS)}
+
+
+def test_a_wrong_number_of_planted_defects_is_found() -> None:
+    assert stated_defects("`make mutants` plants 7 defects.\nThe tests catch 6 of 7.") == {6, 7}
 
 
 def test_the_readme_is_short_and_opens_with_what_it_is() -> None:
