@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from udp_ray.config.sweep import SweepJobConfig as SweepJobConfig
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
-    from udp_ray.on_ray.prepare import PreparedStore
+    from udp_ray.on_ray.prepare import Prepared
+    from udp_ray.on_ray.publish import SweepResult
     from udp_ray.reports.verify import Verdict
-    from udp_ray.runs.result import RunResult, SweepResult
+    from udp_ray.runs.result import RunResult
 
 _CLASSES = {
     "ExperimentConfig": "udp_ray.config.experiment",
@@ -41,10 +42,10 @@ _CLASSES = {
 
 _FUNCTIONS = ("prepare", "sweep", "train", "verify")
 
-__all__ = [*_CLASSES, *_FUNCTIONS]  # noqa: PLE0604
+__all__ = [*_CLASSES, *_FUNCTIONS]
 
 
-def prepare(config: ExperimentConfig) -> PreparedStore:
+def prepare(config: ExperimentConfig) -> Prepared:
     """Converts text keyed by user into the token store that training reads, with Ray Data.
 
     Args:
@@ -58,9 +59,15 @@ def prepare(config: ExperimentConfig) -> PreparedStore:
         UdpRayError: If an input, a column, a setting or the disk is at fault, in one sentence. No
             partial store is left.
     """
-    from udp_ray.on_ray.prepare import prepare_store
+    from udp_ray.on_ray.prepare import prepare as prepare_on_ray
 
-    return prepare_store(config)
+    model = config.model.name
+    return prepare_on_ray(
+        config.data,
+        tokenizer=config.data.tokenizer or model,
+        model=model,
+        address=config.cluster.address,
+    )
 
 
 def train(config: ExperimentConfig, *, resume: bool = False) -> RunResult:

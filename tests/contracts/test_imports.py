@@ -1,6 +1,6 @@
 """Which package imports which: the arrows of the layout, in both directions, for every module.
 
-    jobs -> experiments -> on_ray -> {runs, reports} -> {engine, ledger} -> {dp, data, models} -> config
+jobs -> experiments -> on_ray -> {runs, reports} -> {engine, ledger} -> {dp, data, models} -> config
 """
 
 import ast
@@ -119,9 +119,7 @@ def test_only_the_zero_engine_imports_deepspeed() -> None:
 
 
 def test_only_the_ledger_imports_the_database_library() -> None:
-    importers = {
-        part_of(f) for f in PACKAGE.rglob("*.py") if roots(f) & {"sqlalchemy", "alembic"}
-    }
+    importers = {part_of(f) for f in PACKAGE.rglob("*.py") if roots(f) & {"sqlalchemy", "alembic"}}
     assert importers == {"ledger"}
 
 

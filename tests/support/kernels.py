@@ -1,4 +1,4 @@
-"""Shared by tests of clipping kernels: groups of a tiny store, a kernel's sum, a plain reference."""
+"""Helpers for tests of kernels: groups of a tiny store, a kernel's sum, a plain reference."""
 
 from __future__ import annotations
 

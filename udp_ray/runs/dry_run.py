@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.engine.memory import estimate
@@ -28,7 +27,7 @@ def describe_run(config: ExperimentConfig) -> str:
     return "\n\n".join(
         [
             statement.to_text(),
-            "Settings\n" + textwrap.indent(to_yaml(without_secrets(config)).rstrip(), "  "),
+            "Settings\n" + textwrap.indent(without_secrets(config).to_yaml().rstrip(), "  "),
             estimate(config, plan).to_text(),
             NOTHING_DONE,
         ]
