@@ -93,7 +93,7 @@ def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt 
 
 def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank: int) -> None:
     from udp_ray.data.remote import open_store
-    from udp_ray.engine.trainer import train
+    from udp_ray.engine.language_model import train
     from udp_ray.models.load import load_model
 
     config = job.config

@@ -389,7 +389,7 @@ def measure_sums(
 
     short, factors = by_groups(64)
     long, few = by_groups(512)
-    gradients = long.held()
+    gradients = long.materialized()
     flat = gradients.gradients.flatten(1)
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
         "ghost, groups of 64 tokens": (
