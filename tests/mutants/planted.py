@@ -944,7 +944,7 @@ COUPLING = [
         name="company_not_checked",
         breaks="P36: layers that see the batch pass the check",
         file="udp_ray/engine/invariance.py",
-        text="            self._check_company(self._group(self._shared_tokens, seed=2))\n",
+        text="            self._check_shared(self._group(self._shared_tokens, seed=2))\n",
         replacement="            self._group(self._shared_tokens, seed=2)\n",
         tests=(
             "tests/engine/test_invariance.py"
