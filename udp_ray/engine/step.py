@@ -11,7 +11,7 @@ How many groups a step has is used nowhere. A rank without groups, or a step wit
 same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives the
 engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
 ranks are then rounded to float32, and added in float32, before the noise is in: within
-`sensitivity.rounding_slack` for cohorts of up to `sensitivity.MOST_FUSED` groups, and refused with
+`sensitivity.rounding_slack` for cohorts of up to `experiment.MOST_FUSED` groups, and refused with
 secure noise, whose claim requires that rounding comes last.
 
 Under ZeRO 3 no rank holds the whole sum: 1 and 2 happen layer by layer, reduced and scattered into
@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from udp_ray.config.experiment import require_fusible
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
 from udp_ray.engine.types import Engine, Kernel

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, Subset, default_collate
 
 from udp_ray.config.experiment import SPEED_ONLY, TrainConfig
+from udp_ray.config.privacy import require_delta_below_inverse_population
 from udp_ray.data.batches import assign
 from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
@@ -641,11 +642,13 @@ def _refuse_users(plan: PrivacyPlan, users: UserExamples) -> None:
         raise ConfigError(
             "users holds no examples: give one entry per user, with that user's examples"
         )
-    if plan.delta >= 1 / num_users:
-        raise ConfigError(
-            f"the plan's delta is {plan.delta:g}, which is not below 1 / users: such a delta allows"
-            " publishing a user outright; lower it"
-        )
+    require_delta_below_inverse_population(
+        plan.delta,
+        num_users,
+        field="the plan's delta",
+        population_name="users",
+        population_is_public=False,
+    )
     if plan.max_cohort_size is not None and plan.population < num_users:
         raise ConfigError(
             f"the plan's population is {plan.population}, below the number of users: with"
