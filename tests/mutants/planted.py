@@ -671,7 +671,7 @@ LEDGER = [
     Mutant(
         name="steps_under_a_new_key_are_free",
         breaks="review: repeating steps under another key costs nothing",
-        file="udp_ray/ledger/ledger.py",
+        file="udp_ray/ledger/tables.py",
         text='{"charged_steps": run.charged_steps + 1,',
         replacement='{"charged_steps": run.charged_steps + (run.attempt == 1),',
         tests=(
@@ -683,10 +683,10 @@ LEDGER = [
         name="replay_charged_again",
         breaks="the same release is charged twice, so that a run ends before its last step",
         file="udp_ray/ledger/ledger.py",
-        text="        return False\n    differing =",
-        replacement="        return False\n"
-        "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
-        "    differing =",
+        text="            return False\n        differing =",
+        replacement="            return False\n"
+        "        rows.update_run(run.run_id, charged_steps=run.charged_steps + 1)\n"
+        "        differing =",
         tests=(
             "tests/ledger/test_ledger.py"
             "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
@@ -736,7 +736,7 @@ LEDGER = [
     Mutant(
         name="old_attempts_go_on",
         breaks="an attempt that was replaced still writes",
-        file="udp_ray/ledger/tables.py",
+        file="udp_ray/ledger/ledger.py",
         text="if run.attempt != attempt.number:",
         replacement="if run.attempt < attempt.number:",
         tests=(
@@ -748,9 +748,9 @@ LEDGER = [
         breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
         file="udp_ray/ledger/tables.py",
         text=".values(secret=secret))",
-        replacement=".values(secret=table.c.secret))",
+        replacement=".values(secret=KEYS.c.secret))",
         tests=(
-            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",
+            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_continue[sqlite]",
         ),
     ),
     Mutant(
@@ -990,7 +990,7 @@ OUTPUTS = [
         name="secret_sweep_refunded",
         breaks="P47: repeating a sweep until it draws a trial conditions the number of trials",
         file="udp_ray/ledger/ledger.py",
-        text="if is_secret_sweep(rows.plan_of(run)):",
+        text="if is_secret_sweep(tables.plan_of(run)):",
         replacement="if is_secret_sweep({}):",
         tests=(
             "tests/ledger/test_trials.py"
