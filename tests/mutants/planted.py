@@ -18,6 +18,7 @@ from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
 THEN_BOUND = "\n\n    @property\n    def clip_bound"
+TRAINER = "tests/engine/test_trainer.py"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/kernels/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
@@ -944,7 +945,7 @@ COUPLING = [
         name="company_not_checked",
         breaks="P36: layers that see the batch pass the check",
         file="udp_ray/engine/invariance.py",
-        text="            self._check_company(self._group(self._shared_tokens, seed=2))\n",
+        text="            self._check_shared(self._group(self._shared_tokens, seed=2))\n",
         replacement="            self._group(self._shared_tokens, seed=2)\n",
         tests=(
             "tests/engine/test_invariance.py"
@@ -960,6 +961,67 @@ COUPLING = [
         tests=(
             "tests/engine/test_invariance.py::test_what_the_first_text_leaves_for_good_is_refused",
         ),
+    ),
+]
+
+OWN_MODULE = [
+    Mutant(
+        name="own_module_not_clipped",
+        breaks="P30: Trainer does not apply the plan's clip norm",
+        file="udp_ray/engine/trainer.py",
+        text="clip_norm=self.plan.clip_bound,",
+        replacement="clip_norm=float('inf'),",
+        tests=(f"{TRAINER}::test_removing_one_user_moves_the_sum_by_at_most_the_clip_norm",),
+    ),
+    Mutant(
+        name="own_module_not_checked",
+        breaks="P42: Trainer accepts a module that keeps what it has seen",
+        file="udp_ray/engine/trainer.py",
+        text="self.world.from_first(lambda: self._check_model(kernel))",
+        replacement="self.world.from_first(lambda: None)",
+        tests=(
+            f"{TRAINER}::test_a_model_that_breaks_the_promise_is_refused_before_it_is_charged_a_step",
+        ),
+    ),
+    Mutant(
+        name="own_module_trained_on_all_ranks",
+        breaks="P20: every rank of a Trainer computes every user",
+        file="udp_ray/engine/trainer.py",
+        text="np.flatnonzero(ranks == self.world.rank)",
+        replacement="np.flatnonzero(ranks >= 0)",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
+    ),
+    Mutant(
+        name="own_module_with_one_key_for_all_runs",
+        breaks="P13: two runs of a Trainer draw the same noise",
+        file="udp_ray/engine/trainer.py",
+        text="return RunKey.generate() if key is None else key",
+        replacement="return RunKey.from_seed(0) if key is None else key",
+        tests=(f"{TRAINER}::test_runs_have_keys_of_their_own",),
+    ),
+    Mutant(
+        name="own_module_resumed_on_other_users",
+        breaks="P46: the same noise on the sum of other users",
+        file="udp_ray/engine/trainer.py",
+        text="if saved.provenance.get(INPUTS) != self.provenance[INPUTS]:",
+        replacement="if saved.provenance.get(INPUTS) is None:",
+        tests=(f"{TRAINER}::test_a_run_does_not_continue_with_another_loss_or_other_users",),
+    ),
+    Mutant(
+        name="own_module_charged_nothing",
+        breaks="P26: a run in memory is not charged",
+        file="udp_ray/engine/trainer.py",
+        text="        self._charges.append(charge)\n",
+        replacement="        charge = charge\n",
+        tests=(f"{TRAINER}::test_a_run_whose_price_does_not_fit_is_refused_before_anything_moves",),
+    ),
+    Mutant(
+        name="plain_engine_adds_up_ranks",
+        breaks="P11: the noisy mean is multiplied by the number of ranks",
+        file="udp_ray/engine/plain.py",
+        text="                gradient /= num_ranks\n",
+        replacement="                gradient /= 1\n",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
     ),
 ]
 
@@ -1011,5 +1073,6 @@ OUTPUTS = [
 ]
 
 MUTANTS = [
-    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OUTPUTS,
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
+    *OUTPUTS,
 ]  # fmt: skip

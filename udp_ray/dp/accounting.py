@@ -647,7 +647,7 @@ def noise_multiplier_of(
         delta=delta,
         sampling_probability=sampling_probability,
         num_steps=num_steps,
-        group_size=examples_at_risk,
+        examples_at_risk=examples_at_risk,
     )
     return calibrate_noise_multiplier(
         event_of, target_epsilon=target_epsilon, delta=delta, guess=guess
@@ -660,15 +660,16 @@ def guess_noise_multiplier(
     delta: float,
     sampling_probability: float,
     num_steps: int,
-    group_size: int = 1,
+    examples_at_risk: int = 1,
 ) -> float:
     """Returns a starting point for calibration, from the central limit theorem; not a bound.
 
     One step's chi-square divergence is about exp(m^2 / z^2) - 1 times the rates, with m the mean
-    number of a user's units in a step; T steps are near a Gaussian mechanism of mu^2 = T chi2.
+    number of a user's units in a step; T steps are near a Gaussian mechanism of mu^2 = T chi2. The
+    arguments are those of `noise_multiplier_of`.
     """
     mu = _gaussian_mu(target_epsilon, delta)
-    mean = group_size * sampling_probability
+    mean = examples_at_risk * sampling_probability
     if mean >= 1:
         return math.sqrt(num_steps) * mean / mu
     # Solves num_steps * mean^2 * (exp(1 / z^2) - 1) = mu^2 for z.

@@ -123,14 +123,18 @@ class PricedPlan:
 
     @classmethod
     def from_config(
-        cls, privacy: PricingConfig, *, num_users: int | None, num_examples: int | None = None
+        cls,
+        privacy: PricingConfig,
+        *,
+        num_users: int | None = None,
+        num_examples: int | None = None,
     ) -> Self:
         """Returns the plan of the settings, with the noise calibrated if epsilon was given.
 
         Args:
             privacy: The settings.
-            num_users: Number of users in the data. None if no data are given and
-                privacy.population is set.
+            num_users: Number of users in the store. None: no store is given, and
+                privacy.population counts.
             num_examples: The store's number of examples once each user keeps at most
                 privacy.group_size (els), or None.
 
@@ -146,7 +150,7 @@ class PricedPlan:
             >>> from udp_ray.config.privacy import PrivacyConfig
             >>> privacy = PrivacyConfig(epsilon=2.0, delta=1e-6, clip_norm=1.0, group_size=4,
             ...     cohort_size=64, num_steps=500, population=20_000)
-            >>> plan = PrivacyPlan.from_config(privacy, num_users=None)
+            >>> plan = PrivacyPlan.from_config(privacy)
             >>> round(plan.noise_multiplier, 2), 1.999 <= plan.epsilon() <= 2.0
             (0.7, True)
         """
@@ -191,7 +195,7 @@ class PricedPlan:
             delta=self.delta,
             sampling_probability=self.sampling_probability,
             num_steps=self.num_steps,
-            group_size=self.group_size if self.sampling == "els" else 1,
+            examples_at_risk=self.examples_at_risk,
         )
         noise_multiplier = accounting.calibrate_noise_multiplier(
             lambda z: dataclasses.replace(self, noise_multiplier=z).dp_event(),
@@ -216,8 +220,13 @@ class PricedPlan:
         return pool
 
     @property
+    def examples_at_risk(self) -> int:
+        """How many units of a user are sampled independently: 1 (uls), or the group size (els)."""
+        return self.group_size if self.sampling == "els" else 1
+
+    @property
     def divisor(self) -> int:
-        """What the noisy sum is divided by: a fixed public number, never the realized size."""
+        """Divisor of the noisy sum: a fixed public number, never the realized size."""
         return self.expected_size
 
     @property

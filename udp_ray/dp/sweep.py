@@ -574,7 +574,7 @@ class _NoiseCurve:
             delta=self._delta,
             sampling_probability=self._plan.sampling_probability,
             num_steps=self._plan.num_steps,
-            group_size=self._plan.group_size if self._plan.sampling == "els" else 1,
+            examples_at_risk=self._plan.examples_at_risk,
         )
 
     def _cost(self, noise_multiplier: float) -> float:
