@@ -14,6 +14,7 @@ import importlib.util
 import re
 import shlex
 import textwrap
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -476,7 +477,9 @@ def test_the_citation_is_complete_and_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["authors"] == [{"name": "The udp-ray authors"}]
-    assert citation["version"] == udp_ray.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
 
 
 def test_the_workflow_runs_what_must_pass_on_all_versions() -> None:
