@@ -443,7 +443,7 @@ def test_the_page_of_jobs_names_every_job() -> None:
 
 def stated_defects(text: str) -> set[int]:
     """Returns how many planted defects a page speaks of."""
-    found = re.findall(r"(\d+) planted defects|catch (\d+) of (\d+)\.", " ".join(text.split()))
+    found = re.findall(r"plants (\d+) defects|catch (\d+) of (\d+)\.", " ".join(text.split()))
     return {int(number) for numbers in found for number in numbers if number}
 
 
@@ -453,7 +453,7 @@ def test_the_number_of_planted_defects_is_right(page: str) -> None:
 
 
 def test_a_wrong_number_of_planted_defects_is_found() -> None:
-    assert stated_defects("All 8 planted defects.\nThe tests catch 6 of 7.") == {6, 7, 8}
+    assert stated_defects("It plants 8 defects.\nThe tests catch 6 of 7.") == {6, 7, 8}
 
 
 def test_the_readme_is_short_and_opens_with_what_it_is() -> None:
