@@ -285,6 +285,16 @@ class OutputFolder:
         write_aside(self.path / name, _to_json(value))
 
 
+def new_run_folder(name: str) -> str:
+    """Returns the absolute path of runs/NAME, or of runs/NAME-2, NAME-3, ... where that is taken.
+
+    The folder is not made, so that a dry run leaves nothing.
+    """
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    folders = (Path("runs", each).absolute() for each in names)
+    return str(next(folder for folder in folders if not os.path.lexists(folder)))
+
+
 def require_writable_folder(folder: Path, field: str = "output", *, what: str = RUN_FILE) -> None:
     """Refuses a folder that could not be made in the end.
 

@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 
 IN_FLIGHT_PER_CORE = 4
 """Tasks handed over ahead of time: enough to keep every core busy, few enough to stay cheap."""
+REFRESH_S = 4.0
+"""Longest time between two updates of the bar, also while no task ends."""
 
 
 def run_tasks(
@@ -43,7 +45,8 @@ def run_tasks(
         while len(results) < len(tasks):
             while len(running) < most and (upcoming := next(waiting, None)) is not None:
                 running[remote.remote(**upcoming[1])] = upcoming[0]
-            done, _ = ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=REFRESH_S)
+            bar.refresh()
             for reference in done:
                 results[running.pop(reference)] = ray.get(reference)
                 bar.update()
