@@ -288,11 +288,14 @@ class OutputFolder:
 def new_run_folder(name: str) -> str:
     """Returns the absolute path of runs/NAME, or of runs/NAME-2, NAME-3, ... where that is taken.
 
-    The folder is not made, so that a dry run leaves nothing.
+    A job of `ray job submit` runs in a folder that vanishes with it; there, runs/ is that of the
+    home folder. The new folder is not made, so that a dry run leaves nothing.
     """
+    runs = Path("runs").absolute()
+    if vanishes_with_job(runs):
+        runs = Path.home() / "runs"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folders = (Path("runs", each).absolute() for each in names)
-    return str(next(folder for folder in folders if not os.path.lexists(folder)))
+    return str(next(runs / each for each in names if not os.path.lexists(runs / each)))
 
 
 def require_writable_folder(folder: Path, field: str = "output", *, what: str = RUN_FILE) -> None:

@@ -1,4 +1,4 @@
-"""The settings of `jobs/pretrain.py`, apart from the recipe, which imports torch."""
+"""Settings of `jobs/pretrain.py`, without the training code, which imports torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTES = 256  # the alphabet of a byte-level tokenizer
 
 
 class PretrainConfig(Section):
-    """Settings of the recipe. None of them concerns privacy: all the text is public."""
+    """Settings of `jobs/pretrain.py`. None of them concerns privacy: all the text is public."""
 
     input: Annotated[list[AbsolutePath], Field(min_length=1)]
     """Parquet files of public text, all read into memory."""
@@ -45,7 +45,7 @@ class PretrainConfig(Section):
     stop_after: PositiveInt | None = None
     """Steps after which to stop before the schedule has ended. Default: never."""
     learning_rate: PositiveFloat = 2.5e-3
-    """Peak learning rate of AdamW; a cosine leads down from it."""
+    """Peak learning rate of AdamW, from which it decays by a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
@@ -53,7 +53,7 @@ class PretrainConfig(Section):
     autocast: Literal["off", "bfloat16"] = "bfloat16"
     """Number format inside forward and backward; the weights stay float32."""
     save_every: PositiveInt = 200
-    """Steps between writings of the checkpoint, so that a long run can be looked at early."""
+    """Steps between checkpoints, so that a long run can be looked at early."""
     seed: int = 0
     """Seed of the initial weights and of the order in which the texts are read."""
     output: LocalFolder
@@ -75,7 +75,7 @@ class PretrainConfig(Section):
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps that are carried out."""
+        """Optimizer steps that are executed."""
         return min(self.num_steps, self.stop_after or self.num_steps)
 
     @property

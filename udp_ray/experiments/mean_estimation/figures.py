@@ -69,11 +69,11 @@ def draw_group_sizes(results: Results) -> bytes:
     columns = 4 if len(results.budgets) > 2 else 2
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     ranges = (
-        f"G = {_range(results.best(c, 'uls').group_size for c in results.cells if c[2] == f)}"
-        f" at diversity {f:g}"
+        f"{_range(results.best(c, 'uls').group_size for c in results.cells if c[2] == f)} at"
+        f" diversity {f:g}"
         for f in diversities
     )
-    figure.suptitle(f"ULS does best with {' and with '.join(ranges)}")
+    figure.suptitle(f"Best group size of ULS:\n{', '.join(ranges)}")
     return to_png(figure)
 
 
@@ -105,6 +105,7 @@ def draw_advantage(results: Results) -> bytes:
         panel.axhline(1, color="0.3", lw=1)
         panel.set_title(f"epsilon {epsilon:g}")
         panel.set_xlabel("diversity (share of\nvariance within users)")
+        panel.set_xticks([0, 0.5, 1])
         panel.set_yscale("log", base=2)
         panel.yaxis.set_major_locator(FixedLocator([0.125, 0.25, 0.5, 0.7, 1, 1.4, 2, 4]))
         panel.yaxis.set_minor_locator(NullLocator())
@@ -114,7 +115,7 @@ def draw_advantage(results: Results) -> bytes:
     axes[0][0].set_ylabel("error of best ULS\n/ error of best ELS")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(f"{_count(results, _best_uls)} ({CONFIDENCE:.0%} intervals)")
+    figure.suptitle(f"{_count(results, _best_uls)} ({CONFIDENCE:.0%} confidence)")
     return to_png(figure)
 
 
@@ -137,7 +138,7 @@ def draw_crossover(results: Results) -> bytes:
         panels[0].set_ylabel("budget B\n(examples per step)")
         bar = part.colorbar(ScalarMappable(norm, RATIO_COLOURS), ax=list(panels), extend="both")
         bar.set_ticks([-1, 0, 1], labels=["1/2", "1", "2"])
-        bar.set_label("error of ULS / best ELS\n~: the interval holds 1", fontsize=11)
+        bar.set_label("error of ULS / best ELS\n(~: may be 1)", fontsize=11)
     return to_png(figure)
 
 
@@ -193,17 +194,14 @@ def _largest_uls(results: Results, cell: Cell) -> Method:
 
 
 def _count(results: Results, select: SelectUls) -> str:
-    """Returns in how many cells which sampler has the smaller error."""
+    """Returns in how many cells which sampler has the smaller error; the others are open."""
     sides = [
         Interval.of_logs(
             results.log_ratio(cell, select(results, cell), results.best(cell, "els"))
         ).side
         for cell in results.cells
     ]
-    return (
-        f"ULS has the smaller error in {sides.count(-1)} of {len(sides)} cells, ELS in"
-        f" {sides.count(1)}"
-    )
+    return f"ULS better in {sides.count(-1)} of {len(sides)} cells, ELS in {sides.count(1)}"
 
 
 def _range(sizes: Iterable[int]) -> str:
