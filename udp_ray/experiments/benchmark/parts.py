@@ -48,6 +48,7 @@ from udp_ray.engine.kernels.gradients import Products
 from udp_ray.experiments.benchmark.cells import CellResult, Team, run_cells
 from udp_ray.experiments.benchmark.contestants import Task, run_key, write_people
 from udp_ray.experiments.benchmark.settings import Cell, Growth, Parts, Study
+from udp_ray.io import METRICS_FILE
 from udp_ray.ledger.database import parse_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
@@ -261,22 +262,23 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
         num_steps: How many steps to ask for.
         num_workers: Ranks that hear the verdict.
     """
-    with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
-        charge = Charge(
-            ledger_url=ledger_url,
-            ledger_id=ledger.id,
-            run_id=RUN_ID,
-            digests=DIGESTS,
-            on_mismatch="refuse",
-            metrics_file=os.devnull,
-            patience_s=0.0,
+    with tempfile.TemporaryDirectory() as folder:
+        with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
+            charge = Charge(
+                ledger_url=ledger_url,
+                ledger_id=ledger.id,
+                run_id=RUN_ID,
+                digests=DIGESTS,
+                on_mismatch="refuse",
+                metrics_file=str(Path(folder, METRICS_FILE)),
+                patience_s=0.0,
+            )
+        waits = measure_waits(
+            charge,
+            num_steps=num_steps + WARM_UP,
+            num_workers=num_workers,
+            starting_checkpoint=START,
         )
-    waits = measure_waits(
-        charge,
-        num_steps=num_steps + WARM_UP,
-        num_workers=num_workers,
-        starting_checkpoint=START,
-    )
     return RoundTrip(
         kind=_kind(ledger_url),
         num_workers=num_workers,
