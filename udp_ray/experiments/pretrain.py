@@ -309,8 +309,9 @@ def dry_run(config: PretrainConfig) -> str:
     parameters = embeddings + config.num_layers * 12 * config.width**2
     tokens = config.steps_taken * config.tokens_per_step
     return (
-        f"Would pretrain about {parameters:,} parameters ({parameters * 4 / 1e6:.1f} MB) on {tokens:,}"
-        f" tokens in {config.steps_taken:,} steps, about {6 * parameters * tokens:.1e} operations,"
+        f"Would pretrain about {parameters:,} parameters ({parameters * 4 / 1e6:.1f} MB) on"
+        f" {tokens:,} tokens in {config.steps_taken:,} steps, about"
+        f" {6 * parameters * tokens:.1e} operations,"
         f" into {config.output}"
     )
 
