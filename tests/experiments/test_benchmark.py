@@ -286,7 +286,8 @@ def test_a_contestant_that_misses_a_cell_has_no_curve() -> None:
 def row(contestant: str, **fields: object) -> dict:
     cell = {
         "cell": "a", "contestant": contestant, "sampling": "uls", "group_size": 4,
-        "sequence_tokens": 16, "microbatch_tokens": 64, "num_parameters": 200_000_000, "step_tokens": 1000,
+        "sequence_tokens": 16, "microbatch_tokens": 64, "num_parameters": 200_000_000,
+        "step_tokens": 1000,
         "tokens_per_s": 100.0, "step_s": 10.0, "ratio": 1.0, "memory_ratio": 1.0,
     }  # fmt: skip
     return cell | fields
