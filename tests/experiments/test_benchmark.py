@@ -293,14 +293,14 @@ def row(contestant: str, **fields: object) -> dict:
     return cell | fields
 
 
-def test_aims_judge_auto_by_its_worst_cell() -> None:
+def test_aims_evaluate_auto_by_its_worst_cell() -> None:
     rows = [
         row("auto", ratio=0.97),
         row("direct", ratio=0.2),
         row("opacus", tokens_per_s=101.0),
         row("auto", cell="b", ratio=0.93, memory_ratio=1.3),
     ]
-    whole, filled, opacus, memory, wait, overhead = report.judge(rows, {})
+    whole, filled, opacus, memory, wait, overhead = report.evaluate_aims(rows, {})
     assert (whole.measured, whole.is_met, whole.where) == (0.93, True, "b")
     assert (filled.measured, filled.is_met) == (0.93, False)
     assert (opacus.is_met, opacus.where) == (False, "a")
@@ -320,7 +320,7 @@ def test_overhead_is_taken_at_the_models_own_size() -> None:
     assert cost["seconds"] == pytest.approx(0.22)
     assert cost["share"] == pytest.approx(0.022)
     assert cost["least_step_tokens"] == pytest.approx(1100)
-    aims = report.judge([row("auto")], parts)
+    aims = report.evaluate_aims([row("auto")], parts)
     assert [aim.is_met for aim in aims[-2:]] == [False, False]
 
 

@@ -1,4 +1,4 @@
-"""The mean-estimation study: real DP-SGD, honest comparisons, and the planner held against it.
+"""The mean-estimation study: real DP-SGD, unbiased comparisons, and the errors of the planner.
 
 pytest tests/experiments/test_mean_estimation.py
 """
@@ -41,7 +41,7 @@ REPOSITORY = Path(udp_ray.__file__).parent.parent
 def in_a_loop(
     function: Callable[..., Any], tasks: Sequence[dict[str, Any]], *, description: str
 ) -> list[Any]:
-    """Stands in for the Ray tasks of a study."""
+    """Replaces the Ray tasks of a study."""
     return [function(**task) for task in tasks]
 
 
@@ -154,7 +154,7 @@ def test_els_sees_only_what_was_kept_and_uls_all_of_it() -> None:
     assert np.var(sizes) == pytest.approx(3.75, abs=1.6)
 
 
-def test_a_users_examples_are_as_alike_as_the_diversity_says() -> None:
+def test_a_users_examples_are_as_similar_as_the_diversity_says() -> None:
     given = study(num_users=4_000, dimension=64)
     users = SyntheticUsers.draw(given, diversity=0.75, seed=6)
     first, second = (
@@ -165,10 +165,10 @@ def test_a_users_examples_are_as_alike_as_the_diversity_says() -> None:
     assert (first * second).sum(axis=1).mean() == pytest.approx(0.25, abs=0.01)
 
 
-# ---- the comparison is honest
+# ---- the comparison is unbiased
 
 
-def test_tuning_and_scoring_share_no_seed_and_scores_choose_nothing() -> None:
+def test_tuning_and_scoring_share_no_seed_and_scores_select_nothing() -> None:
     given = study()
     assert not set(given.seeds("tune")) & set(given.seeds("score"))
     runs = run_study(given, in_a_loop)
@@ -281,15 +281,15 @@ def test_a_group_of_sixteen_pays_where_the_paper_says_and_costs_where_it_does_no
 def test_the_planner_ranks_methods_as_they_turn_out(small_results: tuple[Study, Results]) -> None:
     """Where it errs: by a fifth or so in error, towards too much; ties are called by chance."""
     given, results = small_results
-    told = check_planner(given, results, with_dimension=True)
-    assert np.median([check.rank_correlation for check in told]) >= 0.8
-    assert max(check.regret for check in told) < 1.4
-    assert all(0.7 < check.worst_factor < 1.3 for check in told)
+    given_dimension = check_planner(given, results, with_dimension=True)
+    assert np.median([check.rank_correlation for check in given_dimension]) >= 0.8
+    assert max(check.regret for check in given_dimension) < 1.4
+    assert all(0.7 < check.worst_factor < 1.3 for check in given_dimension)
     # By noise alone it knows nothing of data that ELS throws away, so it ranks worse.
     blind = check_planner(given, results, with_dimension=False)
     assert max(check.regret for check in blind) < 1.6
     assert np.median([c.rank_correlation for c in blind]) < np.median(
-        [c.rank_correlation for c in told]
+        [c.rank_correlation for c in given_dimension]
     )
 
 

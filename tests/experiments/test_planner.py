@@ -171,7 +171,7 @@ def test_gradients_that_cannot_be_compared_are_refused() -> None:
         summarize([[[torch.ones(3)], [torch.ones(3)]]])
 
 
-def test_users_with_two_texts_are_drawn_alike_whatever_their_order(tmp_path: Path) -> None:
+def test_users_with_two_texts_are_drawn_equally_whatever_their_order(tmp_path: Path) -> None:
     rows = [("a", "x"), ("b", "y"), ("a", "z"), ("c", "only"), ("b", "w"), (None, "n"), ("c", "")]
     config = EstimateConfig(num_users=2, examples_per_user=2)
 

@@ -4,8 +4,8 @@
         rows += result.rows                                # one for each contestant
 
 All contestants of a cell are up at the same time and take turns, so that whatever else the machine
-does affects all alike. On a GPU a contestant returns its cache after its turn and takes one untimed
-step before the next.
+does affects all of them. On a GPU a contestant returns its cache after its turn and takes one
+untimed step before the next.
 """
 
 from __future__ import annotations
@@ -387,13 +387,13 @@ def _timed_steps(
     seconds, waits, processor = [], [], []
     for step in range(first, first + steps):
         _synchronize(world)
-        start, begun = time.perf_counter(), time.process_time()
+        start, processor_start = time.perf_counter(), time.process_time()
         groups = reader.groups(step)
         waits.append(time.perf_counter() - start)
         contestant.take(step, groups)
         _synchronize(world)
         seconds.append(time.perf_counter() - start)
-        processor.append(time.process_time() - begun)
+        processor.append(time.process_time() - processor_start)
     return seconds, waits, processor
 
 

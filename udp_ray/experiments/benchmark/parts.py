@@ -16,11 +16,11 @@ steps than it flushes.
 from __future__ import annotations
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -130,11 +130,9 @@ def sampler_curve(user_counts: Sequence[int], cohort_size: int) -> Curve:
             group_size=SAMPLER_EXAMPLES_PER_USER,
         )
         offsets = np.arange(num_users + 1, dtype=np.int64) * SAMPLER_EXAMPLES_PER_USER
-        seconds = []
-        for step in range(SAMPLER_STEPS + 1):
-            begun = time.perf_counter()
-            sampler.cohort(step, offsets)
-            seconds.append(time.perf_counter() - begun)
+        seconds = [
+            _timed(partial(sampler.cohort, step, offsets)) for step in range(SAMPLER_STEPS + 1)
+        ]
         points.append((num_users, median(seconds[1:])))
     return Curve("users", "sampler", points)
 
@@ -171,12 +169,7 @@ def measure_noise(values: Sequence[int], num_threads: int) -> list[Curve]:
 
 def _noise_seconds(noise: GaussianNoise, count: int) -> float:
     sums = ClippedSum({"weight": torch.empty(count)}, World(0, 1, torch.device("cpu")))
-    seconds = []
-    for step in range(NOISE_REPEATS):
-        begun = time.perf_counter()
-        sums.add_noise(noise, step)
-        seconds.append(time.perf_counter() - begun)
-    return median(seconds)
+    return median(_timed(partial(sums.add_noise, noise, step)) for step in range(NOISE_REPEATS))
 
 
 def measure_float64_sums(
@@ -231,9 +224,7 @@ def measure_float64_sums(
         calls = {"float64": in_float64, "float32": in_float32, "product": one_product}
         for _ in range(repeats):
             for name, call in calls.items():
-                begun = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - begun)
+                seconds[name].append(_timed(call))
         mid = {name: median(values) for name, values in seconds.items()}
         arithmetic = 3 * mid["product"] * num_tokens / tokens
         share = (mid["float64"] - mid["float32"]) / arithmetic
@@ -362,7 +353,7 @@ class Latency:
     def of(cls, seconds: list[float]) -> Self:
         """Summarizes at least two calls."""
         ordered = sorted(seconds)
-        return cls(statistics.median(ordered), ordered[int(0.99 * (len(ordered) - 1))], ordered[-1])
+        return cls(median(ordered), ordered[int(0.99 * (len(ordered) - 1))], ordered[-1])
 
     def __str__(self) -> str:
         return (
@@ -443,9 +434,8 @@ def measure_ledger(ledger_url: str, num_steps: int = 2000) -> LedgerLatency:
     with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
         for step in range(1, num_steps + WARM_UP + 1):
-            begun = time.perf_counter()
-            ledger.authorize(attempt, step, starting_checkpoint=START)
-            seconds.append(time.perf_counter() - begun)
+            authorize = partial(ledger.authorize, attempt, step, starting_checkpoint=START)
+            seconds.append(_timed(authorize))
     seconds = seconds[WARM_UP:]
     return LedgerLatency(
         kind=_backend(ledger_url),
@@ -520,8 +510,16 @@ def _flush_rate(url: str) -> float | None:
         return None
     folder = Path(str(parse_url(url).database)).parent
     with tempfile.TemporaryFile(dir=folder) as file:
-        begun = time.perf_counter()
-        for _ in range(NUM_FLUSHES):
+
+        def flush() -> None:
             os.write(file.fileno(), os.urandom(PAGE_BYTES))
             os.fsync(file.fileno())
-        return NUM_FLUSHES / (time.perf_counter() - begun)
+
+        return NUM_FLUSHES / sum(_timed(flush) for _ in range(NUM_FLUSHES))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """Returns the seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

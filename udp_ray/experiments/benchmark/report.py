@@ -34,8 +34,8 @@ MOST_DATA_WAIT = 0.01
 MOST_OVERHEAD = 0.02
 OVERHEAD_PARAMETERS = 100_000_000
 """The size of model from which noise and accountant are compared with a step."""
-JUDGED = ("auto", "direct")
-"""The contestant that is judged: the first of these that ran in a cell."""
+EVALUATED = ("auto", "direct")
+"""The contestant that is evaluated: the first of these that ran in a cell."""
 
 PROPORTIONAL = 1.05
 """Slope up to which time counts as proportional, since timings are noisy."""
@@ -74,7 +74,7 @@ class Results:
     @property
     def aims(self) -> list[Aim]:
         """The aims, each with what was measured."""
-        return judge(self.cells, self.parts)
+        return evaluate_aims(self.cells, self.parts)
 
     def save(self, folder: Path) -> None:
         """Writes JSON, tables and figures into a folder."""
@@ -144,10 +144,10 @@ class Aim:
         return cls(text, worst, limit, worst <= limit, str(values.idxmax()))
 
 
-def judge(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
+def evaluate_aims(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
     """Returns all aims, each with the worst that was measured."""
     table = pd.DataFrame(rows)
-    ours = judged(table).set_index("cell")
+    ours = evaluated_rows(table).set_index("cell")
     tokens = ours["group_size"] * ours["sequence_tokens"]
     fills = (ours["sampling"] == "uls") & (tokens >= ours["microbatch_tokens"])
     opacus = table[table["contestant"].isin(OPACUS)].groupby("cell")["tokens_per_s"].max()
@@ -185,9 +185,9 @@ def judge(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
     ]
 
 
-def judged(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns, for each cell, the row of the contestant that is judged."""
-    parts = [table[table["contestant"] == name] for name in JUDGED]
+def evaluated_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns, for each cell, the row of the contestant that is evaluated."""
+    parts = [table[table["contestant"] == name] for name in EVALUATED]
     return pd.concat(parts).drop_duplicates("cell")
 
 
@@ -265,7 +265,7 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
         f" granted per second; latency for {accounting['num_workers']} workers on Ray"
         f" {_seconds(accounting['latency_s'])} (99 %: {_seconds(accounting['latency_p99_s'])})"
     )
-    ours = judged(pd.DataFrame(rows)).to_dict("records")
+    ours = evaluated_rows(pd.DataFrame(rows)).to_dict("records")
     largest = max(ours, key=lambda row: row["num_parameters"], default=None)
     if largest and (cost := overhead(largest, parts)):
         lines.append(
@@ -369,8 +369,8 @@ def draw_scaling(curves: Sequence[Row]) -> bytes:
 
 
 def _range(rows: Sequence[Row], column: str) -> str:
-    """Returns the range of a column over the judged contestants."""
-    values = judged(pd.DataFrame(rows))[column].dropna()
+    """Returns the range of a column over the evaluated contestants."""
+    values = evaluated_rows(pd.DataFrame(rows))[column].dropna()
     return f"{values.min():.2f} to {values.max():.2f}" if len(values) else "not measured"
 
 

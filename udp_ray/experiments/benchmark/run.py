@@ -37,7 +37,7 @@ def run_benchmark(study: Study, join_ray: JoinRay) -> Iterator[Results]:
     Raises:
         BenchmarkError: A contestant of ours failed, or computes another sum than the reference.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     results = Results(
         cells=[],
         scaling=[],
@@ -52,15 +52,15 @@ def run_benchmark(study: Study, join_ray: JoinRay) -> Iterator[Results]:
     for cell in run_cells(study, study.cells):
         results.cells.extend(cell.rows)
         results.skipped.extend(cell.skipped)
-        yield replace(results, seconds=time.monotonic() - begun)
+        yield replace(results, seconds=time.monotonic() - start)
     if study.scaling:
         results.scaling.extend(
             curve.to_dict() for curve in measurements.measure_scaling(study, study.scaling)
         )
-        yield replace(results, seconds=time.monotonic() - begun)
+        yield replace(results, seconds=time.monotonic() - start)
     if study.parts:
         results.parts.update(_measure_parts(study, study.parts, join_ray))
-    yield replace(results, seconds=time.monotonic() - begun, is_complete=True)
+    yield replace(results, seconds=time.monotonic() - start, is_complete=True)
 
 
 def hardware(study: Study) -> dict[str, Any]:

@@ -302,8 +302,8 @@ Cells share their seeds, so that an interval that misses 1 by chance seldom does
 Selected at the edge of the grid: {clip:.0%} of clip norms, {rate:.0%} of learning rates\
  (a small clip norm with a large
 learning rate does what a larger one does with a smaller rate).
-Where users are alike, most of the error is that of the data themselves, which no method avoids: it
-draws ratios towards 1. The second table leaves it out."""
+Where users are similar, most of the error is that of the data themselves, which no method avoids:
+it draws ratios towards 1. The second table leaves it out."""
 
 
 def _ratio_tables(results: Results) -> list[str]:
@@ -400,7 +400,7 @@ def check_planner(study: Study, results: Results, *, with_dimension: bool) -> li
     Args:
         study: The parameters.
         results: The observed errors.
-        with_dimension: Predict errors, as the planner does when told the dimension; else noise.
+        with_dimension: Predict errors, as the planner does when given the dimension; else noise.
     """
     return [_check_cell(study, results, cell, with_dimension) for cell in results.cells]
 
@@ -451,8 +451,8 @@ def _planner_text(study: Study, results: Results) -> str:
     def where(check: PlannerCheck) -> str:
         return ", ".join(_place(check.cell))
 
-    lines = ["The planner (jobs/plan.py) against this study, told the cosine 1 - diversity"]
-    for with_dimension, title in ((True, "told the dimension"), (False, "by noise alone")):
+    lines = ["The planner (jobs/plan.py) against this study, given the cosine 1 - diversity"]
+    for with_dimension, title in ((True, "given the dimension"), (False, "by noise alone")):
         checks = check_planner(study, results, with_dimension=with_dimension)
         regrets = [check.regret for check in checks]
         ranks = [check.rank_correlation for check in checks]

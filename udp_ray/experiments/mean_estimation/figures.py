@@ -43,7 +43,7 @@ def draw_all(results: Results) -> dict[str, bytes]:
 
 
 def draw_group_sizes(results: Results) -> bytes:
-    """Draws the error against the group size, for the most alike and the most diverse users."""
+    """Draws the error against the group size, for the most similar and the most diverse users."""
     epsilons, diversities = _ends(results.epsilons), _ends(results.diversities)
     figure, axes = _panels(len(epsilons), len(results.budgets))
     styles = dict(zip(diversities, ("--", "-"), strict=False))
@@ -87,7 +87,7 @@ def draw_advantage(results: Results) -> bytes:
                 Interval.of_logs(results.log_advantage((epsilon, budget, diversity)))
                 for diversity in results.diversities
             ]
-            shift = spread * (index - (len(results.budgets) - 1) / 2)  # so that bars stand apart
+            shift = spread * (index - (len(results.budgets) - 1) / 2)  # so that bars do not overlap
             panel.errorbar(
                 [diversity + shift for diversity in results.diversities],
                 [ratio.center for ratio in ratios],

@@ -49,7 +49,7 @@ RunTasks = Callable[..., list[Any]]
 CELL = ["epsilon", "budget", "diversity"]
 METHOD = ["sampling", "group_size"]
 SETTINGS = ["epsilon", "clip_norm", "learning_rate", "noise_multiplier"]
-"""Columns of the runs: where a run stands, how it samples, and what may vary beside it."""
+"""Columns of the runs: the cell of a run, its sampler, and its settings."""
 
 DESCRIPTIONS = {
     "tune": "2/3 selecting clip norm and learning rate",
