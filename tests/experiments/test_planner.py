@@ -24,6 +24,7 @@ from udp_ray.data.store import PrivateCounts, StoreCounts
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments import planner
 from udp_ray.experiments.gradient_cosine import draw_users, read_texts, summarize
+from udp_ray.io import new_run_folder
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 EXAMPLE = REPOSITORY / "jobs" / "configs" / "plan_example.yaml"
@@ -115,6 +116,16 @@ def test_without_arguments_the_job_prices_its_example_into_a_new_folder(
         assert (tmp_path / "runs" / name / "plan.png").is_file()
         assert "the shipped example, jobs/configs/plan_example.yaml" in capsys.readouterr().out
     assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["plan", "plan-2"]
+
+
+def test_a_submitted_job_writes_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert new_run_folder("plan")() == str(tmp_path / "home" / "runs" / "plan")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

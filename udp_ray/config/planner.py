@@ -95,6 +95,6 @@ class PlanJobConfig(Section):
         None, validation_alias=AliasChoices("estimate-on", "estimate_on")
     )
     """File of public or proxy text, keyed by user, on which rho and L are measured."""
-    output: LocalFolder | None = Field(default_factory=lambda: new_run_folder("plan"))
+    output: LocalFolder | None = Field(default_factory=new_run_folder("plan"))
     """Folder for plan.txt, plan.json and plan.png; null: only print. Default: a new one, runs/plan
     or the next free number."""

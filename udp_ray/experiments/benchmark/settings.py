@@ -251,7 +251,7 @@ class BenchmarkConfig(Section):
     small_study: Study
     """The study that --quick measures."""
     cluster: ClusterConfig = ClusterConfig()
-    output: LocalFolder = Field(default_factory=lambda: new_run_folder("benchmark"))
+    output: LocalFolder = Field(default_factory=new_run_folder("benchmark"))
     """Folder for the results. Default: a new one, runs/benchmark or the next free number."""
 
 

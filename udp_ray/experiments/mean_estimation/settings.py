@@ -137,5 +137,5 @@ class MeanEstimationConfig(Section):
     small_study: Study
     """The study that --quick runs."""
     cluster: ClusterConfig = ClusterConfig()
-    output: LocalFolder = Field(default_factory=lambda: new_run_folder("mean_estimation"))
+    output: LocalFolder = Field(default_factory=new_run_folder("mean_estimation"))
     """Folder for the results. Default: a new one, runs/mean_estimation or the next free number."""
