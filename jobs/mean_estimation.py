@@ -12,10 +12,10 @@ budget is spent. Settings: jobs/configs/mean_estimation.yaml, or another file wi
 from collections.abc import Sequence
 from pathlib import Path
 
-from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job, to_yaml
+from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.experiments.mean_estimation.settings import MeanEstimationConfig
 from udp_ray.experiments.progress import entering, phase
-from udp_ray.io import CONFIG_FILE, OutputFolder, write_aside
+from udp_ray.io import CONFIG_FILE, OutputFolder, write_atomic
 
 CONFIG = Path(__file__).parent / "configs" / "mean_estimation.yaml"
 QUICK = Flag("quick", "Run small_study instead of study: under two minutes.")
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         OutputFolder(folder).check(resume=False)
         with entering("starting Ray", connected(job.config.cluster.address)):
             Results(run_study(study, run_tasks)).save(folder)
-        write_aside(folder / CONFIG_FILE, to_yaml(job.config))
+        write_atomic(folder / CONFIG_FILE, job.config.to_yaml())
     with phase("writing claims and figures"):
         results = Results.load(folder)
         claims = write_claims(study, results)
         for name, content in {"claims.txt": claims, **draw_all(results)}.items():
-            write_aside(folder / name, content)
+            write_atomic(folder / name, content)
     print(f"{claims}\nResults and figures: {folder}")
     return 0
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tests.support.object_store import ObjectStore
 from tests.support.runs import tiny_experiment
 from tests.support.stores import Users, tell_digest, write_store
-from udp_ray.config.cli import explain
+from udp_ray.config.base import explain
 from udp_ray.config.experiment import ClusterConfig, DataConfig
 from udp_ray.data import remote
 from udp_ray.data.remote import (

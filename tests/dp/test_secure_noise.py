@@ -9,9 +9,9 @@ import torch
 
 from tests.support.training import TinyRun, tiny_model
 from tests.support.training_steps import build_step
+from udp_ray.config.experiment import MOST_FUSED, require_fusible
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise, secure_normals
-from udp_ray.dp.sensitivity import MOST_FUSED, require_fusible
 from udp_ray.engine.distributed import World, join_world
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.step import PrivateStep

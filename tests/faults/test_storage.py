@@ -26,7 +26,7 @@ from tests.support.runs import DATASET, to_folder
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, StorageError
-from udp_ray.io import OutputFolder, write_aside, writing
+from udp_ray.io import OutputFolder, write_atomic, writing
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.prepare import prepare
 from udp_ray.on_ray.train import train_on_ray
@@ -186,10 +186,10 @@ def test_a_person_sees_a_sentence_and_no_traceback(
 
 def test_a_file_that_does_not_fit_leaves_the_old_one(disk: SmallDisk) -> None:
     file = disk.folder / "metrics.json"
-    write_aside(file, "old")
+    write_atomic(file, "old")
     disk.fill()
     with pytest.raises(StorageError, match=r"metrics\.json could not be written"):
-        write_aside(file, "new" * 100_000)
+        write_atomic(file, "new" * 100_000)
     assert [each.name for each in disk.folder.iterdir() if each.name != "ballast"] == [file.name]
     assert file.read_text() == "old"
 
@@ -201,7 +201,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(StorageError, match="raise the limit"):
-            write_aside(tmp_path / "file", "x" * 2000)
+            write_atomic(tmp_path / "file", "x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)

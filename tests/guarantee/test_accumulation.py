@@ -13,9 +13,9 @@ import math
 import pytest
 import torch
 
+from udp_ray.config.experiment import MOST_FUSED
 from udp_ray.dp.clipping import clip_and_add
 from udp_ray.dp.sensitivity import (
-    MOST_FUSED,
     SMALLEST_SLACK,
     SMALLEST_SLACK_GROUPS,
     rounding_slack,

@@ -522,9 +522,9 @@ PRICE = [
     Mutant(
         name="delta_above_one_over_population",
         breaks="P33: a delta that allows publishing a user outright",
-        file="udp_ray/dp/plan.py",
-        text="self.population is not None and self.delta >= 1 / self.population:",
-        replacement="self.population is not None and self.delta >= 1:",
+        file="udp_ray/config/privacy.py",
+        text="if delta >= 1 / population:",
+        replacement="if delta >= 1:",
         tests=(
             "tests/dp/test_plan.py::test_a_plan_itself_refuses_a_delta_of_one_over_its_population",
         ),
@@ -877,7 +877,7 @@ ROUNDING = [
     Mutant(
         name="secure_noise_fused",
         breaks="P43: sums of other ranks are added to a value that was rounded already",
-        file="udp_ray/dp/sensitivity.py",
+        file="udp_ray/config/experiment.py",
         text="    if is_secure:\n",
         replacement="    if is_secure and num_workers > 1000:\n",
         tests=(

@@ -195,7 +195,7 @@ def test_a_run_that_could_not_be_written_has_not_ended(
     def refuse(*arguments: object) -> bytes:
         raise StorageError("no room")
 
-    monkeypatch.setattr(publishing, "write_aside", refuse)
+    monkeypatch.setattr(publishing, "write_atomic", refuse)
     said: list[str] = []
     with pytest.raises(StorageError):
         carried_out(run, monkeypatch, loss=NAN, said=said)

@@ -7,7 +7,7 @@ from typing import Annotated, Self
 from pydantic import AliasChoices, Field, model_validator
 
 from udp_ray.config.base import AbsolutePath, LocalFolder, PositiveFloat, PositiveInt, Section
-from udp_ray.config.privacy import Epsilon, NumSteps
+from udp_ray.config.privacy import Epsilon, NumSteps, require_delta_below_inverse_population
 from udp_ray.io import new_run_folder
 
 
@@ -54,11 +54,7 @@ class PlanConfig(Section):
                 " plan.examples_per_user from public knowledge, or set plan.use_private_histogram"
                 " to true, and the output is marked"
             )
-        if self.delta >= 1 / self.population:
-            raise ValueError(
-                f"plan.delta is {self.delta:g}, not below 1 / population ="
-                f" {1 / self.population:.3g}: lower it"
-            )
+        require_delta_below_inverse_population(self.delta, self.population, field="plan.delta")
         return self
 
     @property

@@ -9,7 +9,7 @@ rank without groups, or a step without any, runs the same path: the noise is add
 With `fuse_reduce` every rank hands ZeRO its own sum and rank 0 its sum plus noise: ZeRO's reduction
 adds them up, which saves one reduction. Sums of other ranks are then rounded to float32, and added
 in float32, before the noise is in: within `sensitivity.rounding_slack` for cohorts of up to
-`sensitivity.MOST_FUSED` groups, and refused with secure noise, whose claim rests on rounding last.
+`experiment.MOST_FUSED` groups, and refused with secure noise, whose claim rests on rounding last.
 
 Under ZeRO 3 no rank ever holds the whole sum:
 
@@ -24,10 +24,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from udp_ray.config.experiment import require_fusible
 from udp_ray.data.batches import Group
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
 from udp_ray.engine.types import Kernel

@@ -21,7 +21,7 @@ from pathlib import Path
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.io import METRICS_FILE, write_aside
+from udp_ray.io import METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.prepare import prepare, require_usable
 from udp_ray.on_ray.train import train_on_ray
@@ -117,7 +117,7 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
         delta=config.privacy.delta,
         seconds=time.monotonic() - start,
     )
-    write_aside(folder / COMPARISON_FILE, comparison.to_json())
+    write_atomic(folder / COMPARISON_FILE, comparison.to_json())
     return comparison
 
 

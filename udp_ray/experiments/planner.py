@@ -42,7 +42,7 @@ from udp_ray.experiments.plotting import (
     use_group_size_axis,
 )
 from udp_ray.experiments.progress import live
-from udp_ray.io import write_aside
+from udp_ray.io import write_atomic
 
 PRIVATE = (
     "MARKED PRIVATE: made from the store's own histogram of examples per user, which nothing paid"
@@ -190,9 +190,9 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         if self.plan.is_private:
             folder.chmod(0o700)
-        write_aside(folder / "plan.txt", text + "\n")
-        write_aside(folder / "plan.json", self.to_json() + "\n")
-        write_aside(folder / "plan.png", self.to_png())
+        write_atomic(folder / "plan.txt", text + "\n")
+        write_atomic(folder / "plan.json", self.to_json() + "\n")
+        write_atomic(folder / "plan.png", self.to_png())
 
     def _inputs(self) -> str:
         plan, workload = self.plan, self.workload

@@ -17,30 +17,12 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from udp_ray.dp.keys import RunKey
+from udp_ray.dp.plan import Budget
 
 RunState = Literal["admitted", "finished", "abandoned"]
 
 COUNTED_RELEASES = ("all", "public")
 """Releases of a sweep whose number of trials is fixed and public."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An amount of privacy loss."""
-
-    epsilon: float
-    """From 0; infinite for a run without noise."""
-    delta: float
-    """In [0, 1]."""
-
-    def __post_init__(self) -> None:
-        if math.isnan(self.epsilon) or self.epsilon < 0:
-            raise ValueError(f"epsilon is {self.epsilon}: it is at least 0")
-        if not 0 <= self.delta <= 1:
-            raise ValueError(f"delta is {self.delta}: it lies in [0, 1]")
-
-    def __str__(self) -> str:
-        return f"(epsilon = {self.epsilon:.6g}, delta = {self.delta:.3g})"
 
 
 @dataclass(frozen=True)

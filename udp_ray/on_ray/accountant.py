@@ -40,7 +40,7 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     UdpRayError,
 )
-from udp_ray.io import write_aside
+from udp_ray.io import write_atomic
 from udp_ray.ledger.records import Attempt, Digests, RunRecord
 
 if TYPE_CHECKING:  # the database library takes seconds to load, and only the actor needs it
@@ -393,7 +393,7 @@ def keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
     }
     rows = sorted([*kept, {"step": step, **values}], key=lambda row: row["step"])
     content = json.dumps([to_strict_json(row) for row in rows], indent=2, allow_nan=False)
-    write_aside(file, content + "\n")
+    write_atomic(file, content + "\n")
 
 
 def read_evaluations(file: Path) -> list[dict[str, float]]:

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
@@ -62,7 +61,7 @@ from udp_ray.io import (
     STATEMENT_FILE,
     TENSORBOARD_FOLDER,
     OutputFolder,
-    write_aside,
+    write_atomic,
     writing,
 )
 from udp_ray.ledger.records import RunRecord, TrialRecord
@@ -137,8 +136,8 @@ def publish_run(
     write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
-    write_aside(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
-    write_aside(folder.path / CONFIG_FILE, to_yaml(without_secrets(run.config)))
+    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
+    write_atomic(folder.path / CONFIG_FILE, without_secrets(run.config).to_yaml())
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
@@ -363,9 +362,9 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         dataset=total,
     )
     output = sweep.folder.path
-    write_aside(output / CONFIG_FILE, _settings(sweep))
+    write_atomic(output / CONFIG_FILE, _settings(sweep))
     if best is not None:
-        write_aside(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
+        write_atomic(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
     if not sweep.is_secret:
         _write_trials(sweep, results)
     elif best is not None:
@@ -419,18 +418,18 @@ def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
 
 def _settings(sweep: Sweep) -> str:
     data = sweep.config.data.model_copy(update={"ledger": None})  # its URL may hold a password
-    return to_yaml(sweep.config.model_copy(update={"data": data}))
+    return sweep.config.model_copy(update={"data": data}).to_yaml()
 
 
 def _release_winner(folder: Path, output: Path) -> None:
     """Copies the winner's model and losses, and nothing that says which trial it was."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in OF_ONE_TRIAL and not file.name.startswith("."):
-            write_aside(output / file.name, file.read_bytes())
+            write_atomic(output / file.name, file.read_bytes())
     rows = json.loads((folder / METRICS_FILE).read_text())
     for row in rows:
         del row["epsilon"]  # of this trial alone; the choice among trials costs more
-    write_aside(output / METRICS_FILE, json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    write_atomic(output / METRICS_FILE, json.dumps(rows, indent=2, allow_nan=False) + "\n")
 
 
 def _renew(file: Path) -> None:
@@ -442,9 +441,9 @@ def _renew(file: Path) -> None:
 def _write_trials(sweep: Sweep, results: list[TrialResult]) -> None:
     output = sweep.folder.path
     sweep.folder.write_json(TRIALS_FILE, [result.to_dict() for result in results])
-    write_aside(output / TABLE_FILE, to_table(results) + "\n")
+    write_atomic(output / TABLE_FILE, to_table(results) + "\n")
     title = f"{sweep.sweep_id}: held-out loss of {len(results)} trials"
-    write_aside(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
+    write_atomic(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
     if sweep.planned.release == "public":
         # A trial's own statement would promise what nobody was charged for.
         for result in results:

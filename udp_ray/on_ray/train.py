@@ -23,7 +23,6 @@ import ray
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.engine.memory import estimate
 from udp_ray.errors import DivergedError, WorkersLostError
@@ -219,7 +218,7 @@ def describe_run(config: ExperimentConfig) -> str:
     return "\n\n".join(
         [
             statement.to_text(),
-            "Settings\n" + textwrap.indent(to_yaml(without_secrets(config)).rstrip(), "  "),
+            "Settings\n" + textwrap.indent(without_secrets(config).to_yaml().rstrip(), "  "),
             estimate(config, plan).to_text(),
             "Nothing was started, written or charged.",
         ]

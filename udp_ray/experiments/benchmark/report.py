@@ -21,7 +21,7 @@ from matplotlib.ticker import NullLocator
 
 from udp_ray.experiments.benchmark.settings import BASELINE, OPACUS
 from udp_ray.experiments.plotting import large_text, new_figure, to_png, use_plain_numbers
-from udp_ray.io import write_aside
+from udp_ray.io import write_atomic
 
 JSON_FILE, TEXT_FILE = "benchmark.json", "benchmark.txt"
 CELLS_FIGURE, SCALING_FIGURE = "benchmark.png", "scaling.png"
@@ -80,13 +80,13 @@ class Results:
         """Writes JSON, tables and figures into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         values = asdict(self) | {"aims": [asdict(aim) for aim in self.aims]}
-        write_aside(folder / JSON_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
-        write_aside(folder / TEXT_FILE, self.to_text())
+        write_atomic(folder / JSON_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_atomic(folder / TEXT_FILE, self.to_text())
         with large_text():
-            write_aside(folder / CELLS_FIGURE, draw_cells(self.cells))
+            write_atomic(folder / CELLS_FIGURE, draw_cells(self.cells))
             curves = [*self.scaling, *self.parts.get("noise", [])]
             if curves:
-                write_aside(folder / SCALING_FIGURE, draw_scaling(curves))
+                write_atomic(folder / SCALING_FIGURE, draw_scaling(curves))
 
     def to_text(self) -> str:
         """Returns the whole report as text."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from udp_ray.config.base import LocalFolder, PositiveFloat, PositiveInt, Section
 from udp_ray.config.experiment import ClusterConfig
-from udp_ray.config.privacy import Epsilon, NumSteps
+from udp_ray.config.privacy import Epsilon, NumSteps, require_delta_below_inverse_population
 from udp_ray.io import new_run_folder
 
 Sampling = Literal["els", "uls"]
@@ -85,8 +85,9 @@ class Study(Section):
                 f"group size {largest} is above examples_per_user = {self.examples_per_user}:"
                 " no user has so many; remove it"
             )
-        if self.delta >= 1 / self.num_users:
-            raise ValueError(f"delta is {self.delta:g}, not below 1 / num_users: lower it")
+        require_delta_below_inverse_population(
+            self.delta, self.num_users, field="delta", population_name="num_users"
+        )
         for budget in self.budgets:
             if not self.methods(budget):
                 raise ValueError(
