@@ -78,7 +78,7 @@ def test_nothing_in_the_package_imports_jobs_or_tests() -> None:
         ("udp_ray.dp.sweep", {"ray", "deepspeed", "torch", "transformers"}),
         ("udp_ray.ledger.ledger", {"ray", "deepspeed", "torch", "transformers"}),
         ("udp_ray.dp.noise", {"ray", "deepspeed", "transformers"}),
-        ("udp_ray.engine.trainer", {"ray"}),
+        ("udp_ray.engine.language_model", {"ray"}),
         ("udp_ray.config.cli", {"ray", "deepspeed", "torch", "transformers"}),
     ],
 )

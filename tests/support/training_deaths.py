@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from tests.support.training import (
     train_tiny,
 )
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine import trainer as loop
-from udp_ray.engine.types import Accountant, ResumePoint
+from udp_ray.engine import language_model as loop
+from udp_ray.engine.types import Accountant
 from udp_ray.errors import FencedError
-from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Attempt, Digests, plan_digest
+from udp_ray.ledger import Digests, Ledger, LedgerAccountant, plan_digest
 
 RUN_ID = "tiny"
 
@@ -34,7 +33,7 @@ DIGESTS = Digests(plan=plan_digest({}), config="c0ffee", code="5eed", store="da7
 
 @dataclass(frozen=True)
 class Death:
-    """Where a rank is killed: exactly one of the three moments."""
+    """When a rank is killed: exactly one of the three times."""
 
     rank: int = 0
     authorize: int | None = None
@@ -62,14 +61,14 @@ def train_with_ledger(
     death: Death | None = None,
     defers_commits: bool = True,
 ) -> TinyOutcome:
-    """Begins an attempt, resumes where the ledger says, and trains; perhaps a rank is killed.
+    """Begins an attempt, resumes where the ledger says, and trains; a rank may be killed.
 
     Args:
         run: The run.
         url: Of the ledger.
         checkpoints: Folder for them.
         death: Where a rank is killed, if one is.
-        defers_commits: False for a deliberate fault: the loop is not told which steps were
+        defers_commits: False for a deliberate fault: the loop does not know which steps were
             reserved before, so that it may commit between them.
     """
     rank, death = dist.get_rank(), death or Death()
@@ -78,18 +77,13 @@ def train_with_ledger(
     if rank == 0:
         ledger = Ledger.open(url)
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
-        at = attempt.resume_step, attempt.resume_checkpoint, attempt.resume_digest
-        start = [(*at, attempt.replay_until if defers_commits else 0)]
+        start = [attempt if defers_commits else replace(attempt, replay_until=0)]
         accountant = DyingAccountant(LedgerAccountant(ledger, attempt), death)
     dist.broadcast_object_list(start, src=0)
-    step, location, digest, replay_until = start[0]
-    resume = None
-    if location is not None:
-        resume = ResumePoint(Path(location), digest=digest, step=step, location=location)
     model = run.model()
     if death.forward_pass is not None and death.rank == rank:
         die_in_forward_pass(model, death.forward_pass)
-    return run_loop(run, accountant, [], Path(checkpoints), resume, model, replay_until)
+    return run_loop(run, accountant, [], Path(checkpoints), start[0], model)
 
 
 def train_refused(run: TinyRun) -> TinyOutcome:
@@ -113,37 +107,21 @@ def train_with_masks_by_chance(run: TinyRun) -> TinyOutcome:
         loop.CohortReader = reader  # type: ignore[misc]
 
 
-class LedgerAccountant:
-    """The engine's accountant on a ledger, in this very process."""
-
-    def __init__(self, ledger: Ledger, attempt: Attempt) -> None:
-        self._ledger = ledger
-        self._attempt = attempt
-
-    def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Reserves the step."""
-        self._ledger.authorize(self._attempt, step, starting_checkpoint=starting_checkpoint)
-
-    def commit(self, step: int, location: str, digest: str) -> None:
-        """Records the checkpoint."""
-        self._ledger.commit(self._attempt, step, checkpoint=location, digest=digest)
-
-
 class DyingAccountant:
-    """An accountant after whose answer the process is killed, as by the kernel or a spot market."""
+    """An accountant after whose answer the process is killed."""
 
     def __init__(self, inner: Accountant, death: Death) -> None:
         self._inner = inner
         self._death = death
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Reserves, then perhaps dies: the noise is not drawn, but might have been."""
+        """Reserves, then may die: the noise is not drawn, but might have been."""
         self._inner.authorize(step, starting_checkpoint)
         if step == self._death.authorize:
             die()
 
     def commit(self, step: int, location: str, digest: str) -> None:
-        """Perhaps dies: the checkpoint lies there, and is not the run's."""
+        """May die first: the checkpoint is in the storage, and uncommitted."""
         if step == self._death.commit:
             die()
         self._inner.commit(step, location, digest)
@@ -173,5 +151,5 @@ def die_in_forward_pass(model: PreTrainedModel, number: int) -> None:
 
 
 def die() -> None:
-    """Ends this process as SIGKILL does: nothing is flushed, nothing is said."""
+    """Ends this process by SIGKILL, without any cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,7 @@ from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
 from udp_ray.io import below
 from udp_ray.on_ray import train as carry_out
-from udp_ray.on_ray.accountant import Charge, RunAccountant
+from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
 
 
 @contextmanager
@@ -56,8 +56,8 @@ def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Itera
 class _LocalActor:
     """The accountant; `actor.method.remote(...)` calls it and returns its answer."""
 
-    def __init__(self, charge: Charge) -> None:
-        self._accountant = RunAccountant(charge)
+    def __init__(self, config: AccountantConfig) -> None:
+        self._accountant = RunAccountant(config)
 
     def __getattr__(self, method: str) -> _LocalMethod:
         return _LocalMethod(getattr(self._accountant, method))

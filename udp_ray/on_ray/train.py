@@ -27,7 +27,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.engine.memory import estimate
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
-from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
+from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
 from udp_ray.on_ray.checkpoints import require_writable
 from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, ProgressDisplay
@@ -59,7 +59,7 @@ def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> Run
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
-    accountant = RemoteAccountant(start_accountant(_charge(run)))
+    accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
         stopped_by = _train(run, accountant, curve)
         from udp_ray.on_ray.publish import publish_run
@@ -80,8 +80,8 @@ def _forget_ray_snapshot(run_folder: str) -> None:
         folder.filesystem.delete_file(snapshot)
 
 
-def _charge(run: Run) -> Charge:
-    return Charge(
+def _accountant_config(run: Run) -> AccountantConfig:
+    return AccountantConfig(
         ledger_url=run.ledger_url,
         ledger_id=run.ledger.id,
         run_id=run.run_id,

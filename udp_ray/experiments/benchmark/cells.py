@@ -363,6 +363,8 @@ def _serve(entry: Entry, world: World, connection: Connection) -> None:
     contestant = build_contestant(entry, world)
     with open_reader(entry, contestant.draw, world) as reader:
         contestant.check(reader.groups(1)[:CHECKED_GROUPS])
+    # The check has built the kernel, which decides the packing.
+    with open_reader(entry, contestant.draw, world, contestant.packing) as reader:
         memory.restart()
         step = 1
         for _ in range(entry.study.warmup_steps):

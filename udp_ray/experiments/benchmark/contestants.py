@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from udp_ray.config.experiment import TrainConfig
-from udp_ray.data.batches import CohortReader, Draw, Group, Microbatch
+from udp_ray.data.batches import CohortReader, Draw, Group, Microbatch, Packing
 from udp_ray.data.store import (
     Manifest,
     PrivateCounts,
@@ -56,12 +56,12 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort
 from udp_ray.engine.distributed import World
-from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, cut
+from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import BenchmarkError
@@ -302,6 +302,8 @@ class Contestant(Protocol):
     """The cohort of a step, as the contestant reads it."""
     kernel: str | None
     """The clipping kernel; None where it is none of ours."""
+    packing: Packing | None
+    """How its groups are packed; set by `check`."""
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raises BenchmarkError if the sum over these groups is not that of a reference loop."""
@@ -329,7 +331,9 @@ def all_in_one_group(store: str, num_workers: int) -> Callable[[int], Draw]:
     return lambda step: everything
 
 
-def open_reader(entry: Entry, draw: Callable[[int], Draw], world: World) -> CohortReader:
+def open_reader(
+    entry: Entry, draw: Callable[[int], Draw], world: World, packing: Packing | None = None
+) -> CohortReader:
     """Returns the reader of a contestant's groups, as training has it."""
     store = TokenStore.open(Path(entry.store), verify=False)
     return CohortReader(
@@ -339,6 +343,7 @@ def open_reader(entry: Entry, draw: Callable[[int], Draw], world: World) -> Coho
         world_size=world.size,
         microbatch_tokens=entry.study.microbatch_tokens,
         pad_id=store.manifest.tokenizer.pad_id,
+        packing=packing,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -348,6 +353,7 @@ class PrivateContestant:
 
     kernel: str | None = None
     """Set by `check`, which builds the kernel."""
+    packing: Packing | None = None
 
     def __init__(self, entry: Entry, world: World) -> None:
         self._entry = entry
@@ -371,6 +377,7 @@ class PrivateContestant:
         clip_norm, expected = ReferenceLoop(model, entry.study.autocast, device).clipped_sum(groups)
         kernel = self._kernel(model, parameters, entry.name, self._plan.clip_bound)
         self.kernel = "direct" if isinstance(kernel, DirectKernel) else "ghost"
+        self.packing = kernel.packing
         checked = self._kernel(model, parameters, self.kernel, clip_norm)
         zero = ZeroEngine(model, parameters, entry.settings(), num_steps=self._plan.num_steps)
         sums: ClippedSum | SlicedSum
@@ -398,13 +405,13 @@ class PrivateContestant:
         """Returns this rank's slice of a tensor's sum over ranks. Collective."""
         whole = part.to(self._world.device)
         dist.all_reduce(whole)
-        return cut(whole, self._world.rank, self._world.size).to(self._world.device)
+        return own_slice(whole, self._world.rank, self._world.size).to(self._world.device)
 
     def _kernel(
         self, model: nn.Module, parameters: dict[str, nn.Parameter], wanted: Any, clip_norm: float
     ) -> Kernel:
         cell = self._entry.cell
-        return choose_kernel(
+        return select_kernel(
             wanted,
             model,
             parameters,
@@ -422,6 +429,7 @@ class BaselineContestant:
     """DeepSpeed without privacy."""
 
     kernel: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, entry: Entry, world: World) -> None:
         is_sliced = entry.cell.zero_stage == 3
@@ -448,6 +456,7 @@ class TorchContestant:
     """PyTorch without privacy and without DeepSpeed."""
 
     kernel: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, entry: Entry, world: World) -> None:
         self._model = entry.model().to(world.device)
@@ -479,6 +488,7 @@ class OpacusContestant:
     """
 
     kernel: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, entry: Entry, world: World) -> None:
         self._entry = entry

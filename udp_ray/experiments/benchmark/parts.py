@@ -48,8 +48,8 @@ from udp_ray.ledger.database import parse_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.models.load import load_tokenizer
-from udp_ray.on_ray.accountant import Charge
-from udp_ray.on_ray.latency import measure_waits
+from udp_ray.on_ray.accountant import AccountantConfig
+from udp_ray.on_ray.latency import measure_latency
 from udp_ray.runs.provenance import ROOT
 
 DEMO = ROOT.parent / "demo"
@@ -199,7 +199,7 @@ def measure_float64_sums(
 
     short, factors = by_groups(64)
     long, few = by_groups(512)
-    gradients = long.held()
+    gradients = long.materialized()
     flat = gradients.gradients.flatten(1)
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
         "ghost, groups of 64 tokens": (
@@ -460,7 +460,7 @@ def measure_accountant(
     """
     with tempfile.TemporaryDirectory() as folder:
         with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
-            charge = Charge(
+            config = AccountantConfig(
                 ledger_url=ledger_url,
                 ledger_id=ledger.id,
                 run_id=RUN_ID,
@@ -469,8 +469,8 @@ def measure_accountant(
                 metrics_file=str(Path(folder, METRICS_FILE)),
                 patience_s=0.0,
             )
-        waits = measure_waits(
-            charge,
+        latency = measure_latency(
+            config,
             num_steps=num_steps + WARM_UP,
             num_workers=num_workers,
             starting_checkpoint=START,
@@ -479,8 +479,8 @@ def measure_accountant(
         kind=_backend(ledger_url),
         num_workers=num_workers,
         num_steps=num_steps,
-        call=Latency.of(waits.calls[WARM_UP:]),
-        total=Latency.of(waits.ranks[WARM_UP:]),
+        call=Latency.of(latency.calls_s[WARM_UP:]),
+        total=Latency.of(latency.steps_s[WARM_UP:]),
     )
 
 
