@@ -35,7 +35,7 @@ from udp_ray.errors import LedgerError, LedgerUnavailableError
 from udp_ray.ledger import database as ledger_database
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 
 STEP = 5
 AWAY_S = 8.0  # until a person is told, and longer than any single step
@@ -68,7 +68,7 @@ def test_training_waits_for_a_ledger_that_is_locked_for_a_while(
         threading.Timer(AWAY_S, Locker(file_of(config)).let_go).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", lock):
-        train_on_ray(patient(config, output, 60.0), announce=unheard)
+        train(patient(config, output, 60.0), announce=unheard)
     assert "training waits for it" in "".join(capsys.readouterr())
     assert ledger.run(run_id_in(output)).num_attempts == 1
     undisturbed.require_alike(output, ledger)
@@ -86,7 +86,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
                       lambda pid: lockers.append(Locker(file_of(config)))),
             pytest.raises(LedgerUnavailableError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=said.append)
+            train(disturbed, announce=said.append)
     finally:
         for locker in lockers:
             locker.let_go()
@@ -95,7 +95,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
     record = ledger.run(run_id_in(output))
     assert (record.charged_steps, record.committed_step) == (STEP, 4)
     require_unreleased(output)
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(output, ledger)
 
 
@@ -111,13 +111,13 @@ def test_training_stops_when_the_ledgers_file_is_moved_away(
                       lambda pid: move(file, aside)),
             pytest.raises(LedgerError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=unheard)
+            train(disturbed, announce=unheard)
         assert not file.exists()  # and none was made in its place
     finally:
         aside.rename(file)
     require_one_sentence(caught.value, "no ledger", "restore")
     assert ledger.run(run_id_in(output)).charged_steps == STEP
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(output, ledger)
 
 
@@ -160,7 +160,7 @@ def test_training_waits_for_a_server_that_crashes_and_comes_back(
         threading.Timer(AWAY_S, server.start).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", crash):
-        train_on_ray(patient(on_server, output, 60.0), announce=unheard)
+        train(patient(on_server, output, 60.0), announce=unheard)
     with Ledger.open(ledger_url(on_server)) as ledger:
         assert ledger.run(run_id_in(output)).num_attempts == 1
         undisturbed.require_alike(output, ledger)
@@ -178,7 +178,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
                       lambda pid: server.stop(crash=True)),
             pytest.raises(LedgerUnavailableError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=said.append)
+            train(disturbed, announce=said.append)
     finally:
         server.start()
     require_one_sentence(caught.value, "does not answer", "check its database")
@@ -187,7 +187,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
     with Ledger.open(ledger_url(on_server)) as ledger:
         record = ledger.run(run_id_in(output))
         assert (record.charged_steps, record.committed_step) == (STEP, 4)
-        train_on_ray(disturbed, resume=True, announce=unheard)
+        train(disturbed, resume=True, announce=unheard)
         undisturbed.require_alike(output, ledger)
 
 

@@ -48,7 +48,7 @@ from udp_ray.engine.loop import TrainingLoop
 from udp_ray.engine.types import Metrics
 from udp_ray.io import OutputFolder
 from udp_ray.models.load import load_model
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.train import execute
 from udp_ray.reports.figures import EVENT_FILE
 from udp_ray.runs.admission import admit, prepare_run
 
@@ -334,7 +334,7 @@ def saved_by(config: ExperimentConfig) -> Saved:
     run = prepare_run(config, OutputFolder(output), run_id="long")
     admit(run, resume=False)
     with clock.ticking(), without_ray(clock.before_step):
-        carry_out(run, resume=False, announce=lambda text: None)
+        execute(run, resume=False, announce=lambda text: None)
     clock.stamp()
     return Saved(series_in(output, num_steps=LONG), private, durations)
 

@@ -26,13 +26,13 @@ from udp_ray.ledger import Attempt
 from udp_ray.on_ray import publish, worker
 from udp_ray.on_ray.accountant import RemoteAccountant
 from udp_ray.on_ray.checkpoints import remove_uncommitted
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.train import execute
 from udp_ray.on_ray.worker import RunCheckpoints
 from udp_ray.runs.admission import admit, prepare_run
 
 KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
 LEFTOVER = "checkpoint-00000006-attempt-1"
-"""Written by an attempt that died before it committed: its repetition writes step 6 anew."""
+"""Written by an attempt that died before it committed: its repetition writes step 6 again."""
 LATE = "checkpoint-00000006-attempt-0"
 OF_RAY = "checkpoint_manager_snapshot.json"
 
@@ -134,7 +134,7 @@ def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None])
     run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
     admit(run, resume=False)
     with without_ray(before_step):
-        carry_out(run, resume=False, announce=said.append)
+        execute(run, resume=False, announce=said.append)
     return said
 
 

@@ -1,7 +1,7 @@
-"""Moments of a run on Ray at which a test can disturb it: the worker waits there meanwhile.
+"""Fault points: places in a run on Ray where the worker waits, so that a test can inject a fault.
 
     with paused_at(Moment("authorized", step=4), tmp_path, kill):
-        train_on_ray(config)
+        train(config)
 
 The worker that comes to the moment stops in it and says so by a file; the test's own process then
 does what it likes (kills the worker or its node, stops a server, fills a disk) and lets it go on.

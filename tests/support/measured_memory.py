@@ -1,4 +1,4 @@
-"""What a private step really takes of a process's memory, for the judge of `udp_ray.engine.memory`.
+"""Peak process memory of a private step, the reference for `udp_ray.engine.memory`.
 
 peaks = run_on_ranks(2, peak_of_steps, config, 8)     # bytes, by rank
 """

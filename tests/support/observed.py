@@ -1,4 +1,4 @@
-"""The training loop under observation: what it reads, draws, asks for and hands to its kernel.
+"""Records what the training loop reads, samples, asks for and passes to its kernel.
 
 Nothing of the loop is replaced. Functions that it calls note that they were called, and the kernel
 notes the groups that it is given in each step instead of computing their gradients.

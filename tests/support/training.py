@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: a GPT-2 of two layers, a store of two dozen users, seeded keys.
+"""Tiny training runs: a GPT-2 of two layers, a store of two dozen users, seeded keys.
 
 run = TinyRun(store=str(write_tiny_store(tmp_path / "store")), zero_stage=2)
 weights = run_on_ranks(4, train_tiny, run)[0].weights

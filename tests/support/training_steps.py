@@ -1,4 +1,4 @@
-"""Tiny runs step by step, without the loop, and with the deliberate faults that tests must catch.
+"""Tiny runs step by step, without the training loop, and deliberate faults that tests must catch.
 
 Faults are parts that replace a sound one, so that the sound code has no switch for them.
 """

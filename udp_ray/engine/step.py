@@ -11,8 +11,8 @@ How many groups a step has is used nowhere. A rank without groups, or a step wit
 same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives the
 engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
 ranks are then rounded to float32, and added in float32, before the noise is in: within
-`sensitivity.rounding_slack` for cohorts of up to `experiment.MOST_FUSED` groups, and refused with
-secure noise, whose claim requires that rounding comes last.
+`sensitivity.rounding_slack` for cohorts of up to `MOST_FUSED` groups, and refused with secure
+noise, whose claim requires that rounding comes last.
 
 Under ZeRO 3 no rank holds the whole sum: 1 and 2 happen layer by layer, reduced and scattered into
 slices; in 3 rank 0 draws noise in chunks and sends each rank what falls into its slices.
