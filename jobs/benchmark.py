@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
+from udp_ray.console import progress
 from udp_ray.experiments.benchmark.settings import BenchmarkConfig
 from udp_ray.io import OutputFolder
 
@@ -30,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     OutputFolder(folder).check(resume=False)
     # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.experiments.benchmark.run import run_benchmark
-    from udp_ray.on_ray.cluster import connected
+    with progress("loading libraries"):
+        from udp_ray.experiments.benchmark.run import run_benchmark
+        from udp_ray.on_ray.cluster import connected
 
-    for results in run_benchmark(study, lambda: connected(config.cluster.address)):
-        results.save(folder)  # after each cell, so that an interrupted run keeps its results
+        for results in run_benchmark(study, lambda: connected(config.cluster.address)):
+            results.save(folder)  # after each cell, so that an interrupted run keeps its results
     print(f"{results.to_text()}\nResults and figures: {folder}")
     return 0
 

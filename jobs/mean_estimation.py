@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
+from udp_ray.console import progress
 from udp_ray.experiments.mean_estimation.settings import MeanEstimationConfig
-from udp_ray.experiments.progress import entering, phase
 from udp_ray.io import CONFIG_FILE, OutputFolder, write_atomic
 
 CONFIG = Path(__file__).parent / "configs" / "mean_estimation.yaml"
@@ -29,20 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(study.to_text(), flush=True)
     if job.flag("dry-run"):
         return 0
-    # Imported after the settings are read: a mistake in them need not wait for Ray and SciPy.
-    from udp_ray.experiments.mean_estimation.claims import Results, write_claims
-    from udp_ray.experiments.mean_estimation.figures import draw_all
-    from udp_ray.experiments.mean_estimation.simulation import run_study
-    from udp_ray.on_ray.cluster import connected
-    from udp_ray.on_ray.tasks import run_tasks
-
     folder = Path(job.config.output)
     if not job.flag("redraw"):
         OutputFolder(folder).check(resume=False)
-        with entering("starting Ray", connected(job.config.cluster.address)):
-            Results(run_study(study, run_tasks)).save(folder)
-        write_atomic(folder / CONFIG_FILE, job.config.to_yaml())
-    with phase("writing claims and figures"):
+    # Imported after the settings are read: a mistake in them need not wait for Ray and SciPy.
+    with progress("loading libraries") as display:
+        from udp_ray.experiments.mean_estimation.claims import Results, write_claims
+        from udp_ray.experiments.mean_estimation.figures import draw_all
+        from udp_ray.experiments.mean_estimation.simulation import run_study
+        from udp_ray.on_ray.cluster import connected
+        from udp_ray.on_ray.tasks import run_tasks
+
+        if not job.flag("redraw"):
+            with connected(job.config.cluster.address):
+                Results(run_study(study, run_tasks)).save(folder)
+            write_atomic(folder / CONFIG_FILE, job.config.to_yaml())
+        display.phase("writing claims and figures")
         results = Results.load(folder)
         claims = write_claims(study, results)
         for name, content in {"claims.txt": claims, **draw_all(results)}.items():

@@ -18,35 +18,35 @@ equations are not known to us); formulas: udp_ray/dp/planning.py, errors: jobs/m
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from udp_ray.config.cli import DRY_RUN, JSON, parse, run_job
 from udp_ray.config.planner import PlanJobConfig
+from udp_ray.console import progress
 from udp_ray.io import OutputFolder
 
 EXAMPLE = Path(__file__).parent / "configs" / "plan_example.yaml"
-EXAMPLE_NOTE = (
-    "These are the numbers of the shipped example, jobs/configs/plan_example.yaml: give yours in a"
-    " file by --config, or as options."
-)
+NOTE = "Numbers of the shipped example, jobs/configs/plan_example.yaml: give yours by --config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(PlanJobConfig, __doc__, argv, flags=(JSON, DRY_RUN), default_file=EXAMPLE)
     plan, public_text, output = job.config.plan, job.config.estimate_on, job.config.output
-    # Imported after the settings are read: a mistake in them need not wait for SciPy.
-    from udp_ray.experiments import planner
-
-    notes = [EXAMPLE_NOTE] if job.is_default_file else []
+    notes = [NOTE] if job.is_default_file else []
     if job.flag("dry-run"):
-        print("\n".join([*notes, planner.describe(plan, public_text)]))
+        print("\n".join([*notes, plan.to_text(public_text)]))
         return 0
     if output:
         OutputFolder(Path(output)).check(resume=False)
-    if public_text:
-        plan, note = planner.with_estimate(plan, job.config.estimate, public_text)
-        notes.append(note)
-    comparison = planner.compare(plan)
+    # Imported only now: mistakes in the settings are found without waiting for SciPy.
+    with nullcontext() if job.flag("json") else progress("loading libraries"):
+        from udp_ray.experiments import planner
+
+        if public_text:
+            plan, note = planner.with_estimate(plan, job.config.estimate, public_text)
+            notes.append(note)
+        comparison = planner.compare(plan)
     text = "\n\n".join([*notes, comparison.to_text()])
     print(comparison.to_json() if job.flag("json") else text)
     if output:

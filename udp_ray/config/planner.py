@@ -62,6 +62,18 @@ class PlanConfig(Section):
         """Whether private counts are used."""
         return self.store is not None
 
+    def to_text(self, estimate_on: str | None) -> str:
+        """Returns what a comparison would use, in a sentence; estimate_on as in `PlanJobConfig`."""
+        source = (
+            "plan.store, which marks the output" if self.is_private else "plan.examples_per_user"
+        )
+        rho = f"measured on {estimate_on}" if estimate_on else f"{self.gradient_cosine}"
+        return (
+            f"Would compare ELS and ULS for {self.population:,} users, B = {self.batch_size:,},"
+            f" T = {self.num_steps:,}, epsilon {self.epsilon:g}, delta {self.delta:g}: histogram"
+            f" from {source}, rho {rho}."
+        )
+
 
 class EstimateConfig(Section):
     """How --estimate-on measures the cosine of gradients. Its text must be public or a proxy."""

@@ -10,7 +10,7 @@ of user u, the mean cosine over the user's pairs is (|s_u|^2 - m) / (m (m - 1)).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from udp_ray.config.planner import EstimateConfig
+from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.progress import live, phase
 from udp_ray.models.load import load_model, load_tokenizer, trainable_parameters
 
 
@@ -66,10 +65,11 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
         raise DataError(
             f"--estimate-on {file} has fewer than two users with two examples: give more text"
         )
+    display = current()
     try:
-        with phase("loading the model"):
-            tokenizer = load_tokenizer(config.model)
-            model = load_model(config.model, dropout=0.0).eval()
+        display.phase("loading the model")
+        tokenizer = load_tokenizer(config.model)
+        model = load_model(config.model, dropout=0.0).eval()
     except ConfigError as error:
         raise ConfigError(f"estimate.model is {config.model}: {error}") from None
     parameters = list(trainable_parameters(model).values())
@@ -88,8 +88,14 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
     encoded = [[encode(text) for text in user] for user in texts]
     users = [[tokens for tokens in user if len(tokens) >= 2] for user in encoded]
     users = [user for user in users if len(user) >= 2]
-    with live(tqdm(users, desc="measuring gradients", unit="user", dynamic_ncols=True)) as bar:
-        return summarize([gradient(tokens) for tokens in user] for user in bar)
+    display.phase("measuring gradients", total=len(users), unit="user")
+
+    def gradients() -> Iterator[list[list[Tensor]]]:
+        for number, user in enumerate(users):
+            display.advance(number)
+            yield [gradient(tokens) for tokens in user]
+
+    return summarize(gradients())
 
 
 def summarize(users: Iterable[Iterable[Sequence[Tensor]]]) -> GradientEstimate:

@@ -19,16 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from udp_ray.config.planner import EstimateConfig, PlanConfig
+from udp_ray.console import current
 from udp_ray.data.remote import read_counts
 from udp_ray.dp.planning import (
     TIE,
     Prediction,
     Workload,
     group_sizes,
-    noise_multiplier,
     predict,
     ranked,
     recommend,
@@ -41,24 +39,12 @@ from udp_ray.experiments.plotting import (
     to_png,
     use_group_size_axis,
 )
-from udp_ray.experiments.progress import live
 from udp_ray.io import write_atomic
 
 PRIVATE = (
     "MARKED PRIVATE: made from the store's own histogram of examples per user, which nothing paid"
     " for. Do not share it; what you select by it is outside the run's guarantee."
 )
-
-
-def describe(plan: PlanConfig, estimate_on: str | None) -> str:
-    """Returns what `jobs/plan.py` would do, in a sentence."""
-    source = "plan.store, which marks the output" if plan.is_private else "plan.examples_per_user"
-    rho = f"measured on {estimate_on}" if estimate_on else f"{plan.gradient_cosine}"
-    return (
-        f"Would compare ELS and ULS for {plan.population:,} users, B = {plan.batch_size:,},"
-        f" T = {plan.num_steps:,}, epsilon {plan.epsilon:g}, delta {plan.delta:g}: histogram from"
-        f" {source}, rho {rho}."
-    )
 
 
 def with_estimate(plan: PlanConfig, estimate: EstimateConfig, file: str) -> tuple[PlanConfig, str]:
@@ -103,7 +89,7 @@ def workload_of(plan: PlanConfig) -> Workload:
 
 
 def compare(plan: PlanConfig) -> Comparison:
-    """Returns what is predicted for each sampler and group size, with a progress bar.
+    """Returns what is predicted for each sampler and group size.
 
     Raises:
         ConfigError: If the cosine is missing, or no group size fits.
@@ -111,16 +97,8 @@ def compare(plan: PlanConfig) -> Comparison:
     """
     workload = workload_of(plan)
     sizes = plan.group_sizes or group_sizes(workload)
-    with live(tqdm(desc="calibrating noise", unit=" methods", dynamic_ncols=True)) as bar:
-
-        def calibrate(*arguments: Any, **options: Any) -> float:
-            multiplier = noise_multiplier(*arguments, **options)
-            bar.update()
-            return multiplier
-
-        predictions = predict(
-            workload, els_group_sizes=sizes, uls_group_sizes=sizes, calibrate=calibrate
-        )
+    current().phase("calibrating noise")
+    predictions = predict(workload, els_group_sizes=sizes, uls_group_sizes=sizes)
     if not predictions:
         raise ConfigError(
             f"plan.batch_size is {plan.batch_size}, which fits no group size: lower it if there are"

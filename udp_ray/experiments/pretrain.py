@@ -25,12 +25,11 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as functional
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from udp_ray.config.pretrain import PretrainConfig
+from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.progress import phase
 from udp_ray.io import OutputFolder
 from udp_ray.runs.provenance import processor_name
 
@@ -60,14 +59,15 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
     """Trains tokenizer and model on the public text and writes both, with a model card."""
     start = time.monotonic()
     require_usable(config)
-    with phase("reading text"):
-        texts = [text for file in config.input for text in read_texts(file, config.text_column)]
+    display = current()
+    display.phase("reading text")
+    texts = [text for file in config.input for text in read_texts(file, config.text_column)]
     vocabulary, context = config.vocab_size, config.context_tokens
-    with phase(f"training the tokenizer on {len(texts):,} texts"):
-        tokenizer = train_tokenizer(texts, vocab_size=vocabulary, context=context)
-    with phase("packing tokens"):
-        order = np.random.default_rng(config.seed).permutation(len(texts))
-        blocks = pack([texts[i] for i in order], tokenizer, context)
+    display.phase(f"training the tokenizer on {len(texts):,} texts")
+    tokenizer = train_tokenizer(texts, vocab_size=vocabulary, context=context)
+    display.phase("packing tokens")
+    order = np.random.default_rng(config.seed).permutation(len(texts))
+    blocks = pack([texts[i] for i in order], tokenizer, context)
     model = build_model(config, tokenizer)
 
     def save() -> None:
@@ -79,9 +79,9 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
             save()
     heldout_loss = None
     if config.heldout is not None:
-        with phase("evaluating"):
-            heldout = read_texts(config.heldout, config.text_column)
-            heldout_loss = mean_token_loss(model, pack(heldout, tokenizer, context))
+        display.phase("evaluating")
+        heldout = read_texts(config.heldout, config.text_column)
+        heldout_loss = mean_token_loss(model, pack(heldout, tokenizer, context))
     report = PretrainReport(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_texts=len(texts),
@@ -198,9 +198,9 @@ def train_steps(
     )
     model.train()
     smoothed = None
-    steps = range(1, config.steps_taken + 1)
-    bar = tqdm(steps, desc="training", unit=" steps", mininterval=1.0, dynamic_ncols=True)
-    for step in bar:
+    display = current()
+    display.phase("training", total=config.steps_taken)
+    for step in range(1, config.steps_taken + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
         indices = np.arange((step - 1) * config.batch_blocks, step * config.batch_blocks)
@@ -210,7 +210,7 @@ def train_steps(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
+        display.advance(step, loss=f"{smoothed:.3f}")
         yield step
 
 

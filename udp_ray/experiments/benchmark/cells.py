@@ -16,7 +16,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from udp_ray.console import current
 from udp_ray.data.batches import CohortReader
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.distributed import World, join_world
@@ -48,7 +48,6 @@ from udp_ray.experiments.benchmark.settings import (
     Study,
     missing_contestants,
 )
-from udp_ray.experiments.progress import live
 
 PRELOAD = [
     "deepspeed",
@@ -92,43 +91,24 @@ class Times:
     peak_bytes: int | None = None
 
 
-def run_cells(study: Study, cells: Iterable[Cell], what: str = "cells") -> Iterator[CellResult]:
-    """Yields what each cell measured, with a progress line.
+def run_cells(study: Study, cells: Sequence[Cell], what: str = "cell") -> Iterator[CellResult]:
+    """Yields what each cell measured; each is a phase of the progress shown.
 
     Raises:
         BenchmarkError: A contestant of ours failed, or computes another sum than the reference.
     """
-    listed = list(cells)
-    line = tqdm(
-        total=len(listed),
-        desc=what,
-        bar_format="{desc} {n_fmt} of {total_fmt} [{elapsed}]{postfix}",
-        dynamic_ncols=True,
-    )
-    with live(line) as bar:
-        for cell in listed:
-            yield run_cell(study, cell, bar.set_postfix_str)
-            bar.update()
+    for number, cell in enumerate(cells, start=1):
+        yield run_cell(study, cell, f"{what} {number} of {len(cells)}: {cell}")
 
 
-def run_cell(
-    study: Study, cell: Cell, report: Callable[[str], None] = lambda text: None
-) -> CellResult:
-    """Returns the rows of one cell.
-
-    Args:
-        study: The study.
-        cell: One of its cells.
-        report: Called with a few words at each start of a contestant and each turn.
-    """
+def run_cell(study: Study, cell: Cell, phase: str = "cell") -> CellResult:
+    """Returns the rows of one cell, whose turns are shown as progress of a phase."""
     names = [name for name in study.contestants_of(cell) if name not in missing_contestants()]
     with tempfile.TemporaryDirectory() as folder:
         store = write_synthetic_store(Path(folder), cell, study.model(cell.model).vocabulary)
         num_tokens = step_tokens(TokenStore.open(store, verify=False))
         entries = [Entry(name, cell, study, str(store)) for name in names]
-        times, skipped = _take_turns(
-            entries, cell.rounds or study.rounds, lambda text: report(f"{cell}: {text}")
-        )
+        times, skipped = _take_turns(entries, cell.rounds or study.rounds, phase)
     baseline = times[BASELINE]
     rows = [
         {
@@ -180,15 +160,17 @@ def measured(times: Times, baseline: Times, num_tokens: int) -> Row:
 
 
 def _take_turns(
-    entries: list[Entry], rounds: int, report: Callable[[str], None]
+    entries: list[Entry], rounds: int, phase: str
 ) -> tuple[dict[str, Times], list[str]]:
     """Returns the times of each contestant by name, and a sentence for each that was skipped."""
     times: dict[str, Times] = {}
     running: dict[str, ContestantProcesses] = {}
     skipped: list[str] = []
+    display = current()
+    display.phase(phase, total=rounds * len(entries), unit="turn")
     with ExitStack() as stack:
         for entry in entries:
-            report(f"starting {entry.name}")
+            display.advance(0, starting=entry.name)
             processes = ContestantProcesses(entry)
             stack.callback(processes.stop)
             try:
@@ -199,8 +181,8 @@ def _take_turns(
         for number in range(rounds):
             shift = number % len(running)  # so that no contestant always follows the same one
             names = list(running)
-            for name in names[shift:] + names[:shift]:
-                report(f"round {number + 1} of {rounds}, {name}")
+            for place, name in enumerate(names[shift:] + names[:shift]):
+                display.advance(number * len(running) + place, timing=name)
                 turn = running[name].turn()
                 times[name].seconds += turn.seconds
                 times[name].processor_seconds += turn.processor_seconds

@@ -116,7 +116,9 @@ def measure_scaling(study: Study, scaling: Scaling) -> list[Curve]:
     curves = [sampler_curve(scaling.users, scaling.cohort_size)]
     for quantity in ("group_size", "parameters", "workers"):
         cells = scaling.cells(quantity)
-        curves += step_curves(quantity, list(run_cells(study, cells, f"scaling in {quantity}")))
+        curves += step_curves(
+            quantity, list(run_cells(study, cells, f"scaling in {quantity}, cell"))
+        )
     return curves
 
 

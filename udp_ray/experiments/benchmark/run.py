@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
-from udp_ray.experiments.progress import entering, phase
 from udp_ray.runs.provenance import git_commit, processor_name, versions
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "ray", "opacus")
@@ -93,17 +93,18 @@ def _not_installed(study: Study) -> list[str]:
 
 
 def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, Any]:
-    with phase("noise"):
-        noise = measurements.measure_noise(parts.noise_values, num_threads(study))
-    with phase("sums in float64"):
-        sums = measurements.measure_float64_sums()
-    with phase("waiting for data"):
-        data_wait = measurements.measure_data_wait(study, parts)
-    with phase("balance of cohorts"):
-        balance = measurements.measure_balance(
-            measurements.heavy_tailed_users(), parts, study.microbatch_tokens
-        )
-    with entering("starting Ray", join_ray()), phase("accountant latency"):
+    display = current()
+    display.phase("noise")
+    noise = measurements.measure_noise(parts.noise_values, num_threads(study))
+    display.phase("sums in float64")
+    sums = measurements.measure_float64_sums()
+    display.phase("waiting for data")
+    data_wait = measurements.measure_data_wait(study, parts)
+    display.phase("balance of cohorts")
+    users = measurements.heavy_tailed_users()
+    balance = measurements.measure_balance(users, parts, study.microbatch_tokens)
+    with join_ray():
+        display.phase("accountant latency")
         accounting = measurements.measure_accounting(parts.accountant_steps)
     return {
         "noise": [curve.to_dict() for curve in noise],

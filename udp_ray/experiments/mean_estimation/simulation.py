@@ -52,8 +52,8 @@ SETTINGS = ["epsilon", "clip_norm", "learning_rate", "noise_multiplier"]
 """Columns of the runs: the cell of a run, its sampler, and its settings."""
 
 DESCRIPTIONS = {
-    "tune": "2/3 selecting clip norm and learning rate",
-    "score": "3/3 scoring on other seeds",
+    "tune": "selecting clip norms and learning rates (2 of 3)",
+    "score": "scoring on other seeds (3 of 3)",
 }
 
 
@@ -124,7 +124,9 @@ def calibrate(study: Study, run_tasks: RunTasks) -> pd.DataFrame:
         }
         for budget, sampling, group_size, epsilon in rows
     ]
-    multipliers = run_tasks(planning.noise_multiplier, tasks, description="1/3 calibrating noise")
+    multipliers = run_tasks(
+        planning.noise_multiplier, tasks, description="calibrating noise (1 of 3)"
+    )
     frame = pd.DataFrame(rows, columns=["budget", *METHOD, "epsilon"])
     return frame.assign(noise_multiplier=multipliers)
 
