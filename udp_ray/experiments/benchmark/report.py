@@ -371,7 +371,8 @@ def draw_scaling(curves: Sequence[Row]) -> bytes:
 def _range(rows: Sequence[Row], column: str) -> str:
     """Returns the range of a column over the evaluated contestants."""
     values = evaluated_rows(pd.DataFrame(rows))[column].dropna()
-    return f"{values.min():.2f} to {values.max():.2f}" if len(values) else "not measured"
+    ends = dict.fromkeys(f"{end:.2f}" for end in (values.min(), values.max()))
+    return " to ".join(ends) if len(values) else "not measured"
 
 
 def _draw_ratios(panel: Axes, cells: Sequence[str], rows: Sequence[Row], column: str) -> None:
