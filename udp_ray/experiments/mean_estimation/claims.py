@@ -82,7 +82,7 @@ class Results:
             runs = pd.read_parquet(file)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{file} holds no results of a study: give the folder of a run as output"
+                f"{file} holds no results of a study: run it first, or give the folder of a run"
             ) from error
         if runs.empty or not set(runs.columns) >= COLUMNS:
             raise DataError(
