@@ -85,9 +85,7 @@ class Results:
                 f"{file} holds no results of a study: run it first, or give the folder of a run"
             ) from error
         if runs.empty or not set(runs.columns) >= COLUMNS:
-            raise DataError(
-                f"{file} holds other columns than results of a study: run the study again"
-            )
+            raise DataError(f"{file} holds other columns than results of a study: run it first")
         return cls(runs)
 
     def save(self, folder: Path) -> None:
