@@ -20,6 +20,13 @@ class GuaranteeError(RuntimeError):
     """
 
 
+class RankFailedError(RuntimeError):
+    """Rank 0 failed with an exception that is no user's error; raised on the other ranks.
+
+    It is not a `UdpRayError`: no user can fix it, and workers that fail with it may be restarted.
+    """
+
+
 class ConfigError(UdpRayError, ValueError):
     """A setting is missing, malformed or contradicts another."""
 

@@ -32,8 +32,8 @@ from udp_ray.data.remote import (
 )
 from udp_ray.data.store import MANIFEST_FILE, TokenStore
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.on_ray.train import describe_run
 from udp_ray.runs.admission import ADMISSIONS_FOLDER, record_run, recorded_runs
+from udp_ray.runs.dry_run import describe_run
 
 At = Callable[[str], str]
 

@@ -161,6 +161,37 @@ class RunKey:
         """Returns the key of the run-time check, whose noise is never added to anything."""
         return StreamKey(self.derive("selfcheck"))
 
+    def of_rank(self, rank: int) -> RankKeys:
+        """Returns the keys that a rank needs, and no others."""
+        is_first = rank == 0
+        return RankKeys(
+            key_id=self.id,
+            sampling=self.sampling(),
+            dropout=self.dropout(),
+            noise=self.noise() if is_first else None,
+            selfcheck=self.selfcheck() if is_first else None,
+        )
+
+
+@dataclass(frozen=True)
+class RankKeys:
+    """The keys that one rank needs, made by `RunKey.of_rank`. Sensitive, except the id.
+
+    Privacy:
+        Rank 0 alone draws noise and gets its key: any other holder could subtract the noise.
+    """
+
+    key_id: str
+    """Public name of the run's key, kept in checkpoints."""
+    sampling: StreamKey
+    """Each rank derives the whole cohort from it."""
+    dropout: StreamKey
+    """Each rank derives the dropout masks of its own groups from it."""
+    noise: StreamKey | None
+    """Rank 0 only; None on the others."""
+    selfcheck: StreamKey | None
+    """Rank 0 only; None on the others."""
+
 
 def _keyed(
     secret: bytes, purpose: bytes, parts: tuple[int | str, ...], *, size: int = STREAM_BYTES

@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig, ModelConfig, TrainConfig
-from udp_ray.data.batches import Group, Microbatch, pack, share
+from udp_ray.data.batches import Group, Microbatch, Packing, pack, pack_groups
 from udp_ray.dp.noise import CHUNK_VALUES
 from udp_ray.dp.plan import PricedPlan, PrivacyPlan
 from udp_ray.engine.kernels.direct import DirectKernel
@@ -292,7 +292,7 @@ def _ghost_bytes(
         )
     tokens = group.microbatches[0].input_ids.numel()
     num_groups = max(1, train.microbatch_tokens // tokens)
-    (shared,), _ = share([group] * num_groups, train.microbatch_tokens)
+    (shared,) = pack_groups([group] * num_groups, train.microbatch_tokens, Packing()).shared
     factors = torch.ones(num_groups)
     totals = {
         name: torch.zeros(parameter.shape, dtype=torch.float64)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import RayTaskError
 
 from udp_ray.config.experiment import DataConfig
+from udp_ray.console import current, progress
 from udp_ray.data.build import (
     REFUSED,
     Origin,
@@ -184,6 +184,7 @@ def prepare(
     refuse_existing(data.store)
     encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
     with (
+        progress("checking the input") as display,
         connected(address),
         registered(data.name, data.ledger_url) as registration,
         _folder_aside(data) as aside,
@@ -202,7 +203,9 @@ def prepare(
             folder=aside,
             url=data.store if is_url(data.store) else None,
         )
+        display.phase("reading and tokenizing")
         results = run_stages(task)
+        display.phase("describing the store")
         delivered = collect(task, results)
         manifest, counts = finish(
             replace(task, url=None), results, _origin(data, found, registration)
@@ -308,6 +311,8 @@ def run_stages(task: Task) -> dict[int, str]:
                 if row["shard"] in results:
                     raise GuaranteeError(f"shard {row['shard']} was split over two tasks")
                 results[row["shard"]] = row["result"]
+                current().phase("writing shards", total=num_keys, unit="shard")
+                current().advance(len(results))
         except Exception as error:
             own = _own_error(error)
             if own is None:
@@ -369,13 +374,13 @@ def _folder_aside(data: DataConfig) -> Iterator[Path]:
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Sets Ray Data up for one run: shuffle over disk, a bar for people and no log lines."""
+    """Sets Ray Data up for one run: shuffle over disk, no bars of its own and no log lines."""
     context = DataContext.get_current()
     wanted = {
         "shuffle_strategy": ShuffleStrategy.SHUFFLE_V2,
         "use_disk_based_hash_shuffle": True,
         "shuffle_input_batch_bytes": _SHUFFLE_BATCH_BYTES,
-        "enable_progress_bars": sys.stderr.isatty(),
+        "enable_progress_bars": False,
         "print_on_execution_start": False,
     }
     before = {name: getattr(context, name) for name in wanted}

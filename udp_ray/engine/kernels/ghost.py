@@ -13,9 +13,9 @@ What a group adds must not depend on who shares its microbatch, or one user's ab
 what others add. The model gets no attention mask, which would depend on the company, and before
 each run `invariance.py` checks on made-up tokens that company changes nothing. In float32 the
 padded length changes a gradient by float32 rounding; in bfloat16 by some 5e-3 of it, which is why
-under autocast the length is a function of the group alone (see `data.sharing`). The number of rows
-and their order change nothing, bit for bit, as tested on a CPU. On CUDA under autocast the number
-of rows may select another matrix product, and so change bfloat16 rounding.
+under autocast the length is a function of the group alone (see `data.batches.Packing`). The number
+of rows and their order change nothing, bit for bit, as tested on a CPU. On CUDA under autocast the
+number of rows may select another matrix product, and so change bfloat16 rounding.
 """
 
 from __future__ import annotations
@@ -27,13 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from udp_ray.data.batches import Group, SharedMicrobatch, share, without_groups
+from udp_ray.data.batches import (
+    Group,
+    PackedGroups,
+    Packing,
+    SharedMicrobatch,
+    pack_groups,
+    without_groups,
+)
 from udp_ray.dp.clipping import clip_factor
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.gradients import GroupGradients, summed_squared_norms, total
 from udp_ray.engine.kernels.hooks import capturing
 from udp_ray.engine.kernels.layers import RowLayout, make_layer, needs_parameters
-from udp_ray.engine.loss import autocast_context, row_losses
+from udp_ray.engine.loss import autocast_context, weighted_loss
 from udp_ray.engine.types import RunningSum
 from udp_ray.errors import ConfigError, GuaranteeError, UnsupportedModelError
 
@@ -105,22 +112,27 @@ class GhostKernel:
         """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
         return self._num_rejected + self._direct.num_rejected
 
+    @property
+    def packing(self) -> Packing:
+        """How groups share microbatches; the reader packs and pads them."""
+        return Packing(
+            length_grid=None if self._autocast == "off" else LENGTH_GRID,
+            max_length=getattr(self._model.config, "max_position_embeddings", None),
+        )
+
     def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
         """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
-        microbatches, large = self.share(groups)
-        num_missing = sums.num_rounds(len(microbatches)) - len(microbatches)
-        for microbatch in [*microbatches, *([without_groups()] * num_missing)]:
+        packed = groups if isinstance(groups, PackedGroups) else self.pack(groups)
+        if packed.packing != self.packing:
+            raise GuaranteeError(f"the groups were packed with {packed.packing}, not the kernel's")
+        num_missing = sums.num_rounds(len(packed.shared)) - len(packed.shared)
+        for microbatch in [*packed.shared, *([without_groups()] * num_missing)]:
             self.add_microbatch(sums, microbatch)
-        self._direct.add_clipped(sums, large)
+        self._direct.add_clipped(sums, packed.large)
 
-    def share(self, groups: Iterable[Group]) -> tuple[list[SharedMicrobatch], list[Group]]:
-        """Returns the groups in microbatches for `add_microbatch`, and those too large for one."""
-        return share(
-            groups,
-            self._microbatch_tokens,
-            length_grid=None if self._autocast == "off" else LENGTH_GRID,
-            longest=getattr(self._model.config, "max_position_embeddings", None),
-        )
+    def pack(self, groups: Iterable[Group]) -> PackedGroups:
+        """Returns groups that no reader has packed, as in checks at startup."""
+        return pack_groups(groups, self._microbatch_tokens, self.packing)
 
     def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
         """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
@@ -146,9 +158,8 @@ class GhostKernel:
         trainable = list(self._parameters.values())
         with capturing(self._model, self._layers, trainable, layout, self._device) as capture:
             with autocast_context(self._autocast, self._device):
-                sums_R, counts_R = row_losses(self._model, microbatch, self._device)
-            weights_R = microbatch.row_weight.to(self._device)
-            capture.backward((weights_R * sums_R / counts_R.clamp(min=1)).sum())
+                loss = weighted_loss(self._model, microbatch, self._device)
+            capture.backward(loss)
         return {name: total(uses) for name, uses in capture.uses.items()}
 
     def _refuse_layers_of_whole_parameters(self) -> None:

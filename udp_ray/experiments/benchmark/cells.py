@@ -216,6 +216,8 @@ def _serve(task: Task, world: World, connection: Connection) -> None:
     contestant = build(task, world)
     with contestants.open_reader(task, contestant.draw, world) as reader:
         contestant.check(reader.groups(1)[:CHECKED_GROUPS])
+    packing = contestant.packing  # known once it has its kernel
+    with contestants.open_reader(task, contestant.draw, world, packing) as reader:
         memory.restart()
         step = 1
         for _ in range(task.study.warmup_steps):

@@ -45,6 +45,7 @@ from udp_ray.data.batches import (
     Draw,
     Group,
     Microbatch,
+    Packing,
 )
 from udp_ray.data.store import (
     Manifest,
@@ -60,12 +61,12 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort
 from udp_ray.engine.distributed import World
-from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, cut
+from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import BenchmarkError
@@ -234,6 +235,8 @@ class Contestant(Protocol):
     """The cohort of a step, as it wants to read it."""
     chosen: str | None
     """The kernel that clips; None where there is none of ours."""
+    packing: Packing | None
+    """How its groups are packed; known after `check`."""
 
     def check(self, groups: Sequence[Group]) -> None:
         """Raises BenchmarkError if the sum over these groups is not a plain loop's."""
@@ -247,6 +250,7 @@ class PrivateContestant:
 
     chosen: str | None = None
     """Known once `check` has built the kernel."""
+    packing: Packing | None = None
 
     def __init__(self, task: Task, world: World) -> None:
         self._task = task
@@ -269,6 +273,7 @@ class PrivateContestant:
         clip_norm, expected = PlainLoop(model, task.study.autocast, device).clipped_sum(groups)
         kernel = self._kernel(model, parameters, task.name, self._plan.clip_bound)
         self.chosen = "direct" if isinstance(kernel, DirectKernel) else "ghost"
+        self.packing = kernel.packing
         judged = self._kernel(model, parameters, self.chosen, clip_norm)
         zero = ZeroEngine(model, parameters, task.settings(), num_steps=self._plan.num_steps)
         sums: ClippedSum | SlicedSum
@@ -296,13 +301,13 @@ class PrivateContestant:
         """Returns this rank's slice of a tensor's sum over ranks. Collective."""
         whole = part.to(self._world.device)
         dist.all_reduce(whole)
-        return cut(whole, self._world.rank, self._world.size).to(self._world.device)
+        return own_slice(whole, self._world.rank, self._world.size).to(self._world.device)
 
     def _kernel(
         self, model: nn.Module, parameters: dict[str, nn.Parameter], wanted: Any, clip_norm: float
     ) -> Kernel:
         cell = self._task.cell
-        return choose_kernel(
+        return select_kernel(
             wanted,
             model,
             parameters,
@@ -320,6 +325,7 @@ class CeilingContestant:
     """DeepSpeed without privacy."""
 
     chosen: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, task: Task, world: World) -> None:
         is_sliced = task.cell.zero_stage == 3
@@ -346,6 +352,7 @@ class TorchContestant:
     """PyTorch without privacy and without DeepSpeed."""
 
     chosen: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, task: Task, world: World) -> None:
         self._model = task.model().to(world.device)
@@ -375,7 +382,9 @@ def everybody_as_one(store: str, num_workers: int) -> Callable[[int], Draw]:
     return lambda step: everything
 
 
-def open_reader(task: Task, draw: Callable[[int], Draw], world: World) -> CohortReader:
+def open_reader(
+    task: Task, draw: Callable[[int], Draw], world: World, packing: Packing | None = None
+) -> CohortReader:
     """Returns the reader of a contestant's groups, as training has it."""
     store = TokenStore.open(Path(task.store), verify=False)
     return CohortReader(
@@ -385,6 +394,7 @@ def open_reader(task: Task, draw: Callable[[int], Draw], world: World) -> Cohort
         world_size=world.size,
         microbatch_tokens=task.study.microbatch_tokens,
         pad_id=store.manifest.tokenizer.pad_id,
+        packing=packing,
         pin_memory=world.device.type == "cuda",
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from udp_ray.data.batches import Draw, Group, Microbatch
+from udp_ray.data.batches import Draw, Group, Microbatch, Packing
 from udp_ray.engine.distributed import World
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.experiments.benchmark.contestants import (
@@ -40,6 +40,7 @@ class OpacusContestant:
     """Opacus' DP-SGD on the cell's examples."""
 
     chosen: str | None = None
+    packing: Packing | None = None
 
     def __init__(self, task: Task, world: World, *, is_ghost: bool) -> None:
         self._task = task
