@@ -331,7 +331,7 @@ class SelectionDraws:
 def _check_mean(mean: float, *, smallest: float) -> None:
     if not (max(smallest, 1e-3) <= mean <= LARGEST_MEAN):
         raise ConfigError(
-            f"the expected number of trials is {mean:g}: choose between {smallest:g} and"
+            f"the expected number of trials is {mean:g}: give a number between {smallest:g} and"
             f" {LARGEST_MEAN:g}"
         )
 
