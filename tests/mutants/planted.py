@@ -421,7 +421,7 @@ SAMPLING = [
         name="cap_keeps_the_first_users",
         breaks="review: users who stand first in the store are never cut",
         file="udp_ray/dp/sampling.py",
-        text='kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]),'
+        text='kept, _ = subsets(_Stream(key, "survivors", step), np.array([num_drawn]),'
         " max_cohort_size)",
         replacement="kept = np.arange(min(num_drawn, max_cohort_size))",
         tests=("tests/dp/test_sampling.py::test_the_cap_treats_all_users_alike",),
@@ -430,8 +430,8 @@ SAMPLING = [
         name="els_keeps_twice_the_group_size",
         breaks="review: users keep 2 G examples",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, 2 * group_size)',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, 2 * group_size)',
         tests=(
             "tests/dp/test_sampling.py"
             "::test_example_sampling_keeps_the_same_examples_for_the_whole_run",
@@ -441,8 +441,8 @@ SAMPLING = [
         name="els_keeps_everything",
         breaks="the bound on a user's examples is applied to no one",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
         tests=(f"{LOOP}::test_a_user_brings_distinct_examples_and_no_more_than_the_group_size",),
     ),
     Mutant(
@@ -452,7 +452,7 @@ SAMPLING = [
         text="users = poisson("
         '_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)',
         replacement="num_users = len(user_offsets) - 1\n"
-        '        users, _ = choose(_Stream(self._key, "users", step), np.array([num_users]),'
+        '        users, _ = subsets(_Stream(self._key, "users", step), np.array([num_users]),'
         " round(num_users * self._probability))",
         tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
     ),
@@ -510,14 +510,14 @@ PRICE = [
         tests=("tests/dp/test_plan.py::test_group_size_is_free_in_uls_and_costs_in_els",),
     ),
     Mutant(
-        name="cap_priced_without_the_neighbour",
+        name="cap_priced_without_the_added_user",
         breaks="the price of a cap leaves out the user who is added",
         file="udp_ray/dp/plan.py",
         text="self._pool + (not self.population_is_declared),",
         replacement="self._pool,",
         tests=(
             "tests/dp/test_plan.py"
-            "::test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap",
+            "::test_a_counted_population_leaves_room_for_the_added_user_under_a_cap",
         ),
     ),
     Mutant(
@@ -585,9 +585,7 @@ PRICE = [
         file="udp_ray/dp/selection.py",
         text="trials = max(count.smallest, int(np.argmax(count.survival() <= uniform)))",
         replacement="trials = max(count.smallest, round(count.mean))",
-        tests=(
-            "tests/dp/test_trial_count.py::test_drawn_numbers_of_trials_follow_the_distribution",
-        ),
+        tests=("tests/dp/test_selection.py::test_drawn_numbers_of_trials_follow_the_distribution",),
     ),
     Mutant(
         name="trials_share_one_key",
@@ -772,7 +770,7 @@ LEDGER = [
         text="[dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]",
         replacement="[event for event in events][:1]",
         tests=(
-            "tests/dp/test_sweep_price.py"
+            "tests/dp/test_sweep.py"
             "::test_all_trials_of_full_batches_cost_one_gaussian_of_less_noise",
         ),
     ),
