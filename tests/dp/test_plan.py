@@ -173,7 +173,7 @@ def test_a_cap_on_the_cohort_wants_a_population_that_bounds_the_store():
     assert "as declared: the price of the cap" in plan.assumptions()[0]
 
 
-def test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap():
+def test_a_counted_population_leaves_room_for_the_added_user_under_a_cap():
     plan = plan_of(num_users=10_000, max_cohort_size=160)
     assert plan.dp_event().event.dataset_size == 10_001
     assert PrivacyPlan.from_dict(plan.to_dict()) == plan

@@ -116,4 +116,4 @@ def test_the_engine_asks_as_well():
     step = build_step(run, tiny_model(), join_world())  # alone it may
     two = World(rank=0, size=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="secure_noise"):
-        PrivateStep(step._kernel, step.zero, step.plan, step._noise, world=two, fuse_reduce=True)
+        PrivateStep(step._kernel, step.engine, step.plan, step._noise, world=two, fuse_reduce=True)

@@ -40,7 +40,7 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.trainer import cohorts
+from udp_ray.engine.loop import cohorts
 from udp_ray.errors import NoiseCheckError
 
 KEY = RunKey.from_seed(4).sampling()

@@ -18,6 +18,7 @@ from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
 THEN_BOUND = "\n\n    @property\n    def clip_bound"
+TRAINER = "tests/engine/test_trainer.py"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/kernels/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
@@ -183,7 +184,7 @@ NOISE = [
     Mutant(
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="            self.plan.noise_stddev,\n",
         replacement="            self.plan.noise_stddev / self.world.size**0.5,\n",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -202,10 +203,10 @@ NOISE = [
         name="noise_halved_after_the_check",
         breaks="review: the start-up check sees other noise than the steps get",
         file="udp_ray/engine/step.py",
-        text="        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        text="        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        if self._noise is not None:\n"
         "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -219,12 +220,12 @@ NOISE = [
     Mutant(
         name="noise_restarted_on_resume",
         breaks="review: a resumed run repeats the noise of its first steps",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="self.private_step.run(self.step + 1,",
         replacement="self.private_step.run("
         "self.step + 1 - (self.resume.step if self.resume else 0),",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits",
         ),
     ),
@@ -275,7 +276,7 @@ NOISE = [
     Mutant(
         name="secure_noise_not_drawn",
         breaks="P38: the settings ask for secure noise and the plain one is drawn",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="is_secure=self.plan.secure_noise,",
         replacement="is_secure=False,",
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
@@ -285,12 +286,12 @@ NOISE = [
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
         text="        self._kernel.add_clipped(self._sum, groups)\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
         "        self._kernel.add_clipped(self._sum, groups)\n"
         "        mean = self._noisy_mean(self._noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
-        "        self.zero.apply({name: share * part for name, part in mean.items()}, step)\n",
+        "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -322,7 +323,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out",
         breaks="review: a run begins without the start-up check",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="check_noise(self.private_step, self._noise(self.keys.selfcheck))",
         replacement="self._noise(self.keys.selfcheck)",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -330,7 +331,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out_on_resume",
         breaks="review: a resumed run goes on without the start-up check",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="        check_noise(self.private_step",
         replacement="        if saved is None:\n            check_noise(self.private_step",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -338,7 +339,7 @@ NOISE = [
     Mutant(
         name="check_with_the_noise_of_the_run",
         breaks="the noise of the check is also that of the run",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="self._noise(self.keys.selfcheck)",
         replacement="self._noise(self.keys.noise)",
         tests=(f"{LOOP}::test_the_check_draws_from_a_key_of_its_own_before_the_first_step",),
@@ -370,7 +371,7 @@ NOISE = [
     Mutant(
         name="key_in_the_checkpoint",
         breaks="P38: a checkpoint holds the key in place of its public name",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="key_id=self.keys.key_id,",
         replacement="key_id=self.keys.sampling.secret.hex(),",
         tests=(f"{LOOP}::test_no_key_is_in_a_checkpoint",),
@@ -381,7 +382,7 @@ SAMPLING = [
     Mutant(
         name="els_rate",
         breaks="review: the loop samples examples with 1.2 p",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonExampleSampler(\n            key,\n"
         "            sampling_probability=plan.sampling_probability,",
         replacement="PoissonExampleSampler(\n            key,\n"
@@ -391,7 +392,7 @@ SAMPLING = [
     Mutant(
         name="uls_rate",
         breaks="review: the loop samples users with 1.2 q",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -401,7 +402,7 @@ SAMPLING = [
     Mutant(
         name="rate_from_the_users_in_the_store",
         breaks="P2, P3: the rate depends on the private number of users",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -411,7 +412,7 @@ SAMPLING = [
     Mutant(
         name="cap_left_out_of_the_loop",
         breaks="the cap is priced and not applied",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="max_cohort_size=plan.max_cohort_size,",
         replacement="max_cohort_size=None,",
         tests=("tests/engine/test_cohorts.py::test_a_cap_of_the_plan_bounds_every_cohort",),
@@ -420,7 +421,7 @@ SAMPLING = [
         name="cap_keeps_the_first_users",
         breaks="review: users who stand first in the store are never cut",
         file="udp_ray/dp/sampling.py",
-        text='kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]),'
+        text='kept, _ = subsets(_Stream(key, "survivors", step), np.array([num_drawn]),'
         " max_cohort_size)",
         replacement="kept = np.arange(min(num_drawn, max_cohort_size))",
         tests=("tests/dp/test_sampling.py::test_the_cap_treats_all_users_alike",),
@@ -429,8 +430,8 @@ SAMPLING = [
         name="els_keeps_twice_the_group_size",
         breaks="review: users keep 2 G examples",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, 2 * group_size)',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, 2 * group_size)',
         tests=(
             "tests/dp/test_sampling.py"
             "::test_example_sampling_keeps_the_same_examples_for_the_whole_run",
@@ -440,8 +441,8 @@ SAMPLING = [
         name="els_keeps_everything",
         breaks="the bound on a user's examples is applied to no one",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
         tests=(f"{LOOP}::test_a_user_brings_distinct_examples_and_no_more_than_the_group_size",),
     ),
     Mutant(
@@ -451,7 +452,7 @@ SAMPLING = [
         text="users = poisson("
         '_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)',
         replacement="num_users = len(user_offsets) - 1\n"
-        '        users, _ = choose(_Stream(self._key, "users", step), np.array([num_users]),'
+        '        users, _ = subsets(_Stream(self._key, "users", step), np.array([num_users]),'
         " round(num_users * self._probability))",
         tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
     ),
@@ -474,7 +475,7 @@ SAMPLING = [
     Mutant(
         name="one_user_on_two_ranks",
         breaks="P20: every rank computes every user, who is clipped once on each",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="rank=self.world.rank,",
         replacement="rank=0,",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -482,7 +483,7 @@ SAMPLING = [
     Mutant(
         name="ranks_draw_other_cohorts",
         breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="cohorts(self.plan, self.keys.sampling, self.store),",
         replacement="cohorts(\n                self.plan,\n"
         "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
@@ -509,14 +510,14 @@ PRICE = [
         tests=("tests/dp/test_plan.py::test_group_size_is_free_in_uls_and_costs_in_els",),
     ),
     Mutant(
-        name="cap_priced_without_the_neighbour",
+        name="cap_priced_without_the_added_user",
         breaks="the price of a cap leaves out the user who is added",
         file="udp_ray/dp/plan.py",
         text="self._pool + (not self.population_is_declared),",
         replacement="self._pool,",
         tests=(
             "tests/dp/test_plan.py"
-            "::test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap",
+            "::test_a_counted_population_leaves_room_for_the_added_user_under_a_cap",
         ),
     ),
     Mutant(
@@ -603,12 +604,12 @@ LEDGER = [
     Mutant(
         name="step_before_its_authorization",
         breaks="review, P26: noise is drawn for a step that may be refused, or forgotten",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="                budget_message = self._ask(self.step + 1)\n"
         "                if budget_message is not None:\n"
         "                    break\n"
-        "                self._take_step(reader)\n",
-        replacement="                self._take_step(reader)\n"
+        "                self._take_step(source)\n",
+        replacement="                self._take_step(source)\n"
         "                budget_message = self._ask(self.step)\n"
         "                if budget_message is not None:\n"
         "                    break\n",
@@ -619,28 +620,28 @@ LEDGER = [
     Mutant(
         name="metrics_before_the_commit",
         breaks="review: what is computed of weights that may be lost leaves all the same",
-        file="udp_ray/engine/trainer.py",
-        text="        location = self.publish(",
-        replacement='        self._tell({"step": self.step, **heldout})\n'
-        "        location = self.publish(",
+        file="udp_ray/engine/loop.py",
+        text="        if self.publish is not None:\n",
+        replacement='        self._report({"step": self.step, **heldout})\n'
+        "        if self.publish is not None:\n",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
         ),
     ),
     Mutant(
         name="private_number_in_the_metrics",
         breaks="P23: a number of the private batch leaves with the metrics",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="            self.on_metrics(metrics)",
         replacement="            self.on_metrics("
         'metrics | {"train/rejected": float(self.private_step._kernel.num_rejected)})',
-        tests=("tests/engine/test_trainer.py::test_metrics_are_public_numbers_and_nothing_else",),
+        tests=("tests/engine/test_loop.py::test_metrics_are_public_numbers_and_nothing_else",),
     ),
     Mutant(
         name="evaluation_of_training_users",
         breaks="review, P52: an unpaid query on private users",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="            self.store.heldout,\n",
         replacement="            self.store,\n",
         tests=(f"{LOOP}::test_evaluation_reads_the_heldout_users_and_no_others",),
@@ -648,8 +649,9 @@ LEDGER = [
     Mutant(
         name="evaluation_of_training_users_for_want_of_others",
         breaks="P52: without held-out users, training users are evaluated",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="        if self.store.heldout is None:\n            return {}\n"
+        '        self._enter("evaluating")\n'
         "        return evaluate(\n            self.model,\n            self.store.heldout,\n",
         replacement="        return evaluate(\n            self.model,\n"
         "            self.store.heldout or self.store,\n",
@@ -865,7 +867,7 @@ ROUNDING = [
     Mutant(
         name="nothing_kept_for_roundings",
         breaks="P45: groups are clipped to the whole clip norm, so roundings exceed it",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="clip_norm=self.plan.clip_bound",
         replacement="clip_norm=self.plan.clip_norm",
         tests=(
@@ -905,7 +907,7 @@ ROUNDING = [
     Mutant(
         name="dropout_masks_by_chance",
         breaks="P46: a repeated step has other masks under the same noise",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="mask_seed=self.keys.dropout.number",
         replacement="mask_seed=None",
         tests=(
@@ -929,7 +931,7 @@ COUPLING = [
     Mutant(
         name="coupled_models_accepted",
         breaks="P42: a model in which users change each other's gradients is trained",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="self.world.from_first(lambda: self._check_invariance(kernel))",
         replacement="self.world.from_first(lambda: None)",
         tests=(
@@ -941,7 +943,7 @@ COUPLING = [
         name="company_not_checked",
         breaks="P36: layers that see the batch pass the check",
         file="udp_ray/engine/invariance.py",
-        text="            self._check_company(self._group(self._shared_tokens, seed=2))\n",
+        text="            self._check_shared(self._group(self._shared_tokens, seed=2))\n",
         replacement="            self._group(self._shared_tokens, seed=2)\n",
         tests=(
             "tests/engine/test_invariance.py"
@@ -960,15 +962,76 @@ COUPLING = [
     ),
 ]
 
+OWN_MODULE = [
+    Mutant(
+        name="own_module_not_clipped",
+        breaks="P30: Trainer does not apply the plan's clip norm",
+        file="udp_ray/engine/trainer.py",
+        text="clip_norm=self.plan.clip_bound,",
+        replacement="clip_norm=float('inf'),",
+        tests=(f"{TRAINER}::test_removing_one_user_moves_the_sum_by_at_most_the_clip_norm",),
+    ),
+    Mutant(
+        name="own_module_not_checked",
+        breaks="P42: Trainer accepts a module that keeps what it has seen",
+        file="udp_ray/engine/trainer.py",
+        text="self.world.from_first(lambda: self._check_model(kernel))",
+        replacement="self.world.from_first(lambda: None)",
+        tests=(
+            f"{TRAINER}::test_a_model_that_breaks_the_promise_is_refused_before_it_is_charged_a_step",
+        ),
+    ),
+    Mutant(
+        name="own_module_trained_on_all_ranks",
+        breaks="P20: every rank of a Trainer computes every user",
+        file="udp_ray/engine/trainer.py",
+        text="np.flatnonzero(ranks == self.world.rank)",
+        replacement="np.flatnonzero(ranks >= 0)",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
+    ),
+    Mutant(
+        name="own_module_with_one_key_for_all_runs",
+        breaks="P13: two runs of a Trainer draw the same noise",
+        file="udp_ray/engine/trainer.py",
+        text="return RunKey.generate() if key is None else key",
+        replacement="return RunKey.from_seed(0) if key is None else key",
+        tests=(f"{TRAINER}::test_runs_have_keys_of_their_own",),
+    ),
+    Mutant(
+        name="own_module_resumed_on_other_users",
+        breaks="P46: the same noise on the sum of other users",
+        file="udp_ray/engine/trainer.py",
+        text="if saved.provenance.get(INPUTS) != self.provenance[INPUTS]:",
+        replacement="if saved.provenance.get(INPUTS) is None:",
+        tests=(f"{TRAINER}::test_a_run_does_not_continue_with_another_loss_or_other_users",),
+    ),
+    Mutant(
+        name="own_module_charged_nothing",
+        breaks="P26: a run in memory is not charged",
+        file="udp_ray/engine/trainer.py",
+        text="        self._charges.append(charge)\n",
+        replacement="        charge = charge\n",
+        tests=(f"{TRAINER}::test_a_run_whose_price_does_not_fit_is_refused_before_anything_moves",),
+    ),
+    Mutant(
+        name="plain_engine_adds_up_ranks",
+        breaks="P11: the noisy mean is multiplied by the number of ranks",
+        file="udp_ray/engine/plain.py",
+        text="                gradient /= num_ranks\n",
+        replacement="                gradient /= 1\n",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
+    ),
+]
+
 OUTPUTS = [
     Mutant(
         name="commit_between_reserved_steps",
         breaks="review: a resumed run with more checkpoints can never end",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="return self.step >= replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated",
         ),
     ),
@@ -1008,5 +1071,6 @@ OUTPUTS = [
 ]
 
 MUTANTS = [
-    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OUTPUTS,
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
+    *OUTPUTS,
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Moments of a run on Ray at which a test can disturb it: the worker waits there meanwhile.
+"""Fault points: places in a run on Ray where the worker waits, so that a test can inject a fault.
 
     with paused_at(Moment("authorized", step=4), tmp_path, kill):
         train(config)

@@ -1,4 +1,4 @@
-"""The training loop under observation: what it reads, draws, asks for and hands to its kernel.
+"""Records what the training loop reads, samples, asks for and passes to its kernel.
 
 Nothing of the loop is replaced. Functions that it calls note that they were called, and the kernel
 notes the groups that it is given in each step instead of computing their gradients.
@@ -33,7 +33,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.types import RunningSum
@@ -220,9 +220,9 @@ def _watched(
 ) -> Iterator[None]:
     purposes = {key.noise(): "noise", key.selfcheck(): "selfcheck"}
     kernels: list[_NotingKernel] = []
-    choose, run, slice_of = loop.choose_kernel, PrivateStep.run, GaussianNoise.slice
+    choose, run, slice_of = loop.select_kernel, PrivateStep.run, GaussianNoise.slice
 
-    def choose_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
+    def select_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
         seen.clip_norms.append(kwargs["clip_norm"])
         kernels.append(_NotingKernel(choose(*args, **kwargs), seen, added))
         return kernels[-1]
@@ -238,7 +238,7 @@ def _watched(
         return drawn
 
     with (
-        mock.patch.object(loop, "choose_kernel", choose_kernel),
+        mock.patch.object(loop, "select_kernel", select_kernel),
         mock.patch.object(PrivateStep, "run", run_step),
         mock.patch.object(GaussianNoise, "slice", slice_noise),
         mock.patch.object(PrivateStep, "_add_noise", noise_fault) if noise_fault else nullcontext(),

@@ -1,4 +1,4 @@
-"""Prepare or train on a cluster of several nodes, and tell which node each process ran on.
+"""Prepares or trains on a cluster of several nodes, and prints the node of each process.
 
     python -m tests.support.placements SETTINGS.yaml ADDRESS prepare train
 

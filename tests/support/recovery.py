@@ -1,4 +1,4 @@
-"""What must hold after a fault: the same weights, the same spend, nothing half-written.
+"""Recovery assertions: after a fault, the same weights, the same spend, no partial output.
 
 undisturbed = Undisturbed.of(config, folder / "undisturbed")
 ...

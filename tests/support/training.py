@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: a GPT-2 of two layers, a store of two dozen users, seeded keys.
+"""Tiny training runs: a GPT-2 of two layers, a store of two dozen users, seeded keys.
 
 run = TinyRun(store=str(write_tiny_store(tmp_path / "store")), zero_stage=2)
 weights = run_on_ranks(4, train_tiny, run)[0].weights
@@ -27,11 +27,11 @@ from udp_ray.config.experiment import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
+from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.trainer import train
 from udp_ray.engine.types import (
     Accountant,
     Metrics,

@@ -21,7 +21,7 @@ from tests.support.training import (
     train_tiny,
 )
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.types import Accountant
 from udp_ray.errors import FencedError
 from udp_ray.ledger import Digests, Ledger, LedgerAccountant, plan_digest

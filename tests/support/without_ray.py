@@ -1,4 +1,4 @@
-"""A whole run in this process: the product's own code, with plain calls where Ray stands.
+"""A complete run in this process: the library's own code, with plain calls in place of Ray.
 
     with without_ray(before_step=clock.advance):
         result = execute(run, resume=False, announce=print)

@@ -1,15 +1,26 @@
-"""Many groups in one microbatch, for a kernel that clips each of them by itself.
+"""Reads each step's cohort as padded microbatches, in the background.
 
-A microbatch of `cohort` holds rows of one group. Where groups are small, one backward pass over the
-rows of many is faster; here they are put together, each group whole, and which rows are whose is
-written down. Speed and memory only; as sensitive as the text itself.
+A cohort says which examples form which group. A worker takes its share of the groups, packs their
+rows into microbatches as its kernel wants them, and pads each row once, while the previous step
+still computes. Everything here is as sensitive as the text itself, and nothing is logged.
+
+    >>> reader = CohortReader(store, sampler.cohort, rank=0, world_size=2,   # doctest: +SKIP
+    ...                       microbatch_tokens=8192, pad_id=0, packing=kernel.packing)
+    >>> kernel.add_clipped(sums, reader.groups(step=1))                      # doctest: +SKIP
+
+The gradient of a group is the mean over its examples of the gradient of each example's mean token
+loss: a long example weighs as much as a short one. An example without any token that carries loss
+counts in that mean with gradient zero; no computation is spent on it.
+
+There are two packings. Without a `Packing` each group has microbatches of its own, for kernels that
+clip one group at a time. With one, small groups share microbatches, each group whole, and which
+rows belong to which group is recorded:
 
     groups of 1 to 2 rows:  [a] [b b] [c]  ->  rows b b, then a c, padded to the longest of each
 
-Packing a group's examples into microbatches, and dividing groups among workers.
-
-Both work on lengths alone and are the same on every worker, which is how each worker knows its
-share without a message. Neither changes what a step computes, only its speed and rounding.
+Which worker has which group, and which rows share a microbatch, follows from lengths alone and is
+the same on every worker, so that each knows its share without a message. Neither changes what a
+step computes, only its speed and rounding.
 
     >>> assign(np.array([5, 9, 4, 1]), num_workers=2).tolist()
     [1, 0, 1, 0]
@@ -18,44 +29,190 @@ share without a message. Neither changes what a step computes, only its speed an
 
 Reference:
     [1] Graham 1969, "Bounds on multiprocessing timing anomalies" (longest processing time first).
-
-Cohorts as padded batches: each worker's groups of a step, read ahead in the background.
-
-A cohort says which examples form which group. Here a worker takes its share of the groups, reads
-their tokens and pads them into microbatches, while the previous step still computes. Everything
-here is as sensitive as the text itself, and nothing is logged.
-
-    >>> reader = CohortReader(store, sampler.cohort, rank=0, world_size=2,   # doctest: +SKIP
-    ...                       microbatch_tokens=8192, pad_id=0, last_step=100)
-    >>> for group in reader.groups(1):                                       # doctest: +SKIP
-    ...     for microbatch in group.microbatches: ...
-
-The gradient of a group is the mean over its examples of the gradient of each example's mean token
-loss: a long example weighs as much as a short one. An example without any token that carries loss
-counts in that mean with gradient zero; no computation is spent on it.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
+
+from udp_ray.errors import GuaranteeError
+
+NO_LOSS = -100
+"""Label of a position whose token carries no loss, as Hugging Face and torch have it."""
+
+
+# ---- groups and microbatches
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Microbatch:
+    """Examples of one group that share a forward and backward pass. R rows, T tokens. Sensitive.
+
+    A row's loss is the mean over its labels that are not -100, of which there is at least one; the
+    microbatch contributes the sum over rows of row_weight times the row's loss. Summed over a
+    group's microbatches this is the group's loss, whatever the size of microbatches.
+
+    There is no attention mask: padding is on the right and attention is causal, so no token sees
+    padding, and padding carries no loss. A mask would depend on which rows share the forward pass,
+    and with it the attention kernel that runs.
+    """
+
+    input_ids: Tensor
+    """Tokens, int64 (R, T), padded on the right."""
+    labels: Tensor
+    """The same tokens where they carry loss, else -100; not shifted, as Hugging Face has it. The
+    first column is always -100: nothing predicts it."""
+    row_weight: Tensor
+    """1 / examples of the group, those without loss included; float32 (R,)."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Returns the microbatch on another device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pinned(self) -> Self:
+        """Returns the microbatch in page-locked memory, from which copies to a GPU are faster."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            row_weight=function(self.row_weight),
+        )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SharedMicrobatch(Microbatch):
+    """Rows of many groups that share a forward and backward pass, group after group. Sensitive.
+
+    The gradient of the sum over a group's rows of row_weight times the row's mean token loss is the
+    group's gradient.
+    """
+
+    rows_of_groups: tuple[int, ...]
+    """How many rows each group has, at least 1. Sensitive."""
+
+    def groups(self) -> Iterator[Group]:
+        """Yields each group by itself, as views."""
+        start = 0
+        for num_rows in self.rows_of_groups:
+            rows = slice(start, start + num_rows)
+            yield Group(
+                [Microbatch(self.input_ids[rows], self.labels[rows], self.row_weight[rows])]
+            )
+            start += num_rows
+
+
+def without_groups() -> SharedMicrobatch:
+    """Returns a microbatch of one synthetic group that weighs nothing, hence adds nothing."""
+    return SharedMicrobatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        labels=torch.tensor([[NO_LOSS, 0]]),
+        row_weight=torch.zeros(1),
+        rows_of_groups=(1,),
+    )
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Group:
+    """What is clipped as one: a user's examples of this step (uls), or one example (els)."""
+
+    microbatches: list[Microbatch] = field(repr=False)
+    """At least one. Sensitive."""
+    mask_seed: int | None = field(default=None, repr=False)
+    """Seed of its dropout masks, a function of key, step and group; None leaves them to chance.
+    Sensitive."""
+
+
+class PackedGroups(Sequence[Group]):
+    """Groups that are packed for a kernel with a `Packing`. Sensitive.
+
+    As a sequence it gives the groups one by one, the large ones last.
+    """
+
+    def __init__(
+        self, packing: Packing, shared: list[SharedMicrobatch], large: list[Group]
+    ) -> None:
+        self.packing = packing
+        self.shared = shared
+        """Microbatches of small groups, each group whole."""
+        self.large = large
+        """Groups that need more than one microbatch."""
+        self._groups = [group for rows in shared for group in rows.groups()] + large
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._groups[index]
+
+
+# ---- packing and balance, from lengths alone
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How far a kernel pads groups that share microbatches. From settings and model: public."""
+
+    length_grid: int | None = None
+    """Pad each group to a multiple of this, and let only groups of equal length share: how far a
+    group is padded, and with it each rounding of its gradient, then depends on the group alone.
+    None pads to the longest row of a microbatch."""
+    max_length: int | None = None
+    """No row is padded beyond this, which is what the model can read."""
+
+    def padded_length(self, length: int) -> int:
+        """Returns the length to which a group's rows are padded, of which the longest is given."""
+        grid = self.length_grid or 1
+        on_grid = -(-length // grid) * grid
+        return on_grid if self.max_length is None else max(length, min(on_grid, self.max_length))
+
+    def arrange(self, shapes: Sequence[tuple[int, int]], microbatch_tokens: int) -> list[list[int]]:
+        """Returns which groups share each microbatch, as positions in `shapes`.
+
+        Groups with as many rows, and of like length, come together, so that little is padding.
+
+        Args:
+            shapes: Rows and longest row of each group. Sensitive.
+            microbatch_tokens: Most tokens, padding included, of a microbatch. A group whose rows
+                exceed it when padded to the grid is alone in its microbatch.
+        """
+        by_length: dict[int, list[int]] = {}
+        for number, (_, length) in enumerate(shapes):
+            key = self.padded_length(length) if self.length_grid else 0
+            by_length.setdefault(key, []).append(number)
+        microbatches: list[list[int]] = []
+        for _, alike in sorted(by_length.items(), reverse=True):
+            num_rows = longest = 0
+            is_open = False
+            for number in sorted(alike, key=lambda number: shapes[number], reverse=True):
+                rows, length = shapes[number][0], self.padded_length(shapes[number][1])
+                num_rows, longest = num_rows + rows, max(longest, length)
+                if not is_open or num_rows * longest > microbatch_tokens:
+                    microbatches.append([])
+                    num_rows, longest, is_open = rows, length, True
+                microbatches[-1].append(number)
+        return microbatches
 
 
 def pack(lengths: Sequence[int], microbatch_tokens: int) -> list[list[int]]:
     """Returns rows for each microbatch of one group, as positions in `lengths`.
 
-    Examples are taken longest first, so that neighbours of like length share a microbatch and
+    Examples are taken longest first, so that examples of like length share a microbatch and
     little is padding; ties keep their order. A microbatch's rows times its longest example stay
     within microbatch_tokens; an example longer than that goes alone.
     """
@@ -69,8 +226,19 @@ def pack(lengths: Sequence[int], microbatch_tokens: int) -> list[list[int]]:
     return microbatches
 
 
-def padded_tokens(lengths: Sequence[int], microbatch_tokens: int) -> int:
-    """Returns the tokens, padding included, that a group costs."""
+def padded_tokens(
+    lengths: Sequence[int], microbatch_tokens: int, packing: Packing | None = None
+) -> int:
+    """Returns the tokens, padding included, that a group costs.
+
+    Args:
+        lengths: Tokens of each of its examples. Sensitive.
+        microbatch_tokens: Most tokens of a microbatch.
+        packing: Of a kernel whose groups share microbatches; None for one whose do not. On a grid
+            the cost is exact; without one, sharing with longer groups may add to it.
+    """
+    if packing is not None and lengths and len(lengths) * max(lengths) <= microbatch_tokens:
+        return len(lengths) * packing.padded_length(max(lengths))
     if len(lengths) == 1:
         return lengths[0]
     return sum(len(rows) * lengths[rows[0]] for rows in pack(lengths, microbatch_tokens))
@@ -99,8 +267,48 @@ def assign(token_counts: NDArray[np.int64], num_workers: int) -> NDArray[np.int6
     return workers
 
 
-NO_LOSS = -100
-"""Label of a position whose token carries no loss, as Hugging Face and torch have it."""
+# ---- groups that are padded already, as checks at startup make them
+
+
+def pack_groups(groups: Iterable[Group], microbatch_tokens: int, packing: Packing) -> PackedGroups:
+    """Returns groups packed as a `CohortReader` with this packing gives them.
+
+    For the few synthetic groups of checks; it copies their rows, where the reader pads them once.
+    """
+    small: list[Microbatch] = []
+    large: list[Group] = []
+    for group in groups:
+        first, *others = group.microbatches
+        if others or first.input_ids.numel() > microbatch_tokens:
+            large.append(group)
+        else:
+            small.append(first)
+    shapes = [(rows.input_ids.shape[0], rows.input_ids.shape[1]) for rows in small]
+    shared = [
+        join(
+            [small[number] for number in numbers],
+            max(packing.padded_length(shapes[number][1]) for number in numbers),
+        )
+        for numbers in packing.arrange(shapes, microbatch_tokens)
+    ]
+    return PackedGroups(packing, shared, large)
+
+
+def join(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
+    """Returns the rows of groups in this order in one microbatch, padded to `length` tokens."""
+
+    def padded(parts: Iterable[Tensor], value: int) -> Tensor:
+        return torch.cat([pad(part, (0, length - part.shape[1]), value=value) for part in parts])
+
+    return SharedMicrobatch(
+        padded((rows.input_ids for rows in some), 0),
+        padded((rows.labels for rows in some), NO_LOSS),
+        torch.cat([rows.row_weight for rows in some]),
+        tuple(len(rows.input_ids) for rows in some),
+    )
+
+
+# ---- the reader
 
 
 class TokenSource(Protocol):
@@ -134,51 +342,24 @@ class Draw(Protocol):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Microbatch:
-    """Examples of one group that share a forward and backward pass. R rows, T tokens. Sensitive.
+class _Row:
+    """One example that carries loss, before it is padded. Sensitive."""
 
-    A row's loss is the mean over its labels that are not -100, of which there is at least one; the
-    microbatch contributes the sum over rows of row_weight times the row's loss. Summed over a
-    group's microbatches this is the group's loss, whatever the size of microbatches.
-
-    There is no attention mask: padding is on the right and attention is causal, so no token sees
-    padding, and padding carries no loss. A mask would depend on who shares the forward pass, and
-    with it the attention kernel that runs.
-    """
-
-    input_ids: Tensor
-    """Tokens, int64 (R, T), padded on the right."""
-    labels: Tensor
-    """The same tokens where they carry loss, else -100; not shifted, as Hugging Face has it. The
-    first column is always -100: nothing predicts it."""
-    row_weight: Tensor
-    """1 / examples of the group, those without loss included; float32 (R,)."""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Microbatch:
-        """Returns the microbatch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pinned(self) -> Microbatch:
-        """Returns the microbatch in page-locked memory, from which copies to a GPU are faster."""
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
-        return Microbatch(
-            function(self.input_ids),
-            function(self.labels),
-            function(self.row_weight),
-        )
+    tokens: NDArray[np.unsignedinteger]
+    first_label: int
+    weight: float
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Group:
-    """What is clipped as one: a user's examples of this step (uls), or one example (els)."""
+class _GroupRows:
+    """The rows of one group, longest first, before they are padded. Sensitive."""
 
-    microbatches: list[Microbatch] = field(repr=False)
-    """At least one. Sensitive."""
-    mask_seed: int | None = field(default=None, repr=False)
-    """Seed of its dropout masks, a function of key, step and group; None leaves them to chance.
-    Sensitive."""
+    rows: list[_Row]
+    mask_seed: int | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.rows), len(self.rows[0].tokens)
 
 
 class CohortReader:
@@ -191,6 +372,8 @@ class CohortReader:
         world_size: Workers among which each cohort is divided.
         microbatch_tokens: Most tokens, padding included, of a microbatch. Speed and memory only.
         pad_id: Token that pads rows.
+        packing: `Kernel.packing` of the kernel that takes the groups. None: every group has
+            microbatches of its own.
         last_step: No step after this one is read ahead. Default: there always is a next step.
         pin_memory: Put microbatches in page-locked memory, for a GPU.
         mask_seed: Gives a group the seed of its dropout masks, from the step and the number of
@@ -206,6 +389,7 @@ class CohortReader:
         world_size: int,
         microbatch_tokens: int,
         pad_id: int,
+        packing: Packing | None = None,
         last_step: int | None = None,
         pin_memory: bool = False,
         mask_seed: Callable[[int, int], int] | None = None,
@@ -217,9 +401,10 @@ class CohortReader:
         self._world_size = world_size
         self._microbatch_tokens = microbatch_tokens
         self._pad_id = pad_id
+        self._packing = packing
         self._last_step = last_step
         self._pin_memory = pin_memory
-        self._reading: tuple[int, Future[list[Group]]] | None = None
+        self._reading: tuple[int, Future[Sequence[Group]]] | None = None
         # Each thread has a CUDA device of its own, at first number 0: without this, every worker of
         # a node would open a context there to lock its pages.
         use_device = (
@@ -229,10 +414,11 @@ class CohortReader:
             1, thread_name_prefix="cohort-reader", initializer=use_device
         )
 
-    def groups(self, step: int) -> list[Group]:
+    def groups(self, step: int) -> Sequence[Group]:
         """Returns this worker's groups of a step, and starts to read the next step.
 
-        Groups whose examples carry no loss at all are left out: their gradient is zero.
+        With a packing they are `PackedGroups`. Groups whose examples carry no loss at all are left
+        out: their gradient is zero.
 
         Raises:
             Exception: Whatever reading this step has raised, in the background or not.
@@ -264,151 +450,70 @@ class CohortReader:
     ) -> None:
         self.close()
 
-    def _read(self, step: int) -> list[Group]:
+    def _read(self, step: int) -> Sequence[Group]:
+        groups = [rows for rows in self._own_rows(step) if rows.rows]
+        if self._packing is None:
+            return [self._alone(group) for group in groups]
+        small = [group for group in groups if np.prod(group.shape) <= self._microbatch_tokens]
+        large = [group for group in groups if np.prod(group.shape) > self._microbatch_tokens]
+        arranged = self._packing.arrange([g.shape for g in small], self._microbatch_tokens)
+        return PackedGroups(
+            self._packing,
+            [self._shared([small[number] for number in numbers]) for numbers in arranged],
+            [self._alone(group) for group in large],
+        )
+
+    def _own_rows(self, step: int) -> Iterator[_GroupRows]:
+        """Yields the rows of this worker's groups, in the cohort's order."""
         cohort = self._draw(step)
         lengths = self._store.example_lengths(cohort.examples).tolist()
         spans = list(pairwise(cohort.offsets.tolist()))
-        costs = [padded_tokens(lengths[a:b], self._microbatch_tokens) for a, b in spans]
-        workers = assign(np.array(costs, dtype=np.int64), self._world_size)
-        mine = np.flatnonzero(workers == self._rank).tolist()
-        groups = [self._group(step, cohort.examples[slice(*spans[number])]) for number in mine]
-        return [group for group in groups if group.microbatches]
-
-    def _group(self, step: int, examples: NDArray[np.int64]) -> Group:
-        rows = [
-            (self._store.tokens(index), self._store.loss_start(index))
-            for index in examples.tolist()
+        costs = [
+            padded_tokens(lengths[a:b], self._microbatch_tokens, self._packing) for a, b in spans
         ]
-        rows = [(tokens, start) for tokens, start in rows if max(start, 1) < len(tokens)]
-        packed = pack([len(tokens) for tokens, _ in rows], self._microbatch_tokens)
-        return Group(
-            [
-                self._microbatch([rows[number] for number in numbers], weight=1 / len(examples))
-                for numbers in packed
-            ],
-            self._mask_seed(step, int(examples[0])) if self._mask_seed and rows else None,
+        workers = assign(np.array(costs, dtype=np.int64), self._world_size)
+        for number in np.flatnonzero(workers == self._rank).tolist():
+            yield self._group_rows(step, cohort.examples[slice(*spans[number])])
+
+    def _group_rows(self, step: int, examples: NDArray[np.int64]) -> _GroupRows:
+        rows = []
+        for index in examples.tolist():
+            tokens = self._store.tokens(index)
+            # Nothing comes before position 0 to predict it from.
+            first_label = max(self._store.loss_start(index), 1)
+            if first_label < len(tokens):
+                rows.append(_Row(tokens, first_label, weight=1 / len(examples)))
+        rows.sort(key=lambda row: -len(row.tokens))
+        return _GroupRows(
+            rows, self._mask_seed(step, int(examples[0])) if self._mask_seed else None
         )
 
-    def _microbatch(
-        self, rows: list[tuple[NDArray[np.unsignedinteger], int]], *, weight: float
-    ) -> Microbatch:
-        shape = len(rows), max(len(tokens) for tokens, _ in rows)
-        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
-        labels = np.full(shape, NO_LOSS, dtype=np.int64)
-        for row, (tokens, loss_start) in enumerate(rows):
-            first = max(loss_start, 1)  # nothing comes before position 0 to predict it from
-            input_ids[row, : len(tokens)] = tokens
-            labels[row, first : len(tokens)] = tokens[first:]
-        microbatch = Microbatch(
-            torch.from_numpy(input_ids),
-            torch.from_numpy(labels),
-            torch.full((len(rows),), weight, dtype=torch.float32),
-        )
+    def _alone(self, group: _GroupRows) -> Group:
+        packed = pack([len(row.tokens) for row in group.rows], self._microbatch_tokens)
+        microbatches = []
+        for numbers in packed:
+            rows = [group.rows[number] for number in numbers]
+            microbatch = Microbatch(*self._padded(rows, length=len(rows[0].tokens)))
+            microbatches.append(microbatch.pinned() if self._pin_memory else microbatch)
+        return Group(microbatches, group.mask_seed)
+
+    def _shared(self, groups: Sequence[_GroupRows]) -> SharedMicrobatch:
+        if self._packing is None:
+            raise GuaranteeError("groups share a microbatch only with a packing")
+        length = self._packing.padded_length(max(group.shape[1] for group in groups))
+        rows = [row for group in groups for row in group.rows]
+        counts = tuple(len(group.rows) for group in groups)
+        microbatch = SharedMicrobatch(*self._padded(rows, length=length), counts)
         return microbatch.pinned() if self._pin_memory else microbatch
 
-
-@dataclass(frozen=True, repr=False, eq=False)
-class SharedMicrobatch:
-    """Rows of many groups that share a forward and backward pass, group after group. Sensitive.
-
-    As in `cohort.Microbatch`, the gradient of the sum over a group's rows of row_weight times the
-    row's mean token loss is the group's gradient.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    row_weight: Tensor
-    rows_of_groups: tuple[int, ...]
-    """How many rows each group has, at least 1. Sensitive."""
-
-
-def share(
-    groups: Iterable[Group],
-    microbatch_tokens: int,
-    *,
-    length_grid: int | None = None,
-    longest: int | None = None,
-) -> tuple[list[SharedMicrobatch], list[Group]]:
-    """Returns the groups packed into shared microbatches, and those too large to share one.
-
-    Groups with as many rows, and of like length, come together, so that little is padding.
-
-    Args:
-        groups: Groups as a `CohortReader` gives them.
-        microbatch_tokens: Most tokens, padding included, of a microbatch.
-        length_grid: Pad each group to a multiple of this, and let only groups of equal length
-            share: how far a group is padded, and with it each rounding of its gradient, then
-            depends on the group alone. None pads to the longest of a microbatch.
-        longest: No row is padded beyond this, which the model can read.
-
-    Returns:
-        The shared microbatches, and the groups that fill more than one.
-    """
-    small: list[Microbatch] = []
-    large: list[Group] = []
-    for group in groups:
-        first, *others = group.microbatches
-        if others or first.input_ids.numel() > microbatch_tokens:
-            large.append(group)
-        else:
-            small.append(first)
-
-    def padded(rows: Microbatch) -> int:
-        length = rows.input_ids.shape[1]
-        on_grid = -(-length // length_grid) * length_grid if length_grid else length
-        return max(length, min(on_grid, longest)) if longest else on_grid
-
-    by_length: dict[int, list[Microbatch]] = {}
-    for rows in small:
-        by_length.setdefault(padded(rows) if length_grid else 0, []).append(rows)
-    microbatches = []
-    for _, alike in sorted(by_length.items(), reverse=True):
-        alike.sort(key=lambda rows: rows.input_ids.shape, reverse=True)
-        for some in _filled(alike, microbatch_tokens, padded):
-            microbatches.append(join(some, max(padded(rows) for rows in some)))
-    return microbatches, large
-
-
-def join(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
-    """Returns the rows of groups in this order in one microbatch, padded to `length` tokens."""
-    counts = tuple(len(rows.input_ids) for rows in some)
-    shape = sum(counts), length
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, NO_LOSS, dtype=torch.int64)
-    start = 0
-    for rows in some:
-        num_rows, num_tokens = rows.input_ids.shape
-        part = slice(start, start + num_rows), slice(0, num_tokens)
-        input_ids[part] = rows.input_ids
-        labels[part] = rows.labels
-        start += num_rows
-    weights = torch.cat([rows.row_weight for rows in some])
-    return SharedMicrobatch(input_ids, labels, weights, counts)
-
-
-def without_groups() -> SharedMicrobatch:
-    """Returns a microbatch of one made-up group that weighs nothing, hence adds nothing."""
-    return SharedMicrobatch(
-        input_ids=torch.zeros(1, 2, dtype=torch.int64),
-        labels=torch.tensor([[NO_LOSS, 0]]),
-        row_weight=torch.zeros(1),
-        rows_of_groups=(1,),
-    )
-
-
-def _filled(
-    small: Sequence[Microbatch], microbatch_tokens: int, padded: Callable[[Microbatch], int]
-) -> Iterable[list[Microbatch]]:
-    """Cuts the sequence where the next group would no longer fit."""
-    some: list[Microbatch] = []
-    num_rows = length = 0
-    for rows in small:
-        num_rows += len(rows.input_ids)
-        length = max(length, padded(rows))
-        if some and num_rows * length > microbatch_tokens:
-            yield some
-            some = []
-            num_rows, length = len(rows.input_ids), padded(rows)
-        some.append(rows)
-    if some:
-        yield some
+    def _padded(self, rows: Sequence[_Row], *, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns input ids, labels and row weights."""
+        shape = len(rows), length
+        input_ids = np.full(shape, self._pad_id, dtype=np.int64)
+        labels = np.full(shape, NO_LOSS, dtype=np.int64)
+        for number, row in enumerate(rows):
+            end = len(row.tokens)
+            input_ids[number, :end] = row.tokens
+            labels[number, row.first_label : end] = row.tokens[row.first_label :]
+        weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
+        return torch.from_numpy(input_ids), torch.from_numpy(labels), weights

@@ -241,7 +241,17 @@ class PricedPlan:
         return _noise_stddev(self.noise_multiplier, self.clip_norm)
 
     def dp_event(self, num_steps: int | None = None) -> accounting.DpEvent:
-        """Returns the event of the run, or of its first `num_steps` steps."""
+        """Returns the event of the run, or of its first `num_steps` steps.
+
+        Args:
+            num_steps: At least 0. None: all steps of the run.
+
+        Privacy:
+            It describes one user added or removed, also where the unit of sampling is an example.
+
+        Reference:
+            The events in `accounting.py`.
+        """
         steps = self._steps(num_steps)
         if self.max_cohort_size is not None:
             return accounting.capped_uls_event(
@@ -261,6 +271,15 @@ class PricedPlan:
     def epsilon(self, num_steps: int | None = None) -> float:
         """Returns the certified epsilon of the run, or of its first `num_steps` steps, at `delta`.
 
+        Args:
+            num_steps: At least 0. None: all steps of the run.
+
+        Raises:
+            ConfigError: If delta is too small, or epsilon too large, to be computed.
+
+        Privacy:
+            An upper bound: the steps are (result, delta)-DP for adding or removing one user.
+
         Edge cases:
             No noise -> infinity, unless no step was taken. Repeated calls are cheap.
         """
@@ -271,6 +290,9 @@ class PricedPlan:
 
         Each value is an upper bound, on a coarser grid than `epsilon`, and none is above the
         certificate of the last step asked for.
+
+        Args:
+            steps: Numbers of steps, each at least 0.
         """
         if not steps:
             return []
@@ -402,6 +424,9 @@ class PrivacyPlan(PricedPlan):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Returns the plan that `to_dict` wrote.
+
+        Args:
+            values: What `to_dict` returned, possibly read from JSON.
 
         Raises:
             ConfigError: If a field is missing or unknown, or the values contradict each other.

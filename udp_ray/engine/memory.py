@@ -1,33 +1,29 @@
-"""A rough estimate of a run's time and memory, from public numbers, before anything is touched.
+"""Estimates a run's time and memory from public numbers, before anything is read or spent.
 
     print(estimate(config, plan).to_text())
 
-The time counts floating-point operations (6 per parameter and token for a forward and backward
-pass, attention on top) of the *expected* cohort at full blocks, over what such a machine sustains.
-Expect it to be off by a factor of three either way. The memory is closer: see `memory.py`.
+Memory is what rank 0 holds at its peak, for `jobs/price.py --memory` and dry runs. The kernel's
+part is counted: the kernel processes the largest microbatch of a run on fake tensors, which have
+shapes and no values, so that a model of any size is traced in a second. What autograd keeps, what a
+kernel stores and the largest temporary tensor are all seen. ZeRO's part is arithmetic, from what
+DeepSpeed 0.19.8 was measured to keep. Estimates are within 20 % of processes at every stage
+(`tests/engine/test_memory.py`).
 
-Counts the bytes that a computation holds at once, without carrying it out.
+Not included: Python, torch and the CUDA context (about 0.5 GiB), the memory-mapped store, and what
+an allocator keeps: glibc's up to a fifth on CPUs, unless MALLOC_MMAP_THRESHOLD_ is set.
 
-On fake tensors, which have shapes and no values, a model of any size is traced in a second: what
-autograd keeps, what a kernel stores, and the largest temporary are all seen, whatever the model
-looks like.
+Time counts floating-point operations (6 per parameter and token for a forward and backward pass,
+attention in addition) of the *expected* cohort at full blocks, over what such a machine sustains.
+It may be wrong by a factor of three either way.
 
-    with FakeTensorMode(), PeakMemory() as memory:
-        loss = model(**batch).loss
-    memory.peak_bytes
+Existing estimators that were tried:
 
-What a rank holds at its peak, worked out beforehand: for `jobs/price.py --memory` and dry runs.
-
-What the kernel needs is not estimated but counted: the very kernel goes over the largest microbatch
-of a run on fake tensors, which have shapes and no values. What ZeRO holds is arithmetic, from what
-DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration. Checked against
-processes at every stage (`tests/engine/test_memory.py`).
-
-    memory = estimate_memory(config.model, config.train, plan, block_tokens, config.cluster)
-    memory.total_bytes, print(memory.to_text())
-
-Not in it: Python, torch and the CUDA context (some 0.5 GiB), the memory-mapped store, and what an
-allocator keeps back: glibc's up to a fifth on CPUs, unless MALLOC_MMAP_THRESHOLD_ is set.
+- `torch.distributed._tools.mem_tracker.MemTracker` (torch 2.13) fails with "cannot register a hook
+  on a tensor that doesn't require gradient" on the ghost kernel, in whose passes parameters require
+  none. `PeakMemory` below counts storages and needs no hooks.
+- `deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs` and its counterpart for
+  stages 1 and 2 assume mixed precision (18 bytes per parameter) and leave out activations, the
+  float64 sum and the noise. Weights here are float32, and there are no half-precision copies.
 """
 
 from __future__ import annotations
@@ -45,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig, ModelConfig, TrainConfig
-from udp_ray.data.batches import Group, Microbatch, pack, share
+from udp_ray.data.batches import Group, Microbatch, Packing, pack, pack_groups
 from udp_ray.dp.noise import CHUNK_VALUES
 from udp_ray.dp.plan import PricedPlan, PrivacyPlan
 from udp_ray.engine.kernels.direct import DirectKernel
@@ -54,18 +50,314 @@ from udp_ray.engine.kernels.gradients import summed_squared_norms
 from udp_ray.engine.loss import assume_chunks
 from udp_ray.models.load import checkpoint_activations, model_without_weights, trainable_parameters
 
+FLOAT_BYTES = 4
+GIB = 2**30
+LIVE_BYTES = FLOAT_BYTES * 2**27
+"""Most bytes that ZeRO 3 keeps whole, unless a layer is larger; `zero3.LIVE_VALUES`."""
+ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
+"""Bytes that ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
+
+SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
+FLOPS_PER_WEIGHT_AND_TOKEN = 6
+FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
+ANOTHER_FORWARD_PASS = 4 / 3  # beside one forward and one backward pass, which costs two
+ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
+
+
+# ---- time and memory of a run
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated size, work, time and memory of a run."""
+
+    num_parameters: int
+    num_trainable: int
+    examples_per_step: float
+    flops_per_step: float
+    seconds_per_step: float
+    num_steps: int
+    memory: MemoryEstimate
+
+    def to_text(self) -> str:
+        """Returns the estimate for a terminal."""
+        hours = self.seconds_per_step * self.num_steps / 3600
+        total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        return "\n".join(
+            [
+                "Estimate (time: rough, within a factor of three)",
+                f"  parameters         {self.num_trainable:,} trained of {self.num_parameters:,}",
+                f"  examples per step  {self.examples_per_step:g} (at most, in expectation)",
+                f"  work per step      {self.flops_per_step:.2e} FLOPs",
+                f"  time               {total}: {self.seconds_per_step:.3g} s a step,"
+                f" {self.num_steps} steps",
+                f"  memory             {self.memory.total_bytes / GIB:.2f} GiB a worker",
+            ]
+        )
+
+
+def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
+    """Returns the estimated time and memory of a run.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    with torch.device("meta"):
+        model = model_without_weights(config.model)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    text = model.config.get_text_config()
+    tokens = config.data.block_tokens
+    per_unit = plan.group_size if plan.sampling == "uls" else 1
+    examples = plan.expected_size * per_unit
+    attention = ATTENTION_FLOPS * text.num_hidden_layers * text.hidden_size * tokens
+    frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (num_parameters - num_trainable)
+    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * num_trainable + frozen + attention
+    passes = ANOTHER_FORWARD_PASS if config.train.activation_checkpointing else 1.0
+    flops = float(examples * tokens * per_token * passes)
+    return Estimate(
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        examples_per_step=examples,
+        flops_per_step=flops,
+        seconds_per_step=flops / _speed(config),
+        num_steps=plan.num_steps,
+        memory=estimate_memory(config.model, config.train, plan, tokens, config.cluster),
+    )
+
+
+def _speed(config: ExperimentConfig) -> float:
+    cluster = config.cluster
+    if cluster.use_gpu:
+        is_fast = config.model.autocast == "bfloat16"
+        return cluster.num_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
+    return cluster.num_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
+
+
+# ---- memory
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated bytes on rank 0, which holds the most."""
+
+    weights: int
+    """The model in float32, its buffers too."""
+    clipped_sum: int
+    """The running sum of clipped gradients, float64."""
+    optimizer: int
+    """The optimizer's state, and the master weights that ZeRO partitions."""
+    kernel: int
+    """Activations, and gradients before they are summed; freed before the update."""
+    update: int
+    """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
+    works."""
+
+    @property
+    def total_bytes(self) -> int:
+        """The most at any moment."""
+        lasting = self.weights + self.clipped_sum + self.optimizer
+        return lasting + max(self.kernel, self.update)
+
+    def to_dict(self) -> dict[str, int]:
+        """Returns the parts and the total."""
+        return asdict(self) | {"total": self.total_bytes}
+
+    def to_text(self) -> str:
+        """Returns a table for a terminal."""
+        rows = [
+            ("weights", self.weights),
+            ("clipped sum", self.clipped_sum),
+            ("optimizer", self.optimizer),
+            ("clipping (then gone)", self.kernel),
+            ("update (then gone)", self.update),
+            ("at the peak", self.total_bytes),
+        ]
+        lines = [f"  {name:<21} {size / GIB:9.3f} GiB" for name, size in rows]
+        return "\n".join(["Memory of a rank, beside some 0.5 GiB of programs", *lines])
+
+
+def estimate_memory(
+    model: ModelConfig,
+    train: TrainConfig,
+    plan: PricedPlan,
+    block_tokens: int,
+    cluster: ClusterConfig,
+) -> MemoryEstimate:
+    """Returns what rank 0 holds at its peak.
+
+    Args:
+        model: The model's settings.
+        train: Stage, kernel, optimizer, microbatch.
+        plan: Gives the examples of a group.
+        block_tokens: Most tokens of an example.
+        cluster: Gives the world size.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    num_workers = cluster.num_workers
+    with torch.device("meta"):
+        fake = model_without_weights(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _put_on_cpu(fake)
+        if train.activation_checkpointing:
+            checkpoint_activations(fake.train())
+        assume_chunks(
+            fake,
+            microbatch_tokens=train.microbatch_tokens,
+            even_for=block_tokens if train.zero_stage == 3 else None,
+        )
+        parameters = trainable_parameters(fake)
+        rows = plan.group_size if plan.sampling == "uls" else 1
+        kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)
+    weights = _bytes([*fake.parameters(), *fake.buffers()])
+    trained = _bytes(parameters.values())
+    is_sliced = train.zero_stage == 3
+    if is_sliced:  # its own slices, and what is gathered for the layers in use
+        weights = weights // num_workers + min(weights, LIVE_BYTES)
+    return MemoryEstimate(
+        weights=weights,
+        clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
+        optimizer=_optimizer_bytes(trained, train, num_workers),
+        kernel=kernel,
+        update=_update_bytes(trained, train, num_workers),
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _put_on_cpu(model: nn.Module) -> None:
+    """Replaces tensors on the meta device by fake ones on the CPU, in place.
+
+    Call it under a FakeTensorMode. Tied parameters stay tied. The CPU decides which operators run,
+    and with them the temporary tensors that are counted.
+    """
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    own[name] = made.setdefault(id(tensor), _empty_like(tensor))
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns this rank's part of the optimizer's state and of ZeRO's master weights."""
+    tensors = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    if train.zero_stage == 0:
+        return trained * tensors
+    return trained * (tensors + 1) // num_workers
+
+
+def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns what the update takes: autograd copies the gradient, ZeRO reduces the copy.
+
+    From stage 1 on ZeRO reduces in buckets.
+    """
+    noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
+    if train.zero_stage == 3:
+        return noise + trained // num_workers
+    if train.zero_stage == 0:
+        return max(noise, 2 * trained)
+    bucket = min(trained, ZERO_BUCKET_BYTES)
+    return max(noise, trained + trained // num_workers + bucket)
+
+
+def _kernel_bytes(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    settings: ModelConfig,
+    train: TrainConfig,
+    *,
+    rows: int,
+    tokens: int,
+) -> int:
+    """Returns the most that a kernel holds over its largest microbatch. Under a FakeTensorMode.
+
+    Where a run selects the kernel at startup, the larger of the two is returned.
+    """
+    group = _largest_group(rows, tokens, train.microbatch_tokens)
+    # The direct kernel always processes a group that needs more than one microbatch.
+    fits = sum(part.input_ids.numel() for part in group.microbatches) <= train.microbatch_tokens
+    is_large = len(group.microbatches) > 1 or not fits
+    counts = []
+    if train.kernel != "ghost" or is_large:
+        direct = DirectKernel(model, parameters, clip_norm=1.0, autocast=settings.autocast)
+        with PeakMemory() as memory:
+            direct.group_gradient(group)
+        counts.append(memory.peak_bytes)
+    if train.kernel != "direct" and settings.dropout == 0 and not is_large:
+        counts.append(_ghost_bytes(model, parameters, settings, train, group))
+    return max(counts)
+
+
+def _ghost_bytes(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    settings: ModelConfig,
+    train: TrainConfig,
+    group: Group,
+) -> int:
+    """Returns what the ghost kernel holds over a full microbatch."""
+    # It runs layers on synthetic input and copies some, which fake tensors warn about.
+    with unset_fake_temporarily(), warnings.catch_warnings(action="ignore", category=UserWarning):
+        kernel = GhostKernel(
+            model,
+            parameters,
+            clip_norm=1.0,
+            microbatch_tokens=train.microbatch_tokens,
+            autocast=settings.autocast,
+        )
+    tokens = group.microbatches[0].input_ids.numel()
+    num_groups = max(1, train.microbatch_tokens // tokens)
+    (shared,) = pack_groups([group] * num_groups, train.microbatch_tokens, Packing()).shared
+    factors = torch.ones(num_groups)
+    totals = {
+        name: torch.zeros(parameter.shape, dtype=torch.float64)
+        for name, parameter in parameters.items()
+    }
+    with PeakMemory() as memory:
+        gradients = kernel.group_gradients(shared)
+        summed_squared_norms(gradients.values())
+        for name, parameter in parameters.items():
+            if (gradient := gradients.pop(name, None)) is not None:
+                # Under ZeRO 3 into a tensor of its own, else into the sum, counted elsewhere.
+                is_own = train.zero_stage == 3
+                total = torch.zeros(parameter.shape) if is_own else totals[name]
+                gradient.add_weighted(total, factors)
+    return memory.peak_bytes
+
+
+def _largest_group(rows: int, tokens: int, microbatch_tokens: int) -> Group:
+    packed = pack([tokens] * rows, microbatch_tokens)
+    return Group([_microbatch(len(some), tokens) for some in packed])
+
+
+def _microbatch(rows: int, tokens: int) -> Microbatch:
+    ids = torch.ones(rows, tokens, dtype=torch.int64)
+    return Microbatch(ids, ids, torch.ones(rows))
+
 
 class PeakMemory(TorchDispatchMode):
-    """Follows every storage that is made inside the block. Works on real tensors as well."""
+    """Counts the bytes of storages that are created inside the block, on fake or real tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = 0
-        """Held now."""
+        """Bytes allocated now."""
         self.peak_bytes = 0
-        """The most that was held at once."""
+        """Most bytes allocated at once."""
         self._sizes: dict[int, int] = {}
-        self._older: set[int] = set()  # storages that were there before, as weights are
+        self._older: set[int] = set()  # storages from before the block, as weights
 
     def __torch_dispatch__(
         self,
@@ -101,294 +393,3 @@ def _storages(values: Any) -> list[torch.UntypedStorage]:
     return [
         leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
     ]
-
-
-FLOAT_BYTES = 4
-GIB = 2**30
-LIVE_BYTES = FLOAT_BYTES * 2**27
-"""What ZeRO 3 keeps whole at most, unless a layer is larger; `zero_slices.LIVE_VALUES`."""
-ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
-"""What ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on rank 0, which holds the most."""
-
-    weights: int
-    """The model in float32, its buffers too."""
-    clipped_sum: int
-    """The running sum of clipped gradients, float64."""
-    optimizer: int
-    """The optimizer's state, and the master weights that ZeRO partitions."""
-    kernel: int
-    """Activations, and gradients on their way into the sum; gone before the update."""
-    update: int
-    """Noise, gradients on their way to the optimizer and ZeRO's buckets for them; not there while a
-    kernel works."""
-
-    @property
-    def total_bytes(self) -> int:
-        """The most at any moment."""
-        lasting = self.weights + self.clipped_sum + self.optimizer
-        return lasting + max(self.kernel, self.update)
-
-    def to_dict(self) -> dict[str, int]:
-        """Returns the parts and the total."""
-        return asdict(self) | {"total": self.total_bytes}
-
-    def to_text(self) -> str:
-        """Returns a table for a terminal."""
-        rows = [
-            ("weights", self.weights),
-            ("clipped sum", self.clipped_sum),
-            ("optimizer", self.optimizer),
-            ("clipping (then gone)", self.kernel),
-            ("update (then gone)", self.update),
-            ("at the peak", self.total_bytes),
-        ]
-        lines = [f"  {name:<21} {size / GIB:9.3f} GiB" for name, size in rows]
-        return "\n".join(["Memory of a rank, beside some 0.5 GiB of programs", *lines])
-
-
-def estimate_memory(
-    model: ModelConfig,
-    train: TrainConfig,
-    plan: PricedPlan,
-    block_tokens: int,
-    cluster: ClusterConfig,
-) -> MemoryEstimate:
-    """Returns what rank 0 holds.
-
-    Args:
-        model: The model's settings.
-        train: Stage, kernel, optimizer, microbatch.
-        plan: Gives the examples of a group.
-        block_tokens: Most tokens of an example.
-        cluster: Gives the world size.
-
-    Raises:
-        ConfigError: If there is no such model.
-    """
-    num_workers = cluster.num_workers
-    with torch.device("meta"):
-        fake = model_without_weights(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _put_on_cpu(fake)
-        if train.activation_checkpointing:
-            checkpoint_activations(fake.train())
-        assume_chunks(
-            fake,
-            microbatch_tokens=train.microbatch_tokens,
-            even_for=block_tokens if train.zero_stage == 3 else None,
-        )
-        parameters = trainable_parameters(fake)
-        rows = plan.group_size if plan.sampling == "uls" else 1
-        kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)
-    weights = _bytes([*fake.parameters(), *fake.buffers()])
-    trained = _bytes(parameters.values())
-    is_sliced = train.zero_stage == 3
-    if is_sliced:  # its own slices, and what is whole while layers are at work
-        weights = weights // num_workers + min(weights, LIVE_BYTES)
-    return MemoryEstimate(
-        weights=weights,
-        clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
-        optimizer=_optimizer_bytes(trained, train, num_workers),
-        kernel=kernel,
-        update=_update_bytes(trained, train, num_workers),
-    )
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _put_on_cpu(model: nn.Module) -> None:
-    """Replaces tensors without values on the meta device by such on the CPU, whose kernels count.
-
-    Under a FakeTensorMode. Tied parameters stay tied.
-    """
-    made: dict[int, Any] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    own[name] = made.setdefault(id(tensor), _empty_like(tensor))
-
-
-def _empty_like(tensor: Tensor) -> Tensor:
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
-
-
-def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
-    """Returns the optimizer's state and ZeRO's master weights, of which a rank has its share."""
-    tensors = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
-    if train.zero_stage == 0:
-        return trained * tensors
-    return trained * (tensors + 1) // num_workers
-
-
-def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
-    """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy.
-
-    From stage 1 on it does so in buckets.
-    """
-    noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
-    if train.zero_stage == 3:
-        return noise + trained // num_workers
-    if train.zero_stage == 0:
-        return max(noise, 2 * trained)
-    bucket = min(trained, ZERO_BUCKET_BYTES)
-    return max(noise, trained + trained // num_workers + bucket)
-
-
-def _kernel_bytes(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    settings: ModelConfig,
-    train: TrainConfig,
-    *,
-    rows: int,
-    tokens: int,
-) -> int:
-    """Returns the most that a kernel holds over its largest microbatch. Under a FakeTensorMode.
-
-    Where the kernel is chosen at the start of a run, the larger of the two counts.
-    """
-    group = _largest_group(rows, tokens, train.microbatch_tokens)
-    # A group that fills more than a microbatch is the direct kernel's in any case.
-    fits = sum(part.input_ids.numel() for part in group.microbatches) <= train.microbatch_tokens
-    is_large = len(group.microbatches) > 1 or not fits
-    counts = []
-    if train.kernel != "ghost" or is_large:
-        direct = DirectKernel(model, parameters, clip_norm=1.0, autocast=settings.autocast)
-        with PeakMemory() as memory:
-            direct.group_gradient(group)
-        counts.append(memory.peak_bytes)
-    if train.kernel != "direct" and settings.dropout == 0 and not is_large:
-        counts.append(_ghost_bytes(model, parameters, settings, train, group))
-    return max(counts)
-
-
-def _ghost_bytes(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    settings: ModelConfig,
-    train: TrainConfig,
-    group: Group,
-) -> int:
-    """Returns what the ghost kernel holds over a microbatch as full as it gets."""
-    # It looks at what layers compute, on made-up input, and copies some, which fake tensors bewail.
-    with unset_fake_temporarily(), warnings.catch_warnings(action="ignore", category=UserWarning):
-        kernel = GhostKernel(
-            model,
-            parameters,
-            clip_norm=1.0,
-            microbatch_tokens=train.microbatch_tokens,
-            autocast=settings.autocast,
-        )
-    tokens = group.microbatches[0].input_ids.numel()
-    num_groups = max(1, train.microbatch_tokens // tokens)
-    (shared,), _ = share([group] * num_groups, train.microbatch_tokens)
-    factors = torch.ones(num_groups)
-    totals = {
-        name: torch.zeros(parameter.shape, dtype=torch.float64)
-        for name, parameter in parameters.items()
-    }
-    with PeakMemory() as memory:
-        gradients = kernel.group_gradients(shared)
-        summed_squared_norms(gradients.values())
-        for name, parameter in parameters.items():
-            if (gradient := gradients.pop(name, None)) is not None:
-                # Under ZeRO 3 into a tensor of its own, else into the sum, counted elsewhere.
-                is_own = train.zero_stage == 3
-                total = torch.zeros(parameter.shape) if is_own else totals[name]
-                gradient.add_weighted(total, factors)
-    return memory.peak_bytes
-
-
-def _largest_group(rows: int, tokens: int, microbatch_tokens: int) -> Group:
-    packed = pack([tokens] * rows, microbatch_tokens)
-    return Group([_microbatch(len(some), tokens) for some in packed])
-
-
-def _microbatch(rows: int, tokens: int) -> Microbatch:
-    ids = torch.ones(rows, tokens, dtype=torch.int64)
-    return Microbatch(ids, ids, torch.ones(rows))
-
-
-SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
-FLOPS_PER_WEIGHT_AND_TOKEN = 6
-FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
-ANOTHER_FORWARD_PASS = 4 / 3  # beside one forward and one backward pass, which costs two
-ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run may take. Rough."""
-
-    num_parameters: int
-    num_trainable: int
-    examples_per_step: float
-    flops_per_step: float
-    seconds_per_step: float
-    num_steps: int
-    memory: MemoryEstimate
-
-    def to_text(self) -> str:
-        """Returns the estimate for a terminal."""
-        hours = self.seconds_per_step * self.num_steps / 3600
-        total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        return "\n".join(
-            [
-                "Estimate (time: rough, within a factor of three)",
-                f"  parameters         {self.num_trainable:,} trained of {self.num_parameters:,}",
-                f"  examples per step  {self.examples_per_step:g} (at most, in expectation)",
-                f"  work per step      {self.flops_per_step:.2e} FLOPs",
-                f"  time               {total}: {self.seconds_per_step:.3g} s a step,"
-                f" {self.num_steps} steps",
-                f"  memory             {self.memory.total_bytes / GIB:.2f} GiB a worker",
-            ]
-        )
-
-
-def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
-    """Returns what a run may take.
-
-    Raises:
-        ConfigError: If there is no such model.
-    """
-    with torch.device("meta"):
-        model = model_without_weights(config.model)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    text = model.config.get_text_config()
-    tokens = config.data.block_tokens
-    per_unit = plan.group_size if plan.sampling == "uls" else 1
-    examples = plan.expected_size * per_unit
-    attention = ATTENTION_FLOPS * text.num_hidden_layers * text.hidden_size * tokens
-    frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (num_parameters - num_trainable)
-    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * num_trainable + frozen + attention
-    passes = ANOTHER_FORWARD_PASS if config.train.activation_checkpointing else 1.0
-    flops = float(examples * tokens * per_token * passes)
-    return Estimate(
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
-        examples_per_step=examples,
-        flops_per_step=flops,
-        seconds_per_step=flops / _speed(config),
-        num_steps=plan.num_steps,
-        memory=estimate_memory(config.model, config.train, plan, tokens, config.cluster),
-    )
-
-
-def _speed(config: ExperimentConfig) -> float:
-    cluster = config.cluster
-    if cluster.use_gpu:
-        is_fast = config.model.autocast == "bfloat16"
-        return cluster.num_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
-    return cluster.num_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
