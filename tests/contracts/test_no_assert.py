@@ -19,9 +19,6 @@ from udp_ray.errors import GuaranteeError, UdpRayError
 PACKAGE = Path(udp_ray.__file__).parent
 # (file, condition): why the condition cannot be false. Nothing but type narrowing belongs here.
 TYPE_NARROWING = {
-    ("dp/sweep.py", "count is not None"): "SweepConfig refuses release best without a count",
-    ("dp/sweep.py", "privacy.epsilon is not None"): "the enclosing condition has it",
-    ("dp/comparison.py", "loss is not None"): "callers have noise",
     ("data/build.py", "self.url is not None"): "only called for a store at a URL",
     ("data/read.py", "piece.split is not None"): "pieces of a data set have a split",
     ("config/privacy.py", "size is not None"): "PrivacyConfig refuses settings without one",

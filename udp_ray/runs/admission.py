@@ -44,7 +44,7 @@ from udp_ray.errors import (
     UdpRayError,
 )
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
-from udp_ray.ledger.ledger import Ledger, refuse_mismatch
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
@@ -338,6 +338,6 @@ def _check_resumable(run: Run) -> None:
             f"output {run.folder.path} holds run {run.run_id}, which has ended: give another folder"
             " for a new run"
         )
-    differing = run.digests.differing(record.digests)
     # The ledger decides; asked here as well, before workers are started for nothing.
-    refuse_mismatch(run.run_id, differing, run.config.privacy.on_mismatch)
+    on_mismatch = run.config.privacy.on_mismatch
+    run.ledger.check_digests(run.run_id, run.digests, on_mismatch=on_mismatch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import platform
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,14 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # a job's working directory, or an installed package: no repository here
     return f"{commit} (with local changes)" if changed else commit
+
+
+def processor_name() -> str:
+    """Returns the model name of the processor where Linux reports it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git(*arguments: str) -> str:

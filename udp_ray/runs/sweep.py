@@ -20,7 +20,7 @@ from udp_ray.dp.selection import TrialCount, trial_count
 from udp_ray.dp.sweep import Configuration, KeptExamples, PlannedSweep, SearchSpace, plan_sweep
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below
-from udp_ray.ledger.ledger import Ledger, refuse_mismatch
+from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import (
     Attempt,
     Budget,
@@ -208,8 +208,7 @@ def admit_sweep(sweep: Sweep, *, resume: bool) -> Attempt:
     """
     on_mismatch = sweep.config.privacy.on_mismatch
     if resume:
-        record = sweep.ledger.run(sweep.sweep_id)
-        refuse_mismatch(sweep.sweep_id, sweep.digests.differing(record.digests), on_mismatch)
+        sweep.ledger.check_digests(sweep.sweep_id, sweep.digests, on_mismatch=on_mismatch)
     else:
         sweep.folder.claim(sweep.sweep_id)
         try:
