@@ -58,8 +58,10 @@ def prepare(config: ExperimentConfig) -> Prepared:
         UdpRayError: If an input, a column, a setting or the disk is at fault, in one sentence. No
             partial store is left.
     """
-    from udp_ray.on_ray.prepare import prepare as prepare_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.prepare import prepare as prepare_on_ray
     model = config.model.name
     return prepare_on_ray(
         config.data,
@@ -91,8 +93,10 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> RunResult:
         What leaves the run, in `config.output`, is (epsilon, delta)-DP for each user, under the
         assumptions that the statement lists.
     """
-    from udp_ray.on_ray.train import train as train_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.train import train as train_on_ray
     return train_on_ray(config, resume=resume)
 
 
@@ -114,8 +118,10 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
     Privacy:
         The price covers the whole search, and is charged before the first trial begins.
     """
-    from udp_ray.on_ray.tune import sweep as sweep_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.tune import sweep as sweep_on_ray
     return sweep_on_ray(config, resume=resume)
 
 
