@@ -42,7 +42,7 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger import Ledger
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -18,9 +18,9 @@ from tests.support.ledger_processes import (
     started,
 )
 from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger import database as ledger_database
 from udp_ray.ledger.database import parse_url
-from udp_ray.ledger.ledger import Ledger
 
 
 @pytest.fixture

@@ -41,9 +41,7 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.ledger import tables as schema
-from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Budget, plan_digest
+from udp_ray.ledger import Budget, Ledger, plan_digest, tables
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -106,7 +104,7 @@ def test_a_creation_that_fails_half_way_leaves_nothing(url, tmp_path, monkeypatc
         raise OSError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "migrate", fail)
+        patch.setattr(tables, "migrate", fail)
         with pytest.raises((OSError, LedgerError)):
             Ledger.create(url)
     assert list(tmp_path.iterdir()) == []
@@ -118,28 +116,28 @@ def test_a_creation_that_fails_half_way_leaves_nothing(url, tmp_path, monkeypatc
 def test_the_migrations_make_the_tables_that_the_code_reads(ledger):
     with ledger._database.read() as connection:
         context = MigrationContext.configure(
-            connection, opts={"version_table": schema.VERSION_TABLE}
+            connection, opts={"version_table": tables.VERSION_TABLE}
         )
-        assert compare_metadata(context, schema.METADATA) == []
+        assert compare_metadata(context, tables.METADATA) == []
 
 
 def test_a_ledger_of_a_newer_version_is_refused(ledger, url):
     with ledger._database.write() as connection:
-        connection.exec_driver_sql(f"UPDATE {schema.VERSION_TABLE} SET version_num = '9999'")
+        connection.exec_driver_sql(f"UPDATE {tables.VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(LedgerError, match=r"9999.*a newer udp-ray wrote it"):
         Ledger.open(url)
 
 
 def test_a_ledger_of_an_older_version_is_brought_up_to_date(ledger, url, tmp_path, monkeypatch):
     newer = tmp_path / "migrations"
-    shutil.copytree(schema.MIGRATIONS, newer)
+    shutil.copytree(tables.MIGRATIONS, newer)
     head = max(file.name[:4] for file in (newer / "versions").glob("0*.py"))
     (newer / "versions" / "9999_more.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
         f"revision, down_revision, branch_labels, depends_on = '9999', '{head}', None, None\n"
         "def upgrade():\n    op.add_column('udp_ray_datasets', sa.Column('more', sa.Integer()))\n"
     )
-    monkeypatch.setattr(schema, "MIGRATIONS", newer)
+    monkeypatch.setattr(tables, "MIGRATIONS", newer)
     for _ in range(2):
         with Ledger.open(url, expected_id=ledger.id) as opened:
             with opened._database.read() as connection:
@@ -364,7 +362,7 @@ def test_an_attempt_that_lost_its_key_gets_a_new_one_and_pays_for_what_it_repeat
     first = started(ledger)
     authorize(ledger, first, 1, 2, 3)
     with ledger._database.write() as connection:
-        connection.execute(update(schema.KEYS).values(secret=None))
+        connection.execute(update(tables.KEYS).values(secret=None))
     second = ledger.begin_attempt("run", DIGESTS)
     assert second.is_rekeyed
     assert second.key_id != first.key_id
@@ -578,7 +576,7 @@ def test_nothing_that_is_shown_or_logged_holds_a_secret(url, everything_logged):
     with new_ledger(url) as ledger:
         admit(ledger, key=key)
         attempt = ledger.begin_attempt("run", DIGESTS)
-        duplicate = insert(schema.KEYS).values(run_id="run", key_id=key.id, secret=key.secret)
+        duplicate = insert(tables.KEYS).values(run_id="run", key_id=key.id, secret=key.secret)
         with pytest.raises(IntegrityError) as caught, ledger._database.write() as connection:
             connection.execute(duplicate)  # SQLAlchemy's own error would name the row
         dataset = ledger.dataset(DATASET)
@@ -613,7 +611,7 @@ def test_many_threads_may_use_one_ledger(ledger):
 
 
 def test_the_ledger_is_usable_without_torch_and_ray():
-    files = list(Path(schema.__file__).parent.rglob("*.py"))
+    files = list(Path(tables.__file__).parent.rglob("*.py"))
     assert len(files) >= 8
     for file in files:
         assert "import torch" not in file.read_text()

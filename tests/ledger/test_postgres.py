@@ -19,8 +19,8 @@ from tests.support.ledger_processes import (
 )
 from tests.support.postgres import NoServerError, PostgresServer, find_programs
 from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger.database import parse_url, public_url
-from udp_ray.ledger.ledger import Ledger
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.selection import PoissonTrials, SelectionDraws, TrialCount
 from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError
-from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger import Ledger
 from udp_ray.ledger.records import (
     Budget,
     Digests,

@@ -20,8 +20,7 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     PrivacyBudgetExceededError,
 )
-from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Digests, plan_digest
+from udp_ray.ledger import Digests, Ledger, plan_digest
 from udp_ray.on_ray.accountant import (
     AccountantConfig,
     RemoteAccountant,

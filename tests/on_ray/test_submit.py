@@ -109,7 +109,7 @@ def test_a_users_mistake_is_one_sentence_and_a_failed_job(head: RayHead, project
     assert done.returncode != 0
     assert "Traceback" not in done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert set(said) == {"error: privacy.clip_norm is '-1': input should be greater than 0"}
+    assert set(said) == {"error: privacy.clip_norm is '-1': it must be greater than 0"}
     job = head.jobs()[-1]
     assert (job["status"], job["driver_exit_code"]) == ("FAILED", 2)
 

@@ -16,8 +16,8 @@ from sqlalchemy import select
 from tests.support.postgres import shared_server
 from udp_ray.dp.keys import RunKey
 from udp_ray.errors import PrivacyBudgetExceededError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger import tables as schema
-from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Attempt, Digests, plan_digest, plan_to_json
 
 DATASET = "chats"
@@ -28,10 +28,10 @@ PROCESS_TIMEOUT_S = 120.0
 
 
 class Barrier(Protocol):
-    """Makes several processes continue at the same time."""
+    """What makes several processes go on together."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Returns once all processes wait."""
+        """Returns when all have come."""
 
 
 def new_ledger_url(kind: str, folder: Path) -> str:
@@ -58,7 +58,7 @@ def admit(
     digests: Digests = DIGESTS,
     key: RunKey | None = None,
 ) -> None:
-    """Admits a run with the plan of these tests."""
+    """Admits a run with the made-up plan."""
     ledger.admit(
         run_id,
         DATASET,
@@ -122,10 +122,10 @@ def admit_until_refused(url: str, driver: int, barrier: Barrier) -> None:
 
 
 def admit_without_lock(url: str, driver: int, barrier: Barrier) -> None:
-    """Admits as a ledger without a lock would: reads in one transaction, writes in another."""
+    """Admits as a careless ledger would: looks in one transaction, writes in another."""
     ledger = Ledger.open(url)
     has_room = not any(run.is_charged for run in ledger.spent(DATASET).runs)
-    barrier.wait(PROCESS_TIMEOUT_S)  # the other has read too
+    barrier.wait(PROCESS_TIMEOUT_S)  # the other has looked too
     if not has_room:
         return
     row = {"run_id": f"run-{driver}", "dataset": DATASET, "epsilon": 1.0, "delta": 1e-7}
@@ -139,7 +139,7 @@ def admit_without_lock(url: str, driver: int, barrier: Barrier) -> None:
 
 
 def train_until_killed(url: str, reports: Pipe) -> None:
-    """Trains a run, and reports each step whose noise may be drawn."""
+    """Trains a run, reports each step whose noise may be drawn, and never stops by itself."""
     ledger = Ledger.open(url)
     attempt = ledger.begin_attempt("run", DIGESTS)
     start = attempt.resume_digest or START
@@ -152,7 +152,7 @@ def train_until_killed(url: str, reports: Pipe) -> None:
 
 
 def train_with_a_pause(url: str, reports: Pipe) -> None:
-    """Reserves a step, pauses between two transactions until SIGCONT, and continues."""
+    """Reserves a step, falls asleep between two transactions until SIGCONT, and goes on."""
     ledger = Ledger.open(url)
     attempt = ledger.begin_attempt("run", DIGESTS)
     authorize(ledger, attempt, 1)
@@ -162,7 +162,7 @@ def train_with_a_pause(url: str, reports: Pipe) -> None:
 
 
 def die_before_commit(url: str, reports: Pipe) -> None:
-    """Commits step 3, reserves up to step 6, and is killed."""
+    """Commits step 3, reserves up to step 6, and dies as by a power cut of the process."""
     ledger = Ledger.open(url)
     attempt = ledger.begin_attempt("run", DIGESTS)
     authorize(ledger, attempt, 1, 2, 3)

@@ -95,7 +95,11 @@ class Workload:
         return sum(share * of(n) for n, share in self.examples_per_user.items()) / users
 
     def median(self) -> int:
-        """Returns the (lower) median number of examples per user."""
+        """Returns the (lower) median number of examples per user.
+
+        Raises:
+            ValueError: If the histogram is empty.
+        """
         half, seen = sum(self.examples_per_user.values()) / 2, 0.0
         for n, share in sorted(self.examples_per_user.items()):
             seen += share
@@ -172,7 +176,10 @@ def ranked(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def recommend(predictions: Sequence[Prediction]) -> Prediction:
-    """Returns the prediction with the best score; among ties, the one that sees the most data.
+    """Returns the prediction with the best score; among ties, the one that visits the most data.
+
+    Args:
+        predictions: As `predict` gives them; scores within `TIE` of the best are ties.
 
     Raises:
         ConfigError: If there is none.

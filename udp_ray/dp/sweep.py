@@ -438,6 +438,10 @@ class ReleasePublic:
 def release_of(name: ReleaseName, count: TrialCount | None) -> Release:
     """Returns the way to release a sweep, by its name.
 
+    Args:
+        name: all, best or public.
+        count: Distribution of the number of trials (best).
+
     Raises:
         GuaranteeError: If the number of trials of a best release has no distribution.
     """

@@ -104,6 +104,7 @@ OF_ONE_TRIAL = {
 }  # fmt: skip
 """Files of a trial that tell which one it was, or what it would cost alone."""
 
+
 # ---- runs
 
 
@@ -144,18 +145,14 @@ def publish_run(
     evaluations = read_evaluations(folder.path / METRICS_FILE)
     divergence = _divergence(record, evaluations, stopped_by, has_weights=has_weights)
     metrics = _with_epsilon(record, evaluations, curve)
-    folder.write_json(METRICS_FILE, [to_strict_json(row) for row in metrics])
-    write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
-    points = curve.points(record.charged_steps)
-    title = f"{run.run_id}: {record.committed_step} steps"
-    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
+    _write_curves(run, record, metrics, curve)
     write_atomic(folder.path / CONFIG_FILE, without_secrets(run.config).to_yaml())
-    total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
         statement = statement.of_diverged(divergence, has_weights=has_weights)
         # Written before the end, since a sweep tells by it that the trial counts as the worst.
         folder.write_json(ERROR_FILE, {"error": _advice(run, divergence), "diverged": True})
+    total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
     folder.forget_start()
@@ -246,6 +243,18 @@ def _without_bars() -> Iterator[None]:
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()
+
+
+def _write_curves(
+    run: Run, record: RunRecord, metrics: list[dict[str, Any]], curve: EpsilonCurve
+) -> None:
+    """Writes metrics.json, the file for TensorBoard, and the figure of both over steps."""
+    folder = run.folder
+    folder.write_json(METRICS_FILE, [to_strict_json(row) for row in metrics])
+    write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
+    points = curve.points(record.charged_steps)
+    title = f"{run.run_id}: {record.committed_step} steps"
+    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
 
 
 def _with_epsilon(
