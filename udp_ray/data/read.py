@@ -300,16 +300,18 @@ def require_columns(existing: Sequence[str], wanted: Sequence[str], location: st
         )
 
 
-def refuse_unreadable(files: Sequence[Piece], columns: Columns) -> None:
-    """Refuses the first parquet or CSV file that cannot be read, after a reader has failed.
+def refuse_unreadable(pieces: Sequence[Piece], columns: Columns) -> None:
+    """Refuses the first parquet or CSV file that cannot be read, after Ray Data has failed.
 
-    Ray Data's error of a CSV file names neither the row nor a missing column. It quotes the row to
-    no one who sees the error, so the file is read once more to say what is wrong with it.
+    Its error names neither the row of a CSV file nor a missing column, so the files are read once
+    more, here on the driver, to say what is wrong.
 
     Raises:
         DataError: If there is one.
     """
-    for piece in files:
+    for piece in pieces:
+        if piece.kind not in ("parquet", "csv"):
+            continue
         require_columns(column_names(piece), columns.names, piece.location)
         with explained(piece):
             if piece.kind == "csv":

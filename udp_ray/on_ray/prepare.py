@@ -443,11 +443,12 @@ def _read(pieces: Sequence[Piece], columns: Columns) -> Dataset:
         "paths": [file_system(piece.location)[1] for piece in pieces],
         "filesystem": file_system(pieces[0].location)[0],
         "partitioning": None,
-        "file_extensions": None,
         "include_paths": PATH not in columns.names,
     }
     if kind == "parquet":
-        return ray.data.read_parquet(columns=columns.names, **options)
+        return ray.data.read_parquet(
+            columns=columns.names, file_extensions=["parquet", "pq"], **options
+        )
     return ray.data.read_csv(
         read_options=CSV_READ,
         parse_options=CSV_PARSE,
