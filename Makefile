@@ -5,12 +5,15 @@
 #   make test-all  the same with injected faults and long oracles
 #   make mutants   plant defects in a copy of the code, one by one: does a test catch each?
 #   make lint      formatting, lint, types
+#   make docs      the documentation as a site, in build/site
 #   make env       the set-up alone
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := build/docs-env
+DOCS_NEEDS = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 export OMP_NUM_THREADS ?= 1
@@ -29,7 +32,7 @@ endif
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: env demo test test-all mutants lint clean
+.PHONY: env demo test test-all mutants lint docs clean
 
 env: $(READY)
 
@@ -63,6 +66,15 @@ lint: env
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# An environment of its own: building the pages needs none of the project's packages.
+docs:
+	@echo "== documentation"
+	@test -x $(DOCS)/bin/mkdocs || ( $(PYTHON) -m venv $(DOCS) && \
+		$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS_NEEDS) )
+	@$(DOCS)/bin/python docs/generate_tour.py
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+	@echo "== build/site/index.html"
 
 clean:
 	rm -rf build .mypy_cache .pytest_cache .ruff_cache .hypothesis

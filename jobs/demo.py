@@ -1,9 +1,9 @@
-"""See the whole thing, small: shipped data, shipped model, a few minutes on two cores.
+"""Run the whole pipeline on shipped data with a shipped model: a few minutes on two cores.
 
     python jobs/demo.py
 
-It prepares the data, trains with a promise to each person, trains again without noise and clipping,
-and prints a table of both. All that it makes is in build/demo, which each run makes anew.
+It prepares the data, trains with a promise to each user, trains again without noise and clipping,
+and prints a table of both. All output is in build/demo, which each demo replaces.
 """
 
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from udp_ray.config.cli import DRY_RUN, parse, run_job
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.console import progress
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -21,15 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any(word.partition("=")[0] == "--config" for word in arguments):
         arguments = ["--config", str(CONFIG), *arguments]
     job = parse(ExperimentConfig, __doc__, arguments, flags=(DRY_RUN,))
-    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.experiments.demo import demo
-    from udp_ray.on_ray.train import describe_run
-
+    # Imported after the settings are read: an error in them need not wait for torch and Ray.
     if job.flag("dry-run"):
+        from udp_ray.runs.dry_run import describe_run
+
         print(describe_run(job.config))
         return 0
+    with progress("loading libraries"):
+        from udp_ray.experiments.demo import demo
     comparison = demo(job.config)
-    print(f"\n{comparison.to_text()}\n\nStatement, models and figures: {job.config.output}")
+    print(f"\n{comparison.to_text()}\n\nStatement, model and figures: {job.config.output}")
     return 0
 
 

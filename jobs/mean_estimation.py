@@ -17,13 +17,12 @@ from udp_ray.config.cli import (
     Flag,
     parse,
     run_job,
-    to_yaml,
 )
 from udp_ray.config.experiment import ClusterConfig
 from udp_ray.experiments.mean_estimation.claims import Results, write_claims
 from udp_ray.experiments.mean_estimation.figures import draw_all
 from udp_ray.experiments.mean_estimation.simulation import Study, describe, run_study
-from udp_ray.io import CONFIG_FILE, OutputFolder, write_aside
+from udp_ray.io import CONFIG_FILE, OutputFolder, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.tasks import run_tasks
 
@@ -52,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         OutputFolder(folder).check(resume=False)
         with connected(config.cluster.address):
             Results(run_study(study, run_tasks)).save(folder)
-        write_aside(folder / CONFIG_FILE, to_yaml(config))
+        write_atomic(folder / CONFIG_FILE, config.to_yaml())
     results = Results.load(folder)
     claims = write_claims(study, results)
     for name, content in {"claims.txt": claims, **draw_all(results)}.items():
-        write_aside(folder / name, content)
+        write_atomic(folder / name, content)
     print(claims)
     return 0
 

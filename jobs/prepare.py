@@ -12,12 +12,7 @@ file that only the owner may read, and shown on request by --show-counts.
 from collections.abc import Sequence
 
 from udp_ray.config.base import Section
-from udp_ray.config.cli import (
-    DRY_RUN,
-    Flag,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.config.experiment import ClusterConfig, DataConfig, ModelConfig
 from udp_ray.errors import ConfigError
 

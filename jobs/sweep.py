@@ -5,32 +5,30 @@
     ray job submit --working-dir . -- python jobs/sweep.py --config FILE
 
 The price of the whole search is printed before anything starts, and charged once. --dry-run lists
-the trials with their noise, what is left out and why, and the price. --resume goes on where an
-interrupted sweep stood, and charges nothing again.
+the trials with their noise, what is left out and why, and the price. --resume continues an
+interrupted sweep, and charges nothing again.
 """
 
 from collections.abc import Sequence
 
-from udp_ray.config.cli import (
-    DRY_RUN,
-    Flag,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.config.sweep import SweepJobConfig
+from udp_ray.console import progress
 
-RESUME = Flag("resume", "Go on with the sweep in the output folder.")
+RESUME = Flag("resume", "Continue the sweep in the output folder.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(SweepJobConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
-    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.on_ray.tune import describe_sweep, run_sweep
-
+    # Imported after the settings are read: an error in them need not wait for torch and Ray.
     if job.flag("dry-run"):
+        from udp_ray.runs.dry_run import describe_sweep
+
         print(describe_sweep(job.config))
         return 0
-    print(run_sweep(job.config, resume=job.flag("resume")).to_text())
+    with progress("loading libraries"):
+        from udp_ray.on_ray.tune import sweep
+    print(f"\n{sweep(job.config, resume=job.flag('resume')).to_text()}")
     return 0
 
 

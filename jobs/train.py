@@ -3,30 +3,28 @@
     python jobs/train.py --config jobs/configs/FILE.yaml --output runs/first
     ray job submit --working-dir . -- python jobs/train.py --config jobs/configs/FILE.yaml
 
-The promised statement is printed before anything is spent, the one of what was spent at the end.
+The promise is printed before anything is spent, and the statement of what was spent at the end.
 """
 
 from collections.abc import Sequence
 
-from udp_ray.config.cli import (
-    DRY_RUN,
-    RESUME,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, RESUME, parse, run_job
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.console import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(ExperimentConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
-    # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.on_ray.train import describe_run, train_on_ray
-
+    # Imported after the settings are read: an error in them need not wait for torch and Ray.
     if job.flag("dry-run"):
+        from udp_ray.runs.dry_run import describe_run
+
         print(describe_run(job.config))
         return 0
-    result = train_on_ray(job.config, resume=job.flag("resume"))
-    print(result.to_text())
+    with progress("loading libraries"):
+        from udp_ray.on_ray.train import train
+    result = train(job.config, resume=job.flag("resume"))
+    print(f"\n{result.to_text()}")
     return 0
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from udp_ray.config.cli import explain
+from udp_ray.config.base import explain
 from udp_ray.config.experiment import ClusterConfig
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import OutputFolder, vanishes_with_job

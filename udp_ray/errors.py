@@ -1,22 +1,29 @@
-"""The few errors that a caller may catch.
+"""The errors that a caller may catch.
 
-Every error here is the user's to mend: its text is one or two sentences that name the field, the
-value and the remedy. Jobs print the text and exit with status 2, without a traceback. The one
-exception is `GuaranteeError`, which is a defect of ours and shows its traceback.
+The user can fix every error here except `GuaranteeError`: its text is one or two sentences that
+name the field, the value and the remedy. Jobs print the text and exit with status 2, without a
+traceback. A `GuaranteeError` is a defect of udp-ray and shows its traceback.
 
-Errors travel between processes as pickles, so each one rebuilds from its single message.
+Errors travel between processes as pickles, so each one is rebuilt from its single message.
 """
 
 
 class UdpRayError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class GuaranteeError(RuntimeError):
-    """An invariant that the privacy guarantee rests on does not hold: a defect, not a user's error.
+    """An invariant of the privacy guarantee does not hold: a defect, not a user's error.
 
-    Raised instead of `assert`, which `python -O` removes. It is not a `UdpRayError`, so jobs end
-    with its traceback and nobody is told a remedy; what was charged stays charged.
+    Raised instead of `assert`, which `python -O` removes. It is no `UdpRayError`, so jobs end with
+    its traceback and suggest no remedy; what was charged stays charged.
+    """
+
+
+class RankFailedError(RuntimeError):
+    """Rank 0 failed with an exception that is no user's error; raised on the other ranks.
+
+    It is not a `UdpRayError`: no user can fix it, and workers that fail with it may be restarted.
     """
 
 
@@ -25,23 +32,23 @@ class ConfigError(UdpRayError, ValueError):
 
 
 class DataError(UdpRayError):
-    """The input data or a store cannot be used as asked."""
+    """The input data or a store cannot be used as requested."""
 
 
 class LedgerError(UdpRayError):
-    """The ledger is missing, is not the one expected, or cannot be reached."""
+    """The ledger is missing, is not the expected one, or cannot be reached."""
 
 
 class LedgerUnavailableError(LedgerError):
-    """The ledger's database did not answer. The same call may be made again: none counts twice."""
+    """The ledger's database did not answer. The call may be retried: none is counted twice."""
 
 
 class PrivacyBudgetExceededError(LedgerError):
-    """A run or step would spend more than the budget holds; nothing was spent."""
+    """A run or step would spend more than is left of the budget; nothing was spent."""
 
 
 class ReplayRefusedError(LedgerError):
-    """A step was already reserved under other circumstances, so repeating it would leak."""
+    """A step was reserved under other settings, code, data or weights; repeating it would leak."""
 
 
 class FencedError(LedgerError):
@@ -49,15 +56,15 @@ class FencedError(LedgerError):
 
 
 class UnsupportedAdjacencyError(ConfigError):
-    """The mechanism has no proven guarantee under the adjacency asked for."""
+    """The mechanism has no proven guarantee under the requested adjacency."""
 
 
 class UnsupportedModelError(UdpRayError):
-    """The model couples users, or has a part that cannot be clipped exactly."""
+    """The model couples users, or has a part whose gradients cannot be clipped exactly."""
 
 
 class CheckpointError(UdpRayError):
-    """A checkpoint is missing, cut short or belongs to another run."""
+    """A checkpoint is missing, truncated or belongs to another run."""
 
 
 class StorageError(UdpRayError):
@@ -65,19 +72,22 @@ class StorageError(UdpRayError):
 
 
 class DivergedError(UdpRayError):
-    """Training diverged: weights or held-out losses are not finite, and cannot become so again.
+    """Training diverged: weights or held-out losses are no longer finite.
 
-    The run ends with it: it stays charged, its key is destroyed, and it cannot be resumed.
+    This ends the run: it stays charged, its key is destroyed, and it cannot be resumed.
     """
 
 
 class WorkersLostError(UdpRayError):
-    """Training workers died more often than a run may restart them."""
+    """Training workers failed more often than cluster.max_failures allows."""
 
 
 class NoiseCheckError(UdpRayError):
-    """The run-time check found noise missing, doubled or wrongly scaled; nothing was trained."""
+    """The check at the start of a run found noise missing, doubled or wrongly scaled.
+
+    Nothing was trained.
+    """
 
 
 class BenchmarkError(UdpRayError):
-    """A benchmark cannot be run as asked, or a contestant does not compute what the others do."""
+    """A benchmark cannot run as requested, or an implementation computes another result."""

@@ -1,44 +1,18 @@
-"""The output folder of a run: what stands where, and how it gets there whole.
+"""Paths, URLs, atomic writes and output folders.
 
-    output/
-      run.json                which run this is; what --resume looks for
-      config.yaml             the resolved settings
-      config.json, model.safetensors, tokenizer.json, ...      the model, as Hugging Face reads it
-      adapter_config.json, adapter_model.safetensors           instead of it, after training by LoRA
-      privacy.json, statement.md                               what was promised and spent
-      metrics.json, curves.png, tensorboard/                   held-out loss and epsilon over steps
-      error.json              of a run that diverged: how, and what to change
-      checkpoints/            until the run ends, unless cluster.storage says elsewhere
-
-Files are written aside and renamed, so that no reader and no crash meets half of one.
-
-The folder may be published once the run has ended. No file then holds a time or a rate, and all
-are written anew at the end: between them, times of files would tell how long steps took, which
-depends on who is in their cohorts. Checkpoints have such times, in their files and in what Ray
-writes beside them, so their folder is open to its owner only and goes when the run ends.
-
-Whether what is written lasts: not in a job's own copy of the project, nor before it is flushed.
-
-`ray job submit --working-dir .` unpacks the project into a folder of Ray's session, which vanishes
-with the job. A relative path leads there, so a ledger, a store or an output could be lost with it.
-
-Places that are given as a path or as a URL of a pyarrow file system.
-
-A URL may carry options, as `s3://bucket/chats?region=eu-west-1`, so that names are added before the
-question mark. It never carries a password: Ray, manifests and statements write places down.
+Here belongs what every package needs to name a place and to write to it safely; reading and writing
+of token stores stands in `udp_ray.data`, uploads in `udp_ray.data.remote`. A place is a path or a
+URL of a pyarrow file system. A URL may have options, as `s3://bucket/chats?region=eu-west-1`, so
+that names are added before the question mark. It never has a password: Ray, manifests and
+statements write places down.
 
     >>> below("s3://bucket/chats?region=eu-west-1", "manifest.json")
     's3://bucket/chats/manifest.json?region=eu-west-1'
     >>> name_of("s3://bucket/chats/checkpoint-1?region=eu-west-1")
     'checkpoint-1'
 
-Refusals of a disk that a person can mend: no room, read-only, not permitted.
-
-    with writing("the checkpoint of step 400", folder):
-        ...
-
-Whatever else goes wrong in the block (a broken disk, a network that is away) stays what it is: it
-is nobody's mistake, and may be tried again.
+Files are written under a temporary name and renamed, so that neither a reader nor a crash leaves
+half of one.
 """
 
 from __future__ import annotations
@@ -61,29 +35,12 @@ from safetensors import SafetensorError
 
 from udp_ray.errors import ConfigError, StorageError
 
-PACKAGES = "runtime_resources"
-PACKAGE_FOLDERS = {"working_dir_files", "py_modules_files"}
-
-
-def vanishes_with_job(path: Path) -> bool:
-    """Returns whether a path lies in the copy of the project that Ray makes for a job."""
-    return any(
-        above == PACKAGES and folder in PACKAGE_FOLDERS
-        for parts in (path.parts, path.resolve().parts)
-        for above, folder in itertools.pairwise(parts)
-    )
-
-
-def flush(place: Path) -> None:
-    """Has a file, or the names in a folder, survive a power cut."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# ---- paths and URLs
 
 
 _SECRETS = ("password", "secret", "key", "token", "credential", "signature", "sas")
+_RAY_PACKAGES = "runtime_resources"
+_RAY_PACKAGE_FOLDERS = {"working_dir_files", "py_modules_files"}
 
 
 def is_url(place: str) -> bool:
@@ -120,7 +77,23 @@ def holds_secret(place: str) -> bool:
     return bool(at and ":" in user) or any(word in name for name in names for word in _SECRETS)
 
 
-MENDED_BY = {
+def vanishes_with_job(path: Path) -> bool:
+    """Returns whether a path lies in the copy of the project that Ray makes for a job.
+
+    `ray job submit --working-dir .` unpacks the project into a folder of Ray's session, which is
+    removed with the job. Relative paths lead there, so a store or an output could be lost with it.
+    """
+    return any(
+        above == _RAY_PACKAGES and folder in _RAY_PACKAGE_FOLDERS
+        for parts in (path.parts, path.resolve().parts)
+        for above, folder in itertools.pairwise(parts)
+    )
+
+
+# ---- refusals of the disk
+
+
+REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there, or raise the quota",
     errno.EFBIG: "raise the limit on the size of files",
@@ -128,12 +101,19 @@ MENDED_BY = {
     errno.EACCES: "permit this account to write there",
     errno.EPERM: "permit this account to write there",
 }
+"""Errors of the operating system that a user can fix, and how."""
 _OS_ERROR = re.compile(r"os error (\d+)")  # as Rust writes it
 
 
 @contextmanager
 def writing(what: str, place: object) -> Iterator[None]:
-    """Turns a refusal of the disk into one sentence.
+    """Turns an error that a user can fix (see `REMEDIES`) into a StorageError of one sentence.
+
+    Other errors, such as a broken disk or an unreachable network, pass unchanged; they may be
+    retried.
+
+        with writing("the checkpoint of step 400", folder):
+            ...
 
     Args:
         what: What is being written, as "the checkpoint of step 400".
@@ -145,16 +125,16 @@ def writing(what: str, place: object) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = _number(error)
-        if number not in MENDED_BY:
+        number = _error_number(error)
+        if number not in REMEDIES:
             raise
         raise StorageError(
             f"{what} could not be written to {place} ({os.strerror(number).lower()}):"
-            f" {MENDED_BY[number]}"
+            f" {REMEDIES[number]}"
         ) from None
 
 
-def _number(error: OSError | SafetensorError) -> int:
+def _error_number(error: OSError | SafetensorError) -> int:
     if isinstance(error, OSError):
         return error.errno or 0
     found = _OS_ERROR.search(str(error))
@@ -162,11 +142,11 @@ def _number(error: OSError | SafetensorError) -> int:
 
 
 def obstacle(what: str, folder: Path) -> str | None:
-    """Returns why a folder cannot be made, as far as that can be foreseen: a file in its place.
+    """Returns why a folder cannot be made, as far as that can be checked: a file in its place.
 
     Args:
         what: What is to be written into it, as in `writing`.
-        folder: The folder, which need not be there.
+        folder: The folder, which need not exist.
 
     Raises:
         StorageError: If the place may not be written.
@@ -179,6 +159,88 @@ def obstacle(what: str, folder: Path) -> str | None:
         with writing(what, folder):
             raise OSError(errno.EROFS if is_read_only else errno.EACCES, "")
     return None
+
+
+def require_writable_folder(folder: Path, field: str = "output", *, what: str = "run.json") -> None:
+    """Refuses a folder that could not be made later.
+
+    Args:
+        folder: The folder, which need not exist.
+        field: The setting that names it.
+        what: What is written there first.
+
+    Raises:
+        ConfigError: If a file stands in its place.
+        StorageError: If the place may not be written.
+    """
+    if (reason := obstacle(what, folder)) is not None:
+        raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
+
+
+def require_storage(storage: str | None) -> None:
+    """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
+    if storage is not None and not is_url(storage):
+        require_writable_folder(Path(storage), "cluster.storage", what="checkpoints")
+
+
+# ---- atomic writes
+
+
+def flush(place: Path) -> None:
+    """Writes a file, or the names in a folder, to the disk, so that they survive a power cut."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(file: Path, content: str | bytes) -> None:
+    """Writes a file under a temporary name and renames it, so that no reader sees half of it.
+
+    Raises:
+        StorageError: If it cannot be written; then the old file stays as it was.
+    """
+    with writing(file.name, file.parent):
+        content = content.encode() if isinstance(content, str) else content
+        _write_temporary(file, content).replace(file)
+
+
+def write_new(file: Path, content: str) -> None:
+    """Writes a file that does not exist yet, in one step.
+
+    Raises:
+        FileExistsError: If it exists; it stays as it was.
+        StorageError: If it cannot be written.
+    """
+    with writing(file.name, file.parent):
+        temporary = _write_temporary(file, content.encode())
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with file.open("x") as stream:
+                stream.write(content)
+        finally:
+            temporary.unlink()
+
+
+def _write_temporary(file: Path, content: bytes) -> Path:
+    """Writes the content to disk under a name of its own beside a file, and returns that name."""
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+# ---- the output folder of a run
 
 
 RUN_FILE = "run.json"
@@ -195,15 +257,33 @@ OWNER_ONLY = 0o700
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """The folder of one run."""
+    """The output folder of one run.
+
+        run.json                which run this is; --resume looks for it
+        config.yaml             the resolved settings
+        config.json, model.safetensors, tokenizer.json, ...      the model, as Hugging Face reads it
+        adapter_config.json, adapter_model.safetensors           instead of it, after LoRA
+        privacy.json, statement.md                               what was promised and spent
+        metrics.json, curves.png, tensorboard/                   held-out loss and epsilon per step
+        error.json              of a run that diverged: how, and what to change
+        checkpoints/            until the run ends, unless cluster.storage is set
+
+    Privacy:
+        The folder may be made available once the run has ended. No file then holds a time or a
+        rate, and all are written anew at the end: differences between the times of files would
+        tell how long steps took, which depends on the cohorts. Checkpoints have such times, in
+        their files and in what Ray writes beside them, so their folder is open to its owner only
+        and is removed when the run ends.
+    """
 
     path: Path
 
     def check(self, *, resume: bool) -> None:
-        """Refuses a folder that a run must not begin in, or that holds none to resume.
+        """Refuses a folder that a run must not begin in, or that has no run to resume.
 
         Raises:
             ConfigError: With the remedy.
+            StorageError: If the folder cannot be written.
         """
         if vanishes_with_job(self.path):
             raise ConfigError(
@@ -218,7 +298,7 @@ class OutputFolder:
             )
         if not resume and self.path.is_dir() and any(self.path.iterdir()):
             has_run = (self.path / RUN_FILE).is_file()
-            other = "--resume to go on with the run in it" if has_run else "remove it"
+            other = "--resume to continue the run in it" if has_run else "remove it"
             raise ConfigError(f"output {self.path} is not empty: give another folder, or {other}")
 
     def run_id(self) -> str:
@@ -235,10 +315,10 @@ class OutputFolder:
             ) from None
 
     def claim(self, run_id: str) -> None:
-        """Makes the folder this run's own; nothing happens if it is already.
+        """Makes the folder this run's own; does nothing if it is already.
 
         Raises:
-            ConfigError: If another run has come to stand there meanwhile.
+            ConfigError: If another run has claimed it in the meantime.
             StorageError: If the folder cannot be written.
         """
         with writing(RUN_FILE, self.path):
@@ -251,6 +331,12 @@ class OutputFolder:
                         f"output {self.path} was taken by run {self.run_id()} just now: give"
                         " another folder"
                     ) from None
+
+    def release(self) -> None:
+        """Undoes `claim` for a run that was not admitted."""
+        (self.path / RUN_FILE).unlink(missing_ok=True)
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def make_checkpoints_folder(self) -> None:
         """Makes the folder of checkpoints, for its owner only.
@@ -270,86 +356,13 @@ class OutputFolder:
         return not folder.exists()
 
     def forget_start(self) -> None:
-        """Gives run.json, the first file of a run, the time of now, like all other files."""
+        """Sets the time of run.json, the first file of a run, to now, like all other files."""
         with writing(RUN_FILE, self.path):
             (self.path / RUN_FILE).touch()
 
-    def release(self) -> None:
-        """Undoes `claim` for a run that was not admitted."""
-        (self.path / RUN_FILE).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
-            self.path.rmdir()
-
     def write_json(self, name: str, value: Any) -> None:
         """Writes a value as JSON; not-a-number and infinity are refused."""
-        write_aside(self.path / name, _to_json(value))
-
-
-def require_writable_folder(folder: Path, field: str = "output", *, what: str = RUN_FILE) -> None:
-    """Refuses a folder that could not be made in the end.
-
-    Args:
-        folder: The folder, which need not be there.
-        field: The setting that names it.
-        what: What is written there first.
-
-    Raises:
-        ConfigError: If a file stands in its way.
-        StorageError: If the place may not be written.
-    """
-    if (reason := obstacle(what, folder)) is not None:
-        raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
-
-
-def require_storage(storage: str | None) -> None:
-    """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
-    if storage is not None and not is_url(storage):
-        require_writable_folder(Path(storage), "cluster.storage", what="checkpoints")
-
-
-def write_new(file: Path, content: str) -> None:
-    """Writes a file that is not there yet, whole from the moment in which it is there.
-
-    Raises:
-        FileExistsError: If it is there; it stands as it was.
-        StorageError: If it cannot be written.
-    """
-    with writing(file.name, file.parent):
-        aside = _written_aside(file, content.encode())
-        try:
-            os.link(aside, file)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            with file.open("x") as stream:
-                stream.write(content)
-        finally:
-            aside.unlink()
-
-
-def write_aside(file: Path, content: str | bytes) -> None:
-    """Writes a file under another name and renames it, so that no reader sees half of it.
-
-    Raises:
-        StorageError: If it cannot be written; then the old file stands as it was.
-    """
-    with writing(file.name, file.parent):
-        aside = _written_aside(file, content.encode() if isinstance(content, str) else content)
-        aside.replace(file)
-
-
-def _written_aside(file: Path, content: bytes) -> Path:
-    """Writes the content durably beside a file, under a name of its own, and returns that."""
-    aside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-    try:
-        with aside.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    return aside
+        write_atomic(self.path / name, _to_json(value))
 
 
 def _to_json(value: Any) -> str:

@@ -13,7 +13,6 @@ from udp_ray.config.cli import (
     RESUME,
     Job,
     parse,
-    to_yaml,
 )
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
@@ -73,7 +72,7 @@ def test_one_file_serves_a_job_that_takes_fewer_sections(settings_file: str) -> 
 def test_resolved_settings_read_back_as_the_same(settings_file: str, tmp_path: Path) -> None:
     config = read(settings_file, "--privacy.clip_norm", "0.5").config
     again = tmp_path / "again.yaml"
-    again.write_text(to_yaml(config))
+    again.write_text(config.to_yaml())
     assert read(str(again)).config == config
 
 
@@ -297,7 +296,7 @@ def test_under_autocast_slices_are_another_release(settings_file: str) -> None:
 
 def test_a_users_mistake_exits_with_two_and_no_traceback() -> None:
     program = """
-        from udp_ray.command_line import run_job
+        from udp_ray.config.cli import run_job
         from udp_ray.errors import DataError
         def main():
             raise DataError("data.user_column 'who' is not in the input")

@@ -70,7 +70,7 @@ def all_tests():
 
 
 def test_the_readme_states_how_many_there_are():
-    (stated,) = re.findall(r"(\d+) planted defects", (ROOT / "README.md").read_text())
+    (stated,) = re.findall(r"plants (\d+) defects", (ROOT / "README.md").read_text())
     assert int(stated) == len(MUTANTS)
 
 

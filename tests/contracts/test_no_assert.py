@@ -17,17 +17,12 @@ import udp_ray
 from udp_ray.errors import GuaranteeError, UdpRayError
 
 PACKAGE = Path(udp_ray.__file__).parent
-SUBPACKAGES = ("dp", "engine", "on_ray", "data", "models")
-
 # (file, condition): why the condition cannot be false. Nothing but type narrowing belongs here.
 TYPE_NARROWING = {
-    ("dp/sweep.py", "count is not None"): "SweepConfig refuses release best without a count",
-    ("dp/sweep.py", "privacy.epsilon is not None"): "the enclosing condition has it",
-    ("dp/comparison.py", "loss is not None"): "callers have noise",
     ("data/build.py", "self.url is not None"): "only called for a store at a URL",
     ("data/read.py", "piece.split is not None"): "pieces of a data set have a split",
-    ("privacy_config.py", "size is not None"): "PrivacyConfig refuses settings without one",
-    ("verification.py", "statement.spent is not None"): "verify has looked",
+    ("config/privacy.py", "size is not None"): "PrivacyConfig refuses settings without one",
+    ("reports/verify.py", "statement.spent is not None"): "verify has looked",
 }
 
 NARROWING = re.compile(r"[\w.]+ is not None")
@@ -42,11 +37,9 @@ def asserted(source: str) -> list[str]:
 
 
 def all_asserted() -> set[tuple[str, str]]:
-    files = [file for name in SUBPACKAGES for file in sorted((PACKAGE / name).rglob("*.py"))]
-    files += sorted(PACKAGE.glob("*.py"))
     return {
         (file.relative_to(PACKAGE).as_posix(), condition)
-        for file in files
+        for file in sorted(PACKAGE.rglob("*.py"))
         for condition in asserted(file.read_text())
     }
 

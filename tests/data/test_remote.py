@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from tests.support.object_store import ObjectStore
 from tests.support.runs import tiny_experiment
 from tests.support.stores import Users, tell_digest, write_store
-from udp_ray.config.cli import explain
+from udp_ray.config.base import explain
 from udp_ray.config.experiment import ClusterConfig, DataConfig
 from udp_ray.data import remote
 from udp_ray.data.remote import (
@@ -32,8 +32,8 @@ from udp_ray.data.remote import (
 )
 from udp_ray.data.store import MANIFEST_FILE, TokenStore
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.on_ray.train import describe_run
 from udp_ray.runs.admission import ADMISSIONS_FOLDER, record_run, recorded_runs
+from udp_ray.runs.dry_run import describe_run
 
 At = Callable[[str], str]
 

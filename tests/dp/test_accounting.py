@@ -6,7 +6,6 @@ import pytest
 from scipy import stats
 
 from udp_ray.dp import accounting
-from udp_ray.dp import accounting as calibration
 from udp_ray.dp.accounting import capped_uls_event, els_event, uls_event
 from udp_ray.errors import ConfigError
 
@@ -63,11 +62,11 @@ def test_a_delta_that_rounding_would_decide_is_refused():
     [(1.0, 3e-3, 10_000), (8.0, 1e-2, 500), (0.1, 0.1, 20_000), (0.1, 1e-4, 1), (3.0, 1.0, 50)],
 )
 def test_calibration_ends_within_a_thousandth_below_the_target(target, rate, steps):
-    z = calibration.calibrate_noise_multiplier(
+    z = accounting.calibrate_noise_multiplier(
         lambda z: uls_event(z, rate, steps),
         target_epsilon=target,
         delta=1e-6,
-        guess=calibration.guess_noise_multiplier(
+        guess=accounting.guess_noise_multiplier(
             target_epsilon=target, delta=1e-6, sampling_probability=rate, num_steps=steps
         ),
     )
@@ -77,7 +76,7 @@ def test_calibration_ends_within_a_thousandth_below_the_target(target, rate, ste
 
 @pytest.mark.parametrize("guess", [0.3, 30.0])
 def test_calibration_does_not_depend_on_where_it_starts(guess):
-    z = calibration.calibrate_noise_multiplier(
+    z = accounting.calibrate_noise_multiplier(
         lambda z: uls_event(z, 0.01, 1000), target_epsilon=2.0, delta=1e-6, guess=guess
     )
     assert 1.99 <= accounting.epsilon(uls_event(z, 0.01, 1000), 1e-6) <= 2.0
@@ -85,22 +84,23 @@ def test_calibration_does_not_depend_on_where_it_starts(guess):
 
 def test_an_epsilon_that_no_noise_reaches_is_refused():
     with pytest.raises(ConfigError, match="no noise reaches it"):
-        calibration.calibrate_noise_multiplier(
+        accounting.calibrate_noise_multiplier(
             lambda _: uls_event(1.0, 0.1, 1000), target_epsilon=0.1, delta=1e-6, guess=1.0
         )
 
 
 def test_a_search_that_cannot_meet_its_window_stays_below_it():
-    search = calibration._Search(0.0, low=-1e-3, high=0.0)
-    search.run(lambda log_z: 1.0 if log_z < 0.7 else -1.0)
-    assert search.best == pytest.approx(0.7, abs=1e-8)
-    assert search.best >= 0.7
+    found = accounting.solve_within(
+        lambda z: math.e if math.log(z) < 0.7 else 1 / math.e, (0.999, 1.0), start=1.0
+    )
+    assert math.log(found) == pytest.approx(0.7, abs=1e-8)
+    assert math.log(found) >= 0.7
 
 
 def test_an_epsilon_that_next_to_no_noise_reaches_is_refused():
     """Here a user is in any step with a probability below delta: no noise would do."""
     with pytest.raises(ConfigError, match="next to no noise"):
-        calibration.calibrate_noise_multiplier(
+        accounting.calibrate_noise_multiplier(
             lambda z: uls_event(z, 1e-9, 10), target_epsilon=2.0, delta=1e-6, guess=0.5
         )
 
@@ -192,7 +192,7 @@ def test_noise_multipliers_of_the_tables(target, rate, group_size, steps, printe
     def event_of(z):
         return els_event(z, rate, group_size, steps)
 
-    z = calibration.calibrate_noise_multiplier(
+    z = accounting.calibrate_noise_multiplier(
         event_of, target_epsilon=target, delta=1e-6, guess=printed
     )
     assert z == pytest.approx(printed, rel=BRACKET)

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from udp_ray.dp import accounting
-from udp_ray.dp import comparison as baselines
+from udp_ray.dp import accounting, comparison
 
 # Tables A and D of the method's sheet, computed elsewhere; brackets up to 0.3 % wide.
 FIXED_RATE = [  # epsilon, group size, tight, best black box, textbook; p = 1e-3, T = 2,000
@@ -23,9 +22,9 @@ def test_noise_multipliers_of_the_table(target, group_size, tight, black_box, te
         "num_steps": 2_000,
         "at_least": tight,
     }
-    found = baselines.black_box_noise_multiplier(target, 1e-6, **run)
+    found = comparison.black_box_noise_multiplier(target, 1e-6, **run)
     assert found == pytest.approx(black_box, rel=4e-3)
-    found = baselines.textbook_noise_multiplier(target, 1e-6, **run)
+    found = comparison.textbook_noise_multiplier(target, 1e-6, **run)
     assert found == pytest.approx(textbook, rel=4e-3)
 
 
@@ -33,7 +32,7 @@ def test_noise_multipliers_of_the_table(target, group_size, tight, black_box, te
     ("group_size", "printed"), [(1, 2.96), (2, 6.96), (4, 20.4), (8, math.inf)]
 )
 def test_epsilons_of_the_table_at_fixed_noise(group_size, printed):
-    found = baselines.black_box_epsilon(
+    found = comparison.black_box_epsilon(
         1.0, 0.01, group_size=group_size, num_steps=2_000, delta=1e-6
     )
     assert found == pytest.approx(printed, rel=4e-3)
@@ -41,13 +40,13 @@ def test_epsilons_of_the_table_at_fixed_noise(group_size, printed):
 
 def test_a_group_of_one_pays_the_example_level_price():
     event = accounting.uls_event(2.0, 0.01, 100)
-    found = baselines.black_box_epsilon(2.0, 0.01, group_size=1, num_steps=100, delta=1e-6)
+    found = comparison.black_box_epsilon(2.0, 0.01, group_size=1, num_steps=100, delta=1e-6)
     assert found == pytest.approx(accounting.epsilon(event, 1e-6), abs=1e-3)
 
 
 @pytest.mark.parametrize("group_size", [2, 4])
 def test_the_tight_price_is_never_above_the_best_black_box(group_size):
     tight = accounting.epsilon(accounting.els_event(2.0, 0.01, group_size, 200), 1e-6)
-    assert tight <= baselines.black_box_epsilon(
+    assert tight <= comparison.black_box_epsilon(
         2.0, 0.01, group_size=group_size, num_steps=200, delta=1e-6
     )

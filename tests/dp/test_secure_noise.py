@@ -9,9 +9,9 @@ import torch
 
 from tests.support.training import TinyRun, tiny_model
 from tests.support.training_steps import build_step
+from udp_ray.config.experiment import MOST_FUSED, require_fusible
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise, secure_normals
-from udp_ray.dp.sensitivity import MOST_FUSED, require_fusible
 from udp_ray.engine.distributed import World, join_world
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.step import PrivateStep
@@ -116,4 +116,4 @@ def test_the_engine_asks_as_well():
     step = build_step(run, tiny_model(), join_world())  # alone it may
     two = World(rank=0, size=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="secure_noise"):
-        PrivateStep(step._kernel, step.zero, step.plan, step._noise, world=two, fuse_reduce=True)
+        PrivateStep(step._kernel, step.engine, step.plan, step._noise, world=two, fuse_reduce=True)

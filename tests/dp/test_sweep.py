@@ -11,8 +11,9 @@ from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sweep import WINDOW, PlannedSweep, plan_sweep
+from udp_ray.dp.sweep import WINDOW, PlannedSweep
 from udp_ray.errors import ConfigError
+from udp_ray.runs.sweep import plan_of_settings, trial_count_of
 
 USERS = 5_000
 KEPT = {1: 5_000, 2: 9_000, 4: 15_000, 8: 22_000}
@@ -39,7 +40,7 @@ FIXED = {"epsilon": None, "noise_multiplier": 0.9}
 
 
 def planned(settings: SweepJobConfig, *, num_users: int | None = USERS) -> PlannedSweep:
-    return plan_sweep(settings, num_users=num_users, kept_examples=KEPT.get)
+    return plan_of_settings(settings, num_users=num_users, kept_examples=KEPT.get)
 
 
 # ---- the settings
@@ -218,13 +219,16 @@ def test_a_sweep_comes_back_from_the_ledger_as_it_was(release) -> None:
     settings = config(release=release, group_size=[2, 8, 1000])
     sweep = planned(settings)
     stored = json.loads(json.dumps(sweep.to_dict(), allow_nan=False))
-    again = PlannedSweep.from_dict(stored, charge=sweep.charge, count=settings.sweep.count)
+    again = PlannedSweep.from_dict(
+        stored, charge=sweep.charge, count=trial_count_of(settings.sweep)
+    )
     assert again == sweep
 
 
 def test_a_sweep_declared_with_another_number_of_trials_is_refused() -> None:
     sweep = planned(config(privacy=FIXED, release="best", group_size=[2]))
-    other = config(privacy=FIXED, release="best", group_size=[2], expected_trials=11).sweep.count
+    settings = config(privacy=FIXED, release="best", group_size=[2], expected_trials=11)
+    other = trial_count_of(settings.sweep)
     with pytest.raises(ConfigError, match="other settings"):
         PlannedSweep.from_dict(sweep.to_dict(), charge=sweep.charge, count=other)
     with pytest.raises(ConfigError, match="training run"):

@@ -15,6 +15,7 @@ import torch
 from tests.support.training import (
     RecordingAccountant,
     TinyRun,
+    attempt_at,
     run_loop,
     tiny_model,
     train_tiny,
@@ -23,7 +24,6 @@ from tests.support.training import (
 )
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import join_world
-from udp_ray.engine.types import ResumePoint
 from udp_ray.errors import CheckpointError, ConfigError
 from udp_ray.models.load import trainable_parameters
 
@@ -47,7 +47,7 @@ def whole(run, folder):
 
 def resume_point(outcome, step):
     location, digest = next(e[2:] for e in outcome.events if e[0] == "commit" and e[1] == step)
-    return ResumePoint(Path(location), digest=digest, step=step, location=location)
+    return attempt_at(step, location, digest)
 
 
 def train_on(model, run, folder, resume=None):

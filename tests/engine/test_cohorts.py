@@ -14,7 +14,7 @@ from tests.support.stores import write_store
 from tests.support.training import NUM_USERS, TinyRun, write_tiny_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine.trainer import cohorts
+from udp_ray.engine.loop import cohorts
 
 KEY = RunKey.from_seed(3).sampling()
 STEPS = range(1, 60)

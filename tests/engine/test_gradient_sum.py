@@ -22,7 +22,7 @@ from tests.support.training import (
     tiny_users,
     write_tiny_store,
 )
-from udp_ray.engine.gradient_sum import cut, held_range, slice_length
+from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
 from udp_ray.models.load import trainable_parameters
 
 ROUNDING = 4e-6  # as in test_ghost.py, for twice as many users
@@ -99,9 +99,11 @@ def test_ranks_agree_on_the_largest_number_of_microbatches():
 def test_slices_cover_each_value_once():
     for number in (0, 1, 5, 12):
         for num_ranks in (1, 2, 3, 7):
-            ranges = [held_range(number, rank, num_ranks) for rank in range(num_ranks)]
+            ranges = [slice_range(number, rank, num_ranks) for rank in range(num_ranks)]
             assert [i for start, stop in ranges for i in range(start, stop)] == list(range(number))
-            pieces = [cut(torch.arange(1.0, number + 1), r, num_ranks) for r in range(num_ranks)]
+            pieces = [
+                own_slice(torch.arange(1.0, number + 1), r, num_ranks) for r in range(num_ranks)
+            ]
             assert all(len(piece) == slice_length(number, num_ranks) for piece in pieces)
             assert torch.cat(pieces)[:number].tolist() == list(range(1, number + 1))
             assert not torch.cat(pieces)[number:].any()

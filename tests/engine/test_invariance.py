@@ -33,7 +33,7 @@ from udp_ray.data.batches import join
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.engine.loss import chunk_logits
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.load import checkpoint_activations, trainable_parameters
@@ -234,8 +234,8 @@ def test_on_a_gpu_a_gradient_is_the_same_whether_or_not_the_batch_has_padding():
     for make in SOUND.values():
         model = make().to("cuda")
         parameters = trainable_parameters(model)
-        groups = [made_up_group(model, 1, length, seed=length) for length in (BLOCK, BLOCK - 7)]
-        full = made_up_group(model, 1, BLOCK, seed=5)
+        groups = [synthetic_group(model, 1, length, seed=length) for length in (BLOCK, BLOCK - 7)]
+        full = synthetic_group(model, 1, BLOCK, seed=5)
         ghost = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=256, device="cuda")
         found = []
         for other in groups:

@@ -39,7 +39,7 @@ from udp_ray.data.batches import NO_LOSS, Microbatch
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.engine.loss import autocast_context, chunk_logits, row_losses
 from udp_ray.models.lora import add_adapters
 
@@ -166,7 +166,7 @@ def test_a_setting_that_the_model_does_not_heed_is_found_out():
 def test_padding_on_the_right_changes_no_logits_before_it(name):
     """Without a mask, for architectures with positions learnt, rotary, or by distance (ALiBi)."""
     model = SOUND[name]()
-    ids = made_up_group(model, 1, 20).microbatches[0].input_ids
+    ids = synthetic_group(model, 1, 20).microbatches[0].input_ids
     for padding in (3, 28):
         padded = torch.nn.functional.pad(ids, (0, padding))
         with torch.no_grad():

@@ -44,4 +44,4 @@ def test_rank_0_without_noise_and_noise_of_another_scale_are_refused():
     wrong = GaussianNoise(RunKey.from_seed(1).noise(), run.plan().noise_stddev / 2)
     for noise in (None, wrong):
         with pytest.raises(GuaranteeError, match="noise"):
-            type(step)(step._kernel, step.zero, step.plan, noise, world=step.world)
+            type(step)(step._kernel, step.engine, step.plan, noise, world=step.world)

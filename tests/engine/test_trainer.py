@@ -1,295 +1,477 @@
-"""pytest tests/engine/test_trainer.py"""
+"""Training one's own module on one's own tensors: pytest tests/engine/test_trainer.py"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import shutil
+import math
+import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
+import torch
+from scipy import stats
+from torch import nn
+from torch.utils.data import TensorDataset, default_collate
 
-from tests.support import training_deaths
-from tests.support.distributed import WorldFailed, run_on_ranks
-from tests.support.training import (
-    RecordingAccountant,
-    TinyRun,
-    run_loop,
-    tiny_model,
-    train_tiny,
-    write_tiny_store,
-)
-from tests.support.training_deaths import (
-    RUN_ID,
-    Death,
-    make_ledger,
-    train_refused,
-    train_with_ledger,
+from tests.support.distributed import run_on_ranks
+from tests.support.own_module import (
+    judged,
+    make_model,
+    make_plan,
+    make_users,
+    sgd,
+    squared_error,
+    train_on_rank,
+    trained,
+    weights,
 )
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine import checkpoint
-from udp_ray.engine.distributed import join_world
-from udp_ray.engine.types import ResumePoint
+from udp_ray.engine import InMemoryAccountant, Trainer, group_by_user
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
-    DivergedError,
-    FencedError,
-    LedgerError,
+    PrivacyBudgetExceededError,
     ReplayRefusedError,
+    UnsupportedModelError,
 )
-from udp_ray.ledger import ledger as ledger_rules
-from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger import Digests, Ledger, LedgerAccountant, plan_digest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "examples").glob("own_*.py"))
+ROUNDING = 2e-6
+"""Float32 weights of about 1 after a few steps, against a judge in float64."""
+KEPT = 1 - 2.0**-10
+"""Share of the clip norm that groups are clipped to; the rest is for roundings."""
+NOISY = {"noise_multiplier": 1.0, "delta": 1e-3}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    join_world()
-    store = write_tiny_store(tmp_path_factory.mktemp("data") / "store")
-    return TinyRun(store=str(store), num_steps=5, checkpoint_every=2)
+# ---- the promise of a short program
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_of_under_20_lines_trains_and_states_what_it_spent(example, capsys):
+    code = example.read_text().partition('"""\n')[2].splitlines()
+    assert len([line for line in code if line.strip()]) < 20
+    runpy.run_path(str(example))
+    said = capsys.readouterr().out
+    assert "promised   epsilon = 8, delta = 0.0001 for 10 steps" in said
+    assert "spent      epsilon = 8, delta = 0.0001 for 10 steps" in said
 
 
-@pytest.fixture(scope="module")
-def whole(run, folder):
-    return train_tiny(run, checkpoints=str(folder))
+def test_there_is_an_example_with_numbers_and_one_with_text():
+    assert [path.stem for path in EXAMPLES] == ["own_module", "own_text_model"]
 
 
-def told(outcome):
-    return [event[1] for event in outcome.events if event[0] == "metrics"]
+# ---- what a step computes
 
 
-def test_each_step_is_authorized_and_metrics_leave_after_their_commit(whole):
-    order = [(e[0], e[1]["step"] if e[0] == "metrics" else e[1]) for e in whole.events]
-    assert order == [
-        ("metrics", 0),
-        ("authorize", 1), ("authorize", 2), ("publish", 2), ("commit", 2), ("metrics", 2),
-        ("authorize", 3), ("authorize", 4), ("publish", 4), ("commit", 4), ("metrics", 4),
-        ("authorize", 5), ("publish", 5), ("commit", 5), ("metrics", 5),
-    ]  # fmt: skip
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("microbatch_rows", [1, 64])
+def test_the_weights_are_those_of_a_plain_loop_over_users(optimizer, microbatch_rows):
+    rate = 0.5 if optimizer == "sgd" else 0.01
+    found = trained(
+        make_users(), make_plan(), settings=sgd(optimizer=optimizer, learning_rate=rate),
+        microbatch_rows=microbatch_rows,
+    )  # fmt: skip
+    clip = 0.5 * KEPT
+    right = judged(make_users(), clip=clip, divisor=6, rate=rate, steps=3, name=optimizer)
+    assert (found - right).abs().max() < ROUNDING
+    unclipped = judged(make_users(), clip=1e9, divisor=6, rate=rate, steps=3, name=optimizer)
+    assert (found - unclipped).abs().max() > 1000 * ROUNDING
 
 
-def test_a_step_names_the_last_committed_checkpoint_as_its_start(whole):
-    committed = checkpoint.weights_digest(dict(tiny_model().named_parameters()))
-    for event in whole.events:
-        if event[0] == "authorize":
-            assert event[2] == committed
-        if event[0] == "commit":
-            committed = event[3]
-    assert whole.result.digest == committed
+def test_under_els_each_example_is_clipped_by_itself():
+    users = make_users()
+    examples = [[example] for user in users for example in user]
+    number = len(examples)
+    plan = make_plan(sampling="els", num_examples=number, expected_size=number)
+    found = trained(users, plan)
+    right = judged(examples, clip=0.5 * KEPT, divisor=number, rate=0.5, steps=3)
+    by_user = judged(users, clip=0.5 * KEPT, divisor=number, rate=0.5, steps=3)
+    assert (found - right).abs().max() < ROUNDING
+    assert (found - by_user).abs().max() > 1000 * ROUNDING
 
 
-def test_the_result_names_a_checkpoint_of_the_final_weights(whole):
-    assert (whole.result.step, whole.result.budget_message) == (5, None)
-    saved = checkpoint.read(Path(whole.result.location), expected_digest=whole.result.digest)
-    assert saved.step == 5
-    assert all(np.array_equal(saved.weights[n], w) for n, w in whole.weights.items())
-    assert saved.key_id == RunKey.from_seed(7).id
+@pytest.mark.parametrize("removed", range(6))
+def test_removing_one_user_moves_the_sum_by_at_most_the_clip_norm(removed):
+    plan = make_plan(num_steps=1)
+    users = make_users()
+    others = users[:removed] + users[removed + 1 :]
+    assert moved_sum(users, others, plan) <= plan.clip_norm
 
 
-def test_metrics_are_public_numbers_and_nothing_else(whole):
-    assert set(told(whole)[-1]) == {
-        "step", "train/learning_rate", "heldout/token_loss", "heldout/user_loss",
-        "heldout/token_perplexity", "heldout/user_perplexity", "heldout/num_tokens",
-        "heldout/num_users",
-    }  # fmt: skip
+def test_without_clipping_one_user_moves_the_sum_further():
+    users = make_users()
+    assert moved_sum(users, users[1:], make_plan(num_steps=1, clip_norm=math.inf)) > 5.0
 
 
-def test_when_the_budget_ends_the_steps_taken_are_kept(run):
-    ended = train_tiny(run, last_step=3)
-    assert ended.result.step == 3
-    assert "step 4 would overspend" in ended.result.budget_message
-    assert [event[1] for event in ended.events if event[0] == "commit"] == [2, 3]
-    assert told(ended)[-1]["step"] == 3
+def moved_sum(users, others, plan):
+    """Returns how far apart the sums of one step are."""
+    one, other = (trained(some, plan, settings=sgd(learning_rate=1.0)) for some in (users, others))
+    return float((one - other).double().norm()) * plan.divisor
 
 
-def test_when_the_budget_ends_at_a_checkpoint_it_is_evaluated_in_whole(run):
-    ended = train_tiny(run, last_step=2)
-    assert [event[1] for event in ended.events if event[0] == "commit"] == [2]
-    assert "heldout/token_loss" in told(ended)[-1]
+def test_two_ranks_give_the_weights_of_one():
+    plan = make_plan(expected_size=3, **NOISY)
+    one, two = trained(make_users(), plan), run_on_ranks(2, train_on_rank, plan)
+    assert all((found - one).abs().max() < ROUNDING for found in two)
 
 
-def test_without_any_budget_nothing_moves(run):
-    ended = train_tiny(run, last_step=0)
-    assert (ended.result.step, ended.result.location) == (0, None)
-    assert all(np.array_equal(w, p.detach()) for w, p in pairs(ended))
+# ---- noise and sampling
 
 
-def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits(run, whole, folder):
-    resumed = train_tiny(run, resume=resume_point(whole, 2))
-    assert [event[1] for event in resumed.events if event[0] == "authorize"] == [3, 4, 5]
-    assert all(np.array_equal(resumed.weights[n], w) for n, w in whole.weights.items())
-    assert resumed.result.digest == whole.result.digest
-    assert told(resumed)[0]["step"] == 4  # the weights of step 0 are not there any more
+def test_the_noise_has_the_scale_of_the_plan_and_not_another():
+    """40,000 values: a sound scale fails with a probability below 1e-6, 2/3 and 3/2 surely."""
+    plan = make_plan(num_steps=1, expected_size=3, **NOISY)
+    assert is_scale(noise_in_one_step(plan), plan)
+    for factor in (2 / 3, 3 / 2):
+        assert not is_scale(noise_in_one_step(replace(plan, noise_multiplier=factor)), plan)
 
 
-def test_a_run_resumed_after_its_last_step_is_evaluated_and_takes_none(run, whole):
-    resumed = train_tiny(run, resume=resume_point(whole, 5))
-    assert [event[0] for event in resumed.events] == ["metrics"]
-    assert resumed.result == whole.result
+def noise_in_one_step(plan):
+    """Returns how far a step of learning rate 1 moves weights whose gradient is zero."""
+    model = nn.Linear(200, 200, bias=False)
+    before = weights(model)
+
+    def zero(model, batch):
+        return model(batch).sum(dim=1) * 0
+
+    users = [[torch.ones(200)] for _ in range(6)]
+    settings = sgd(learning_rate=1.0)
+    Trainer(model, loss=zero, users=users, plan=plan, settings=settings).train()
+    return (weights(model) - before).double().numpy()
 
 
-# ---- resuming with a smaller checkpoint_every
+def is_scale(values, plan):
+    test = stats.kstest(values, stats.norm(scale=plan.clip_norm * 1.0 / plan.divisor).cdf)
+    return test.pvalue > 1e-6
 
 
-STOPPED_AT = 7
+def test_users_take_part_at_the_rate_that_is_priced_and_not_another():
+    """2,000 users, 20 steps: a sound rate fails with a probability below 1e-6, 1.1 times surely."""
+    plan = make_plan(expected_size=100, population=2000, num_steps=20, group_size=1, delta=1e-4)
+    drawn = num_drawn(plan)
+    assert stats.binomtest(drawn, 2000 * 20, plan.sampling_probability).pvalue > 1e-6
+    assert stats.binomtest(drawn, 2000 * 20, 1.1 * plan.sampling_probability).pvalue < 1e-3
 
 
-class Stopped(Exception):
-    """What ends an attempt after a step was reserved."""
+def num_drawn(plan):
+    seen = []
+
+    def count(examples):
+        seen.append(len(examples))
+        return default_collate(examples)
+
+    users = [[torch.randn(2)] for _ in range(plan.population)]
+    model = nn.Linear(2, 1)
+    trainer = Trainer(
+        model, loss=lambda model, x: model(x)[:, 0], users=users, plan=plan, settings=sgd(),
+        key=RunKey.from_seed(1), collate=count,
+    )  # fmt: skip
+    trainer.train()
+    return sum(seen) - 3 - 3 - 3  # less the synthetic examples of the start-up check
 
 
-@pytest.fixture(scope="module")
-def rare(run):
-    """Ten steps, a checkpoint after every fourth."""
-    return replace(run, num_steps=10, checkpoint_every=4)
+def test_runs_have_keys_of_their_own():
+    plan = make_plan(**NOISY)
+    one, other = (trained(make_users(), plan, key=None) for _ in range(2))
+    assert (one - other).abs().max() > 1e-3
 
 
-@pytest.fixture
-def frequent(rare, tmp_path, monkeypatch):
-    """The run after it stopped with steps 5 to 7 reserved from step 4, now with more commits."""
-
-    def stop() -> None:
-        raise Stopped
-
-    monkeypatch.setattr(training_deaths, "die", stop)
-    make_ledger(url_in(tmp_path), rare)
-    with pytest.raises(Stopped):
-        train_with_ledger(rare, url_in(tmp_path), str(tmp_path), Death(authorize=STOPPED_AT))
-    return replace(rare, checkpoint_every=1)
+# ---- the budget
 
 
-def url_in(folder):
-    return f"sqlite:///{folder / 'ledger.sqlite'}"
+def test_a_run_whose_price_does_not_fit_is_refused_before_anything_moves():
+    plan = make_plan(expected_size=3, **NOISY)
+    accountant = InMemoryAccountant(epsilon=1.5 * plan.epsilon(), delta=2e-3)
+    trained(make_users(), plan, accountant=accountant)
+    assert accountant.spent.epsilon == plan.epsilon()
+    model = make_model()
+    again = Trainer(model, loss=squared_error, users=make_users(), plan=plan, accountant=accountant)
+    with pytest.raises(PrivacyBudgetExceededError, match="is left in this accountant"):
+        again.train()
+    assert torch.equal(weights(model), weights(make_model()))
+    assert accountant.spent.epsilon == plan.epsilon()
 
 
-def test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated(
-    rare, frequent, tmp_path
-):
-    resumed = train_with_ledger(frequent, url_in(tmp_path), str(tmp_path))
-    assert [event[1] for event in resumed.events if event[0] == "publish"] == [7, 8, 9, 10]
-    assert [metrics["step"] for metrics in told(resumed)] == [7, 8, 9, 10]
-    assert all("heldout/token_loss" in metrics for metrics in told(resumed))
-    undisturbed = train_tiny(rare)
-    assert all(np.array_equal(resumed.weights[n], w) for n, w in undisturbed.weights.items())
-    with Ledger.open(url_in(tmp_path)) as ledger:
-        record = ledger.run(RUN_ID)
-    assert (record.charged_steps, record.committed_step, record.num_keys) == (10, 10, 1)
-
-
-def test_a_loop_that_commits_between_reserved_steps_is_stopped_before_harm(frequent, tmp_path):
-    with pytest.raises(LedgerError, match=r"step 5 .* before step 7 is repeated"):
-        train_with_ledger(frequent, url_in(tmp_path), str(tmp_path), defers_commits=False)
-    resumed = train_with_ledger(frequent, url_in(tmp_path), str(tmp_path))
-    assert resumed.result.step == 10
-
-
-def test_committing_between_reserved_steps_would_end_the_run_for_good(
-    frequent, tmp_path, monkeypatch
-):
-    """The failing arm: neither the loop defers its commits nor does the ledger refuse them."""
-    monkeypatch.setattr(ledger_rules, "refuse_commit_between_reserved", lambda *_: None)
-    for defers_commits in (False, True):  # the second attempt does it right, in vain
-        with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
-            train_with_ledger(
-                frequent, url_in(tmp_path), str(tmp_path), defers_commits=defers_commits
-            )
-
-
-# ---- refusals
-
-
-def test_a_resume_point_of_another_step_is_refused(run, whole):
-    with pytest.raises(CheckpointError, match="holds step 2"):
-        train_tiny(run, resume=replace(resume_point(whole, 2), step=3))
-
-
-def test_another_checkpoint_than_the_ledgers_is_refused(run, whole):
-    wrong = replace(resume_point(whole, 2), digest=whole.result.digest)
-    with pytest.raises(CheckpointError, match="not the one that the ledger recorded"):
-        train_tiny(run, resume=wrong)
-
-
-def test_weights_that_do_not_move_are_an_error(run):
-    with pytest.raises(ConfigError, match=r"train\.learning_rate is too small"):
-        train_tiny(replace(run, learning_rate=1e-46))
-
-
-def test_an_infinite_update_is_an_error(run):
-    with pytest.raises(DivergedError, match=r"train\.learning_rate is too large"):
-        train_tiny(replace(run, learning_rate=3e38, noise_multiplier=10.0))
-
-
-class DivergedAfter(RecordingAccountant):
-    """An accountant that has seen the evaluation of a step fail."""
-
-    def __init__(self, events, step):
-        super().__init__(events)
-        self._step = step
+class Ending(InMemoryAccountant):
+    """An accountant that grants two steps."""
 
     def authorize(self, step, starting_checkpoint):
-        if step > self._step:
-            raise DivergedError(f"after step {self._step} the loss is not a number")
+        if step > 2:
+            raise PrivacyBudgetExceededError("step 3 would overspend")
         super().authorize(step, starting_checkpoint)
 
 
-def test_training_that_diverged_takes_no_further_step(run, tmp_path):
-    events = []
-    ended = run_loop(run, DivergedAfter(events, 2), events, tmp_path)
-    (commit,) = [event for event in events if event[0] == "commit"]
-    assert (ended.result.step, ended.result.digest) == (2, commit[3])
-    assert [event[1] for event in events if event[0] == "authorize"] == [1, 2]
-    assert "not a number" in ended.result.budget_message
+def test_when_the_budget_ends_the_steps_taken_are_kept_and_stated():
+    plan = make_plan(expected_size=3, **NOISY)
+    model = make_model()
+    trainer = Trainer(
+        model, loss=squared_error, users=make_users(), plan=plan, accountant=Ending(),
+        evaluate=lambda model: {"heldout/loss": 1.0},
+    )  # fmt: skip
+    result = trainer.train()
+    assert (result.num_steps, result.charged_steps) == (2, 2)
+    assert result.epsilon == plan.epsilon(2) < plan.epsilon()
+    text = result.to_text()
+    assert "step 3 would overspend" in text
+    assert f"promised   epsilon = {plan.epsilon():.4g}" in text
+    assert f"spent      epsilon = {plan.epsilon(2):.4g}" in text
+    assert [metrics["step"] for metrics in result.metrics] == [0, 2]
+    assert all("heldout/loss" in metrics for metrics in result.metrics)
 
 
-def test_training_does_not_go_on_from_weights_that_are_not_finite(run, whole, tmp_path):
-    point = resume_point(whole, 2)
-    broken = tmp_path / "checkpoint"
-    shutil.copytree(point.directory, broken)
-    weights = load_file(broken / checkpoint.WEIGHTS)
-    next(iter(weights.values())).view(-1)[0] = float("nan")
-    save_file(weights, broken / checkpoint.WEIGHTS)
-    manifest = json.loads((broken / checkpoint.MANIFEST).read_text())
-    content = (broken / checkpoint.WEIGHTS).read_bytes()
-    manifest["files"][checkpoint.WEIGHTS] = hashlib.sha256(content).hexdigest()
-    text = json.dumps(manifest)
-    (broken / checkpoint.MANIFEST).write_text(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    with pytest.raises(DivergedError, match="weights of step 2 are not finite"):
-        train_tiny(run, resume=replace(point, directory=broken, digest=digest))
+def test_a_run_in_memory_repeats_no_step():
+    accountant = InMemoryAccountant()
+    accountant.admit(make_plan())
+    accountant.authorize(1, "digest")
+    with pytest.raises(ReplayRefusedError, match="step 1 was granted before"):
+        accountant.authorize(1, "digest")
+    with pytest.raises(PrivacyBudgetExceededError, match="above the 3 steps"):
+        accountant.authorize(4, "digest")
 
 
-def test_a_refusal_stops_all_ranks_with_the_same_error(run):
-    with pytest.raises(WorldFailed) as failure:
-        run_on_ranks(2, train_refused, run)
-    assert {rank: type(error) for rank, error in failure.value.errors.items()} == {
-        0: FencedError, 1: FencedError,
-    }  # fmt: skip
+# ---- a ledger, and resuming
 
 
-def test_training_says_nothing_private(run, caplog, capfd):
-    """Neither logs nor output: whatever is said, no number of this run may depend on the data."""
-    with caplog.at_level(logging.DEBUG):
-        train_tiny(run)
-    ours = [record for record in caplog.records if record.name.startswith("udp_ray")]
-    assert not ours
-    assert not any(line.strip() for line in capfd.readouterr().out.splitlines())
+PLAN = make_plan(expected_size=3, num_steps=7, **NOISY)
+DIGESTS = Digests(plan=plan_digest(PLAN.to_dict()), config="c", code="c", store="s")
 
 
-def resume_point(outcome, step):
-    location, digest = next(
-        event[2:] for event in outcome.events if event[0] == "commit" and event[1] == step
+class Stopped(Exception):
+    """What ends an attempt before a step."""
+
+
+class StoppingAccountant(LedgerAccountant):
+    """A ledger's accountant that is interrupted once it has reserved a step."""
+
+    stop_at = 0
+
+    def authorize(self, step, starting_checkpoint):
+        super().authorize(step, starting_checkpoint)
+        if step == self.stop_at:
+            raise Stopped
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger.create(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
+        ledger.register_dataset("people")
+        ledger.admit(
+            "run", "people", epsilon=PLAN.epsilon(), delta=PLAN.delta, num_steps=PLAN.num_steps,
+            plan=PLAN.to_dict(), digests=DIGESTS, key=RunKey.from_seed(3),
+        )  # fmt: skip
+        yield ledger
+
+
+def attempt_with(ledger, folder, *, stop_at=0, users=None, loss=squared_error):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    accountant = StoppingAccountant(ledger, attempt)
+    accountant.stop_at = stop_at
+    model = make_model()
+    trainer = Trainer(
+        model, loss=loss, users=users or make_users(), plan=PLAN, settings=sgd(momentum=0.5),
+        accountant=accountant, attempt=attempt, key=ledger.key(attempt), checkpoints=folder,
+    )  # fmt: skip
+    return trainer.train(), weights(model)
+
+
+def test_a_run_continues_from_its_checkpoint_to_the_same_bits_and_pays_once(ledger, tmp_path):
+    undisturbed = trained(make_users(), PLAN, settings=sgd(momentum=0.5))
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path / "checkpoints", stop_at=6)
+    result, found = attempt_with(ledger, tmp_path / "checkpoints")
+    assert torch.equal(found, undisturbed)
+    assert (result.num_steps, result.charged_steps) == (7, 7)
+    record = ledger.run("run")
+    assert (record.charged_steps, record.committed_step, record.num_keys) == (7, 7, 1)
+    assert Path(result.checkpoint).is_dir()
+    assert "kept in memory" not in result.to_text()
+
+
+def test_a_repeated_step_on_other_users_is_refused_before_any_commit(ledger, tmp_path):
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path, stop_at=1)
+    with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+        attempt_with(ledger, tmp_path, users=make_users()[1:])
+
+
+def other_loss(model, batch):
+    return 2 * squared_error(model, batch)
+
+
+@pytest.mark.parametrize("other", [{"users": make_users()[1:]}, {"loss": other_loss}])
+def test_a_run_does_not_continue_with_another_loss_or_other_users(ledger, tmp_path, other):
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path, stop_at=6)
+    with pytest.raises(CheckpointError, match="trained with another plan, model, loss"):
+        attempt_with(ledger, tmp_path, **other)
+
+
+def test_a_ledger_is_not_used_without_its_key_or_a_folder(ledger, tmp_path):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    given = {"accountant": LedgerAccountant(ledger, attempt)}
+    with pytest.raises(ConfigError, match="attempt or its key is missing"):
+        trained(make_users(), PLAN, **given)
+    with pytest.raises(ConfigError, match="attempt or its key is missing"):
+        trained(make_users(), PLAN, attempt=attempt, key=RunKey.generate(), **given)
+    with pytest.raises(ConfigError, match="checkpoints is missing"):
+        trained(make_users(), PLAN, attempt=attempt, key=ledger.key(attempt), **given)
+    with pytest.raises(ConfigError, match="attempt belongs to a ledger"):
+        trained(make_users(), PLAN, attempt=attempt)
+
+
+# ---- what is refused
+
+
+class Counting(nn.Module):
+    """Adds a little more to each output than to the one before."""
+
+    def __init__(self, *, in_buffer):
+        super().__init__()
+        self.inner = make_model()
+        self.calls = 0
+        if in_buffer:
+            self.register_buffer("total", torch.zeros(1))
+
+    def forward(self, x):
+        if "total" in self._buffers:
+            self.total += x.detach().mean()
+            return self.inner(x) + 0 * self.total
+        self.calls += 1
+        return self.inner(x)
+
+
+class Centering(nn.Module):
+    """Subtracts the mean over the batch."""
+
+    def forward(self, x):
+        return x - x.mean(dim=0)
+
+
+MEMORY = []
+
+
+class Remembering(nn.Module):
+    """Keeps what it has seen outside of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, x):
+        MEMORY.append(x.detach().mean())
+        return self.inner(x) * (1 + len(MEMORY))
+
+
+REFUSED = {
+    "batch norm": (lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)),
+                   r"1 \(BatchNorm1d\) mixes the examples"),
+    "float64": (lambda: make_model().double(), "call model.float"),
+    "nothing trains": (lambda: make_model().requires_grad_(False), "no parameter with"),
+    "a buffer": (lambda: Counting(in_buffer=True), "changed total"),
+    "a number": (lambda: Counting(in_buffer=False), "changed calls"),
+    "mixed examples": (lambda: nn.Sequential(nn.Linear(4, 8), Centering(), nn.Linear(8, 1)),
+                       "than each of them alone"),
+    "memory elsewhere": (Remembering, "keeps state"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_breaks_the_promise_is_refused_before_it_is_charged_a_step(case):
+    make, words = REFUSED[case]
+    asked = InMemoryAccountant()
+    with pytest.raises(UnsupportedModelError, match=words):
+        Trainer(
+            make(), loss=squared_error, users=make_users(), plan=make_plan(), accountant=asked
+        ).train()
+    assert asked._granted == 0
+
+
+def test_dropout_and_layer_norm_are_accepted():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    Trainer(model, loss=squared_error, users=make_users(), plan=make_plan()).train()
+
+
+class Late(nn.Module):
+    """Has a buffer that only some data change, as no start-up check can foresee."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        if x.abs().max() > 100:
+            self.seen += 1
+        return self.inner(x)
+
+
+def test_a_buffer_that_private_data_change_ends_training():
+    users = [*make_users(), [(torch.full((4,), 1000.0), torch.ones(1))]]
+    with pytest.raises(UnsupportedModelError, match="the buffer seen of the model changed"):
+        Trainer(Late(), loss=squared_error, users=users, plan=make_plan()).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"users": []}, "users holds no examples"),
+        ({"users": [[], []]}, "users holds no examples"),
+        ({"plan": make_plan(delta=0.16)}, "not below 1 / users"),
+        ({"settings": sgd(zero_stage=2)}, "train.zero_stage is 2"),
+        ({"settings": sgd(kernel="ghost")}, "train.kernel is ghost"),
+        ({"loss": lambda model, batch: squared_error(model, batch).mean()}, "one value per"),
+        ({"plan": make_plan(max_cohort_size=6), "users": make_users(7)}, "population is 6"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_right_are_refused(changes, words):
+    given = {"users": make_users(7), "plan": make_plan(), "loss": squared_error} | changes
+    with pytest.raises(ConfigError, match=words):
+        Trainer(make_model(), **given).train()
+
+
+# ---- data and environment
+
+
+def test_users_may_be_a_mapping_of_parts_of_a_dataset():
+    xs = torch.randn(10, 4)
+    dataset = TensorDataset(xs, xs.sum(dim=1, keepdim=True))
+    ids = ["b", "a", "b", "c", "a", "a", "b", "c", "c", "c"]
+    users = group_by_user(dataset, ids)
+    assert {user: len(part) for user, part in users.items()} == {"a": 3, "b": 3, "c": 4}
+    for part, user in ((users[user], user) for user in users):
+        expected = [xs[place] for place, each in enumerate(ids) if each == user]
+        assert all(torch.equal(part[k][0], row) for k, row in enumerate(expected))
+    listed = [
+        [dataset[i] for i, each in enumerate(ids) if each == user] for user in ("b", "a", "c")
+    ]
+    plan = make_plan(expected_size=3, population=3)
+    assert torch.equal(trained(users, plan), trained(listed, plan))
+
+
+def test_a_step_without_users_is_noised_like_any_other():
+    plan = make_plan(expected_size=1, population=10**9, delta=1e-10, noise_multiplier=1.0)
+    assert (trained(make_users(), plan) - weights(make_model())).abs().max() > 0.1
+
+
+def test_it_trains_where_there_is_no_deepspeed_and_no_ray():
+    program = (
+        "import sys; sys.modules['deepspeed'] = sys.modules['ray'] = None\n"
+        "from tests.support.own_module import *\n"
+        "trained(make_users(), make_plan())\n"
     )
-    return ResumePoint(Path(location), digest=digest, step=step, location=location)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def pairs(outcome):
-    return [(outcome.weights[n], p) for n, p in tiny_model().named_parameters()]
+def test_importing_the_package_of_the_engine_loads_no_torch():
+    program = "import sys, udp_ray.engine; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_offsets_count_examples_user_after_user():
+    trainer = Trainer(make_model(), loss=squared_error, users=make_users(), plan=make_plan())
+    offsets = trainer._users.user_offsets
+    assert np.array_equal(np.diff(offsets), [len(user) for user in make_users()])

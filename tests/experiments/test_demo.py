@@ -24,7 +24,7 @@ from udp_ray.experiments.demo import (
     compare,
     demo,
     demo_folder,
-    make_anew,
+    replace_folder,
     without_privacy,
 )
 from udp_ray.experiments.pretrain import pretrain
@@ -54,13 +54,13 @@ def test_shipped_settings_promise_what_the_demo_says():
     assert privacy.delta < 1 / num_users
 
 
-def test_shipped_training_and_held_out_people_differ():
-    people = [
+def test_shipped_training_and_held_out_users_differ():
+    users = [
         set(pq.read_table(file, columns=["user_id"]).column("user_id").unique().to_pylist())
         for file in sorted((REPOSITORY / "demo/data").glob("*.parquet"))
     ]
-    assert len(people) == 2
-    assert not people[0] & people[1]
+    assert len(users) == 2
+    assert not users[0] & users[1]
 
 
 def test_shipped_files_stay_small():
@@ -103,11 +103,11 @@ def test_run_without_evaluations_is_refused(tmp_path):
         compare(tmp_path / "a", tmp_path / "a", private_s=1.0, open_s=1.0)
 
 
-def test_folder_of_an_earlier_demo_is_made_anew(tmp_path):
+def test_folder_of_an_earlier_demo_is_replaced(tmp_path):
     folder = tmp_path / "demo"
-    make_anew(folder)
+    replace_folder(folder)
     (folder / "ledger.sqlite").write_text("spent")
-    make_anew(folder)
+    replace_folder(folder)
     assert [file.name for file in folder.iterdir()] == [MARK]
 
 
@@ -115,7 +115,7 @@ def test_folder_that_no_demo_made_is_left_alone(tmp_path):
     precious = tmp_path / "ledger.sqlite"
     precious.write_text("spent")
     with pytest.raises(ConfigError, match="was not made by the demo"):
-        make_anew(tmp_path)
+        replace_folder(tmp_path)
     assert precious.read_text() == "spent"
 
 
@@ -128,7 +128,7 @@ def test_store_or_ledger_outside_the_folder_is_refused(override):
         demo_folder(_shipped(*override))
 
 
-def _people(path, num_users, seed):
+def _users(path, num_users, seed):
     rng = random.Random(seed)
     rows = [
         (f"{path.stem}-{user}", " ".join(rng.choices(["so", "many", "words", "here"], k=8)))
@@ -142,14 +142,14 @@ def _people(path, num_users, seed):
 
 @pytest.mark.slow
 def test_whole_demo_runs_twice_in_the_same_folder(tmp_path):
-    train = _people(tmp_path / "train.parquet", 60, seed=1)
+    train = _users(tmp_path / "train.parquet", 60, seed=1)
     model = tmp_path / "model"
     tiny = {"vocab_size": 280, "width": 16, "num_layers": 1, "num_heads": 2, "context_tokens": 32}
     steps = {"num_steps": 2, "warmup_steps": 0, "batch_blocks": 2}
     pretrain(PretrainConfig(input=[train], output=str(model), **tiny, **steps))
     settings = yaml.safe_load(SHIPPED.read_text())
     settings["privacy"] |= {"population": 60, "cohort_size": 10, "num_steps": 4, "delta": 1e-3}
-    heldout = _people(tmp_path / "heldout.parquet", 10, seed=2)
+    heldout = _users(tmp_path / "heldout.parquet", 10, seed=2)
     settings["data"] |= {"input": train, "heldout": heldout, "block_tokens": 32, "num_shards": 2}
     settings["data"]["store"] = str(tmp_path / "demo" / "store")
     settings["model"]["name"] = str(model)

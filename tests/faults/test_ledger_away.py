@@ -34,8 +34,8 @@ from udp_ray.data.store import TokenStore
 from udp_ray.errors import LedgerError, LedgerUnavailableError
 from udp_ray.ledger import database as ledger_database
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.on_ray.accountant import Charge, RunAccountant
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
+from udp_ray.on_ray.train import train
 
 STEP = 5
 AWAY_S = 8.0  # until a person is told, and longer than any single step
@@ -68,7 +68,7 @@ def test_training_waits_for_a_ledger_that_is_locked_for_a_while(
         threading.Timer(AWAY_S, Locker(file_of(config)).let_go).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", lock):
-        train_on_ray(patient(config, output, 60.0), announce=unheard)
+        train(patient(config, output, 60.0), announce=unheard)
     assert "training waits for it" in "".join(capsys.readouterr())
     assert ledger.run(run_id_in(output)).num_attempts == 1
     undisturbed.require_alike(output, ledger)
@@ -86,7 +86,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
                       lambda pid: lockers.append(Locker(file_of(config)))),
             pytest.raises(LedgerUnavailableError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=said.append)
+            train(disturbed, announce=said.append)
     finally:
         for locker in lockers:
             locker.let_go()
@@ -95,7 +95,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
     record = ledger.run(run_id_in(output))
     assert (record.charged_steps, record.committed_step) == (STEP, 4)
     require_unreleased(output)
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(output, ledger)
 
 
@@ -111,13 +111,13 @@ def test_training_stops_when_the_ledgers_file_is_moved_away(
                       lambda pid: move(file, aside)),
             pytest.raises(LedgerError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=unheard)
+            train(disturbed, announce=unheard)
         assert not file.exists()  # and none was made in its place
     finally:
         aside.rename(file)
     require_one_sentence(caught.value, "no ledger", "restore")
     assert ledger.run(run_id_in(output)).charged_steps == STEP
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(output, ledger)
 
 
@@ -160,7 +160,7 @@ def test_training_waits_for_a_server_that_crashes_and_comes_back(
         threading.Timer(AWAY_S, server.start).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", crash):
-        train_on_ray(patient(on_server, output, 60.0), announce=unheard)
+        train(patient(on_server, output, 60.0), announce=unheard)
     with Ledger.open(ledger_url(on_server)) as ledger:
         assert ledger.run(run_id_in(output)).num_attempts == 1
         undisturbed.require_alike(output, ledger)
@@ -178,7 +178,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
                       lambda pid: server.stop(crash=True)),
             pytest.raises(LedgerUnavailableError) as caught,
         ):  # fmt: skip
-            train_on_ray(disturbed, announce=said.append)
+            train(disturbed, announce=said.append)
     finally:
         server.start()
     require_one_sentence(caught.value, "does not answer", "see to its database")
@@ -187,7 +187,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
     with Ledger.open(ledger_url(on_server)) as ledger:
         record = ledger.run(run_id_in(output))
         assert (record.charged_steps, record.committed_step) == (STEP, 4)
-        train_on_ray(disturbed, resume=True, announce=unheard)
+        train(disturbed, resume=True, announce=unheard)
         undisturbed.require_alike(output, ledger)
 
 
@@ -199,10 +199,10 @@ def ledger_url(config: ExperimentConfig) -> str:
 
 
 @pytest.fixture
-def charge(tmp_path: Path) -> Charge:
+def config(tmp_path: Path) -> AccountantConfig:
     with new_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
         admit(ledger)
-        return Charge(
+        return AccountantConfig(
             ledger_url=ledger.url, ledger_id=ledger.id, run_id="run", digests=DIGESTS,
             on_mismatch="refuse", metrics_file=str(tmp_path / "metrics.json"), patience_s=30.0,
         )  # fmt: skip
@@ -214,9 +214,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_database, "BUSY_TIMEOUT_S", 0.05)
 
 
-def locked_for(charge: Charge, ask: Callable[[], None], seconds: float) -> float:
+def locked_for(config: AccountantConfig, ask: Callable[[], None], seconds: float) -> float:
     """Asks while the ledger is locked for a while; returns how long the answer took."""
-    locker = Locker(Path(charge.ledger_url.removeprefix("sqlite:///")))
+    locker = Locker(Path(config.ledger_url.removeprefix("sqlite:///")))
     threading.Timer(seconds, locker.let_go).start()
     begun = time.monotonic()
     ask()
@@ -224,8 +224,10 @@ def locked_for(charge: Charge, ask: Callable[[], None], seconds: float) -> float
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(charge: Charge) -> None:
-    accountant, seen = RunAccountant(charge), []
+def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(
+    config: AccountantConfig,
+) -> None:
+    accountant, seen = RunAccountant(config), []
     attempt = accountant.begin()
     assert attempt is not None
 
@@ -233,7 +235,7 @@ def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(charge: C
         threading.Timer(0.5, lambda: seen.append(accountant.progress(0))).start()
         accountant.authorize(attempt.number, 1, "start")
 
-    took = locked_for(charge, ask, 1.5)
+    took = locked_for(config, ask, 1.5)
     assert 1.0 <= took < 30.0
     assert 0.3 < seen[0].waiting_s < took
     assert seen[0].step == 0
@@ -242,8 +244,8 @@ def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(charge: C
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_ledger_locked_for_too_long_grants_nothing(charge: Charge) -> None:
-    accountant = RunAccountant(replace(charge, patience_s=0.3))
+def test_a_ledger_locked_for_too_long_grants_nothing(config: AccountantConfig) -> None:
+    accountant = RunAccountant(replace(config, patience_s=0.3))
     attempt = accountant.begin()
     assert attempt is not None
 
@@ -251,15 +253,15 @@ def test_a_ledger_locked_for_too_long_grants_nothing(charge: Charge) -> None:
         with pytest.raises(LedgerUnavailableError, match="locked"):
             accountant.authorize(attempt.number, 1, "start")
 
-    assert locked_for(charge, ask, 1.5) < 1.5
-    with Ledger.open(charge.ledger_url) as ledger:
+    assert locked_for(config, ask, 1.5) < 1.5
+    with Ledger.open(config.ledger_url) as ledger:
         time.sleep(1.5)
         assert ledger.run("run").charged_steps == 0
         assert ledger.dataset_names() == [DATASET]
 
 
-def test_the_lock_is_one_that_writers_feel(charge: Charge) -> None:
-    file = Path(charge.ledger_url.removeprefix("sqlite:///"))
+def test_the_lock_is_one_that_writers_feel(config: AccountantConfig) -> None:
+    file = Path(config.ledger_url.removeprefix("sqlite:///"))
     locker = Locker(file)
     other = sqlite3.connect(file, timeout=0.05, isolation_level=None)
     with pytest.raises(sqlite3.OperationalError, match="locked"):

@@ -68,6 +68,6 @@ def test_a_node_that_is_gone_is_replaced_by_another(
             go_on(moment)
             text = driver.communicate(timeout=TIMEOUT_S)[0]
     assert driver.returncode == 0, text
-    assert "the workers were restarted; going on after step 4" in text
+    assert "the workers were restarted and continue after step 4" in text
     assert ledger.run(run_id_in(output)).num_attempts > 1
     undisturbed.require_alike(output, ledger)

@@ -26,10 +26,10 @@ from tests.support.runs import DATASET, to_folder
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, StorageError
-from udp_ray.io import OutputFolder, write_aside, writing
+from udp_ray.io import OutputFolder, write_atomic, writing
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.prepare import prepare
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 
 STEP = 4
 HALF_A_CHECKPOINT = 20_000  # bytes; a checkpoint of the tiny model takes 35,000
@@ -56,7 +56,7 @@ def test_a_full_disk_stops_training_at_the_last_checkpoint_that_is_whole(
                   lambda pid: disk.fill(but=HALF_A_CHECKPOINT)),
         pytest.raises(StorageError) as caught,
     ):  # fmt: skip
-        train_on_ray(disturbed, announce=said.append)
+        train(disturbed, announce=said.append)
     require_one_sentence(
         caught.value, "checkpoint of step 4", str(disk.folder), "no space left", "make room"
     )
@@ -66,7 +66,7 @@ def test_a_full_disk_stops_training_at_the_last_checkpoint_that_is_whole(
     assert checkpoints(disk) == ["checkpoint-00000002-attempt-1"]  # nothing half-written
     require_unreleased(tmp_path / "output")
     disk.make_room()
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(tmp_path / "output", ledger)
 
 
@@ -81,12 +81,12 @@ def test_storage_that_turns_read_only_stops_training(
                   lambda pid: disk.forbid_writing()),
         pytest.raises(StorageError) as caught,
     ):  # fmt: skip
-        train_on_ray(disturbed, announce=unheard)
+        train(disturbed, announce=unheard)
     require_one_sentence(caught.value, "checkpoint of step 4", "read-only", "make it writable")
     assert ledger.run(run_id_in(tmp_path / "output")).committed_step == 2
     require_unreleased(tmp_path / "output")
     disk.allow_writing()
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(tmp_path / "output", ledger)
 
 
@@ -103,12 +103,12 @@ def test_an_output_folder_that_is_full_at_the_end_costs_nothing_but_a_resume(
         paused_at(Moment("committed", 6), tmp_path / "moment", lambda pid: disk.fill()),
         pytest.raises(StorageError) as caught,
     ):
-        train_on_ray(disturbed, announce=said.append)
+        train(disturbed, announce=said.append)
     require_one_sentence(caught.value, str(output), "no space left", "make room")
     assert "--resume" in said[-1]
     require_unreleased(output)
     disk.make_room()
-    train_on_ray(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=unheard)
     undisturbed.require_alike(output, ledger)
 
 
@@ -123,7 +123,7 @@ def test_storage_that_cannot_be_written_is_refused_before_anything_is_spent(
         to_folder(config, disk.folder / "output"),
     ):
         with pytest.raises(StorageError) as caught:
-            train_on_ray(disturbed, announce=unheard)
+            train(disturbed, announce=unheard)
         require_one_sentence(caught.value, str(disk.folder), "read-only", "make it writable")
     assert len(ledger.spent(DATASET).runs) == before
     assert not (tmp_path / "output").exists()
@@ -186,10 +186,10 @@ def test_a_person_sees_a_sentence_and_no_traceback(
 
 def test_a_file_that_does_not_fit_leaves_the_old_one(disk: SmallDisk) -> None:
     file = disk.folder / "metrics.json"
-    write_aside(file, "old")
+    write_atomic(file, "old")
     disk.fill()
     with pytest.raises(StorageError, match=r"metrics\.json could not be written"):
-        write_aside(file, "new" * 100_000)
+        write_atomic(file, "new" * 100_000)
     assert [each.name for each in disk.folder.iterdir() if each.name != "ballast"] == [file.name]
     assert file.read_text() == "old"
 
@@ -201,7 +201,7 @@ def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(StorageError, match="raise the limit"):
-            write_aside(tmp_path / "file", "x" * 2000)
+            write_atomic(tmp_path / "file", "x" * 2000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from scipy import integrate, optimize, special, stats
 
 from udp_ray.dp import accounting
-from udp_ray.dp import accounting as calibration
 
 AGREEMENT = 1e-3
 """Largest distance in epsilon between the accountant and the oracle."""
@@ -152,7 +151,7 @@ def test_forgetting_that_a_user_can_be_removed_is_caught():
 
 def rough_width(rate, examples, steps, eps=2.0):
     """Returns a width at which epsilon is somewhere near `eps`."""
-    return calibration.guess_noise_multiplier(
+    return accounting.guess_noise_multiplier(
         target_epsilon=eps,
         delta=TAIL,
         sampling_probability=rate,

@@ -13,9 +13,9 @@ import math
 import pytest
 import torch
 
+from udp_ray.config.experiment import MOST_FUSED
 from udp_ray.dp.clipping import clip_and_add
 from udp_ray.dp.sensitivity import (
-    MOST_FUSED,
     SMALLEST_SLACK,
     SMALLEST_SLACK_GROUPS,
     rounding_slack,
@@ -23,8 +23,8 @@ from udp_ray.dp.sensitivity import (
 from udp_ray.engine.kernels import gradients as group_gradients
 from udp_ray.engine.kernels.gradients import (
     GroupGradients,
-    Held,
     Lookups,
+    Materialized,
     Products,
     Tied,
 )
@@ -107,7 +107,7 @@ def parts(kind: str, order: torch.Tensor) -> GroupGradients:
     looked_up = torch.randn(4, 32, generator=random) * scales
     lookups = Lookups(rows, looked_up, 48)
     kinds = {
-        "products": products, "materialized": Held(products.held().gradients),
+        "products": products, "materialized": Materialized(products.materialized().gradients),
         "lookups": lookups, "tied": Tied(products, lookups),
     }  # fmt: skip
     return kinds[kind]

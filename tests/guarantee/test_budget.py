@@ -192,7 +192,7 @@ def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, e
                     continue
                 step += 1
                 inputs = (digests, start)
-                assert drawn.setdefault((attempt.key.id, step), inputs) == inputs
+                assert drawn.setdefault((attempt.key_id, step), inputs) == inputs
             elif event == "commit" and attempt.resume_step < step < attempt.replay_until:
                 with pytest.raises(LedgerError, match="is repeated"):
                     ledger.commit(attempt, step, checkpoint="/x", digest=f"between-{step}")
@@ -205,7 +205,7 @@ def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, e
                 attempt = ledger.begin_attempt("run", digests, on_mismatch="rekey")
                 step, start = attempt.resume_step, attempt.resume_digest or drivers.START
             elif event == "rewind" and step > attempt.resume_step:
-                authorize(ledger, attempt, step, start=drawn[attempt.key.id, step][1])
+                authorize(ledger, attempt, step, start=drawn[attempt.key_id, step][1])
             assert len(drawn) <= num_steps
             assert set(reserved_steps(ledger)) == set(drawn)
             assert ledger.run("run").charged_steps == len(drawn)
@@ -224,10 +224,10 @@ def repeat_with_one_user_more(ledger, on_mismatch):
     """Trains step 1, crashes, and resumes with one user more; returns both releases."""
     first = started(ledger)
     authorize(ledger, first, 1)
-    before = release(first.key, 1, [np.ones(4)])
+    before = release(ledger.key(first), 1, [np.ones(4)])
     second = ledger.begin_attempt("run", other("store"), on_mismatch=on_mismatch)
     authorize(ledger, second, 1)
-    return before, release(second.key, 1, [np.ones(4), np.full(4, 0.25)])
+    return before, release(ledger.key(second), 1, [np.ones(4), np.full(4, 0.25)])
 
 
 def test_resuming_with_one_user_more_is_refused(ledger):

@@ -24,7 +24,7 @@ from tests.support.kernels import flat, kernel_sum
 from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.errors import UnsupportedModelError
 from udp_ray.models.load import trainable_parameters
 
@@ -45,8 +45,8 @@ def moved(model, kernel, short_tokens=BELOW):
             return DirectKernel(model, parameters, clip_norm=CLIP_NORM)
         return GhostKernel(model, parameters, clip_norm=CLIP_NORM, microbatch_tokens=2000)
 
-    short = [made_up_group(model, 1, short_tokens, seed=seed) for seed in range(NUM_SHORT)]
-    long = [made_up_group(model, 1, LONG, seed=99)]
+    short = [synthetic_group(model, 1, short_tokens, seed=seed) for seed in range(NUM_SHORT)]
+    long = [synthetic_group(model, 1, LONG, seed=99)]
     without, alone, together = (
         flat(kernel_sum(make, model, groups)[0]).clone() for groups in (short, long, long + short)
     )
@@ -103,7 +103,7 @@ def test_so_would_layers_that_see_the_batch(name):
 def test_what_an_evaluation_leaves_behind_would_move_the_sum():
     """The dynamic frequencies of a long held-out user stay for the training that follows."""
     model = llama_dynamic()
-    short = [made_up_group(model, 1, ABOVE)]
+    short = [synthetic_group(model, 1, ABOVE)]
 
     def make(model, parameters):
         return DirectKernel(model, parameters, clip_norm=CLIP_NORM)
@@ -111,7 +111,7 @@ def test_what_an_evaluation_leaves_behind_would_move_the_sum():
     before = flat(kernel_sum(make, model, short)[0]).clone()
     model.eval()
     with torch.no_grad():
-        model(input_ids=made_up_group(model, 1, LONG).microbatches[0].input_ids)
+        model(input_ids=synthetic_group(model, 1, LONG).microbatches[0].input_ids)
     model.train()
     after = flat(kernel_sum(make, model, short)[0])
     assert float((after - before).norm()) > 0.1 * CLIP_NORM

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,15 +33,14 @@ from tests.support.statistics import (
     agrees_with_frequencies,
     agrees_with_normal,
 )
-from tests.support.training import tiny_model
+from tests.support.training import attempt_at, tiny_model
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.trainer import cohorts
-from udp_ray.engine.types import ResumePoint
+from udp_ray.engine.loop import cohorts
 from udp_ray.errors import NoiseCheckError
 
 KEY = RunKey.from_seed(4).sampling()
@@ -367,7 +365,7 @@ def resumable(small, tmp_path_factory):
     (_, step, location, digest) = observe(
         small, SMALL["uls"], settings=settings, last_step=2, checkpoints=folder
     ).of("commit")[-1]
-    return ResumePoint(Path(location), digest, step, location)
+    return attempt_at(step, location, digest)
 
 
 @pytest.mark.parametrize("fault", [no_noise, double_noise])

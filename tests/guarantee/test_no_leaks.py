@@ -44,11 +44,11 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import PoissonUserSampler
-from udp_ray.engine import trainer as loop
+from udp_ray.engine.loop import TrainingLoop
 from udp_ray.engine.types import Metrics
 from udp_ray.io import OutputFolder
 from udp_ray.models.load import load_model
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.train import execute
 from udp_ray.reports.figures import EVENT_FILE
 from udp_ray.runs.admission import admit, prepare_run
 
@@ -334,7 +334,7 @@ def saved_by(config: ExperimentConfig) -> Saved:
     run = prepare_run(config, OutputFolder(output), run_id="long")
     admit(run, resume=False)
     with clock.ticking(), without_ray(clock.before_step):
-        carry_out(run, resume=False, announce=lambda text: None)
+        execute(run, resume=False, announce=lambda text: None)
     clock.stamp()
     return Saved(series_in(output, num_steps=LONG), private, durations)
 
@@ -357,12 +357,12 @@ class OldWays:
         self._last = 0.0
         self._rates: list[Metrics] = []
 
-    def progress(self, training: loop._Training) -> Metrics:
+    def progress(self, training: TrainingLoop) -> Metrics:
         now = time.monotonic()
         rate, self._last = EXPECTED / (now - self._last), now
         return {"step": training.step, "train/expected_units_per_s": rate}
 
-    def tell(self, training: loop._Training, metrics: Metrics) -> None:
+    def tell(self, training: TrainingLoop, metrics: Metrics) -> None:
         step = int(metrics["step"])
         if step == 0:
             self._last = time.monotonic()
@@ -381,8 +381,8 @@ def test_a_rate_a_wall_time_and_the_time_of_a_file_would_be_found(
 ) -> None:
     config = long_run(tmp_path)
     old = OldWays(Path(config.output))
-    monkeypatch.setattr(loop._Training, "_progress", lambda self: old.progress(self))
-    monkeypatch.setattr(loop._Training, "_tell", lambda self, metrics: old.tell(self, metrics))
+    monkeypatch.setattr(TrainingLoop, "_progress", lambda self: old.progress(self))
+    monkeypatch.setattr(TrainingLoop, "_report", lambda self, metrics: old.tell(self, metrics))
     saved = saved_by(config)
     follows = np.corrcoef(saved.durations, saved.private["tokens"])[0, 1]
     assert follows == pytest.approx(FOLLOWS, abs=0.05)  # no plainer than it was in truth

@@ -99,7 +99,7 @@ def test_a_trial_is_a_run_that_is_fenced_and_refuses_more_steps_than_were_priced
 def test_keys_of_trials_differ_and_all_are_destroyed_with_the_sweep(ledger):
     admit(ledger)
     begun = ledger.begin_attempt("sweep-1", TRIAL)
-    keys = {ledger.begin_attempt(f"sweep-{n}", TRIAL).key.id for n in (2, 3)} | {begun.key.id}
+    keys = {ledger.begin_attempt(f"sweep-{n}", TRIAL).key_id for n in (2, 3)} | {begun.key_id}
     assert len(keys) == 3
     ledger.finish(ledger.begin_attempt("sweep", SWEEP))
     assert {trial.run.state for trial in ledger.trials("sweep")} == {"finished"}

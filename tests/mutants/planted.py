@@ -183,7 +183,7 @@ NOISE = [
     Mutant(
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="            self.plan.noise_stddev,\n",
         replacement="            self.plan.noise_stddev / self.world.size**0.5,\n",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -202,10 +202,10 @@ NOISE = [
         name="noise_halved_after_the_check",
         breaks="review: the start-up check sees other noise than the steps get",
         file="udp_ray/engine/step.py",
-        text="        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        text="        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        if self._noise is not None:\n"
         "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -219,12 +219,12 @@ NOISE = [
     Mutant(
         name="noise_restarted_on_resume",
         breaks="review: a resumed run repeats the noise of its first steps",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="self.private_step.run(self.step + 1,",
         replacement="self.private_step.run("
         "self.step + 1 - (self.resume.step if self.resume else 0),",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_from_its_checkpoint_ends_with_the_same_bits",
         ),
     ),
@@ -275,7 +275,7 @@ NOISE = [
     Mutant(
         name="secure_noise_not_drawn",
         breaks="P38: the settings ask for secure noise and the plain one is drawn",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="is_secure=self.plan.secure_noise,",
         replacement="is_secure=False,",
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
@@ -285,12 +285,12 @@ NOISE = [
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
         text="        self._kernel.add_clipped(self._sum, groups)\n"
-        "        self.zero.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
         "        self._kernel.add_clipped(self._sum, groups)\n"
         "        mean = self._noisy_mean(self._noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
-        "        self.zero.apply({name: share * part for name, part in mean.items()}, step)\n",
+        "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -322,7 +322,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out",
         breaks="review: a run begins without the start-up check",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="check_noise(self.private_step, self._noise(self.keys.selfcheck))",
         replacement="self._noise(self.keys.selfcheck)",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -330,7 +330,7 @@ NOISE = [
     Mutant(
         name="check_of_the_noise_left_out_on_resume",
         breaks="review: a resumed run goes on without the start-up check",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="        check_noise(self.private_step",
         replacement="        if saved is None:\n            check_noise(self.private_step",
         tests=(f"{LOOP}::test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for",),
@@ -338,7 +338,7 @@ NOISE = [
     Mutant(
         name="check_with_the_noise_of_the_run",
         breaks="the noise of the check is also that of the run",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="self._noise(self.keys.selfcheck)",
         replacement="self._noise(self.keys.noise)",
         tests=(f"{LOOP}::test_the_check_draws_from_a_key_of_its_own_before_the_first_step",),
@@ -362,15 +362,15 @@ NOISE = [
     Mutant(
         name="noise_key_for_every_rank",
         breaks="P11: every worker could add the noise, or subtract it",
-        file="udp_ray/on_ray/accountant.py",
-        text="noise=key.noise() if is_first else None",
-        replacement="noise=key.noise()",
+        file="udp_ray/dp/keys.py",
+        text="noise=self.noise() if is_first else None",
+        replacement="noise=self.noise()",
         tests=("tests/on_ray/test_accountant.py::test_only_rank_0_gets_the_noise_key",),
     ),
     Mutant(
         name="key_in_the_checkpoint",
         breaks="P38: a checkpoint holds the key in place of its public name",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="key_id=self.keys.key_id,",
         replacement="key_id=self.keys.sampling.secret.hex(),",
         tests=(f"{LOOP}::test_no_key_is_in_a_checkpoint",),
@@ -381,7 +381,7 @@ SAMPLING = [
     Mutant(
         name="els_rate",
         breaks="review: the loop samples examples with 1.2 p",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonExampleSampler(\n            key,\n"
         "            sampling_probability=plan.sampling_probability,",
         replacement="PoissonExampleSampler(\n            key,\n"
@@ -391,7 +391,7 @@ SAMPLING = [
     Mutant(
         name="uls_rate",
         breaks="review: the loop samples users with 1.2 q",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -401,7 +401,7 @@ SAMPLING = [
     Mutant(
         name="rate_from_the_users_in_the_store",
         breaks="P2, P3: the rate depends on the private number of users",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="PoissonUserSampler(\n        key,\n"
         "        sampling_probability=plan.sampling_probability,",
         replacement="PoissonUserSampler(\n        key,\n"
@@ -411,7 +411,7 @@ SAMPLING = [
     Mutant(
         name="cap_left_out_of_the_loop",
         breaks="the cap is priced and not applied",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="max_cohort_size=plan.max_cohort_size,",
         replacement="max_cohort_size=None,",
         tests=("tests/engine/test_cohorts.py::test_a_cap_of_the_plan_bounds_every_cohort",),
@@ -474,7 +474,7 @@ SAMPLING = [
     Mutant(
         name="one_user_on_two_ranks",
         breaks="P20: every rank computes every user, who is clipped once on each",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="rank=self.world.rank,",
         replacement="rank=0,",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
@@ -482,7 +482,7 @@ SAMPLING = [
     Mutant(
         name="ranks_draw_other_cohorts",
         breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="cohorts(self.plan, self.keys.sampling, self.store),",
         replacement="cohorts(\n                self.plan,\n"
         "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
@@ -522,9 +522,9 @@ PRICE = [
     Mutant(
         name="delta_above_one_over_population",
         breaks="P33: a delta that allows publishing a user outright",
-        file="udp_ray/dp/plan.py",
-        text="self.population is not None and self.delta >= 1 / self.population:",
-        replacement="self.population is not None and self.delta >= 1:",
+        file="udp_ray/config/privacy.py",
+        text="if delta >= 1 / population:",
+        replacement="if delta >= 1:",
         tests=(
             "tests/dp/test_plan.py::test_a_plan_itself_refuses_a_delta_of_one_over_its_population",
         ),
@@ -605,12 +605,12 @@ LEDGER = [
     Mutant(
         name="step_before_its_authorization",
         breaks="review, P26: noise is drawn for a step that may be refused, or forgotten",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="                budget_message = self._ask(self.step + 1)\n"
         "                if budget_message is not None:\n"
         "                    break\n"
-        "                self._take_step(reader)\n",
-        replacement="                self._take_step(reader)\n"
+        "                self._take_step(source)\n",
+        replacement="                self._take_step(source)\n"
         "                budget_message = self._ask(self.step)\n"
         "                if budget_message is not None:\n"
         "                    break\n",
@@ -621,28 +621,28 @@ LEDGER = [
     Mutant(
         name="metrics_before_the_commit",
         breaks="review: what is computed of weights that may be lost leaves all the same",
-        file="udp_ray/engine/trainer.py",
-        text="        location = self.publish(",
-        replacement='        self._tell({"step": self.step, **heldout})\n'
-        "        location = self.publish(",
+        file="udp_ray/engine/loop.py",
+        text="        if self.publish is not None:\n",
+        replacement='        self._report({"step": self.step, **heldout})\n'
+        "        if self.publish is not None:\n",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
         ),
     ),
     Mutant(
         name="private_number_in_the_metrics",
         breaks="P23: a number of the private batch leaves with the metrics",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/loop.py",
         text="            self.on_metrics(metrics)",
         replacement="            self.on_metrics("
         'metrics | {"train/rejected": float(self.private_step._kernel.num_rejected)})',
-        tests=("tests/engine/test_trainer.py::test_metrics_are_public_numbers_and_nothing_else",),
+        tests=("tests/engine/test_loop.py::test_metrics_are_public_numbers_and_nothing_else",),
     ),
     Mutant(
         name="evaluation_of_training_users",
         breaks="review, P52: an unpaid query on private users",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="            self.store.heldout,\n",
         replacement="            self.store,\n",
         tests=(f"{LOOP}::test_evaluation_reads_the_heldout_users_and_no_others",),
@@ -650,8 +650,9 @@ LEDGER = [
     Mutant(
         name="evaluation_of_training_users_for_want_of_others",
         breaks="P52: without held-out users, training users are evaluated",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="        if self.store.heldout is None:\n            return {}\n"
+        '        self._enter("evaluating")\n'
         "        return evaluate(\n            self.model,\n            self.store.heldout,\n",
         replacement="        return evaluate(\n            self.model,\n"
         "            self.store.heldout or self.store,\n",
@@ -867,7 +868,7 @@ ROUNDING = [
     Mutant(
         name="nothing_kept_for_roundings",
         breaks="P45: groups are clipped to the whole clip norm, so roundings exceed it",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="clip_norm=self.plan.clip_bound",
         replacement="clip_norm=self.plan.clip_norm",
         tests=(
@@ -877,7 +878,7 @@ ROUNDING = [
     Mutant(
         name="secure_noise_fused",
         breaks="P43: sums of other ranks are added to a value that was rounded already",
-        file="udp_ray/dp/sensitivity.py",
+        file="udp_ray/config/experiment.py",
         text="    if is_secure:\n",
         replacement="    if is_secure and num_workers > 1000:\n",
         tests=(
@@ -907,7 +908,7 @@ ROUNDING = [
     Mutant(
         name="dropout_masks_by_chance",
         breaks="P46: a repeated step has other masks under the same noise",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="mask_seed=self.keys.dropout.number",
         replacement="mask_seed=None",
         tests=(
@@ -931,7 +932,7 @@ COUPLING = [
     Mutant(
         name="coupled_models_accepted",
         breaks="P42: a model in which users change each other's gradients is trained",
-        file="udp_ray/engine/trainer.py",
+        file="udp_ray/engine/language_model.py",
         text="self.world.from_first(lambda: self._check_invariance(kernel))",
         replacement="self.world.from_first(lambda: None)",
         tests=(
@@ -966,11 +967,11 @@ OUTPUTS = [
     Mutant(
         name="commit_between_reserved_steps",
         breaks="review: a resumed run with more checkpoints can never end",
-        file="udp_ray/engine/trainer.py",
-        text="return self.step >= self.replay_until and self._has_passed(",
+        file="udp_ray/engine/loop.py",
+        text="return self.step >= replay_until and self._has_passed(",
         replacement="return self._has_passed(",
         tests=(
-            "tests/engine/test_trainer.py"
+            "tests/engine/test_loop.py"
             "::test_a_run_resumed_with_more_checkpoints_commits_once_reserved_steps_are_repeated",
         ),
     ),
@@ -978,7 +979,7 @@ OUTPUTS = [
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
-        text="        remove_uncommitted(run_folder, start.committed, attempt=start.number)\n",
+        text="        remove_uncommitted(run_folder, attempt.committed, attempt=attempt.number)\n",
         replacement="        pass\n",
         tests=(
             "tests/on_ray/test_uncommitted.py"

@@ -20,7 +20,7 @@ from udp_ray.errors import (
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.on_ray.accountant import (
-    Charge,
+    AccountantConfig,
     RemoteAccountant,
     RunAccountant,
     read_evaluations,
@@ -34,7 +34,7 @@ START = "digest of the first weights"
 
 
 @pytest.fixture
-def charge(tmp_path: Path) -> Charge:
+def config(tmp_path: Path) -> AccountantConfig:
     url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
     with Ledger.create(url) as ledger:
         ledger.register_dataset("chats")
@@ -48,7 +48,7 @@ def charge(tmp_path: Path) -> Charge:
             digests=DIGESTS,
             key=KEY,
         )
-        return Charge(
+        return AccountantConfig(
             ledger_url=url,
             ledger_id=ledger.id,
             run_id="run",
@@ -59,12 +59,12 @@ def charge(tmp_path: Path) -> Charge:
         )
 
 
-def test_only_rank_0_gets_the_noise_key(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_only_rank_0_gets_the_noise_key(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
-    first = accountant.secrets(attempt.number, 0, code="code", store="store")
-    other = accountant.secrets(attempt.number, 1, code="code", store="store")
+    first = accountant.keys(attempt.number, 0, code="code", store="store")
+    other = accountant.keys(attempt.number, 1, code="code", store="store")
     assert first.sampling == other.sampling == KEY.sampling()
     assert (first.noise, first.selfcheck) == (KEY.noise(), KEY.selfcheck())
     assert other.noise is None
@@ -72,16 +72,18 @@ def test_only_rank_0_gets_the_noise_key(charge: Charge) -> None:
 
 
 @pytest.mark.parametrize("here", [{"code": "changed"}, {"store": "changed"}])
-def test_a_worker_with_another_code_or_store_gets_no_key(charge: Charge, here: dict) -> None:
-    accountant = RunAccountant(charge)
+def test_a_worker_with_another_code_or_store_gets_no_key(
+    config: AccountantConfig, here: dict
+) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     with pytest.raises(DataError, match="on every node"):
-        accountant.secrets(attempt.number, 1, **({"code": "code", "store": "store"} | here))
+        accountant.keys(attempt.number, 1, **({"code": "code", "store": "store"} | here))
 
 
-def test_workers_of_an_older_attempt_can_write_nothing(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_workers_of_an_older_attempt_can_write_nothing(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
     old, new = accountant.begin(), accountant.begin()
     assert old is not None
     assert new is not None
@@ -89,15 +91,15 @@ def test_workers_of_an_older_attempt_can_write_nothing(charge: Charge) -> None:
         lambda: accountant.authorize(old.number, 1, START),
         lambda: accountant.commit(old.number, 1, "there", "digest"),
         lambda: accountant.record_metrics(old.number, {"step": 1}),
-        lambda: accountant.secrets(old.number, 0, code="code", store="store"),
+        lambda: accountant.keys(old.number, 0, code="code", store="store"),
     ):
         with pytest.raises(FencedError):
             write()
     accountant.authorize(new.number, 1, START)
 
 
-def test_a_second_driver_stops_the_first_for_good(charge: Charge) -> None:
-    first, second = RunAccountant(charge), RunAccountant(charge)
+def test_a_second_driver_stops_the_first_for_good(config: AccountantConfig) -> None:
+    first, second = RunAccountant(config), RunAccountant(config)
     attempt = first.begin()
     assert attempt is not None
     second.begin()
@@ -106,25 +108,26 @@ def test_a_second_driver_stops_the_first_for_good(charge: Charge) -> None:
     assert first.begin() is None  # or the two would take the run from each other for ever
 
 
-def test_a_new_attempt_goes_on_where_the_ledger_says(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_a_new_attempt_goes_on_where_the_ledger_says(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
-    assert (attempt.step, attempt.location) == (0, None)
+    assert (attempt.resume_step, attempt.resume_checkpoint) == (0, None)
     accountant.authorize(attempt.number, 1, START)
     accountant.commit(attempt.number, 1, "s3://bucket/one", "one")
     accountant.authorize(attempt.number, 2, "one")  # its weights are lost
-    again = RunAccountant(charge)
+    again = RunAccountant(config)
     resumed = again.begin()
     assert resumed is not None
-    assert (resumed.step, resumed.location, resumed.digest) == (1, "s3://bucket/one", "one")
+    where = (resumed.resume_step, resumed.resume_checkpoint, resumed.resume_digest)
+    assert where == (1, "s3://bucket/one", "one")
     assert again.progress(0).charged_steps == 2
     again.authorize(resumed.number, 2, "one")  # the same release: free
     assert again.progress(0).charged_steps == 2
 
 
-def test_the_step_after_the_last_is_refused(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_the_step_after_the_last_is_refused(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     for step in (1, 2, 3):
@@ -147,8 +150,8 @@ class AbsentLedger:
             raise LedgerUnavailableError("the ledger does not answer: wait")
 
 
-def test_a_ledger_that_comes_back_is_waited_for(charge: Charge) -> None:
-    accountant = RunAccountant(replace(charge, patience_s=30))
+def test_a_ledger_that_comes_back_is_waited_for(config: AccountantConfig) -> None:
+    accountant = RunAccountant(replace(config, patience_s=30))
     attempt = accountant.begin()
     assert attempt is not None
     accountant._ledger = AbsentLedger(calls_away=2)  # type: ignore[assignment]
@@ -156,8 +159,8 @@ def test_a_ledger_that_comes_back_is_waited_for(charge: Charge) -> None:
     assert accountant.progress(0).step == 1
 
 
-def test_a_ledger_that_stays_away_stops_the_run(charge: Charge) -> None:
-    accountant = RunAccountant(replace(charge, patience_s=0.5))
+def test_a_ledger_that_stays_away_stops_the_run(config: AccountantConfig) -> None:
+    accountant = RunAccountant(replace(config, patience_s=0.5))
     attempt = accountant.begin()
     assert attempt is not None
     accountant._ledger = AbsentLedger(calls_away=10**9)  # type: ignore[assignment]
@@ -166,22 +169,26 @@ def test_a_ledger_that_stays_away_stops_the_run(charge: Charge) -> None:
     assert accountant.progress(0).step == 0
 
 
-def test_a_stopped_run_is_not_tried_again_and_keeps_its_first_error(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_a_stopped_run_is_not_tried_again_and_keeps_its_first_error(
+    config: AccountantConfig,
+) -> None:
+    accountant = RunAccountant(config)
     accountant.stop(ConfigError("the first"))
     accountant.stop(ConfigError("the second"))
     assert accountant.begin() is None
     assert str(accountant.progress(0).error) == "the first"
 
 
-def test_a_fenced_worker_does_not_stop_the_attempt_that_fenced_it(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_a_fenced_worker_does_not_stop_the_attempt_that_fenced_it(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
     accountant.stop(FencedError("a newer attempt has begun"))
     assert accountant.begin() is not None
 
 
-def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(
+    config: AccountantConfig,
+) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     rows = [
@@ -192,7 +199,7 @@ def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(charge
     ]
     for row in rows:
         accountant.record_metrics(attempt.number, row)
-    kept = read_evaluations(Path(charge.metrics_file))
+    kept = read_evaluations(Path(config.metrics_file))
     assert kept == [{"step": 0, "token_loss": 4.0}, {"step": 2, "token_loss": 2.5}]
     assert accountant.progress(2).metrics == tuple(rows[2:])
 
@@ -208,20 +215,20 @@ def evaluation(step: int, loss: float, **more: float) -> dict[str, float]:
 
 @pytest.mark.parametrize(("loss", "words"), [(NAN, "not a number"), (INFINITY, "infinite")])
 def test_after_a_diverged_evaluation_no_step_is_granted(
-    charge: Charge, loss: float, words: str
+    config: AccountantConfig, loss: float, words: str
 ) -> None:
-    accountant = RunAccountant(charge)
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     accountant.authorize(attempt.number, 1, START)
     accountant.commit(attempt.number, 1, "there", "one")
     accountant.record_metrics(attempt.number, evaluation(1, loss))
-    for again in (accountant, RunAccountant(charge)):  # a new driver finds it in the file
+    for again in (accountant, RunAccountant(config)):  # a new driver finds it in the file
         attempt = again.begin()
         assert attempt is not None
         with pytest.raises(DivergedError, match=f"after step 1 the loss .* is {words}"):
             again.authorize(attempt.number, 2, "one")
-    with Ledger.open(charge.ledger_url) as ledger:
+    with Ledger.open(config.ledger_url) as ledger:
         assert ledger.run("run").charged_steps == 1
 
 
@@ -234,20 +241,24 @@ def test_after_a_diverged_evaluation_no_step_is_granted(
     ],
     ids=["infinite perplexity", "before the first step", "nobody to evaluate on"],
 )
-def test_these_evaluations_are_not_taken_for_divergence(charge: Charge, row: dict) -> None:
-    accountant = RunAccountant(charge)
+def test_these_evaluations_are_not_taken_for_divergence(
+    config: AccountantConfig, row: dict
+) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     accountant.record_metrics(attempt.number, row)
     accountant.authorize(attempt.number, 1, START)
 
 
-def test_evaluations_are_kept_as_strict_json_and_read_as_they_were(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_evaluations_are_kept_as_strict_json_and_read_as_they_were(
+    config: AccountantConfig,
+) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     accountant.record_metrics(attempt.number, evaluation(1, NAN, user_perplexity=INFINITY))
-    file = Path(charge.metrics_file)
+    file = Path(config.metrics_file)
     (row,) = json.loads(file.read_text(), parse_constant=pytest.fail)
     assert (row["token_loss"], row["user_perplexity"], row["num_tokens"]) == (None, "inf", 9)
     (kept,) = read_evaluations(file)
@@ -255,40 +266,48 @@ def test_evaluations_are_kept_as_strict_json_and_read_as_they_were(charge: Charg
     assert (kept["user_perplexity"], kept["num_tokens"]) == (INFINITY, 9)
 
 
-def test_finishing_destroys_the_key_also_after_a_restart_of_the_accountant(charge: Charge) -> None:
-    accountant = RunAccountant(charge)
+def test_finishing_destroys_the_key_also_after_a_restart_of_the_accountant(
+    config: AccountantConfig,
+) -> None:
+    accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
     accountant.authorize(attempt.number, 1, START)
-    record = RunAccountant(charge).finish()
+    record = RunAccountant(config).finish()
     assert (record.state, record.charged_steps) == ("finished", 1)
-    stored = Path(charge.ledger_url.removeprefix("sqlite:///"))
+    stored = Path(config.ledger_url.removeprefix("sqlite:///"))
     for file in stored.parent.glob(f"{stored.name}*"):
         assert KEY.secret not in file.read_bytes()
 
 
-def test_a_ledger_with_another_id_is_refused(charge: Charge) -> None:
+def test_a_ledger_with_another_id_is_refused(config: AccountantConfig) -> None:
     with pytest.raises(LedgerError, match="another"):
-        RunAccountant(replace(charge, ledger_id="f" * 32)).check()
+        RunAccountant(replace(config, ledger_id="f" * 32)).check()
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
-def test_errors_of_ours_come_through_ray_as_themselves(charge: Charge) -> None:
-    remote = RemoteAccountant(start_accountant(charge))
+def test_errors_of_ours_come_through_ray_as_themselves(config: AccountantConfig) -> None:
+    remote = RemoteAccountant(start_accountant(config))
     attempt = remote.begin()
     assert attempt is not None
-    asked = remote.of_attempt(attempt.number)
+    committed: list[str] = []
+    asked = remote.of_attempt(attempt.number, on_commit=committed.append)
     asked.authorize(1, START)
     asked.commit(1, "there", "one")
+    assert committed == ["there"]
     with pytest.raises(PrivacyBudgetExceededError) as caught:
         asked.authorize(4, "one")
     assert len(str(caught.value).splitlines()) == 1  # a sentence, not a remote traceback
-    with pytest.raises(FencedError):
-        remote.of_attempt(attempt.number + 1).authorize(2, "one")
+    for fenced in (remote, remote.of_attempt(attempt.number + 1, on_commit=committed.append)):
+        with pytest.raises(FencedError):
+            fenced.authorize(2, "one")
+        with pytest.raises(FencedError):
+            fenced.commit(2, "there, too", "two")
+    assert committed == ["there"]  # a refused commit frees no checkpoint
     remote.stop(ConfigError("a mistake"))
     assert remote.begin() is None
     assert isinstance(remote.progress(0).error, ConfigError)
     with pytest.raises(LedgerError, match="another"):
-        start_accountant(replace(charge, ledger_id="f" * 32))
-    shown = json.dumps(repr(charge))
-    assert charge.ledger_url not in shown
+        start_accountant(replace(config, ledger_id="f" * 32))
+    shown = json.dumps(repr(config))
+    assert config.ledger_url not in shown

@@ -77,7 +77,7 @@ def test_of_two_copies_used_in_turn_the_second_is_refused_before_anything_is_cha
     assert len(str(caught.value).splitlines()) == 1
     assert runs_of(second) == []
     assert not (Path(config.output).parent / "second").exists()
-    admitted(config, "third", first)  # the ledger that knows the run goes on
+    admitted(config, "third", first)  # the ledger that knows the run continues
     assert runs_of(first) == [f"{DATASET}-first", f"{DATASET}-third"]
 
 

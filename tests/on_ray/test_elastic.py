@@ -1,4 +1,4 @@
-"""A run goes on with more or fewer workers, its store and checkpoints in a folder or at URLs."""
+"""A run continues with more or fewer workers, its store and checkpoints in a folder or at URLs."""
 
 from __future__ import annotations
 

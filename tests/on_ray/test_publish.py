@@ -28,9 +28,9 @@ from udp_ray.io import OutputFolder
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import RunRecord
 from udp_ray.on_ray import publish as publishing
-from udp_ray.on_ray import train as carrying
+from udp_ray.on_ray import train as training
 from udp_ray.on_ray.accountant import RunAccountant
-from udp_ray.on_ray.train import carry_out, train_on_ray
+from udp_ray.on_ray.train import execute, train
 from udp_ray.reports.verify import verify
 from udp_ray.runs.admission import Run, admit, prepare_run
 from udp_ray.runs.result import RunResult
@@ -81,7 +81,7 @@ def write_checkpoint(folder: Path, *, broken: float | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def carried_out(
+def executed(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -91,9 +91,9 @@ def carried_out(
     stopped_by: DivergedError | None = None,
     said: list[str] | None = None,
 ) -> RunResult:
-    """Carries a run out, with two steps that are played instead of trained, or one that failed."""
+    """Executes a run, with two steps that are played instead of trained, or one that failed."""
 
-    def play(run: Run, accountant: RunAccountant, curve: object) -> DivergedError | None:
+    def play(run: Run, accountant: RunAccountant) -> DivergedError | None:
         attempt = accountant.begin()
         assert attempt is not None
         accountant.record_metrics(attempt.number, heldout(0, 4.0))
@@ -107,11 +107,11 @@ def carried_out(
         accountant.record_metrics(attempt.number, heldout(TAKEN, loss, perplexity))
         return None
 
-    monkeypatch.setattr(carrying, "start_accountant", RunAccountant)
-    monkeypatch.setattr(carrying, "RemoteAccountant", lambda actor: actor)
-    monkeypatch.setattr(carrying, "_train", play)
+    monkeypatch.setattr(training, "start_accountant", RunAccountant)
+    monkeypatch.setattr(training, "RemoteAccountant", lambda actor: actor)
+    monkeypatch.setattr(training, "_train", play)
     announce: Callable[[str], None] = (lambda text: None) if said is None else said.append
-    return carry_out(run, resume=False, announce=announce)
+    return execute(run, resume=False, announce=announce)
 
 
 def ended(run: Run) -> RunRecord:
@@ -144,7 +144,7 @@ def test_a_run_that_diverged_ends_charged_and_without_a_key_and_says_so(
 ) -> None:
     said: list[str] = []
     with pytest.raises(DivergedError, match=words) as caught:
-        carried_out(run, monkeypatch, said=said, **played)
+        executed(run, monkeypatch, said=said, **played)
     assert "train.learning_rate" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not any("resume" in text for text in [*said, str(caught.value)])
@@ -162,14 +162,14 @@ def test_a_run_that_diverged_ends_charged_and_without_a_key_and_says_so(
     verdict = verify(output)
     assert verdict.agrees, verdict.to_text()
     with pytest.raises(ConfigError, match="has ended"):
-        train_on_ray(run.config, resume=True, announce=lambda text: None)
+        train(run.config, resume=True, announce=lambda text: None)
 
 
 def test_not_a_number_is_null_in_what_is_published(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DivergedError):
-        carried_out(run, monkeypatch, loss=NAN, broken=NAN)
+        executed(run, monkeypatch, loss=NAN, broken=NAN)
     row = strict(run.folder.path / "metrics.json")[-1]
     assert (row["step"], row["token_loss"], row["token_perplexity"]) == (TAKEN, None, None)
 
@@ -178,7 +178,7 @@ def test_a_run_with_an_infinite_perplexity_is_published_as_any_other(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    result = carried_out(run, monkeypatch, loss=900.0, perplexity=INFINITY, said=said)
+    result = executed(run, monkeypatch, loss=900.0, perplexity=INFINITY, said=said)
     ended(run)
     assert strict(result.output / "metrics.json")[-1]["token_perplexity"] == "inf"
     assert "inf" in result.to_text()
@@ -195,10 +195,10 @@ def test_a_run_that_could_not_be_written_has_not_ended(
     def refuse(*arguments: object) -> bytes:
         raise StorageError("no room")
 
-    monkeypatch.setattr(publishing, "write_aside", refuse)
+    monkeypatch.setattr(publishing, "write_atomic", refuse)
     said: list[str] = []
     with pytest.raises(StorageError):
-        carried_out(run, monkeypatch, loss=NAN, said=said)
+        executed(run, monkeypatch, loss=NAN, said=said)
     assert "--resume" in said[-1]
     assert run.ledger.run(run.run_id).state == "admitted"
 
@@ -209,7 +209,7 @@ def test_numbers_as_json_does_not_know_them_would_keep_a_run_from_ending(
     """The failing arm: metrics written as they are."""
     monkeypatch.setattr(publishing, "to_strict_json", lambda row: row)
     with pytest.raises(ValueError, match="JSON compliant"):
-        carried_out(run, monkeypatch, loss=NAN)
+        executed(run, monkeypatch, loss=NAN)
     assert run.ledger.run(run.run_id).state == "admitted"
 
 
@@ -217,7 +217,7 @@ def test_a_run_that_diverged_cannot_be_begun_again(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DivergedError):
-        carried_out(run, monkeypatch, loss=NAN)
+        executed(run, monkeypatch, loss=NAN)
     with pytest.raises(LedgerError, match="destroyed"):
         run.ledger.begin_attempt(run.run_id, run.digests)
 
@@ -230,7 +230,7 @@ def test_training_that_diverges_on_workers_stops_at_the_next_evaluation_and_ends
     # Each step multiplies the weights by about -1e19: finite after two, and of no use to the loss.
     config = tiny_experiment(tmp_path, train={"weight_decay": 2e19})
     with pytest.raises(DivergedError, match="after step 2 the loss on held-out users"):
-        train_on_ray(config, announce=lambda text: None)
+        train(config, announce=lambda text: None)
     output = Path(config.output)
     privacy = strict(output / "privacy.json")
     assert (privacy["num_steps_spent"], privacy["spent"]) == (2, privacy["promised"])

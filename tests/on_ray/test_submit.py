@@ -163,7 +163,7 @@ def test_without_the_clusters_token_nothing_is_submitted(head: RayHead, tmp_path
     assert trace.exists()
 
 
-def test_nobody_but_its_owner_reads_the_heads_token(head: RayHead) -> None:
+def test_only_its_owner_reads_the_heads_token(head: RayHead) -> None:
     file = Path(head.environment()["HOME"]) / ".ray" / "auth_token"
     assert file.stat().st_mode & 0o077 == 0
     assert head.token not in json.dumps([*head.jobs(), dict(os.environ)])

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.runs import tiny_experiment
 from udp_ray.dp.accounting import els_event, epsilon
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
 
 ELS = {"sampling": "els", "cohort_size": None, "batch_size": 10, "group_size": 3, "num_steps": 4}
@@ -16,7 +16,7 @@ ELS = {"sampling": "els", "cohort_size": None, "batch_size": 10, "group_size": 3
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_run_by_example_level_sampling_is_paid_for_per_user(tmp_path: Path) -> None:
     config = tiny_experiment(tmp_path, privacy=ELS)
-    result = train_on_ray(config, announce=lambda text: None)
+    result = train(config, announce=lambda text: None)
     plan = result.statement.plan
     assert (plan.sampling, plan.divisor, result.step) == ("els", 10, 4)
     assert plan.num_examples is not None

@@ -18,8 +18,9 @@ from tests.support.runs import tiny_experiment, with_storage
 from tests.support.training import weights_of
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
-from udp_ray.on_ray.train import describe_run, train_on_ray
+from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
+from udp_ray.runs.dry_run import describe_run
 from udp_ray.runs.result import RunResult
 
 # Means of float32 losses, added up in another order.
@@ -36,7 +37,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 @pytest.fixture(scope="module")
 def result(config: ExperimentConfig, ray_2_cpus: None) -> RunResult:
     placed = with_storage(config, Path(config.output).with_name("storage"))
-    return train_on_ray(placed, announce=lambda text: None)
+    return train(placed, announce=lambda text: None)
 
 
 def mean_token_loss(model: torch.nn.Module, heldout: TokenStore) -> float:

@@ -10,7 +10,7 @@ from tests.support.recovery import weights
 from tests.support.runs import DATASET, tiny_experiment, to_folder
 from tests.support.training import distance
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
 
 KILL_AFTER = 6  # between the checkpoints of steps 4 and 8
@@ -28,12 +28,12 @@ def test_a_run_in_slices_with_a_killed_worker_ends_with_the_weights_of_stage_0(
     sliced = tiny_experiment(
         tmp_path, **steps, train={**common, "zero_stage": 3, "offload": "optimizer"}
     )
-    expected = train_on_ray(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
+    expected = train(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
     with (
         Ledger.open(sliced.data.ledger_url) as ledger,
         worker_killed_after(ledger, DATASET, KILL_AFTER) as killed,
     ):
-        result = train_on_ray(to_folder(sliced, tmp_path / "sliced"), announce=lambda text: None)
+        result = train(to_folder(sliced, tmp_path / "sliced"), announce=lambda text: None)
         record = ledger.run(result.run_id)
     assert killed
     assert record.num_attempts > 1

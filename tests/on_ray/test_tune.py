@@ -1,7 +1,7 @@
-"""Sweeps on a real Ray cluster: what they leave, what they pay, what a secret one gives away.
+"""Sweeps on a real Ray cluster: what they publish, what they pay, what a secret one reveals.
 
-Whole trials are slow, so most claims are held on trials that are played: their rows in the ledger
-and their files are made without training.
+Whole trials are slow, so most tests use trials that are played: their rows in the ledger and their
+files are written without training.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +27,7 @@ from tests.support.runs import DATASET, tiny_experiment
 from tests.support.sweeps import NUM_STEPS, play_trial, tiny_sweep
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
+from udp_ray.console import progress
 from udp_ray.dp.keys import RunKey
 from udp_ray.errors import (
     ConfigError,
@@ -41,9 +43,10 @@ from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget
 from udp_ray.on_ray import tune as tuning
 from udp_ray.on_ray.publish import SweepResult, publish_sweep
-from udp_ray.on_ray.train import train_on_ray
-from udp_ray.on_ray.tune import _forget, describe_sweep, run_sweep
+from udp_ray.on_ray.train import train
+from udp_ray.on_ray.tune import _remove_working_files
 from udp_ray.reports.verify import is_sweep, verify_sweep
+from udp_ray.runs.dry_run import describe_sweep
 from udp_ray.runs.sweep import (
     Sweep,
     admit_sweep,
@@ -88,7 +91,7 @@ def test_a_sweep_is_charged_once_and_resumed_with_the_same_trials(tmp_path: Path
     config = tiny_sweep(tmp_path, ALL)
     sweep = admitted(config)
     again = resumed(config)
-    assert again.planned == sweep.planned  # the noise too, which was not searched anew
+    assert again.planned == sweep.planned  # the noise too, which was not searched again
     admit_sweep(again, resume=True)
     spending = sweep.ledger.spent(DATASET)
     assert spending.spent == Budget(8.0, 1e-3)
@@ -115,7 +118,7 @@ def test_resuming_with_another_space_or_another_kind_of_run_is_refused(tmp_path:
         with pytest.raises(ReplayRefusedError, match="config"):
             admit_sweep(resumed(tiny_sweep(tmp_path, other)), resume=True)
     with pytest.raises(ReplayRefusedError, match="plan"):
-        train_on_ray(tiny_experiment(tmp_path), resume=True, announce=lambda text: None)
+        train(tiny_experiment(tmp_path), resume=True, announce=lambda text: None)
     assert sweep.ledger.spent(DATASET).spent == Budget(8.0, 1e-3)
 
 
@@ -129,7 +132,7 @@ def test_a_sweep_over_the_budget_leaves_nothing(tmp_path: Path) -> None:
         assert not ledger.spent(DATASET).runs
 
 
-def test_people_with_a_budget_are_not_public(tmp_path: Path) -> None:
+def test_users_with_a_budget_are_not_public(tmp_path: Path) -> None:
     config = tiny_sweep(tmp_path, {"release": "public", **GRID})
     with Ledger.open(config.data.ledger_url) as ledger:
         ledger.set_budget(DATASET, epsilon=100.0, delta=1e-2)
@@ -146,7 +149,7 @@ def test_a_public_sweep_charges_nothing_and_promises_nothing(tmp_path: Path) -> 
     assert "no promise" in sweep.statement.sentence()
 
 
-def test_a_store_without_held_out_people_is_refused(tmp_path: Path) -> None:
+def test_a_store_without_held_out_users_is_refused(tmp_path: Path) -> None:
     config = tiny_sweep(tmp_path, ALL)
     manifest = tmp_path / "store" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"heldout": None}))
@@ -164,7 +167,7 @@ def test_a_dry_run_says_trials_price_and_what_is_left_out_and_touches_nothing(
     text = describe_sweep(config)
     assert files(tmp_path) == before
     assert "epsilon = 8, delta = 0.001" in text
-    assert text.count("clip norm C") == 1 + 2  # of ELS, everybody keeps fewer than 100
+    assert text.count("clip norm C") == 1 + 2  # with ELS, every user keeps fewer than 100
     assert "ULS with G = 100 is left out" in text
     secret = describe_sweep(tiny_sweep(tmp_path, BEST))
     assert "6 expected" in secret
@@ -227,7 +230,7 @@ def test_checkpoints_in_the_output_folder_go_when_a_sweep_ends_and_others_stay(
     sweep = admitted(tiny_sweep(tmp_path, ALL, cluster={"storage": place}))
     checkpoint = Path(sweep.storage) / "trial" / "checkpoint-00000002-attempt-1"
     checkpoint.mkdir(parents=True)
-    _forget(sweep)
+    _remove_working_files(sweep)
     assert checkpoint.exists() is (storage is not None)
     assert not (sweep.folder.path / "trials" / "checkpoints").exists()
 
@@ -342,12 +345,12 @@ def test_the_loss_before_training_would_make_a_trial_that_diverged_the_winner(
 ) -> None:
     """The failing arm: a trial that diverged before its first commit, scored by its last row."""
     sweep = played(tmp_path, ALL, [3.4, NAN, 3.3, 3.5])
-    monkeypatch.setattr("udp_ray.on_ray.trial.has_diverged", lambda folder: False)
+    monkeypatch.setattr("udp_ray.on_ray.publish._has_diverged", lambda folder: False)
     assert publish_sweep(sweep).loss == 2.0
 
 
 def without_cluster(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    """Has `run_sweep` play its trials."""
+    """Has `sweep` play its trials."""
 
     def play(sweep: Sweep, announce: object) -> None:
         for trial, loss in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
@@ -381,7 +384,7 @@ def test_a_sweep_without_a_model_to_release_ends_and_stays_charged(
     without_cluster(monkeypatch, [NAN] * num_trials)
     said: list[str] = []
     with pytest.raises(error, match=words) as caught:
-        run_sweep(config, announce=said.append)
+        tuning.sweep(config, announce=said.append)
     assert not any("resume" in text for text in [*said, str(caught.value)])
     assert words in said[-1]  # in the statement
     output = Path(config.output)
@@ -408,6 +411,33 @@ def test_of_a_secret_sweep_nothing_tells_that_a_trial_diverged(tmp_path: Path) -
     assert result.loss == 3.4
     text = result.to_text() + "".join((output / name).read_text() for name in seen)
     assert "diverged" not in text
+
+
+@pytest.mark.parametrize("section", [ALL, BEST], ids=["all, the failing arm", "best"])
+def test_while_a_secret_sweep_runs_nothing_is_shown_of_its_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict
+) -> None:
+    seed = seed_with(3, tiny_sweep(tmp_path, BEST))
+    sweep = admitted(tiny_sweep(tmp_path, section, privacy={"seed": seed}))
+    waiting = list(sweep.ledger.trials(sweep.sweep_id))
+
+    def wait(tasks: list[str], *, timeout: float) -> tuple[list[str], list[str]]:
+        if waiting:
+            play_trial(sweep, waiting.pop(), loss=3.4)
+            return [], tasks
+        return tasks, []
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", lambda task: None)
+    said: list[str] = []
+    with progress("running") as display:
+        tuning._follow(sweep, "task", said.append)
+        shown = display.text()
+    if section is BEST:
+        assert (said, shown) == ([], "running")
+    else:
+        assert said[0].partition(":")[0] == "trial 4 (1 of 4 ended)"
+        assert shown == "running the trials: step 8 of 8"
 
 
 # ---- what an auditor sees
@@ -467,7 +497,7 @@ def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_t
     section = {"release": "all", "group_size": [1], "learning_rate": RATES}
     config = tiny_sweep(tmp_path, section, train={"weight_decay": DECAY})
     said: list[str] = []
-    result = run_sweep(config, announce=said.append)
+    result = tuning.sweep(config, announce=said.append)
     assert "epsilon = 8" in said[0]  # the price comes first
     assert any(line.startswith("trial 1 (1 of 2 ended)") for line in said)
     good, bad = result.trials
@@ -521,7 +551,7 @@ def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
     assert "Traceback" not in text
     assert AutoModelForCausalLM.from_pretrained(config.output)
     with pytest.raises(LedgerError, match="finished"):
-        run_sweep(config, resume=True, announce=lambda text: None)
+        tuning.sweep(config, resume=True, announce=lambda text: None)
 
 
 @contextmanager

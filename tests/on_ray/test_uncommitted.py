@@ -10,26 +10,29 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from tests.support.runs import tiny_experiment, with_storage
+from tests.support.training import attempt_at
 from tests.support.without_ray import without_ray
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.engine.distributed import join_world
 from udp_ray.io import OutputFolder, below
+from udp_ray.ledger import Attempt
 from udp_ray.on_ray import publish, worker
-from udp_ray.on_ray.accountant import AttemptStart, RemoteAccountant
+from udp_ray.on_ray.accountant import RemoteAccountant
 from udp_ray.on_ray.checkpoints import remove_uncommitted
-from udp_ray.on_ray.train import carry_out
+from udp_ray.on_ray.train import execute
 from udp_ray.on_ray.worker import RunCheckpoints
 from udp_ray.runs.admission import admit, prepare_run
 
 KEPT = ("checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1")
 LEFTOVER = "checkpoint-00000006-attempt-1"
-"""Written by an attempt that died before it committed: its repetition writes step 6 anew."""
+"""Written by an attempt that died before it committed: its repetition writes step 6 again."""
 LATE = "checkpoint-00000006-attempt-0"
 OF_RAY = "checkpoint_manager_snapshot.json"
 
@@ -44,23 +47,21 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path) if request.param == "folder" else f"file://{tmp_path}"
 
 
-def start_of(storage: str) -> AttemptStart:
+def start_of(storage: str) -> Attempt:
     committed = tuple(below(storage, name) for name in KEPT)
-    return AttemptStart(
-        number=2, step=4, location=committed[-1], digest="four", replay_until=6,
-        committed=committed,
-    )  # fmt: skip
+    attempt = attempt_at(4, committed[-1], "four", replay_until=6)
+    return replace(attempt, committed=committed)
 
 
 class Accountant:
     """Begins an attempt, and notes what lay in the storage by then."""
 
-    def __init__(self, start: AttemptStart, folder: Path) -> None:
+    def __init__(self, start: Attempt, folder: Path) -> None:
         self._start = start
         self._folder = folder
         self.seen: list[str] = []
 
-    def begin(self) -> AttemptStart:
+    def begin(self) -> Attempt:
         self.seen = names_in(self._folder)
         return self._start
 
@@ -69,7 +70,7 @@ def names_in(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def begin(start: AttemptStart, storage: str, folder: Path) -> Accountant:
+def begin(start: Attempt, storage: str, folder: Path) -> Accountant:
     join_world()
     accountant = Accountant(start, folder)
     assert worker._begin(cast(RemoteAccountant, accountant), 0, storage) == start
@@ -117,9 +118,9 @@ def test_a_run_that_has_written_nothing_yet_has_nothing_to_remove(tmp_path: Path
 
 
 def test_where_nothing_was_committed_no_checkpoint_stays(storage: str, tmp_path: Path) -> None:
-    start = AttemptStart(
-        number=2, step=0, location=None, digest=None, replay_until=2, committed=()
-    )  # fmt: skip
+    start = replace(
+        start_of(storage), resume_step=0, resume_checkpoint=None, resume_digest=None, committed=()
+    )
     begin(start, storage, tmp_path)
     assert names_in(tmp_path) == [OF_RAY]
 
@@ -133,7 +134,7 @@ def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None])
     run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
     admit(run, resume=False)
     with without_ray(before_step):
-        carry_out(run, resume=False, announce=said.append)
+        execute(run, resume=False, announce=said.append)
     return said
 
 
@@ -141,9 +142,9 @@ def leave_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -
     """As if a worker of an older attempt had still been uploading."""
     end = RemoteAccountant.end
 
-    def leave_and_end(self: RemoteAccountant, number: int, message: str | None) -> None:
+    def leave_and_end(self: RemoteAccountant, message: str | None) -> None:
         (folder / LATE).mkdir()
-        end(self, number, message)
+        end(self, message)
 
     monkeypatch.setattr(RemoteAccountant, "end", leave_and_end)
 

@@ -99,7 +99,7 @@ def test_nothing_shown_is_a_secret(ledger):
     shown = spending_to_text(ledger.spent(DATASET)) + json.dumps(
         spending_to_json(ledger.spent(DATASET))
     )
-    assert attempt.key.secret.hex() not in shown
+    assert ledger.key(attempt).secret.hex() not in shown
     assert ledger.dataset(DATASET).user_hash_key.hex() not in shown
 
 

@@ -1,1 +1,1 @@
-"""What tests need in modules that spawned processes can import. The library does not use it."""
+"""Helpers of the tests, importable by the processes and Ray workers that tests start."""

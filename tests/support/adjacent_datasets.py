@@ -1,4 +1,4 @@
-"""Pairs of neighbouring user datasets, and Hypothesis strategies that build the nasty ones.
+"""Pairs of adjacent user datasets, and Hypothesis strategies that build difficult ones.
 
 A dataset here is a list of users, each an array of example gradients of shape (examples, P): what
 is left of a person once the model has seen the text.

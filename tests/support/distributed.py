@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from udp_ray.engine.distributed import join_world
+
 PRELOAD = ["deepspeed", "transformers.models.gpt2.modeling_gpt2", "tests.support.distributed"]
 TIMEOUT_S = 300
 
@@ -114,3 +116,12 @@ def _collect(folder: Path, world_size: int, exit_codes: list[int | None]) -> lis
         texts = [outcomes[rank][2] for rank in sorted(errors)]
         raise WorldFailed("\n".join([f"exit codes of the ranks: {exit_codes}", *texts]), errors)
     return [outcomes[rank][0] for rank in range(world_size)]
+
+
+def raise_on_rank_0(error: Exception) -> None:
+    """Has rank 0 fail while it acts for all ranks."""
+
+    def fail() -> None:
+        raise error
+
+    join_world().from_first(fail)

@@ -1,7 +1,7 @@
-"""Moments of a run on Ray at which a test can disturb it: the worker waits there meanwhile.
+"""Fault points: places in a run on Ray where the worker waits, so that a test can inject a fault.
 
     with paused_at(Moment("authorized", step=4), tmp_path, kill):
-        train_on_ray(config)
+        train(config)
 
 The worker that comes to the moment stops in it and says so by a file; the test's own process then
 does what it likes (kills the worker or its node, stops a server, fills a disk) and lets it go on.
@@ -28,7 +28,7 @@ from typing import Any, Literal, get_args
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.on_ray import train as driver
-from udp_ray.on_ray import worker
+from udp_ray.on_ray.accountant import RemoteAccountant
 from udp_ray.on_ray.worker import RunCheckpoints, run_worker
 
 PAUSE_S = 0.01
@@ -43,7 +43,7 @@ _PLACES: dict[Name, tuple[type, str, int]] = {
     "noised": (ZeroEngine, "apply", 1),  # summed and noised, the weights not moved
     "publishing": (RunCheckpoints, "publish", 0),  # written locally, not yet in Ray's storage
     "published": (RunCheckpoints, "publish", 0),  # in Ray's storage, not committed
-    "committed": (worker._LedgerOnRay, "commit", 0),
+    "committed": (RemoteAccountant, "commit", 0),
 }
 _AFTER = ("published", "committed")
 """Moments after their call; the others are before it."""

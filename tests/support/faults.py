@@ -1,4 +1,4 @@
-"""Faults injected from outside: processes killed when the ledger shows that a run is far enough."""
+"""Injected faults: kills processes of a run once the ledger shows that it has come far enough."""
 
 from __future__ import annotations
 

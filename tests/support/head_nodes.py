@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster as real ones: each a `ray start` of its own, which can be switched off.
+"""Ray nodes as separate `ray start` processes, which a test can switch off.
 
 with Head(num_cpus=0) as head:
     spare = head.add_node(num_cpus=2)

@@ -1,4 +1,4 @@
-"""A real Ray head for tests, as `ray start --head` makes it: token authentication, jobs by its CLI.
+"""A Ray head for tests, started by `ray start --head`: token authentication, jobs by its CLI.
 
     with RayHead(tmp_path, num_cpus=2) as head:
         done = head.submit("python", "jobs/price.py", "--help", working_dir=repository)

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
+"""Several hosts on one machine: network namespaces with their own addresses, joined by a bridge.
 
     with Hosts(tmp_path, 2) as hosts:
         hosts.start_ray()                                  # the first one is the head

@@ -1,4 +1,4 @@
-"""Jobs as a person runs them: as processes, with their settings in a file.
+"""Runs jobs as a user does: as processes, with their settings in a file.
 
 with started_job("train", config, tmp_path) as job:
     ...

@@ -1,4 +1,4 @@
-"""What tests of clipping kernels share: groups from a tiny store, a kernel's sum, a plain judge."""
+"""Helpers for tests of kernels: groups of a tiny store, a kernel's sum, a plain reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ledgers with something in them, and drivers as real processes that use and break them."""
+"""Ledgers with runs in them, and processes that use and break them at the same time."""
 
 from __future__ import annotations
 

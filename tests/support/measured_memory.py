@@ -1,4 +1,4 @@
-"""What a private step really takes of a process's memory, for the judge of `udp_ray.engine.memory`.
+"""Peak process memory of a private step, the reference for `udp_ray.engine.memory`.
 
 peaks = run_on_ranks(2, peak_of_steps, config, 8)     # bytes, by rank
 """
@@ -14,7 +14,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.distributed import join_world
-from udp_ray.engine.kernels.select import choose_kernel, made_up_group
+from udp_ray.engine.kernels.select import select_kernel, synthetic_group
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.models.load import load_model, trainable_parameters
@@ -49,7 +49,7 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
     plan = PrivacyPlan.from_config(config.privacy, num_users=None)
     model = load_model(config.model.name, dropout=0.0, lora=config.model.lora)
     parameters = trainable_parameters(model)
-    kernel = choose_kernel(
+    kernel = select_kernel(
         config.train.kernel,
         model,
         parameters,
@@ -65,7 +65,7 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
     key = RunKey.from_seed(0).noise()
     noise = GaussianNoise(key, plan.noise_stddev) if world.is_first else None
     step = PrivateStep(kernel, zero, plan, noise, world=world)
-    group = made_up_group(model, plan.group_size, config.data.block_tokens)
+    group = synthetic_group(model, plan.group_size, config.data.block_tokens)
     for number in (1, 2):
         step.run(number, [group] * num_groups)
     zero.close()

@@ -1,4 +1,4 @@
-"""A real object store for tests: rclone's S3 server over loopback, with keys, on a local folder.
+"""A real S3-compatible object store: rclone's server on loopback, with keys, on a local folder.
 
     with ObjectStore(tmp_path) as store:
         monkeypatch.setenv(...)  for each of store.credentials()

@@ -1,4 +1,4 @@
-"""The training loop under observation: what it reads, draws, asks for and hands to its kernel.
+"""Records what the training loop reads, samples, asks for and passes to its kernel.
 
 Nothing of the loop is replaced. Functions that it calls note that they were called, and the kernel
 notes the groups that it is given in each step instead of computing their gradients.
@@ -23,7 +23,7 @@ from tests.support.training import (
     VOCABULARY,
     RecordingAccountant,
     Weights,
-    keys_of,
+    folder_of,
     tiny_model,
     weights_of,
 )
@@ -33,11 +33,12 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.types import ResumePoint, RunningSum
+from udp_ray.engine.types import RunningSum
 from udp_ray.errors import UdpRayError
+from udp_ray.ledger import Attempt
 
 SEED = 11
 BASE = VOCABULARY - 1
@@ -98,7 +99,7 @@ def observe(
     last_step: int | None = None,
     added: float = 0.0,
     checkpoints: Path | None = None,
-    resume: ResumePoint | None = None,
+    resume: Attempt | None = None,
     noise_fault: Callable[[PrivateStep, GaussianNoise | None, int], None] | None = None,
 ) -> Observed:
     """Runs the training loop on this rank, and returns what was seen.
@@ -140,12 +141,13 @@ def observe(
             plan,
             settings=settings or plain_sgd(),
             autocast="off",
-            keys=keys_of(key, world.rank),
+            keys=key.of_rank(world.rank),
             accountant=RecordingAccountant(seen.events, last_step) if world.is_first else None,
             publish=publish,
             on_metrics=lambda metrics: seen.events.append(("metrics", metrics)),
             workspace=place / "workspace",
-            resume=resume,
+            attempt=resume,
+            resume_from=folder_of(resume),
         )
     seen.weights.append(weights_of(model))
     return seen
@@ -218,9 +220,9 @@ def _watched(
 ) -> Iterator[None]:
     purposes = {key.noise(): "noise", key.selfcheck(): "selfcheck"}
     kernels: list[_NotingKernel] = []
-    choose, run, slice_of = loop.choose_kernel, PrivateStep.run, GaussianNoise.slice
+    choose, run, slice_of = loop.select_kernel, PrivateStep.run, GaussianNoise.slice
 
-    def choose_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
+    def select_kernel(*args: Any, **kwargs: Any) -> _NotingKernel:
         seen.clip_norms.append(kwargs["clip_norm"])
         kernels.append(_NotingKernel(choose(*args, **kwargs), seen, added))
         return kernels[-1]
@@ -236,7 +238,7 @@ def _watched(
         return drawn
 
     with (
-        mock.patch.object(loop, "choose_kernel", choose_kernel),
+        mock.patch.object(loop, "select_kernel", select_kernel),
         mock.patch.object(PrivateStep, "run", run_step),
         mock.patch.object(GaussianNoise, "slice", slice_noise),
         mock.patch.object(PrivateStep, "_add_noise", noise_fault) if noise_fault else nullcontext(),

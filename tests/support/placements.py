@@ -1,4 +1,4 @@
-"""Prepare or train on a cluster of several nodes, and tell which node each process ran on.
+"""Prepares or trains on a cluster of several nodes, and prints the node of each process.
 
     python -m tests.support.placements SETTINGS.yaml ADDRESS prepare train
 
@@ -22,7 +22,7 @@ from ray._private.state import actors
 from tests.support.faults import TRAIN_WORKER
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.on_ray.prepare import prepare
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 
 ACCOUNTANT = "RunAccountant"
 PAUSE_S = 0.2
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         if "prepare" in steps:
             prepare(config.data, tokenizer=config.model.name)
         if "train" in steps:
-            train_on_ray(config, announce=lambda text: None)
+            train(config, announce=lambda text: None)
     nodes = {
         kind: [node for name, node in seen.values() if kind in name]
         for kind in (ACCOUNTANT, TRAIN_WORKER)

@@ -1,4 +1,4 @@
-"""What must hold after a fault: the same weights, the same spend, nothing half-written.
+"""Recovery assertions: after a fault, the same weights, the same spend, no partial output.
 
 undisturbed = Undisturbed.of(config, folder / "undisturbed")
 ...
@@ -19,7 +19,7 @@ from tests.support.runs import to_folder, with_storage
 from tests.support.training import distance
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
 from udp_ray.runs.result import RunResult
 
@@ -43,7 +43,7 @@ class Undisturbed:
         """Trains without a fault."""
         storage = output.with_name(f"{output.name}-storage")
         placed = with_storage(to_folder(config, output), storage)
-        return cls(config, train_on_ray(placed, announce=unheard), storage)
+        return cls(config, train(placed, announce=unheard), storage)
 
     def require_alike(self, output: Path, ledger: Ledger) -> None:
         """Sees to it that a run has ended as if nothing had happened: each step charged once."""

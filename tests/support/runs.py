@@ -1,7 +1,7 @@
-"""Whole small runs for tests of the Ray edge: a model, its tokenizer, a store, a ledger, settings.
+"""Small complete runs on Ray: a model, its tokenizer, a store, a ledger, settings.
 
 config = tiny_experiment(tmp_path, num_steps=6)
-result = train_on_ray(config)
+result = train(config)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sum in slices on several ranks, and what it holds at most while it is made."""
+"""The gradient sum in slices on several ranks, and its peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A SQLite ledger held by another program, which then nobody else can write."""
+"""A SQLite ledger that another process holds a write lock on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny token stores for tests, made without Ray and without a tokenizer.
+"""Tiny token stores for tests, built without Ray and without a tokenizer.
 
 >>> path = write_store(tmp_path / "store", [[[5, 6, 7], [8, 9]], [[1, 2]]])   # doctest: +SKIP
 """

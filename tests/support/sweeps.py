@@ -1,4 +1,4 @@
-"""Small sweeps for tests: settings, and trials that are played instead of trained.
+"""Small sweeps: settings, and simulated trials.
 
 config = tiny_sweep(tmp_path, {"release": "best", "group_size": [1, 2]})
 play_trial(sweep, sweep.ledger.trials(sweep.sweep_id)[0], loss=3.5)

@@ -1,4 +1,4 @@
-"""Tiny training runs for tests: a GPT-2 of two layers, a store of two dozen users, seeded keys.
+"""Tiny training runs: a GPT-2 of two layers, a store of two dozen users, seeded keys.
 
 run = TinyRun(store=str(write_tiny_store(tmp_path / "store")), zero_stage=2)
 weights = run_on_ranks(4, train_tiny, run)[0].weights
@@ -25,21 +25,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.support.stores import Users, write_store
 from udp_ray.config.experiment import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
-from udp_ray.dp.keys import RunKey
+from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.engine import trainer as loop
+from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
+from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.trainer import train
 from udp_ray.engine.types import (
     Accountant,
     Metrics,
-    ResumePoint,
     TrainResult,
-    WorkerKeys,
 )
 from udp_ray.errors import PrivacyBudgetExceededError
+from udp_ray.ledger import Attempt
 from udp_ray.models.load import trainable_parameters
 from udp_ray.models.lora import add_adapters
 
@@ -134,21 +133,31 @@ class TinyRun:
             kernel=self.kernel,
         )
 
-    def keys(self, rank: int) -> WorkerKeys:
+    def keys(self, rank: int) -> RankKeys:
         """Returns what the accountant would give this rank."""
-        return keys_of(RunKey.from_seed(self.seed), rank)
+        return RunKey.from_seed(self.seed).of_rank(rank)
 
 
-def keys_of(key: RunKey, rank: int) -> WorkerKeys:
-    """Returns what the accountant gives a rank."""
-    is_first = rank == 0
-    return WorkerKeys(
-        key_id=key.id,
-        sampling=key.sampling(),
-        noise=key.noise() if is_first else None,
-        dropout=key.dropout(),
-        selfcheck=key.selfcheck() if is_first else None,
+def attempt_at(step: int, checkpoint: str, digest: str, *, replay_until: int = 0) -> Attempt:
+    """Returns the second attempt of a run, which continues from a checkpoint."""
+    return Attempt(
+        run_id="tiny",
+        number=2,
+        key_id="0" * 16,
+        resume_step=step,
+        resume_checkpoint=checkpoint,
+        resume_digest=digest,
+        last_step=10**6,
+        is_rekeyed=False,
+        replay_until=replay_until,
+        committed=(checkpoint,),
     )
+
+
+def folder_of(attempt: Attempt | None) -> Path | None:
+    """Returns the local folder of the checkpoint that an attempt continues from."""
+    checkpoint = None if attempt is None else attempt.resume_checkpoint
+    return None if checkpoint is None else Path(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -225,7 +234,7 @@ class RecordingAccountant:
 def train_tiny(
     run: TinyRun,
     last_step: int | None = None,
-    resume: ResumePoint | None = None,
+    resume: Attempt | None = None,
     checkpoints: str | None = None,
 ) -> TinyOutcome:
     """Runs the training loop with an accountant in memory.
@@ -263,9 +272,8 @@ def run_loop(
     accountant: Accountant | None,
     events: list[tuple[Any, ...]],
     checkpoints: Path,
-    resume: ResumePoint | None = None,
+    resume: Attempt | None = None,
     model: nn.Module | None = None,
-    replay_until: int = 0,
 ) -> TinyOutcome:
     """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
     model = run.model() if model is None else model
@@ -291,8 +299,8 @@ def run_loop(
         publish=publish,
         on_metrics=note if is_first else None,
         workspace=checkpoints / "workspace",
-        resume=resume,
-        replay_until=replay_until,
+        attempt=resume,
+        resume_from=folder_of(resume),
         provenance={"run_id": "tiny"},
     )
     return TinyOutcome(weights_of(model), result, events)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,10 @@ from tests.support.training import (
     train_tiny,
 )
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine import trainer as loop
-from udp_ray.engine.types import Accountant, ResumePoint
+from udp_ray.engine import language_model as loop
+from udp_ray.engine.types import Accountant
 from udp_ray.errors import FencedError
-from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Attempt, Digests, plan_digest
+from udp_ray.ledger import Digests, Ledger, LedgerAccountant, plan_digest
 
 RUN_ID = "tiny"
 
@@ -78,18 +77,13 @@ def train_with_ledger(
     if rank == 0:
         ledger = Ledger.open(url)
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
-        at = attempt.resume_step, attempt.resume_checkpoint, attempt.resume_digest
-        start = [(*at, attempt.replay_until if defers_commits else 0)]
+        start = [attempt if defers_commits else replace(attempt, replay_until=0)]
         accountant = DyingAccountant(LedgerAccountant(ledger, attempt), death)
     dist.broadcast_object_list(start, src=0)
-    step, location, digest, replay_until = start[0]
-    resume = None
-    if location is not None:
-        resume = ResumePoint(Path(location), digest=digest, step=step, location=location)
     model = run.model()
     if death.forward_pass is not None and death.rank == rank:
         die_in_forward_pass(model, death.forward_pass)
-    return run_loop(run, accountant, [], Path(checkpoints), resume, model, replay_until)
+    return run_loop(run, accountant, [], Path(checkpoints), start[0], model)
 
 
 def train_refused(run: TinyRun) -> TinyOutcome:
@@ -111,22 +105,6 @@ def train_with_masks_by_chance(run: TinyRun) -> TinyOutcome:
         return train_tiny(run)
     finally:
         loop.CohortReader = reader  # type: ignore[misc]
-
-
-class LedgerAccountant:
-    """The engine's accountant on a ledger, in this very process."""
-
-    def __init__(self, ledger: Ledger, attempt: Attempt) -> None:
-        self._ledger = ledger
-        self._attempt = attempt
-
-    def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Reserves the step."""
-        self._ledger.authorize(self._attempt, step, starting_checkpoint=starting_checkpoint)
-
-    def commit(self, step: int, location: str, digest: str) -> None:
-        """Records the checkpoint."""
-        self._ledger.commit(self._attempt, step, checkpoint=location, digest=digest)
 
 
 class DyingAccountant:

@@ -1,4 +1,4 @@
-"""Tiny runs step by step, without the loop, and with the deliberate faults that tests must catch.
+"""Tiny runs step by step, without the training loop, and deliberate faults that tests must catch.
 
 Faults are parts that replace a sound one, so that the sound code has no switch for them.
 """
@@ -27,14 +27,14 @@ from udp_ray.dp.clipping import clip_and_add, clip_factor
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.distributed import World, join_world
-from udp_ray.engine.gradient_sum import cut
+from udp_ray.engine.gradient_sum import own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, chunk_logits, row_losses
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel, RunningSum
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.models.load import checkpoint_activations, trainable_parameters
@@ -60,7 +60,7 @@ def take_steps(run: TinyRun) -> TinyOutcome:
     with reader:
         for step in range(1, run.num_steps + 1):
             private_step.run(step, reader.groups(step))
-    private_step.zero.close()
+    private_step.engine.close()
     return TinyOutcome(weights_of(model))
 
 
@@ -74,7 +74,7 @@ def take_empty_step(run: TinyRun, step: int) -> Weights:
     model = tiny_model()
     private_step = build_step(run, model, join_world())
     private_step.run(step, [])
-    private_step.zero.close()
+    private_step.engine.close()
     return weights_of(model)
 
 
@@ -105,7 +105,7 @@ def self_check(run: TinyRun) -> str:
     world = join_world()
     model = run.model()
     private_step = build_step(run, model, world)
-    before = _snapshot(private_step.zero)
+    before = _snapshot(private_step.engine)
     key = run.keys(world.rank).selfcheck
     stddev = run.plan().noise_stddev * (0.5 if run.fault == "half_noise" else 1.0)
     try:
@@ -113,7 +113,7 @@ def self_check(run: TinyRun) -> str:
         verdict = ""
     except Exception as error:
         verdict = f"{type(error).__name__}: {error}"
-    after = _snapshot(private_step.zero)
+    after = _snapshot(private_step.engine)
     assert all(torch.equal(before[name], after[name]) for name in before), "the check moved state"
     return verdict
 
@@ -129,7 +129,7 @@ def _snapshot(zero: ZeroEngine) -> dict[str, Tensor]:
         for kind, tensors in zero.optimizer_state().items()
         for name, tensor in tensors.items()
     }
-    held = {name: zero.held(name).clone() for name in zero.parameters}
+    held = {name: zero.local(name).clone() for name in zero.parameters}
     return {**state, **zero.weights(), **{f"held/{name}": values for name, values in held.items()}}
 
 
@@ -167,7 +167,9 @@ def _random_gradients(zero: ZeroEngine, step: int) -> dict[str, Tensor]:
     wholes = {name: torch.randn(shape, generator=random) for name, shape in zero.shapes.items()}
     if not zero.is_sliced:
         return wholes
-    return {n: cut(whole, dist.get_rank(), dist.get_world_size()) for n, whole in wholes.items()}
+    return {
+        n: own_slice(whole, dist.get_rank(), dist.get_world_size()) for n, whole in wholes.items()
+    }
 
 
 def _zero_engine(run: TinyRun, model: nn.Module) -> ZeroEngine:
@@ -183,7 +185,7 @@ def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
             model, parameters, clip_norm=run.plan().clip_bound, autocast=run.autocast,
             microbatch_tokens=run.microbatch_tokens,
         )  # fmt: skip
-    return choose_kernel(
+    return select_kernel(
         run.kernel, model, parameters, clip_norm=run.plan().clip_bound,
         rows_per_group=run.group_size, tokens_per_row=16, microbatch_tokens=run.microbatch_tokens,
         autocast=run.autocast, world=world, is_sliced=run.zero_stage == 3,
@@ -215,7 +217,7 @@ def _arrived(step: PrivateStep, store: TokenStore, run: TinyRun, users: Iterable
     step._sum.clear()
     groups = groups_of(store, mine, run.microbatch_tokens) if mine else []
     step._kernel.add_clipped(step._sum, groups)
-    arrived = step.zero.read_back(step._noisy_mean(None, 0))
+    arrived = step.engine.read_back(step._noisy_mean(None, 0))
     return flat(arrived) * step.plan.divisor
 
 
@@ -268,8 +270,8 @@ class _NoiseOnAllRanks(PrivateStep):
 
     def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
         super()._add_noise(noise or self.everyones_noise, step)
-        if self.zero.is_sliced:  # whose noise of other ranks can only come as their gradients
-            for name, shape in self.zero.shapes.items():
+        if self.engine.is_sliced:  # whose noise of other ranks can only come as their gradients
+            for name, shape in self.engine.shapes.items():
                 drawn = self.everyones_noise.tensor(step, name, tuple(shape))
                 self._sum.add(name, torch.zeros(shape) if self.world.is_first else drawn)
             self._sum.reduce()

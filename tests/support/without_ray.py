@@ -1,7 +1,7 @@
-"""A whole run in this process: the product's own code, with plain calls where Ray stands.
+"""A complete run in this process: the library's own code, with plain calls in place of Ray.
 
     with without_ray(before_step=clock.advance):
-        result = carry_out(run, resume=False, announce=print)
+        result = execute(run, resume=False, announce=print)
 
 Replaced are Ray's calls alone: the actor is an object, the worker group is this process, and a
 reported checkpoint is copied into the run's storage. What is written, and when, is as on a cluster.
@@ -24,13 +24,13 @@ from ray.train import Checkpoint
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
 from udp_ray.io import below
-from udp_ray.on_ray import train as carry_out
-from udp_ray.on_ray.accountant import Charge, RunAccountant
+from udp_ray.on_ray import train as driver
+from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
 
 
 @contextmanager
 def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Iterator[None]:
-    """Has `carry_out` run in this process for as long as the block lasts.
+    """Has `execute` run in this process for as long as the block lasts.
 
     Args:
         before_step: Called with the number of each private step, before it computes.
@@ -43,8 +43,8 @@ def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Itera
 
     with ExitStack() as patches:
         for owner, name, replacement in (
-            (carry_out, "start_accountant", _LocalActor),
-            (carry_out, "TorchTrainer", _LocalTrainer),
+            (driver, "start_accountant", _LocalActor),
+            (driver, "TorchTrainer", _LocalTrainer),
             (ray, "get", lambda answer: answer),
             (ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0)),
             (PrivateStep, "run", told_step),
@@ -56,8 +56,8 @@ def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Itera
 class _LocalActor:
     """The accountant; `actor.method.remote(...)` calls it and returns its answer."""
 
-    def __init__(self, charge: Charge) -> None:
-        self._accountant = RunAccountant(charge)
+    def __init__(self, config: AccountantConfig) -> None:
+        self._accountant = RunAccountant(config)
 
     def __getattr__(self, method: str) -> _LocalMethod:
         return _LocalMethod(getattr(self._accountant, method))

@@ -1,11 +1,11 @@
-"""Every setting of a run, validated.
+"""The settings of a training run: data, model, training and cluster, checked against each other.
 
-`PrivacyConfig` holds all the numbers that can change the guarantee; nothing in the other sections
-can. All fields are public: they may be logged, saved and shown. A cross-field rule lives in the
-section that owns the fields; a rule across sections lives in `ExperimentConfig`.
+`PrivacyConfig` (in `privacy.py`) has all the numbers that can change the guarantee; nothing in the
+sections here can. All fields are public: they may be logged, saved and shown. A rule about fields
+of one section stands in that section, a rule across sections in `ExperimentConfig`.
 
-    >>> PrivacyConfig(epsilon=8, delta=1e-6, clip_norm=1, cohort_size=64, num_steps=9).expected_size
-    64
+    config = ExperimentConfig.load("settings.yaml", ["privacy.epsilon=8"])
+    config.train.learning_rate
 """
 
 from __future__ import annotations
@@ -31,45 +31,44 @@ from udp_ray.config.base import (
     refuse_secret,
 )
 from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.errors import ConfigError
 from udp_ray.io import is_url, vanishes_with_job
 
 
 class DataConfig(Section):
-    """Where the text is, and the store that it becomes."""
+    """The input text, and the token store that is made of it."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Name of the people's data. All stores and runs of this name share one budget."""
+    """Name of the users' data. All stores and runs of this name share one budget."""
     input: list[str] = Field(default=[])
-    """Parquet, JSON lines or CSV: paths, globs or file-system URLs; or hf://NAME or
-    hf://NAME:CONFIG for a Hugging Face dataset, or a folder that `save_to_disk` wrote."""
+    """Parquet, JSON lines or CSV files: paths, globs or URLs; or hf://NAME or hf://NAME:CONFIG for
+    a Hugging Face dataset, or a folder that `save_to_disk` wrote."""
     input_split: str = "train"
     """Split of a Hugging Face dataset."""
     user_column: str = "user_id"
-    """Column that says whose text it is."""
+    """Column with the id of the user who wrote the text."""
     text_column: str = "text"
     """Column with the text. Not used when prompt and response columns are given."""
     prompt_column: str | None = None
-    """Column with the prompt; goes with data.response_column. Its tokens carry no loss."""
+    """Column with the prompt; needs data.response_column. Its tokens have no loss."""
     response_column: str | None = None
-    """Column with the response; only its tokens carry loss."""
+    """Column with the response; only its tokens have a loss."""
     tokenizer: str | None = None
     """Hugging Face name or folder of a fast tokenizer. Default: model.name."""
     block_tokens: Annotated[int, Field(ge=2, le=2**24)] = 256
-    """Most tokens in one example, at most the model's positions; longer texts are split into
+    """Most tokens in one example, from 2 to the model's positions; longer texts are split into
     several examples."""
     max_examples_per_user: PositiveInt | None = None
-    """Most examples stored per user, chosen by a keyed hash. Default: all."""
+    """Most examples stored per user, selected by a keyed hash. Default: all."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
-    """Shard files of the store; part of its identity, independent of the cluster."""
+    """Number of shard files of the store; part of its identity, independent of the cluster."""
     store: AbsolutePath
     """Folder of the user-sharded token store, or a URL such as s3://bucket/chats."""
     cache: LocalFolder | None = None
     """Folder on each node's local disk for its copy of a store at a URL; open to its owner only.
     Default: ~/.cache/udp-ray/stores."""
     heldout: float | list[str] | None = None
-    """Held-out users: a share of users in (0, 1), chosen by a hash of the user, or a separate
+    """Held-out users: a fraction of users in (0, 1), selected by a hash of the user, or a separate
     input whose users do not occur in data.input. Default: none."""
     ledger: str | None = None
     """SQLAlchemy URL of the privacy ledger. Default: ledger.sqlite beside data.store, if that is a
@@ -100,7 +99,7 @@ class DataConfig(Section):
             )
         if isinstance(self.heldout, float) and not 0 < self.heldout < 1:
             raise ValueError(
-                f"data.heldout is {self.heldout:g}: a share of users lies strictly between 0 and 1"
+                f"data.heldout is {self.heldout:g}: a fraction lies strictly between 0 and 1"
             )
         return self
 
@@ -109,7 +108,7 @@ class DataConfig(Section):
         """The URL of the ledger, with its default filled in.
 
         Raises:
-            ConfigError: There is no default beside a store that is not in a folder.
+            ConfigError: If it is missing and data.store is a URL, beside which there is no default.
         """
         if self.ledger is None and is_url(self.store):
             raise ConfigError(
@@ -120,19 +119,19 @@ class DataConfig(Section):
 
 
 ALL_LINEAR = "all-linear"
-"""As the one target of LoRA: every linear layer but the output head."""
+"""The single LoRA target that stands for every linear layer but the output head."""
 
 
 class LoraConfig(Section):
-    """Adapters of low rank: the model itself stays frozen, and only they train."""
+    """LoRA: low-rank adapters are trained, the model's own weights stay frozen."""
 
     rank: PositiveInt
-    """Rank of the adapters. Giving it switches LoRA on."""
+    """Rank of the adapters, at least 1. Setting it switches LoRA on."""
     alpha: PositiveInt = 16
-    """Scale: an adapter's output counts alpha / rank times."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     target_modules: list[str] | None = None
     """Names of the linear layers that get adapters, as q_proj, or all-linear for all but the output
-    head. Default: those that peft adapts in the model's architecture."""
+    head. Default: those that peft selects for the model's architecture."""
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -156,7 +155,7 @@ class ModelConfig(Section):
     name: NameOrFolder
     """Hugging Face name or folder of a causal language model."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout probability of every dropout layer, those of adapters too, while training."""
+    """Dropout probability in [0, 1) of every dropout layer, adapters included, while training."""
     autocast: Literal["off", "bfloat16"] = "off"
     """Number format inside forward and backward; norms, sums and noise stay float32."""
     lora: LoraConfig | None = None
@@ -167,57 +166,59 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Section):
-    """How training is carried out. Nothing here can change the guarantee."""
+    """Optimizer, speed and memory of training. Nothing here can change the guarantee."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed ZeRO stage: what is partitioned over workers (0 nothing, 1 optimizer state,
     2 gradients too, 3 parameters and clipped sums too)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What ZeRO 3 keeps in host memory instead of a GPU's: nothing, the optimizer's state and its
-    copy of the weights, or the weights of layers that are not at work as well."""
+    """What ZeRO 3 keeps in host memory instead of GPU memory: nothing; the optimizer's state and
+    its copy of the weights; or also the weights of layers that are not in use."""
     microbatch_tokens: PositiveInt = 8192
-    """Most tokens, padding included, in one backward pass. Speed and memory only."""
+    """Most tokens, padding included, in one backward pass. Changes speed and memory only."""
     activation_checkpointing: bool = False
-    """Computes each layer's activations anew in the backward pass instead of keeping them: less
-    memory for about a third more work."""
+    """Recomputes each layer's activations in the backward pass instead of keeping them: less memory
+    for about a third more computation."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimizer fed with the noisy mean gradient."""
+    """Optimizer that receives the noisy mean gradient."""
     learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate, > 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or a decay that reaches zero one step after the
-    last, so that no step is paid for and then thrown away."""
+    last, so that no step is charged without effect."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Weight decay (decoupled in adamw)."""
+    """Weight decay, at least 0 (decoupled in adamw)."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's decay rates of the first and second moment."""
+    """AdamW's decay rates of the first and second moment, each in [0, 1)."""
     adam_epsilon: PositiveFloat = 1e-8
-    """AdamW's term that keeps the division finite."""
+    """AdamW's term that keeps the division finite, > 0."""
     momentum: Decay = 0.0
-    """Momentum of sgd."""
+    """Momentum of sgd, in [0, 1)."""
     checkpoint_every: PositiveInt = 50
-    """Steps between checkpoints; metrics leave only with a committed checkpoint."""
+    """Number of steps between checkpoints; metrics are released with committed checkpoints only."""
     evaluate_every: PositiveInt | None = None
-    """Steps between held-out evaluations, a multiple of train.checkpoint_every, its default."""
+    """Number of steps between held-out evaluations, a multiple of train.checkpoint_every. Default:
+    train.checkpoint_every."""
     evaluate_examples: PositiveInt | None = 4096
-    """Most held-out examples per evaluation during training; before and after use all."""
+    """Most held-out examples per evaluation during training; those before and after use all."""
     kernel: Literal["auto", "direct", "ghost"] = "auto"
-    """What clips: direct, one user (els: example) per backward pass; ghost, many per pass, for a
-    model without dropout; auto, the faster one, by a short measurement on made-up tokens, and ghost
-    under zero_stage 3, which direct cannot work with."""
+    """Clipping kernel: direct, one user (els: example) per backward pass; ghost, many per pass, for
+    a model without dropout; auto, the faster one by a short measurement on synthetic tokens, and
+    ghost under zero_stage 3, which direct does not support."""
     fuse_reduce: bool = False
-    """Rank 0 adds the noise to its own clipped sum before the reduction: one reduction less. No
-    effect under zero_stage 3, which reduces layer by layer as gradients come. Refused with
-    privacy.secure_noise above one worker."""
+    """Adds the noise to rank 0's own clipped sum before the reduction: one reduction less. No
+    effect under zero_stage 3, which reduces layer by layer. Refused with privacy.secure_noise above
+    one worker."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
             raise ValueError(
                 f"train.evaluate_every is {self.evaluate_every}, not a multiple of"
-                f" train.checkpoint_every = {self.checkpoint_every}: metrics leave with checkpoints"
+                f" train.checkpoint_every = {self.checkpoint_every}: metrics are released with"
+                " checkpoints only"
             )
         if self.offload != "none" and self.zero_stage < 3:
             raise ValueError(
@@ -233,29 +234,29 @@ class TrainConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the run uses of the Ray cluster. Nothing here can change the guarantee."""
+    """Resources of the Ray cluster that a run uses. Nothing here can change the guarantee."""
 
     num_workers: Annotated[int, Field(ge=1)] = 1
-    """Training workers."""
+    """Number of training workers, at least 1."""
     use_gpu: bool = False
-    """One GPU and nccl per worker, instead of CPU and gloo."""
+    """Uses one GPU per worker, with nccl, instead of the CPU, with gloo."""
     cpus_per_worker: PositiveFloat = 1.0
-    """CPU cores that each worker reserves."""
+    """Number of CPU cores that each worker reserves, > 0."""
     address: str | None = None
-    """Ray cluster to join. Default: the one that the job runs in, else a new local one."""
+    """Address of the Ray cluster. Default: that of the job, else a new local cluster."""
     storage: AbsolutePath | None = None
-    """Folder or URL that all nodes reach, for checkpoints; for the operator only. Default:
-    output/checkpoints, which is open to its owner only and goes when the run ends."""
+    """Folder or URL for checkpoints that all nodes reach and only the operator may read. Default:
+    output/checkpoints, which is open to its owner only and is removed when the run ends."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Restarts of the workers before the run gives up."""
+    """Most restarts of the workers before the run fails."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds to wait for a cluster that grows by itself; 0 refuses at once what does not fit."""
+    """Seconds to wait for an autoscaling cluster to grow; 0 fails at once if it is too small."""
     ledger_wait_s: Annotated[float, Field(ge=0)] = 120.0
-    """Seconds that training waits for a ledger whose database is away, before it stops."""
+    """Seconds that training waits for a ledger whose database does not answer, before it stops."""
 
     @field_validator("storage")
     @classmethod
-    def _refuse_fleeting(cls, value: str | None) -> str | None:
+    def _refuse_temporary(cls, value: str | None) -> str | None:
         if value is not None and not is_url(value) and vanishes_with_job(Path(value)):
             raise ValueError(
                 f"cluster.storage {value} lies in a job's temporary package directory and would"
@@ -264,7 +265,7 @@ class ClusterConfig(Section):
         return value
 
 
-# What changes speed and float32 rounding, or when something is shown, but not what a step releases.
+# Fields that change speed, float32 rounding or the time of outputs, but not what a step releases.
 SPEED_ONLY = {
     "zero_stage",
     "offload",
@@ -298,8 +299,46 @@ def require_fitting_groups(
         )
 
 
+MOST_FUSED = 2**11
+"""Most groups expected in a step whose ranks' sums may be rounded to float32 before the noise."""
+
+
+def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) -> None:
+    """Refuses settings under which ranks round their sums before the noise, unless that is proven.
+
+    With `train.fuse_reduce` each rank rounds its own sum to float32, rank 0 with the noise in it,
+    and ZeRO adds them up in float32.
+
+    Args:
+        is_secure: Whether the noise is secure. Its claim is that rounding comes last: added to a
+            rounded value, another rank's sum can be told from none.
+        expected_groups: Users (uls) or examples (els) expected in a step. `dp.sensitivity`
+            keeps a share of the clip norm for this rounding, up to `MOST_FUSED` groups.
+        num_workers: World size; a single rank has no sum of others.
+
+    Raises:
+        ConfigError: If the sums may not be fused.
+    """
+    if num_workers == 1:
+        return
+    if is_secure:
+        raise ConfigError(
+            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
+            f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
+            " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
+            " false"
+        )
+    if expected_groups > MOST_FUSED:
+        raise ConfigError(
+            f"train.fuse_reduce is true, cluster.num_workers {num_workers} and"
+            f" {expected_groups:,} groups are expected in a step (privacy.cohort_size, or"
+            f" privacy.batch_size under els), above the {MOST_FUSED:,} whose sums may be rounded"
+            " before the noise is added: set train.fuse_reduce false"
+        )
+
+
 class Sections(Protocol):
-    """What the settings of a run and of a sweep have in common."""
+    """The sections that the settings of a run and of a sweep share."""
 
     @property
     def privacy(self) -> PrivacyConfig: ...
@@ -352,7 +391,7 @@ class ExperimentConfig(Section):
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
     output: LocalFolder
-    """Folder for the model, the statement and the figures of the run."""
+    """Folder for the model, the privacy statement and the figures of the run."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -362,14 +401,14 @@ class ExperimentConfig(Section):
         return self
 
     def digest(self) -> str:
-        """Returns a SHA-256 over all that must be equal for a repeated step to be the same release.
+        """Returns a SHA-256 over the settings that make a repeated step the same release.
 
-        Left out is what changes speed and float32 rounding only: the cluster, ZeRO stage,
-        microbatch, kernel, where files lie, and how often checkpoints and evaluations are made.
-        Under `model.autocast` the kernel, the microbatch, whether weights are in slices, and the
+        Left out are settings that change only speed and float32 rounding: the cluster, ZeRO stage,
+        microbatch, kernel, paths of files, and how often checkpoints and evaluations are made.
+        Under `model.autocast` the kernel, the microbatch, whether weights are sharded, and the
         kind of device decide how gradients are rounded to bfloat16: one step by two kernels
         differed by 0.027 clip norms, which the same noise on both would reveal. With dropout
-        they decide the shapes of its masks. They are part of the digest then.
+        they decide the shapes of its masks. Then they are part of the digest.
         """
         kept = self.model_dump(
             mode="json",

@@ -1,4 +1,4 @@
-"""The settings of `jobs/pretrain.py`, apart from the recipe, which imports torch."""
+"""The settings of `jobs/pretrain.py`, whose recipe is `udp_ray.experiments.pretrain`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BYTES = 256  # the alphabet of a byte-level tokenizer
 
 
 class PretrainConfig(Section):
-    """Settings of the recipe. None of them concerns privacy: all the text is public."""
+    """Settings of pretraining on public text. None of them concerns privacy."""
 
     input: Annotated[list[AbsolutePath], Field(min_length=1)]
     """Parquet files of public text, all read into memory."""
@@ -27,7 +27,7 @@ class PretrainConfig(Section):
     text_column: str = "text"
     """Column with the text."""
     source: str | None = None
-    """Where the text comes from and under which licence; copied into the model card."""
+    """Source and licence of the text; copied into the model card."""
     vocab_size: Annotated[int, Field(gt=_BYTES)] = 2048
     """Entries of the byte-level BPE tokenizer."""
     width: PositiveInt = 128
@@ -45,15 +45,15 @@ class PretrainConfig(Section):
     stop_after: PositiveInt | None = None
     """Steps after which to stop before the schedule has ended. Default: never."""
     learning_rate: PositiveFloat = 2.5e-3
-    """Peak learning rate of AdamW; a cosine leads down from it."""
+    """Peak learning rate of AdamW, > 0; it decays by a cosine."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """Decoupled weight decay of the matrices."""
     autocast: Literal["off", "bfloat16"] = "bfloat16"
     """Number format inside forward and backward; the weights stay float32."""
     save_every: PositiveInt = 200
-    """Steps between writings of the checkpoint, so that a long run can be looked at early."""
+    """Number of steps between checkpoints, so that a long run can be inspected early."""
     seed: int = 0
     """Seed of the initial weights and of the order in which the texts are read."""
     output: LocalFolder
@@ -68,14 +68,14 @@ class PretrainConfig(Section):
             )
         if self.heldout in self.input:
             raise ValueError(
-                f"heldout is {self.heldout}, one of the input files, so its loss would prove"
+                f"heldout is {self.heldout}, one of the input files, so its loss would say"
                 " nothing: give another file"
             )
         return self
 
     @property
     def steps_taken(self) -> int:
-        """Optimizer steps that are carried out."""
+        """Number of optimizer steps that are executed."""
         return min(self.num_steps, self.stop_after or self.num_steps)
 
     @property

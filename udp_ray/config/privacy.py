@@ -1,4 +1,11 @@
-"""Every number of a run that can change its guarantee, and nothing else."""
+"""The privacy settings: every number of a run that can change its guarantee, and nothing else.
+
+`udp_ray.dp` takes these settings and no others. `udp_ray.dp.plan.PrivacyPlan` turns them into a
+sampler, noise and a price.
+
+    >>> PrivacyConfig(epsilon=8, delta=1e-6, clip_norm=1, cohort_size=64, num_steps=9).expected_size
+    64
+"""
 
 from __future__ import annotations
 
@@ -8,66 +15,101 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from udp_ray.config.base import PositiveFloat, PositiveInt, Section
+from udp_ray.errors import ConfigError
 
 Epsilon = Annotated[float, Field(gt=0, le=1000)]
-"""A target; a larger one would promise nothing."""
+"""A target epsilon; a larger one would promise nothing."""
 NumSteps = Annotated[int, Field(gt=0, le=10_000_000)]
 LEAST_NOISE = 1e-3
 MOST_KEPT = 10_000
-"""Largest group of els that the accountant prices; its work grows with the square."""
+"""Largest group size of els that the accountant prices; its work grows with the square."""
+
+
+def require_delta_below_inverse_population(
+    delta: float,
+    population: int,
+    *,
+    field: str = "privacy.delta",
+    population_name: str = "population",
+    population_is_public: bool = True,
+) -> None:
+    """Refuses a delta that is not below 1 / population.
+
+    A mechanism that publishes one randomly selected user in full satisfies
+    (0, 1 / population)-DP, so such a delta protects no one.
+
+    Args:
+        delta: The delta to check, in (0, 1).
+        population: Number of users, at least 1.
+        field: The setting that holds the delta, for the message.
+        population_name: What the population is called in the message.
+        population_is_public: False leaves the number out of the message.
+
+    Raises:
+        ConfigError: If delta is at least 1 / population.
+
+    Example:
+        >>> require_delta_below_inverse_population(1e-6, 10_000)
+    """
+    if delta >= 1 / population:
+        bound = f" = {1 / population:.3g}" if population_is_public else ""
+        raise ConfigError(
+            f"{field} is {delta:g}, which is not below 1 / {population_name}{bound}: such a delta"
+            " allows publishing a user outright; lower it"
+        )
 
 
 class PricingConfig(Section):
-    """The privacy settings of a run of which only the price is asked.
+    """The privacy settings of a run that is only priced: the clip norm may be left out.
 
-    All of `PrivacyConfig`, but the clip norm may be left out: the price does not depend on it.
+    The price does not depend on the clip norm.
     """
 
     sampling: Literal["uls", "els"] = "uls"
     """uls: each step samples users and clips each user's mean gradient. els: each step samples
     examples and clips each example's gradient."""
     epsilon: Epsilon | None = None
-    """Target user-level epsilon of the run; the noise multiplier is calibrated from it. Give this
-    or privacy.noise_multiplier."""
+    """Target user-level epsilon of the run, in (0, 1000]; the noise multiplier is calibrated from
+    it. Give this or privacy.noise_multiplier."""
     noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    """Standard deviation of the noise on the clipped sum, in units of the clip norm. Give this or
-    privacy.epsilon. 0 means no guarantee and wants privacy.accept_no_guarantee."""
+    """Standard deviation of the noise on the clipped sum, in clip norms, 0 or from 0.001 to 1e6.
+    Give this or privacy.epsilon. 0 means no guarantee and needs privacy.accept_no_guarantee."""
     delta: Annotated[float, Field(gt=0, lt=1)]
-    """Target delta of the run; must be below 1 / population."""
+    """Target delta of the run, in (0, 1); must be below 1 / population."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
-    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise.
-    The price does not depend on it."""
+    """L2 bound on one user's (uls) or one example's (els) gradient, > 0; infinite only without
+    noise. The price does not depend on it."""
     group_size: PositiveInt = 1
     """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
     cohort_size: PositiveInt | None = None
-    """Expected users per step (uls). The divisor of the noisy sum."""
+    """Expected number of users per step (uls). The divisor of the noisy sum."""
     max_cohort_size: PositiveInt | None = None
     """Most users in a step (uls); of a larger draw a uniform subset stays. Bounds memory and time,
-    costs privacy, and makes privacy.population an upper bound that the store must keep to."""
+    costs privacy, and makes privacy.population an upper bound on the users in the store."""
     batch_size: PositiveInt | None = None
-    """Expected examples per step (els). The divisor of the noisy sum."""
+    """Expected number of examples per step (els). The divisor of the noisy sum."""
     num_steps: NumSteps
-    """Noisy releases in the run."""
+    """Number of optimizer steps, each one noisy release, up to 10 million."""
     population: PositiveInt | None = None
     """Public number of users. Default: the store's count, which the statement then calls public."""
     num_examples: PositiveInt | None = None
     """Public number of examples kept (els). Default: the store's count, then called public."""
     adjacency: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
-    """How neighbouring datasets differ, in users. Only add_or_remove_one is accounted."""
+    """How adjacent datasets differ, in users. Only add_or_remove_one is accounted."""
     dataset_epsilon: PositiveFloat | None = None
     """Total epsilon of all runs on data.name; set in the ledger when it has no total yet."""
     dataset_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Total delta of all runs on data.name; goes with privacy.dataset_epsilon."""
+    """Total delta of all runs on data.name; needs privacy.dataset_epsilon."""
     on_mismatch: Literal["refuse", "rekey"] = "refuse"
-    """When a resumed run differs from its reservation: refuse it, or draw a new key and charge the
-    repeated steps again."""
+    """Action if a resumed run differs from its reservation: refuse it, or draw a new key and charge
+    the repeated steps again."""
     secure_noise: bool = False
-    """Noise from a cryptographic generator, four draws averaged and added in float64, against
-    attacks on floating-point samplers. Slower; the price in epsilon is the same."""
+    """Draws noise from a cryptographic generator, four draws per value, and adds it in float64,
+    against attacks on floating-point samplers. Slower; the price in epsilon is the same."""
     accept_no_guarantee: bool = False
-    """Admits a run without noise. Its data lose their guarantee, and the ledger says so."""
+    """Admits a run without noise. Its data lose their guarantee, and the ledger records that."""
     seed: int | None = None
-    """For tests only: derives the keys from this number, which voids the statement."""
+    """For tests only: derives the keys from this integer, which voids the statement."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,11 +119,8 @@ class PricingConfig(Section):
             raise ValueError(
                 "privacy.dataset_epsilon and privacy.dataset_delta go together: give both or none"
             )
-        if self.population is not None and self.delta >= 1 / self.population:
-            raise ValueError(
-                f"privacy.delta is {self.delta:g}, not below 1 / population ="
-                f" {1 / self.population:.3g}: it would allow publishing a user outright; lower it"
-            )
+        if self.population is not None:
+            require_delta_below_inverse_population(self.delta, self.population)
         return self
 
     def _check_noise(self) -> None:
@@ -163,7 +202,8 @@ class PricingConfig(Section):
 
 
 class PrivacyConfig(PricingConfig):
-    """Every number that can change the guarantee."""
+    """The privacy settings of a training run."""
 
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)]
-    """L2 bound on one user's (uls) or one example's (els) gradient; infinite only without noise."""
+    """L2 bound on one user's (uls) or one example's (els) gradient, > 0; infinite only without
+    noise."""

@@ -1,4 +1,4 @@
-"""The settings of a sweep: which values are tried, and what may be seen of them.
+"""The settings of a sweep: which values are tried, and which trials are released.
 
 A sweep's file is a training file with a `sweep` section. What the section does not name is taken
 from the other sections, so the expected examples per step and the number of steps of `privacy` are
@@ -36,11 +36,8 @@ from udp_ray.config.experiment import (
     require_consistent_sections,
 )
 from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.dp.selection import TrialCount, trial_count
 
 RANGE = re.compile(r"^\s*from\s+(\S+)\s+to\s+(\S+)\s+in\s+(\d+)\s*$")
-EXAMPLES_TOLERANCE = 0.05
-"""How far cohort size times group size may be from the examples per step."""
 
 
 def _expanded(value: Any) -> Any:
@@ -93,8 +90,8 @@ def _refuse_repeats(name: str, values: list[Any] | None) -> None:
         raise ValueError(f"sweep.{name} is []: give a value to try, or leave the list out")
     if len(set(values)) < len(values):
         raise ValueError(
-            f"sweep.{name} is {values}, which has a value twice: each is tried, and paid for, once,"
-            " so name it once"
+            f"sweep.{name} is {values}, which has a value twice: each is tried, and charged, once,"
+            " so give it once"
         )
 
 
@@ -108,11 +105,11 @@ Samplings = Annotated[list[Literal["uls", "els"]] | None, BeforeValidator(_one_i
 
 
 class SweepConfig(Section):
-    """What is tried, and what may be seen of it."""
+    """Values to try, and what is released of the trials."""
 
     release: Literal["all", "best", "public"]
-    """all: every trial may be seen, and all of them are paid for. best: only the winner of a secret
-    random number of trials leaves. public: the data need no protection, and nothing is charged."""
+    """all: every trial is released, and all of them are charged. best: only the best of a secret
+    random number of trials is released. public: the data need no protection, nothing is charged."""
     clip_norm: Numbers = None
     """Clip norms to try: a list, or "from LOW to HIGH in COUNT". Default: privacy.clip_norm."""
     group_size: WholeNumbers = None
@@ -122,7 +119,7 @@ class SweepConfig(Section):
     learning_rate: Numbers = None
     """Peak learning rates to try. Default: train.learning_rate."""
     epsilon: Numbers = None
-    """Epsilons of the single trials to try. The price of the sweep is then an output, and
+    """Epsilons of single trials to try. The price of the sweep is then an output, and
     privacy.epsilon is not used."""
     examples_per_step: PositiveInt | None = None
     """Expected examples per step of every trial. Default: those of privacy, which are cohort_size
@@ -130,20 +127,20 @@ class SweepConfig(Section):
     total_examples: PositiveInt | None = None
     """Expected examples of a whole trial; the steps follow. Default: privacy.num_steps steps."""
     objective: Literal["token_loss", "user_loss"] = "token_loss"
-    """Held-out loss that decides: the mean over tokens, or over users of their mean."""
+    """Held-out loss that ranks trials: the mean over tokens, or over users of their mean."""
     num_trials: Literal["geometric", "logarithmic", "poisson"] = "logarithmic"
     """Distribution of the secret number of trials (best). At equal mean, logarithmic costs least
     and most often makes a single trial; poisson costs most and varies least."""
     expected_trials: Annotated[float, Field(ge=1, le=300)] = 10.0
     """Expected number of trials (best)."""
     max_concurrent: PositiveInt | None = None
-    """Most trials at a time. Default: as many as the cluster has room for."""
+    """Most trials at a time. Default: as many as the cluster has resources for."""
     trial_retries: Annotated[int, Field(ge=0)] = 1
-    """How often a crashed trial is taken up again before it is given up."""
+    """Most retries of a trial that failed."""
     scheduler: str | None = None
-    """Only none has a price here: each trial runs to its end."""
+    """Only none is priced: each trial runs to its end."""
     searcher: str | None = None
-    """Only none has a price here: the trials are those of the lists, or drawn from them."""
+    """Only none is priced: the trials are those of the lists, or drawn from them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -156,17 +153,10 @@ class SweepConfig(Section):
         for name, value in (("scheduler", self.scheduler), ("searcher", self.searcher)):
             if value not in (None, "none"):
                 raise ValueError(
-                    f"sweep.{name} is {value}, which looks at some trials to choose or stop others:"
+                    f"sweep.{name} is {value}, which looks at some trials to select or stop others:"
                     " the price of a sweep is proven for trials that know nothing of each other;"
                     " leave it out"
                 )
-
-    @property
-    def count(self) -> TrialCount | None:
-        """The distribution of the number of trials; None if all configurations are tried."""
-        if self.release != "best":
-            return None
-        return trial_count(self.num_trials, mean=self.expected_trials)
 
 
 class SweepJobConfig(Section):
@@ -204,7 +194,7 @@ class SweepJobConfig(Section):
         return self
 
     def digest(self) -> str:
-        """Returns a SHA-256 over all that must be equal for a resumed sweep to be the same one."""
+        """Returns a SHA-256 over all settings that a resumed sweep must share with its start."""
         kept = self.model_dump(
             mode="json",
             exclude={

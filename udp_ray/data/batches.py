@@ -48,6 +48,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from udp_ray.errors import GuaranteeError
+
 NO_LOSS = -100
 """Label of a position whose token carries no loss, as Hugging Face and torch have it."""
 
@@ -496,7 +498,8 @@ class CohortReader:
         return Group(microbatches, group.mask_seed)
 
     def _shared(self, groups: Sequence[_GroupRows]) -> SharedMicrobatch:
-        assert self._packing is not None
+        if self._packing is None:
+            raise GuaranteeError("groups share a microbatch only with a packing")
         length = self._packing.padded_length(max(group.shape[1] for group in groups))
         rows = [row for group in groups for row in group.rows]
         counts = tuple(len(group.rows) for group in groups)

@@ -1,27 +1,30 @@
-"""Calibration: the least noise whose certified cost stays within a target epsilon.
+"""Privacy accounting: the DpEvents of both samplers, their epsilon and delta, and calibrated noise.
 
-The privacy loss of one step in which a user's sampled units are counted by a mixture.
-
-With the user a step is a mixture of normals at 0, 1, 2, ... (how many of the user's units are in
-the step), without the user the normal at 0, all in units of the clip norm. A Poisson-sampled
-Gaussian is the mixture at 0 and 1. This is `dp_accounting`'s own distribution for the two events,
-built in arrays instead of point by point: some thirty times as fast, and as pessimistic.
-
-References: Doroshenko et al. 2022, arXiv:2207.04380, Algorithm 1 (connect the dots); Charles et al.
-2024, arXiv:2407.07737, and Choquette-Choo et al. 2023, arXiv:2310.15526 (mixtures of Gaussians).
-
-What a run costs: the DpEvents of both samplers, their epsilon and their delta.
-
-Privacy loss distributions (PLD), composed by `dp_accounting`, for add-or-remove-one adjacency,
-where the one is a user. Every epsilon and delta from here is an upper bound: losses are rounded up
-onto a grid. Nobody outside `udp_ray.dp` writes an event.
+Here belong what a run costs and how much noise a target asks for. Losses are privacy loss
+distributions (PLD), composed by `dp_accounting`, for add-or-remove-one adjacency where the unit is
+a user. Every epsilon and delta from here is an upper bound, since losses are rounded up onto a
+grid. The plan that ties an event to a sampler stands in `plan.py`. No other package writes events.
 
     >>> event = uls_event(noise_multiplier=1.0, sampling_probability=0.01, num_steps=1000)
     >>> round(epsilon(event, 1e-6), 3)
     2.125
+    >>> z = noise_multiplier_of(examples_at_risk=1, sampling_probability=0.01, num_steps=1000,
+    ...     target_epsilon=2.125, delta=1e-6)
+    >>> round(z, 2)
+    1.0
 
-References: Doroshenko et al. 2022, arXiv:2207.04380 (the rounding, Algorithm 1); Charles et al.
-2024, arXiv:2407.07737 (ELS and ULS); Ganesh 2024, arXiv:2401.10294 (mixtures for groups).
+One step is a mixture of Gaussians at 0, 1, 2, ... (how many of the user's units are in the step)
+with the user, and the Gaussian at 0 without, in units of the clip norm. A Poisson-sampled Gaussian
+is the mixture at 0 and 1. `mixture_loss` builds the same distribution as `dp_accounting`, equally
+pessimistic, in arrays instead of point by point: some thirty times as fast.
+
+Reference:
+    [1] Doroshenko et al. 2022, arXiv:2207.04380, Algorithm 1 (connect the dots: the rounding).
+    [2] Charles et al. 2024, arXiv:2407.07737 (ELS and ULS).
+    [3] Choquette-Choo et al. 2023, arXiv:2310.15526, Corollary 4.7 (mixtures of Gaussians;
+        sensitivity vectors may be replaced by their norms).
+    [4] Ganesh 2024, arXiv:2401.10294 (mixtures for groups).
+    [5] Ganesh et al. 2025, arXiv:2508.15089 (truncated Poisson sampling).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Self, TypeAlias
 
 import dp_accounting
@@ -41,7 +44,24 @@ from scipy import interpolate, optimize, special, stats
 
 from udp_ray.errors import ConfigError, GuaranteeError
 
+DpEvent: TypeAlias = dp_event.DpEvent
+Loss: TypeAlias = privacy_loss_distribution.PrivacyLossDistribution
 Floats = NDArray[np.float64]
+
+FINE = 1e-4
+"""Widest grid of a certificate, in units of the privacy loss."""
+FINEST = 1e-6
+"""Narrowest grid, for losses so small that a narrower one gains nothing."""
+TAIL_SHARE = 1e-5
+"""Share of delta that may be charged for losses outside the range of the grid."""
+SMALLEST_DELTA = 1e-12
+"""Below it the rounding of 64-bit FFTs would decide, so no bound could be certified."""
+SEARCH_ROUNDING = 1e-8
+"""Added to every epsilon: the library finds it by adding up grid steps, which drifts by 1e-9."""
+SMALLEST_WEIGHT = 1e-30
+"""Binomial counts rarer than this stay out of an event; 64 bits cannot tell their sum from 1."""
+LARGEST_EXPONENT = 50.0
+"""Cap of exponents in rough estimates, short of overflow."""
 
 MARGIN = 1e-10
 """Loss added to every step, above all rounding in 64 bits; 20,000 steps cost 2e-6 of epsilon."""
@@ -49,106 +69,409 @@ NEGLIGIBLE_EXPONENT = 45.0
 """A component this far below the largest, in logarithm, changes no 64-bit sum."""
 TABLE_SIZE = 20_000
 MOST_CELLS = 1 << 25
-"""Losses that one step's distribution may tell apart; more would take gigabytes."""
+"""Most losses that one step's distribution may distinguish; more would take gigabytes."""
 CHUNK = 4096
+
+SMALLEST_NOISE = 0.03
+LARGEST_NOISE = 1e9
+"""Range of calibrated noise multipliers."""
+TINY = 1e-12
+"""Costs below it are not distinguished."""
+LARGEST_LOG_COST = 50.0
+"""Stands for infinite costs, whose logarithm no secant could use."""
+LARGEST_LOG_STEP = 0.6
+MOST_EVALUATIONS = 100
+
+
+# ---- events
+
+
+def uls_event(
+    noise_multiplier: float, sampling_probability: float, num_steps: int
+) -> dp_event.SelfComposedDpEvent:
+    """Returns the event of user-level sampling.
+
+    Args:
+        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
+        sampling_probability: Probability that a user is in a step, in (0, 1].
+        num_steps: Number of noisy releases.
+
+    Privacy:
+        Each step is a Poisson-sampled Gaussian whose unit is a user: one user moves the clipped sum
+        by at most the clip norm, whatever the group size.
+
+    Reference:
+        Charles et al. 2024 [2], DP-SGD-ULS.
+    """
+    step = dp_event.PoissonSampledDpEvent(
+        sampling_probability, dp_event.GaussianDpEvent(noise_multiplier)
+    )
+    return dp_event.SelfComposedDpEvent(step, num_steps)
+
+
+def capped_uls_event(
+    noise_multiplier: float,
+    sampling_probability: float,
+    max_cohort_size: int,
+    population: int,
+    num_steps: int,
+) -> dp_event.SelfComposedDpEvent:
+    """Returns the event of user-level sampling with a hard cap on the cohort.
+
+    Args:
+        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
+        sampling_probability: Probability that a user is drawn in a step, in (0, 1].
+        max_cohort_size: Of a larger draw, a uniform subset of this size stays.
+        population: Upper bound on the number of users in either of two adjacent datasets.
+        num_steps: Number of noisy releases.
+
+    Privacy:
+        Above the cap a user's arrival also drives another user out, which moves the clipped sum by
+        twice the clip norm. How often that happens grows with the number of users, so the price
+        holds for datasets of at most `population` users.
+
+    Reference:
+        Ganesh et al. 2025 [5].
+    """
+    step = dp_event.TruncatedSubsampledGaussianDpEvent(
+        population, sampling_probability, max_cohort_size, noise_multiplier
+    )
+    return dp_event.SelfComposedDpEvent(step, num_steps)
+
+
+def els_event(
+    noise_multiplier: float, sampling_probability: float, group_size: int, num_steps: int
+) -> dp_event.SelfComposedDpEvent:
+    """Returns the event of example-level sampling, at the level of users.
+
+    Args:
+        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
+        sampling_probability: Probability that an example is in a step, in (0, 1].
+        group_size: Most examples that a user keeps in the whole run.
+        num_steps: Number of noisy releases.
+
+    Privacy:
+        Of the user's examples, a Binomial(group_size, sampling_probability) number is in a step,
+        and each moves the clipped sum by at most the clip norm: a mixture of Gaussians, tight when
+        every step is released.
+
+    Reference:
+        Charles et al. 2024 [2]; Choquette-Choo et al. 2023 [3], Corollary 4.7.
+    """
+    weights = stats.binom.pmf(np.arange(group_size + 1), group_size, sampling_probability)
+    counts = np.flatnonzero(weights >= SMALLEST_WEIGHT)
+    step = dp_event.MixtureOfGaussiansDpEvent(
+        noise_multiplier, tuple(counts.tolist()), tuple(weights[counts].tolist())
+    )
+    return dp_event.SelfComposedDpEvent(step, num_steps)
+
+
+# ---- epsilon and delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The resolution of privacy losses. Each one gives upper bounds, a finer one tighter bounds."""
+
+    grid: float
+    """Width of the grid of losses."""
+    tail: float
+    """Probability of each step that may be charged as an infinite loss instead of computed."""
+
+    @classmethod
+    def of_certificate(cls, event: DpEvent, delta: float) -> Self:
+        """Returns the precision at which an event's cost is certified: `FINE`, or finer.
+
+        Rounding onto a grid of width h adds a variance of about h^2 / 6 to each step's loss. With
+        s^2 the step's own variance (its chi-square divergence) and mu = s sqrt(T), that moves
+        epsilon by about T h^2 / 6 * 2.4 / mu, which is kept below 2e-4 * min(1, 4 mu).
+
+        Args:
+            event: The event to price.
+            delta: Delta at which it is priced.
+        """
+        if isinstance(event, dp_event.ComposedDpEvent):
+            parts = [cls.of_certificate(part, delta) for part in event.events]
+            grid = min((part.grid for part in parts), default=FINE)
+            return cls(grid, min((part.tail for part in parts), default=delta) / max(1, len(parts)))
+        step, count = _unrolled(event)
+        tail = TAIL_SHARE * delta / max(1, count)
+        spread = math.sqrt(_chi_square(step))
+        if count == 0 or spread == 0:
+            return cls(FINE, tail)
+        grid = math.sqrt(2e-3 * spread * max(spread, 0.25 / math.sqrt(count)))
+        return cls(min(FINE, max(FINEST, grid)), tail)
+
+    def coarser(self) -> Self:
+        """Returns a precision with a ten times wider grid, for searches and curves."""
+        return dataclasses.replace(self, grid=10 * self.grid)
+
+
+def epsilon(event: DpEvent, delta: float, *, precision: Precision | None = None) -> float:
+    """Returns an upper bound on the epsilon of an event at a delta.
+
+    Args:
+        event: What is released, as `uls_event` or `els_event` or compositions of them.
+        delta: Between `SMALLEST_DELTA` and 1.
+        precision: Default: that of a certificate.
+
+    Raises:
+        ConfigError: If delta is below `SMALLEST_DELTA`, or epsilon is too large to be computed.
+
+    Privacy:
+        The event is (result, delta)-DP for adding or removing one user.
+
+    Edge cases:
+        No noise -> infinity. No steps -> 0.
+
+    Example:
+        >>> epsilon(els_event(1.0, 0.01, group_size=2, num_steps=0), 1e-6)
+        0.0
+    """
+    if delta < SMALLEST_DELTA:
+        raise ConfigError(
+            f"privacy.delta is {delta:g}: below {SMALLEST_DELTA:g} rounding would decide; raise it"
+        )
+    loss = composed_loss(event, precision or Precision.of_certificate(event, delta))
+    cost = math.inf if loss is None else float(loss.get_epsilon_for_delta(delta))
+    return cost + SEARCH_ROUNDING if cost > 0 else 0.0
+
+
+def delta(event: DpEvent, epsilon: float, *, precision: Precision | None = None) -> float:
+    """Returns an upper bound on the delta of an event at an epsilon, larger by about 1e-12.
+
+    Args:
+        event: What is released.
+        epsilon: At least 0.
+        precision: Default: that of a certificate.
+
+    Privacy:
+        The event is (epsilon, result)-DP for adding or removing one user.
+
+    Edge cases:
+        No noise -> 1. No steps -> 0.
+    """
+    loss = composed_loss(event, precision or Precision.of_certificate(event, SMALLEST_DELTA))
+    return 1.0 if loss is None else float(min(1.0, loss.get_delta_for_epsilon(epsilon)))
+
+
+def library_epsilon(event: DpEvent, delta: float, *, grid: float = FINE) -> float:
+    """Returns the epsilon that `dp_accounting` computes by itself: slower, for verification."""
+    accountant = PLDAccountant(value_discretization_interval=grid)
+    return float(accountant.compose(event).get_epsilon(delta))
+
+
+def composed_loss(event: DpEvent, precision: Precision) -> Loss | None:
+    """Returns the privacy loss distribution of an event, or None if it has no guarantee.
+
+    Raises:
+        ConfigError: If losses are too large for the accountant's memory.
+    """
+    if isinstance(event, dp_event.ComposedDpEvent):
+        total = privacy_loss_distribution.identity(precision.grid)
+        for part in event.events:
+            loss = composed_loss(part, precision)
+            if loss is None:
+                return None
+            total = total.compose(loss)
+        return total
+    step, count = _unrolled(event)
+    if count == 0 or isinstance(step, dp_event.NoOpDpEvent):
+        return privacy_loss_distribution.identity(precision.grid)
+    loss = step_loss(step, precision)
+    if loss is None or count == 1:
+        return loss
+    try:
+        return loss.self_compose(count)
+    except MemoryError:
+        raise ConfigError(
+            f"{count:,} steps (privacy.num_steps) with so little noise are beyond the accountant:"
+            " their epsilon is in the thousands and promises nothing; raise"
+            " privacy.noise_multiplier"
+        ) from None
+
+
+def _unrolled(event: DpEvent) -> tuple[DpEvent, int]:
+    """Returns the event of one step and the number of steps."""
+    count = 1
+    while isinstance(event, dp_event.SelfComposedDpEvent):
+        event, count = event.event, count * event.count
+    return event, count
+
+
+def _chi_square(step: DpEvent) -> float:
+    """Returns the chi-square divergence of one step, capped; 0 where it is unknown."""
+    if _is_without_noise(step):
+        return 0.0
+    if isinstance(step, dp_event.PoissonSampledDpEvent):
+        return _chi_square_of_sampled(step.event.noise_multiplier, step.sampling_probability)
+    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):  # without the cap: less
+        return _chi_square_of_sampled(step.noise_multiplier, step.sampling_probability)
+    if isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
+        counts, weights = np.asarray(step.sensitivities), np.asarray(step.sampling_probs)
+        exponents = np.outer(counts, counts) / step.standard_deviation**2
+        return float(weights @ np.expm1(np.minimum(exponents, LARGEST_EXPONENT)) @ weights)
+    return 0.0
+
+
+def _chi_square_of_sampled(noise_multiplier: float, sampling_probability: float) -> float:
+    exponent = min(noise_multiplier**-2, LARGEST_EXPONENT)
+    return float(sampling_probability**2 * math.expm1(exponent))
+
+
+def _is_without_noise(step: DpEvent) -> bool:
+    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):
+        return bool(step.noise_multiplier == 0)
+    if isinstance(step, dp_event.PoissonSampledDpEvent):
+        return bool(step.event.noise_multiplier == 0)
+    if isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
+        return bool(step.standard_deviation == 0)
+    return isinstance(step, dp_event.NonPrivateDpEvent)
+
+
+# ---- the privacy loss of one step
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for the same step at many counts; losses are large
+def step_loss(step: DpEvent, precision: Precision) -> Loss | None:
+    """Returns the privacy loss distribution of one step, or None if it has no guarantee.
+
+    Raises:
+        ConfigError: If losses are too large for the accountant's memory.
+        UnsupportedEventError: If the event is none of those that this module writes.
+    """
+    if _is_without_noise(step):
+        return None
+    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):
+        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
+            step.dataset_size,
+            step.sampling_probability,
+            step.truncated_batch_size,
+            step.noise_multiplier,
+            value_discretization_interval=precision.grid,
+            log_mass_truncation_bound=math.log(precision.tail),
+        )
+    if isinstance(step, dp_event.PoissonSampledDpEvent):
+        stddev, counts = step.event.noise_multiplier, [0, 1]
+        weights = [1 - step.sampling_probability, step.sampling_probability]
+    elif isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
+        stddev, counts, weights = step.standard_deviation, step.sensitivities, step.sampling_probs
+    else:
+        raise dp_accounting.UnsupportedEventError(f"no privacy loss distribution for {step}")
+    return mixture_loss(
+        stddev,
+        np.asarray(counts, dtype=float),
+        np.asarray(weights, dtype=float),
+        discretization=precision.grid,
+        tail=precision.tail,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Normals of one stddev at given places with given weights, against the normal at 0."""
+    """Gaussians of one stddev at given shifts with given weights, against the Gaussian at 0."""
 
     stddev: float
     """Noise multiplier, > 0."""
-    places: Floats
-    """Ascending, >= 0, not all 0: shifts of the clipped sum over the clip norm."""
+    shifts: Floats
+    """Shifts of the clipped sum over the clip norm; ascending, >= 0, not all 0."""
     weights: Floats
-    """Positive; they may sum to less than 1, and the rest is then lost (see `lost`)."""
+    """Probabilities of the shifts; they sum to 1 - lost."""
     lost: float
-    """Probability of components left out; it is charged as a certain breach."""
+    """Probability of components left out; charged as an infinite loss."""
 
     @classmethod
-    def keeping(cls, stddev: float, places: Floats, weights: Floats, *, tail: float) -> Mixture:
-        """Returns the mixture without its far components, which weigh at most `tail` together.
+    def truncated(cls, stddev: float, shifts: Floats, weights: Floats, *, tail: float) -> Mixture:
+        """Returns the mixture without its lightest components, of `tail` together at most.
 
         Privacy:
             With the user, a left-out component is charged as an infinite loss. Without the user
-            the loss only grows when components are left out. So leaving out is never optimistic.
+            the loss only grows when components are left out. So truncation is never optimistic.
         """
         light_first = np.argsort(weights)
         dropped = np.cumsum(weights[light_first]) <= tail
-        if not np.any(places[light_first[~dropped]]):
+        if not np.any(shifts[light_first[~dropped]]):
             dropped[:] = False  # a mixture at 0 alone is no mixture
         kept = np.sort(light_first[~dropped])
         lost = float(np.sum(weights[light_first[dropped]]))
-        return cls(stddev, places[kept], weights[kept], lost)
+        return cls(stddev, shifts[kept], weights[kept], lost)
 
     def log_ratio(self, x: Floats) -> tuple[Floats, Floats]:
         """Returns log(density with the user / density without) at ascending x, and its slope."""
         value, slope = np.empty_like(x), np.empty_like(x)
         variance = self.stddev**2
-        constant = np.log(self.weights) - self.places**2 / (2 * variance)
+        constant = np.log(self.weights) - self.shifts**2 / (2 * variance)
         for part in _chunks(len(x)):
-            ends = constant + np.outer(x[part][[0, -1]], self.places) / variance
+            ends = constant + np.outer(x[part][[0, -1]], self.shifts) / variance
             # Each exponent is linear in x: what is negligible at both ends of a chunk relative to
             # one and the same component is negligible in between.
             best = ends[:, [np.argmax(ends.min(axis=0))]]
             near = (ends > best - NEGLIGIBLE_EXPONENT).any(axis=0)
-            exponents = constant[near] + np.outer(x[part], self.places[near]) / variance
+            exponents = constant[near] + np.outer(x[part], self.shifts[near]) / variance
             highest = exponents.max(axis=1)
             terms = np.exp(exponents - highest[:, None])
             total = terms.sum(axis=1)
             value[part] = highest + np.log(total)
-            slope[part] = terms @ self.places[near] / total / variance
+            slope[part] = terms @ self.shifts[near] / total / variance
         return value, slope
 
     def masses(self, edges: Floats) -> tuple[Floats, Floats]:
         """Returns the mass of each cell between ascending edges, with the user and without."""
         without = _normal_masses(edges / self.stddev)
         with_user = np.zeros(len(edges) - 1)
-        for place, weight in zip(self.places, self.weights, strict=True):
-            with_user += weight * _normal_masses((edges - place) / self.stddev)
+        for shift, weight in zip(self.shifts, self.weights, strict=True):
+            with_user += weight * _normal_masses((edges - shift) / self.stddev)
         return with_user, without
 
     def upper_tail(self, x: float) -> float:
         """Returns the mass above x with the user."""
-        return float(self.weights @ special.ndtr((self.places - x) / self.stddev))
+        return float(self.weights @ special.ndtr((self.shifts - x) / self.stddev))
 
     def lower_tail(self, x: float) -> float:
         """Returns the mass below x with the user."""
-        return float(self.weights @ special.ndtr((x - self.places) / self.stddev))
+        return float(self.weights @ special.ndtr((x - self.shifts) / self.stddev))
 
     def reach(self, tail: float) -> tuple[float, float]:
-        """Returns the range of x that misses at most `tail` on the side that breaches."""
+        """Returns the range of x outside of which the mass with infinite loss is at most `tail`."""
         far = float(-special.ndtri(tail)) * self.stddev
         highest = optimize.brentq(
             lambda x: math.log(max(self.upper_tail(x), 1e-300) / tail),
             0.0,
-            self.places[-1] + 1.1 * far,
+            self.shifts[-1] + 1.1 * far,
         )
         return -far, highest
 
 
 def mixture_loss(
-    stddev: float, places: Floats, weights: Floats, *, discretization: float, tail: float
+    stddev: float, shifts: Floats, weights: Floats, *, discretization: float, tail: float
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
     """Returns the privacy loss distribution of one step, for `dp_accounting` to compose.
 
-    The line is cut where the log ratio crosses the grid. A cell between two grid values is replaced
-    by masses on both that keep its mass with the user and without: a spread of the likelihood
-    ratio, hence never optimistic, and the best there is on that grid.
+    1. Cut the real line where the log ratio of the densities crosses the grid of losses.
+    2. Compute the mass of each cell, with the user and without.
+    3. Replace each cell by masses on its two grid values that keep both masses (connect the dots).
 
     Args:
         stddev: Noise multiplier, > 0.
-        places: Shifts of the clipped sum over the clip norm, ascending.
+        shifts: Shifts of the clipped sum over the clip norm, ascending.
         weights: Their probabilities.
         discretization: Width of the grid of losses.
-        tail: Mass that may be charged as a certain breach, in each direction, times 2.
+        tail: Mass that may be charged as an infinite loss, in each direction, times 2.
+
+    Raises:
+        ConfigError: If one step has too many losses to tell apart.
+        GuaranteeError: If the log ratio cannot be inverted accurately.
 
     Privacy:
         Both directions are there: the first of the pair has the user removed, the second added.
-        Every rounding goes up, and `MARGIN` covers that of the arithmetic.
+        Step 3 spreads the likelihood ratio, hence is never optimistic, and is the best on that
+        grid. Every rounding goes up, and `MARGIN` covers that of the arithmetic.
+
+    Reference:
+        Doroshenko et al. 2022 [1], Algorithm 1; for mixtures Choquette-Choo et al. 2023 [3] and
+        Ganesh 2024 [4].
     """
-    mixture = Mixture.keeping(stddev, places, weights, tail=tail)
+    mixture = Mixture.truncated(stddev, shifts, weights, tail=tail)
     lowest, highest = mixture.reach(tail)
     losses, edges = _cells(mixture, lowest, highest, discretization)
     with_user, without = mixture.masses(edges)
@@ -233,268 +556,7 @@ def _chunks(length: int) -> Iterator[slice]:
     return (slice(start, start + CHUNK) for start in range(0, length, CHUNK))
 
 
-DpEvent: TypeAlias = dp_event.DpEvent
-Loss: TypeAlias = privacy_loss_distribution.PrivacyLossDistribution
-
-FINE = 1e-4
-"""Widest grid of a certificate, in units of the privacy loss."""
-FINEST = 1e-6
-"""Narrowest grid, where losses are so faint that nothing is left to gain."""
-TAIL_SHARE = 1e-5
-"""Share of delta that may be charged for what lies outside the range of the grid."""
-SMALLEST_DELTA = 1e-12
-"""Below it the rounding of 64-bit FFTs would decide, so no bound could be vouched for."""
-SEARCH_ROUNDING = 1e-8
-"""Added to every epsilon: the library finds it by adding up grid steps, which drifts by 1e-9."""
-SMALLEST_WEIGHT = 1e-30
-"""Binomial counts rarer than this stay out of an event; 64 bits cannot tell their sum from 1."""
-LARGEST_EXPONENT = 50.0
-"""Where exponents in rough estimates stop, short of overflow."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """How finely losses are told apart. Each precision gives upper bounds, finer ones tighter."""
-
-    grid: float
-    """Width of the grid of losses."""
-    tail: float
-    """Probability of each step that may be charged as a certain breach instead of computed."""
-
-    @classmethod
-    def of_certificate(cls, event: DpEvent, delta: float) -> Self:
-        """Returns the precision at which an event's cost is certified: `FINE`, or finer.
-
-        Rounding onto a grid of width h adds a variance of about h^2 / 6 to each step's loss. With
-        s^2 the step's own variance (its chi-square divergence) and mu = s sqrt(T), that moves
-        epsilon by about T h^2 / 6 * 2.4 / mu, which is kept below 2e-4 * min(1, 4 mu).
-        """
-        if isinstance(event, dp_event.ComposedDpEvent):
-            parts = [cls.of_certificate(part, delta) for part in event.events]
-            grid = min((part.grid for part in parts), default=FINE)
-            return cls(grid, min((part.tail for part in parts), default=delta) / max(1, len(parts)))
-        step, count = _unrolled(event)
-        tail = TAIL_SHARE * delta / max(1, count)
-        spread = math.sqrt(_chi_square(step))
-        if count == 0 or spread == 0:
-            return cls(FINE, tail)
-        grid = math.sqrt(2e-3 * spread * max(spread, 0.25 / math.sqrt(count)))
-        return cls(min(FINE, max(FINEST, grid)), tail)
-
-    def coarser(self) -> Self:
-        """Returns a precision that is ten times as fast, for searches and curves."""
-        return dataclasses.replace(self, grid=10 * self.grid)
-
-
-def uls_event(
-    noise_multiplier: float, sampling_probability: float, num_steps: int
-) -> dp_event.SelfComposedDpEvent:
-    """Returns the event of user-level sampling.
-
-    Args:
-        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
-        sampling_probability: Chance that a user is in a step, in (0, 1].
-        num_steps: Noisy releases.
-
-    Privacy:
-        Each step is a Poisson-sampled Gaussian whose unit is a user: one user moves the clipped sum
-        by at most the clip norm, whatever the group size.
-
-    Reference:
-        Charles et al. 2024, arXiv:2407.07737, DP-SGD-ULS.
-    """
-    step = dp_event.PoissonSampledDpEvent(
-        sampling_probability, dp_event.GaussianDpEvent(noise_multiplier)
-    )
-    return dp_event.SelfComposedDpEvent(step, num_steps)
-
-
-def capped_uls_event(
-    noise_multiplier: float,
-    sampling_probability: float,
-    max_cohort_size: int,
-    population: int,
-    num_steps: int,
-) -> dp_event.SelfComposedDpEvent:
-    """Returns the event of user-level sampling with a hard cap on the cohort.
-
-    Args:
-        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
-        sampling_probability: Chance that a user is drawn in a step, in (0, 1].
-        max_cohort_size: Of a larger draw, a uniform subset of this size stays.
-        population: Upper bound on the users in either of two neighbouring datasets.
-        num_steps: Noisy releases.
-
-    Privacy:
-        Above the cap a user's arrival also drives another user out, which moves the clipped sum by
-        twice the clip norm. How often that happens grows with the number of users, so the price
-        holds for datasets of at most `population` users.
-
-    Reference:
-        Ganesh et al. 2025, arXiv:2508.15089 (truncated Poisson sampling).
-    """
-    step = dp_event.TruncatedSubsampledGaussianDpEvent(
-        population, sampling_probability, max_cohort_size, noise_multiplier
-    )
-    return dp_event.SelfComposedDpEvent(step, num_steps)
-
-
-def els_event(
-    noise_multiplier: float, sampling_probability: float, group_size: int, num_steps: int
-) -> dp_event.SelfComposedDpEvent:
-    """Returns the event of example-level sampling, at the level of users.
-
-    Args:
-        noise_multiplier: Noise stddev on the clipped sum over the clip norm, >= 0.
-        sampling_probability: Chance that an example is in a step, in (0, 1].
-        group_size: Most examples that a user keeps in the whole run.
-        num_steps: Noisy releases.
-
-    Privacy:
-        Of the user's examples, a Binomial(group_size, sampling_probability) number is in a step,
-        and each moves the clipped sum by at most the clip norm: a mixture of Gaussians, tight when
-        every step is released.
-
-    Reference:
-        Charles et al. 2024, arXiv:2407.07737; Choquette-Choo et al. 2023, arXiv:2310.15526,
-        Corollary 4.7 (sensitivity vectors may be replaced by their norms).
-    """
-    weights = stats.binom.pmf(np.arange(group_size + 1), group_size, sampling_probability)
-    counts = np.flatnonzero(weights >= SMALLEST_WEIGHT)
-    step = dp_event.MixtureOfGaussiansDpEvent(
-        noise_multiplier, tuple(counts.tolist()), tuple(weights[counts].tolist())
-    )
-    return dp_event.SelfComposedDpEvent(step, num_steps)
-
-
-def epsilon(event: DpEvent, delta: float, *, precision: Precision | None = None) -> float:
-    """Returns an upper bound on the epsilon of an event at a delta.
-
-    Args:
-        event: What is released, as `uls_event` or `els_event` or compositions of them.
-        delta: Between `SMALLEST_DELTA` and 1.
-        precision: Default: that of a certificate.
-
-    Edge cases:
-        No noise -> infinity. No steps -> 0.
-    """
-    if delta < SMALLEST_DELTA:
-        raise ConfigError(
-            f"privacy.delta is {delta:g}: below {SMALLEST_DELTA:g} rounding would decide; raise it"
-        )
-    loss = composed_loss(event, precision or Precision.of_certificate(event, delta))
-    cost = math.inf if loss is None else float(loss.get_epsilon_for_delta(delta))
-    return cost + SEARCH_ROUNDING if cost > 0 else 0.0
-
-
-def delta(event: DpEvent, epsilon: float, *, precision: Precision | None = None) -> float:
-    """Returns an upper bound on the delta of an event at an epsilon; above it by 1e-12 or so.
-
-    Edge cases:
-        No noise -> 1. No steps -> 0.
-    """
-    loss = composed_loss(event, precision or Precision.of_certificate(event, SMALLEST_DELTA))
-    return 1.0 if loss is None else float(min(1.0, loss.get_delta_for_epsilon(epsilon)))
-
-
-def library_epsilon(event: DpEvent, delta: float, *, grid: float = FINE) -> float:
-    """Returns the epsilon that `dp_accounting` alone gives: slower, as a second opinion."""
-    accountant = PLDAccountant(value_discretization_interval=grid)
-    return float(accountant.compose(event).get_epsilon(delta))
-
-
-def composed_loss(event: DpEvent, precision: Precision) -> Loss | None:
-    """Returns the privacy loss distribution of an event, or None if it has no guarantee."""
-    if isinstance(event, dp_event.ComposedDpEvent):
-        total = privacy_loss_distribution.identity(precision.grid)
-        for part in event.events:
-            loss = composed_loss(part, precision)
-            if loss is None:
-                return None
-            total = total.compose(loss)
-        return total
-    step, count = _unrolled(event)
-    if count == 0 or isinstance(step, dp_event.NoOpDpEvent):
-        return privacy_loss_distribution.identity(precision.grid)
-    loss = step_loss(step, precision)
-    if loss is None or count == 1:
-        return loss
-    try:
-        return loss.self_compose(count)
-    except MemoryError:
-        raise ConfigError(
-            f"{count:,} steps (privacy.num_steps) with so little noise are beyond the accountant:"
-            " their epsilon is in the thousands and promises nothing; raise"
-            " privacy.noise_multiplier"
-        ) from None
-
-
-@functools.lru_cache(maxsize=4)  # a run asks for the same step at many counts; losses are large
-def step_loss(step: DpEvent, precision: Precision) -> Loss | None:
-    """Returns the privacy loss distribution of one step, or None if it has no guarantee."""
-    if _is_without_noise(step):
-        return None
-    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):
-        return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
-            step.dataset_size,
-            step.sampling_probability,
-            step.truncated_batch_size,
-            step.noise_multiplier,
-            value_discretization_interval=precision.grid,
-            log_mass_truncation_bound=math.log(precision.tail),
-        )
-    if isinstance(step, dp_event.PoissonSampledDpEvent):
-        stddev, counts = step.event.noise_multiplier, [0, 1]
-        weights = [1 - step.sampling_probability, step.sampling_probability]
-    elif isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
-        stddev, counts, weights = step.standard_deviation, step.sensitivities, step.sampling_probs
-    else:
-        raise dp_accounting.UnsupportedEventError(f"no privacy loss distribution for {step}")
-    return mixture_loss(
-        stddev,
-        np.asarray(counts, dtype=float),
-        np.asarray(weights, dtype=float),
-        discretization=precision.grid,
-        tail=precision.tail,
-    )
-
-
-def _unrolled(event: DpEvent) -> tuple[DpEvent, int]:
-    """Returns the event of one step and the number of steps."""
-    count = 1
-    while isinstance(event, dp_event.SelfComposedDpEvent):
-        event, count = event.event, count * event.count
-    return event, count
-
-
-def _chi_square(step: DpEvent) -> float:
-    """Returns the chi-square divergence of one step, capped; 0 where it is not known."""
-    if _is_without_noise(step):
-        return 0.0
-    if isinstance(step, dp_event.PoissonSampledDpEvent):
-        return _chi_square_of_sampled(step.event.noise_multiplier, step.sampling_probability)
-    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):  # without the cap: less
-        return _chi_square_of_sampled(step.noise_multiplier, step.sampling_probability)
-    if isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
-        counts, weights = np.asarray(step.sensitivities), np.asarray(step.sampling_probs)
-        exponents = np.outer(counts, counts) / step.standard_deviation**2
-        return float(weights @ np.expm1(np.minimum(exponents, LARGEST_EXPONENT)) @ weights)
-    return 0.0
-
-
-def _chi_square_of_sampled(noise_multiplier: float, sampling_probability: float) -> float:
-    exponent = min(noise_multiplier**-2, LARGEST_EXPONENT)
-    return float(sampling_probability**2 * math.expm1(exponent))
-
-
-def _is_without_noise(step: DpEvent) -> bool:
-    if isinstance(step, dp_event.TruncatedSubsampledGaussianDpEvent):
-        return bool(step.noise_multiplier == 0)
-    if isinstance(step, dp_event.PoissonSampledDpEvent):
-        return bool(step.event.noise_multiplier == 0)
-    if isinstance(step, dp_event.MixtureOfGaussiansDpEvent):
-        return bool(step.standard_deviation == 0)
-    return isinstance(step, dp_event.NonPrivateDpEvent)
+# ---- calibration
 
 
 def calibrate_noise_multiplier(
@@ -502,31 +564,55 @@ def calibrate_noise_multiplier(
 ) -> float:
     """Returns a noise multiplier whose certified epsilon is at the target, never above it.
 
-    The search runs on the coarse grid and ends on the fine one, so that
-    target_epsilon - 1e-3 <= epsilon(event_of(result), delta) <= target_epsilon.
+    The search runs on the coarse grid and ends on the fine one.
 
     Args:
         event_of: The event of a run as a function of its noise multiplier.
-        target_epsilon: What the run may cost, > 0.
-        delta: At which delta.
-        guess: Where to start, as `guess_noise_multiplier` gives it.
+        target_epsilon: Largest epsilon that the run may cost, > 0.
+        delta: Delta of the run.
+        guess: Noise multiplier to start from, as `guess_noise_multiplier` gives it.
+
+    Returns:
+        A noise multiplier, with
+        target_epsilon - 1e-3 <= epsilon(event_of(result), delta) <= target_epsilon.
 
     Raises:
-        ConfigError: If no noise multiplier between 0.03 and 1e9 reaches the target.
+        ConfigError: If no noise multiplier from `SMALLEST_NOISE` to `LARGEST_NOISE` reaches the
+            target.
+
+    Example:
+        >>> z = calibrate_noise_multiplier(lambda z: uls_event(z, 0.01, 1000),
+        ...     target_epsilon=2.0, delta=1e-6, guess=1.0)
+        >>> 1.999 <= epsilon(uls_event(z, 0.01, 1000), 1e-6) <= 2.0
+        True
     """
 
-    def excess(log_z: float, *, is_rough: bool) -> float:
-        event = event_of(math.exp(log_z))
+    def cost(noise_multiplier: float, *, is_rough: bool) -> float:
+        if noise_multiplier > LARGEST_NOISE:
+            raise ConfigError("privacy.epsilon is so small that no noise reaches it: raise it")
+        if noise_multiplier < SMALLEST_NOISE:
+            raise ConfigError(
+                "privacy.epsilon is so large, or so few are sampled, that next to no noise reaches"
+                " it: lower it, or give privacy.noise_multiplier"
+            )
+        event = event_of(noise_multiplier)
         precision = Precision.of_certificate(event, delta)
-        cost = epsilon(event, delta, precision=precision.coarser() if is_rough else precision)
-        return math.log(max(cost, 1e-12) / target_epsilon)
+        return epsilon(event, delta, precision=precision.coarser() if is_rough else precision)
 
-    width = min(0.5e-3 / target_epsilon, 2e-3)
-    coarse = _Search(math.log(max(guess, 0.03)), low=math.log1p(-width), high=0.0)
-    coarse.run(lambda log_z: excess(log_z, is_rough=True))
-    fine = _Search(coarse.best, low=math.log1p(-width), high=0.0, slope=coarse.slope)
-    fine.run(lambda log_z: excess(log_z, is_rough=False))
-    return math.exp(fine.best)
+    window = (target_epsilon * (1 - min(0.5e-3 / target_epsilon, 2e-3)), target_epsilon)
+    rough: dict[float, float] = {}
+    start = solve_within(
+        functools.partial(cost, is_rough=True),
+        window,
+        start=max(guess, 1.01 * SMALLEST_NOISE),
+        known=rough,
+    )
+    return solve_within(
+        functools.partial(cost, is_rough=False),
+        window,
+        start=start,
+        slope=_secant_slope(rough, math.log(target_epsilon), default=-1.0),
+    )
 
 
 def noise_multiplier_of(
@@ -542,10 +628,10 @@ def noise_multiplier_of(
     Args:
         examples_at_risk: How many units of a user are sampled independently: the group size
             (els), or 1 (uls, where the user is one unit, and els with one example each).
-        sampling_probability: Of such a unit; need not be a quotient of whole numbers.
-        num_steps: Noisy releases.
+        sampling_probability: Of such a unit; need not be a quotient of integers.
+        num_steps: Number of noisy releases.
         target_epsilon: User-level target, > 0.
-        delta: At which delta.
+        delta: Delta of the run.
 
     Raises:
         ConfigError: As `calibrate_noise_multiplier`.
@@ -566,53 +652,6 @@ def noise_multiplier_of(
     return calibrate_noise_multiplier(
         event_of, target_epsilon=target_epsilon, delta=delta, guess=guess
     )
-
-
-class _Search:
-    """A bracketed secant search for a decreasing function's value in [low, high].
-
-    The functions here are smooth in (log noise, log epsilon), hence few evaluations; infinite
-    values, which carry no slope, are met by halving the bracket or by going on by a third.
-    """
-
-    LARGEST = math.log(1e9)
-    SMALLEST = math.log(0.03)
-
-    def __init__(self, start: float, *, low: float, high: float, slope: float = -1.0) -> None:
-        self.best = start
-        self.slope = slope
-        self._low, self._high = low, high
-        self._bracket = [-math.inf, math.inf]
-
-    def run(self, function: Callable[[float], float]) -> None:
-        """Moves `best` until the function's value there lies in the window."""
-        previous: tuple[float, float] | None = None
-        while True:
-            value = function(self.best)
-            if self._low <= value <= self._high:
-                return
-            self._bracket[0 if value > self._high else 1] = self.best
-            if self._bracket[1] - self._bracket[0] < 1e-9:
-                self.best = self._bracket[1]  # the value leaps over the window: stay below it
-                return
-            if previous is not None and math.isfinite(value) and math.isfinite(previous[1]):
-                self.slope = min(-0.05, (value - previous[1]) / (self.best - previous[0]))
-            previous = (self.best, value)
-            self.best = self._next(value)
-
-    def _next(self, value: float) -> float:
-        low, high = self._bracket
-        aim = (self._low + self._high) / 2
-        step = (aim - value) / self.slope if math.isfinite(value) else math.inf
-        candidate = self.best + max(-0.3, min(0.5, step))
-        if candidate > self.LARGEST:
-            raise ConfigError("privacy.epsilon is so small that no noise reaches it: raise it")
-        if candidate < self.SMALLEST:
-            raise ConfigError(
-                "privacy.epsilon is so large, or so few are sampled, that next to no noise reaches"
-                " it: lower it, or give privacy.noise_multiplier"
-            )
-        return candidate if low < candidate < high else (low + high) / 2
 
 
 def guess_noise_multiplier(
@@ -646,3 +685,108 @@ def _gaussian_mu(target_epsilon: float, delta: float) -> float:
         return float(upper + math.log(-math.expm1(min(lower - upper, -1e-300))) - math.log(delta))
 
     return math.exp(optimize.brentq(excess, -25.0, 25.0))
+
+
+# ---- the search that all calibrations share
+
+
+def solve_within(
+    function: Callable[[float], float],
+    window: tuple[float, float],
+    *,
+    start: float,
+    slope: float = -1.0,
+    known: MutableMapping[float, float] | None = None,
+    tolerance: float = 1e-9,
+) -> float:
+    """Returns an x > 0 at which a monotone function's value lies in a window, never above it.
+
+    For functions that take seconds to evaluate and are smooth in (log x, log value). Steps:
+
+    1. Secant steps from the start, until two values enclose the window.
+    2. Brent's method between them, which ends at the first value in the window.
+
+    Args:
+        function: Positive and monotone; infinite where a cost has no bound.
+        window: Least and largest value, > 0.
+        start: The first x to evaluate, if nothing is known, > 0.
+        slope: Rough slope of log value over log x. Its sign is the function's direction.
+        known: Values of log(function) at log x that were evaluated before; extended here.
+        tolerance: Width of the enclosure in log x at which the search ends.
+
+    Raises:
+        ConfigError: If `MOST_EVALUATIONS` secant steps do not enclose the window.
+
+    Privacy:
+        The value at the result is at most the window's upper end, so a price that is searched for
+        is never exceeded.
+
+    Edge cases:
+        A function that leaps over the window -> an x within the tolerance of the leap, on the side
+        of the smaller values.
+
+    Example:
+        >>> 3.99 <= solve_within(lambda x: x**-2, (0.0625, 0.0626), start=1.0) <= 4.0
+        True
+    """
+    known = {} if known is None else known
+    low, high = math.log(window[0]), math.log(window[1])
+    aim = (low + high) / 2
+
+    def excess(log_x: float) -> float:
+        if log_x not in known:
+            value = math.log(max(function(math.exp(log_x)), TINY))
+            known[log_x] = min(value, LARGEST_LOG_COST)
+        return 0.0 if low <= known[log_x] <= high else known[log_x] - aim
+
+    if not known:
+        excess(math.log(start))
+    for _ in range(MOST_EVALUATIONS):
+        above = [x for x, value in known.items() if value > high]
+        below = [x for x, value in known.items() if value < low]
+        if len(above) + len(below) < len(known) or (above and below):
+            break
+        last = max(known) if (slope < 0) == bool(above) else min(known)  # nearest to the window
+        step = (aim - known[last]) / _secant_slope(known, aim, default=slope)
+        excess(last + max(-LARGEST_LOG_STEP, min(LARGEST_LOG_STEP, step)))
+    else:
+        raise ConfigError(
+            "privacy.epsilon is out of reach: raise it, or lower the number of steps or trials"
+        )
+    if len(above) + len(below) == len(known):
+        ends = (max(above), min(below)) if slope < 0 else (max(below), min(above))
+        optimize.brentq(excess, *ends, xtol=tolerance, disp=False)
+    safe = [x for x, value in known.items() if value <= high]
+    return math.exp(min(safe) if slope < 0 else max(safe))
+
+
+def _secant_slope(known: MutableMapping[float, float], aim: float, *, default: float) -> float:
+    """Returns the slope between the two known values nearest to `aim`, if it is plausible."""
+    nearest = sorted(known, key=lambda x: abs(known[x] - aim))[:2]
+    if len(nearest) < 2:
+        return default
+    one, other = nearest
+    slope = (known[one] - known[other]) / (one - other)
+    return slope if 0.05 < math.copysign(1.0, default) * slope < 50 else default
+
+
+def falling_root(
+    function: Callable[[float], float], low: float, high: float, *, tolerance: float
+) -> float:
+    """Returns the x in [low, high] where a falling function crosses zero, rounded up.
+
+    Args:
+        function: Monotone and cheap; above zero at `low` and at most zero at `high`.
+        low: Lower end of the bracket.
+        high: Upper end of the bracket.
+        tolerance: Largest distance between the result and the crossing.
+
+    Privacy:
+        The function is at most zero at the result: rounding never errs towards a smaller bound.
+
+    Example:
+        >>> 2.0 <= falling_root(lambda x: 4 - x**2, 0.0, 9.0, tolerance=1e-7) <= 2.0 + 1e-7
+        True
+    """
+    near = optimize.brentq(function, low, high, xtol=tolerance / 4)
+    return next(x for x in (near, near + tolerance / 2, high) if function(x) <= 0)

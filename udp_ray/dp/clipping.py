@@ -1,7 +1,8 @@
-"""Clipping: a group's gradient, its norm, and the sum of what is left of it.
+"""Gradient clipping per group, and the sum of the clipped gradients.
 
 A group is what is clipped as one: the mean gradient of one user (ULS) or of one example (ELS). Here
-stand norm, factor and addition; the noise stands in `noise.py`, the price in `plan.py`.
+belong norm, factor and addition; the noise stands in `noise.py`, the price in `plan.py`, and how
+far one user moves the sum in `sensitivity.py`.
 
     >>> sums = [torch.zeros(2, dtype=torch.float64)]
     >>> bool(clip_and_add(sums, [torch.tensor([3.0, 4.0])], clip_norm=1.0))
@@ -14,14 +15,14 @@ came out 0.2 % too small on a CPU, and a norm that is too small lets a group exc
 
 Sums over groups are float64, too. A clipped gradient is rounded to float32 by itself, so what a
 group adds does not depend on the others; but each addition in float32 rounds the *sum*, by an
-amount that depends on everyone added before. Without one group all later roundings differ, and the
-sum moves by more than the clip norm [2]: by 0.038 clip norms for 16,384 aligned groups, by 3.9 for
-a crafted order. In float64 it is below 1e-7 clip norms for 16,384 groups in any order, and what
+amount that depends on all groups added before. Without one group all later roundings differ, and
+the sum moves by more than the clip norm [2]: by 0.038 clip norms for 16,384 aligned groups, by 3.9
+for a crafted order. In float64 it is below 1e-7 clip norms for 16,384 groups in any order, and what
 other roundings may add is bounded in `sensitivity.rounding_slack`.
 
 Reference:
     [1] Abadi et al. 2016, Algorithm 1, arXiv:1607.00133; per user as in Charles et al. 2024,
-        arXiv:2407.07737, Algorithm 2. Departure: a group whose norm is not finite is left out.
+        arXiv:2407.07737, Algorithm 2. Departure: a group whose norm is not finite adds zero.
     [2] Casacuberta et al. 2022, "Widespread underestimation of sensitivity in differentially
         private libraries and how to fix it", arXiv:2207.10635.
 """
@@ -106,7 +107,7 @@ def squared_norms(grads: Tensor) -> Tensor:
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """Returns what each group's gradient is multiplied with to stay within the clip norm.
+    """Returns the factor that scales each group's gradient down to the clip norm.
 
     Args:
         norm: Norms of groups, any shape, float64. Sensitive.
@@ -151,8 +152,8 @@ def clip_and_add(
         clip_norm: L2 bound per group, > 0; infinity leaves gradients as they are. Public.
 
     Returns:
-        A boolean scalar on the device of the gradients: was the norm finite? A tensor, so that
-        an accelerator need not wait. Sensitive.
+        A boolean scalar on the device of the gradients: whether the norm was finite. A tensor, so
+        that an accelerator need not synchronize. Sensitive.
 
     Raises:
         ValueError: If lengths, shapes or types disagree.
@@ -174,8 +175,8 @@ def clip_and_add(
     norm = group_norm(grads)
     factor = clip_factor(norm, clip_norm)
     is_finite = torch.isfinite(norm)
-    # 0 * NaN is NaN, so values that are not finite have to be masked; on a CPU, where looking at
-    # the flag costs nothing, only where there are any.
+    # 0 * NaN is NaN, so values that are not finite have to be masked; on a CPU, where reading the
+    # flag costs nothing, only if there are any.
     must_mask = is_finite.device.type != "cpu" or not is_finite
     for accumulator, grad in zip(accumulators, grads, strict=True):
         kept = torch.where(is_finite, grad, 0.0) if must_mask else grad
@@ -187,11 +188,14 @@ def accumulate(total: Tensor, values: Tensor, factor: Tensor | None = None) -> N
     """Adds factor times float32 values to a running sum.
 
     Args:
-        total: Float64, or float32 where few summands come; contiguous; changed in place.
-            Sensitive.
+        total: Float64, or float32 for few summands; contiguous; changed in place. Sensitive.
         values: Float32, of the same shape. Sensitive.
         factor: Float32 scalar; None is 1. Each product is rounded to float32 by itself.
             Sensitive.
+
+    Privacy:
+        Rounding one product does not depend on other groups; that of a float64 sum is covered by
+        `sensitivity.rounding_slack`.
     """
     if total.device.type != "cpu":
         total.add_(values if factor is None else values * factor)

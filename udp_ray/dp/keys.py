@@ -1,10 +1,10 @@
-"""The secret key of a run, and the random streams that it opens.
+"""The secret key of a run, and the random streams derived from it.
 
-Here belong key material, its one-way id, and the derivation of independent streams from it. What
-the streams are used for (who is sampled, which noise is added) stands in `sampling.py` and
-`noise.py`. A key is as secret as the data: whoever holds it can subtract the noise. It hides in
-`repr`, is kept by the ledger alone, and must never reach a log, a checkpoint (which holds the id),
-an output or the environment.
+Here belong key material, its public id, and the derivation of independent streams. What the streams
+are used for (which users are sampled, which noise is added) stands in `sampling.py` and `noise.py`.
+A key is as secret as the data: whoever holds it can subtract the noise. `repr` hides it, the ledger
+alone stores it, and it must never reach a log, a checkpoint (which holds the id), an output or the
+environment.
 
     >>> key = RunKey.from_seed(7)
     >>> key
@@ -47,7 +47,7 @@ _CHACHA_NONCE_BYTES = 16  # a block counter and a nonce, both from zero
 
 @dataclass(frozen=True, repr=False)
 class StreamKey:
-    """A key of one purpose (sampling, say), from which streams are opened by counters.
+    """A key of one purpose, as sampling, from which streams are derived by counters.
 
     Edge cases:
         Equal secrets and counters give equal streams, on every machine and world size.
@@ -63,10 +63,10 @@ class StreamKey:
         return "StreamKey(hidden)"
 
     def keystream(self, *counters: int | str) -> Callable[[int], bytes]:
-        """Returns a function that gives the next bytes of a cryptographic stream.
+        """Returns a function that returns the next bytes of a cryptographic stream.
 
         Args:
-            counters: What names the stream, as in `generator`.
+            counters: Name of the stream, as in `generator`.
 
         Privacy:
             ChaCha20 [3] under a key of its own for each stream, so no nonce is ever used twice.
@@ -79,7 +79,7 @@ class StreamKey:
         return lambda count: encryptor.update(bytes(count))
 
     def number(self, *counters: int | str) -> int:
-        """Returns a secret number in [0, 2**63) that the counters name, as in `generator`."""
+        """Returns the secret number in [0, 2**63) of these counters, as in `generator`."""
         drawn = _keyed(self.secret, _NUMBER, counters, size=8)
         return int.from_bytes(drawn, "little") >> 1
 
@@ -87,8 +87,8 @@ class StreamKey:
         """Returns a counter-based bit generator keyed by this key and the counters.
 
         Args:
-            counters: What names the stream, such as step, parameter name and chunk; integers from
-                0 and strings. Any number of them; (1, 23) and (12, 3) are different streams.
+            counters: Name of the stream, such as step, parameter name and chunk; any number of
+                strings and integers from 0. (1, 23) and (12, 3) are different streams.
 
         Privacy:
             The counters are hashed with the secret into Philox's 128-bit key, so streams of
@@ -142,7 +142,7 @@ class RunKey:
         return _keyed(self.secret, _DERIVE, parts)
 
     def sampling(self) -> StreamKey:
-        """Returns the key that decides who takes part in which step."""
+        """Returns the key that decides which users or examples are in which step."""
         return StreamKey(self.derive("sampling"))
 
     def noise(self) -> StreamKey:
@@ -156,6 +156,37 @@ class RunKey:
     def selfcheck(self) -> StreamKey:
         """Returns the key of the run-time check, whose noise is never added to anything."""
         return StreamKey(self.derive("selfcheck"))
+
+    def of_rank(self, rank: int) -> RankKeys:
+        """Returns the keys that a rank needs, and no others."""
+        is_first = rank == 0
+        return RankKeys(
+            key_id=self.id,
+            sampling=self.sampling(),
+            dropout=self.dropout(),
+            noise=self.noise() if is_first else None,
+            selfcheck=self.selfcheck() if is_first else None,
+        )
+
+
+@dataclass(frozen=True)
+class RankKeys:
+    """The keys that one rank needs, made by `RunKey.of_rank`. Sensitive, except the id.
+
+    Privacy:
+        Rank 0 alone draws noise and gets its key: any other holder could subtract the noise.
+    """
+
+    key_id: str
+    """Public name of the run's key, kept in checkpoints."""
+    sampling: StreamKey
+    """Each rank derives the whole cohort from it."""
+    dropout: StreamKey
+    """Each rank derives the dropout masks of its own groups from it."""
+    noise: StreamKey | None
+    """Rank 0 only; None on the others."""
+    selfcheck: StreamKey | None
+    """Rank 0 only; None on the others."""
 
 
 def _keyed(

@@ -1,7 +1,9 @@
-"""The Gaussian noise of a step, drawn by parameter and chunk.
+"""Gaussian noise of a step, drawn by parameter and chunk from a secret key.
 
-Noise is a function of (secret key, step, parameter name, position): it knows nothing of world size,
-ZeRO stage or the order in which parameters are asked for, and any slice can be drawn alone.
+Here belong the layout of the noise and its two samplers; what it is added to stands in
+`udp_ray.engine`, its scale in `plan.py`. Noise is a function of (key, step, parameter name,
+position): it does not depend on world size, ZeRO stage or the order in which parameters are asked
+for, and any slice can be drawn alone.
 
     >>> from udp_ray.dp.keys import RunKey
     >>> noise = GaussianNoise(RunKey.from_seed(7).noise(), noise_stddev=0.5)
@@ -10,38 +12,25 @@ ZeRO stage or the order in which parameters are asked for, and any slice can be 
     >>> bool((whole.flatten()[2:5] == part).all())
     True
 
-Each chunk of 2**20 values is one Philox stream of its own, turned into normals by numpy's
-`Generator.standard_normal` in float32 (ziggurat). Two things are *not* promised. Normals in float32
-lie on a grid, and attacks on that grid are known [2]; the guarantee is that of real-valued
-noise (`is_secure` makes those attacks infeasible, at a price in time: `secure_normals.py`). And
-numpy may change the method between versions, so equal keys give equal noise only under one numpy
-version, which the digest of the code therefore holds (`provenance.py`).
+Each chunk of 2**20 values is one stream of its own. The default sampler turns Philox [1] into
+normals by numpy's `Generator.standard_normal` in float32 (ziggurat). Two things are *not* promised
+of it. Normals in float32 lie on a grid, and attacks on that grid are known [2]: the guarantee is
+that of real-valued noise. And numpy may change the method between versions, so equal keys give
+equal noise only under one numpy version, which the digest of the code therefore holds.
+
+The secure sampler (`is_secure`, slower) makes those attacks infeasible by two measures of [3]. The
+bits come from ChaCha20 [4], so that no one can compute the noise of one position from that of
+others. And each normal is the sum of four independent ones by Box and Muller, over two: to find out
+whether a value could have been reached one would have to search four draws of 53 bits together. The
+result is float64, and is to be added in float64 and rounded afterwards, which is post-processing.
+No proof covers floating point; what remains is that the known attacks are infeasible.
 
 Reference:
     [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
-    [2] Mironov 2012, "On significance of the least significant bits for differential privacy";
-        Holohan and Braghin 2021, arXiv:2107.10138.
-
-Standard normals from a cryptographic keystream, made to resist floating-point attacks.
-
-A sampler in floating point cannot reach every number, and which ones it reaches can tell of the
-value under the noise [1]. Two measures of [2] are taken. The bits come from ChaCha20 [3], so nobody
-can work out the noise of one position from that of others. And each normal is the sum of four
-independent ones by Box and Muller, over two: to find out whether a value could have been reached
-one would have to search four draws of 53 bits together. The result is float64, and is meant to be
-added in float64 and rounded afterwards (`GaussianNoise.chunks`), which is post-processing.
-
-    >>> from udp_ray.dp.keys import RunKey
-    >>> secure_normals(RunKey.from_seed(7).noise(), (1, "lm_head.weight", 0), 2).dtype
-    dtype('float64')
-
-What remains: no proof covers floating point; this makes the known attacks infeasible.
-
-Reference:
-    [1] Mironov 2012, "On significance of the least significant bits for differential privacy".
-    [2] Holohan and Braghin 2021, arXiv:2107.10138, section on the Gaussian mechanism. Departure:
-        the four draws of one value come from four pairs, the partners of which serve its neighbour.
-    [3] Nir and Langley 2018, RFC 8439 (ChaCha20), by the library `cryptography`.
+    [2] Mironov 2012, "On significance of the least significant bits for differential privacy".
+    [3] Holohan and Braghin 2021, arXiv:2107.10138, section on the Gaussian mechanism. Departure:
+        the four draws of one value come from four pairs, whose other halves make the next value.
+    [4] Nir and Langley 2018, RFC 8439 (ChaCha20), by the library `cryptography`.
 """
 
 from __future__ import annotations
@@ -58,71 +47,17 @@ from torch import Tensor
 from udp_ray.dp.keys import StreamKey
 from udp_ray.errors import ConfigError
 
-DRAWS = 4
-"""Normals behind each value. Part of what a key stands for: another number gives other noise."""
-
-_BLOCK_VALUES = 2**15
-"""Values made at once, so that the steps on the way stay in a processor's cache. Even."""
-_UNIFORM_BYTES = 8
-
-
-def secure_normals(
-    key: StreamKey, counters: tuple[int | str, ...], count: int
-) -> NDArray[np.float64]:
-    """Returns standard normals, equal for equal keys and counters.
-
-    Args:
-        key: A key of one purpose. Secret.
-        counters: What names the stream, as in `StreamKey.generator`.
-        count: How many; the first values of a longer row are those of a shorter one.
-
-    Privacy:
-        As in [2]; the values of different counters come from unrelated keystreams.
-
-    Edge cases:
-        count 0 -> empty. Every value is finite: a uniform of 0 cannot occur.
-    """
-    pairs = -(-count // 2)
-    stream = key.keystream(*counters)
-    result = np.empty(2 * pairs, dtype=np.float64)
-    for start in range(0, pairs, _BLOCK_VALUES // 2):
-        size = min(_BLOCK_VALUES // 2, pairs - start)
-        # A block's bytes are taken whole, so that a row cut short begins like a longer one.
-        drawn = np.frombuffer(stream(_BLOCK_VALUES * DRAWS * _UNIFORM_BYTES), dtype="<u8")
-        uniforms = drawn.reshape(2, DRAWS, _BLOCK_VALUES // 2)[:, :, :size]
-        result[2 * start : 2 * (start + size)] = _box_muller(uniforms).reshape(-1)
-    return result[:count]
-
-
-def _box_muller(uniforms: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Returns normals, shape (pairs, 2), from whole numbers of shape (2, DRAWS, pairs)."""
-    radius = _unit_interval(uniforms[0])
-    np.log(radius, out=radius)
-    radius *= -2.0
-    np.sqrt(radius, out=radius)
-    angle = _unit_interval(uniforms[1])
-    angle *= 2.0 * math.pi
-    normals = np.empty((uniforms.shape[2], 2))
-    normals[:, 0] = (radius * np.cos(angle)).sum(axis=0)
-    normals[:, 1] = (radius * np.sin(angle)).sum(axis=0)
-    normals *= 1.0 / math.sqrt(DRAWS)
-    return normals
-
-
-def _unit_interval(whole: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Returns numbers in (0, 1]: at least 2**-65, so that tails reach 9.5 standard deviations."""
-    numbers = whole.astype(np.float64)
-    numbers += 0.5
-    numbers *= 2.0**-64
-    return numbers
-
-
 CHUNK_VALUES = 2**20
 """Values per chunk. Part of the layout of the noise: another number gives other noise."""
+DRAWS = 4
+"""Normals behind each secure value. Another number gives other noise under the same key."""
+BLOCK_VALUES = 2**15
+"""Secure values made at once, so that intermediate arrays stay in a processor's cache. Even."""
+UNIFORM_BYTES = 8
 
 
 class GaussianNoise:
-    """Draws the noise of any step, parameter and slice.
+    """Gaussian noise of any step, parameter and slice.
 
     Args:
         key: The run's noise key; on rank 0 only. Secret.
@@ -130,7 +65,8 @@ class GaussianNoise:
             clipped *sum*. At least 0. Public.
         num_threads: Chunks drawn at once; numpy draws outside the interpreter's lock. Changes
             speed only.
-        is_secure: Draw by `secure_normals`, in float64. Other noise than without it.
+        is_secure: Whether to draw by `secure_normals`, in float64. The noise differs from that
+            without it.
 
     Raises:
         ConfigError: If noise_stddev is negative or not finite.
@@ -139,6 +75,9 @@ class GaussianNoise:
         Values of different (step, name, position) come from unrelated streams and are independent
         normals as far as Philox under a hashed key is random. The noise is as secret as the data
         until it has been added: whoever knows it can subtract it.
+
+    Reference:
+        [1], and with is_secure [3] and [4].
     """
 
     def __init__(
@@ -180,8 +119,21 @@ class GaussianNoise:
     def slice(self, step: int, name: str, numel: int, *, start: int, stop: int) -> Tensor:
         """Returns values start to stop of the flattened noise of a parameter of numel values.
 
+        Args:
+            step: Number of the step, from 0.
+            name: Name of the parameter.
+            numel: Number of values of the whole parameter.
+            start: First value.
+            stop: One after the last value.
+
+        Returns:
+            A tensor of `dtype`, shape (stop - start,). Secret until it has been added.
+
+        Raises:
+            ValueError: If the slice is not inside the parameter.
+
         Edge cases:
-            start = stop -> an empty tensor. Chunks at the ends are drawn whole and cut.
+            start = stop -> an empty tensor. The first chunk is drawn from its beginning and cut.
         """
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"slice {start}:{stop} is not inside a parameter of {numel} values")
@@ -206,8 +158,16 @@ class GaussianNoise:
     def chunks(self, step: int, name: str, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, values) over the flattened noise of a parameter, chunk by chunk.
 
-        For adding noise without holding a whole parameter's worth of it. Float64 noise is to be
-        added in float64 and the sum rounded: noise that is rounded first lies on a coarse grid.
+        It serves to add noise in bounded memory.
+
+        Args:
+            step: Number of the step, from 0.
+            name: Name of the parameter.
+            numel: Number of values of the parameter.
+
+        Privacy:
+            Float64 noise is to be added in float64, and the sum rounded: noise that is rounded
+            first lies on a coarse grid.
         """
         for start in range(0, numel, CHUNK_VALUES * self._num_threads):
             stop = min(numel, start + CHUNK_VALUES * self._num_threads)
@@ -229,3 +189,65 @@ def _rounded_up(value: float) -> np.float32:
     """Returns the smallest float32 that is not below the value: noise is never too small."""
     rounded = np.float32(value)
     return rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf))
+
+
+def secure_normals(
+    key: StreamKey, counters: tuple[int | str, ...], count: int
+) -> NDArray[np.float64]:
+    """Returns standard normals that resist floating-point attacks, from a cryptographic stream.
+
+    Args:
+        key: A key of one purpose. Secret.
+        counters: Name of the stream, as in `StreamKey.generator`.
+        count: Number of values; a longer row begins with the values of a shorter one.
+
+    Returns:
+        Float64 values, shape (count,), equal for equal keys and counters. Secret until added.
+
+    Privacy:
+        As in [3]; the values of different counters come from unrelated keystreams.
+
+    Edge cases:
+        count 0 -> empty. Every value is finite: a uniform of 0 cannot occur.
+
+    Reference:
+        [3] and [4].
+
+    Example:
+        >>> from udp_ray.dp.keys import RunKey
+        >>> secure_normals(RunKey.from_seed(7).noise(), (1, "lm_head.weight", 0), 2).dtype
+        dtype('float64')
+    """
+    pairs = -(-count // 2)
+    stream = key.keystream(*counters)
+    result = np.empty(2 * pairs, dtype=np.float64)
+    for start in range(0, pairs, BLOCK_VALUES // 2):
+        size = min(BLOCK_VALUES // 2, pairs - start)
+        # A block's bytes are taken whole, so that a row cut short begins like a longer one.
+        drawn = np.frombuffer(stream(BLOCK_VALUES * DRAWS * UNIFORM_BYTES), dtype="<u8")
+        uniforms = drawn.reshape(2, DRAWS, BLOCK_VALUES // 2)[:, :, :size]
+        result[2 * start : 2 * (start + size)] = _box_muller(uniforms).reshape(-1)
+    return result[:count]
+
+
+def _box_muller(uniforms: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Returns normals, shape (pairs, 2), from integers of shape (2, DRAWS, pairs)."""
+    radius = _unit_interval(uniforms[0])
+    np.log(radius, out=radius)
+    radius *= -2.0
+    np.sqrt(radius, out=radius)
+    angle = _unit_interval(uniforms[1])
+    angle *= 2.0 * math.pi
+    normals = np.empty((uniforms.shape[2], 2))
+    normals[:, 0] = (radius * np.cos(angle)).sum(axis=0)
+    normals[:, 1] = (radius * np.sin(angle)).sum(axis=0)
+    normals *= 1.0 / math.sqrt(DRAWS)
+    return normals
+
+
+def _unit_interval(integers: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Returns numbers in (0, 1]: at least 2**-65, so that tails reach 9.5 standard deviations."""
+    numbers = integers.astype(np.float64)
+    numbers += 0.5
+    numbers *= 2.0**-64
+    return numbers

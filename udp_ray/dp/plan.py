@@ -1,17 +1,24 @@
-"""The plan of a run: sampler, clip, noise and the event that describes them, consistent together.
+"""PrivacyPlan: the sampler, clip norm, noise and price of a run, consistent by construction.
 
 A plan is built from public numbers only, and is priced without data, cluster or torch. Whatever
-trains, charges, reports or verifies asks the plan; nobody else works out a divisor, a sampling
-probability or a noise scale.
+trains, charges, reports or verifies asks the plan; nothing else computes a divisor, a sampling
+probability or a noise scale. The accounting itself stands in `accounting.py`, the settings that a
+plan is made from in `udp_ray.config.privacy`.
 
-    >>> from udp_ray.config.experiment import PrivacyConfig
-    >>> config = PrivacyConfig(
+    >>> from udp_ray.config.privacy import PrivacyConfig
+    >>> privacy = PrivacyConfig(
     ...     noise_multiplier=1.0, delta=1e-6, clip_norm=0.5, cohort_size=100, num_steps=1000)
-    >>> plan = PrivacyPlan.from_config(config, num_users=10_000)
+    >>> plan = PrivacyPlan.from_config(privacy, num_users=10_000)
     >>> plan.sampling_probability, plan.noise_stddev, plan.divisor, round(plan.epsilon(), 3)
     (0.01, 0.5, 100, 2.125)
+    >>> print(plan.to_text())
+    epsilon 2.125 at delta 1e-06 for adding or removing one user
+    sampler: uls, 100 of 10,000 users per step in expectation (probability 0.01), 1,000 steps
+    each user: 1 example per step, mean gradient clipped to L2 norm 0.5
+    noise: standard deviation 0.5 on the sum (noise multiplier 1), then divided by 100
 
-Reference: Charles et al. 2024, arXiv:2407.07737 (ELS and ULS).
+Reference:
+    [1] Charles et al. 2024, arXiv:2407.07737 (ELS and ULS).
 """
 
 from __future__ import annotations
@@ -22,23 +29,45 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from udp_ray.config.privacy import PricingConfig
+from udp_ray.config.privacy import PricingConfig, require_delta_below_inverse_population
 from udp_ray.dp import accounting
-from udp_ray.dp import accounting as calibration
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
-"""What `PrivacyPlan.to_dict` adds to the fields, for readers; `from_dict` checks it."""
+"""Properties that `PrivacyPlan.to_dict` adds to the fields; `from_dict` checks them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """An amount of privacy loss: what a run costs, or what a dataset may spend. Public."""
+
+    epsilon: float
+    """At least 0; infinite for a run without noise."""
+    delta: float
+    """In [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.epsilon) or self.epsilon < 0:
+            raise ValueError(f"epsilon is {self.epsilon}: it is at least 0")
+        if not 0 <= self.delta <= 1:
+            raise ValueError(f"delta is {self.delta}: it lies in [0, 1]")
+
+    def __str__(self) -> str:
+        return f"(epsilon = {self.epsilon:.6g}, delta = {self.delta:.3g})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PricedPlan:
-    """Everything that fixes the price of a run, in public numbers. Only a `PrivacyPlan` trains.
+    """All public numbers that determine the price of a run. Only a `PrivacyPlan` trains.
 
     The price does not depend on the clip norm, and under els not on the population, so either may
     be unknown here.
+
+    Raises:
+        ConfigError: If the numbers contradict each other, or delta is not below 1 / population.
+        UnsupportedAdjacencyError: If the adjacency has no proven price.
 
     Privacy:
         The sampling probability comes from the declared population (uls) or number of examples
@@ -49,17 +78,17 @@ class PricedPlan:
     sampling: Sampling
     """uls or els."""
     noise_multiplier: float
-    """Noise stddev on the clipped sum over the clip norm; 0 means no guarantee."""
+    """Standard deviation of the noise on the clipped sum, in clip norms; 0 means no guarantee."""
     clip_norm: float | None = None
     """L2 bound on one user's (uls) or one example's (els) gradient; None: unknown."""
     group_size: int
     """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
     num_steps: int
-    """Noisy releases in the run."""
+    """Number of noisy releases in the run."""
     expected_size: int
     """Expected users (uls) or examples (els) per step: the divisor of the noisy sum."""
     population: int | None = None
-    """Number of users that is taken as public; None: unknown, which only els can be priced with."""
+    """Number of users, taken as public; None: unknown, with which only els can be priced."""
     population_is_declared: bool
     """False: the population is the store's own count, which is thereby taken as public."""
     delta: float
@@ -71,11 +100,11 @@ class PricedPlan:
     max_cohort_size: int | None = None
     """Most users in a step (uls); None: no cap. With a cap, population bounds the users."""
     secure_noise: bool = False
-    """Noise from a cryptographic generator, hardened against floating-point attacks."""
+    """Whether noise comes from a cryptographic generator, against floating-point attacks."""
     target_epsilon: float | None = None
     """Epsilon that the noise was calibrated to; None if the noise was given."""
     adjacency: Literal["add_or_remove_one"] = "add_or_remove_one"
-    """How neighbouring datasets differ, in users."""
+    """How adjacent datasets differ, in users."""
 
     def __post_init__(self) -> None:
         if self.adjacency != "add_or_remove_one":
@@ -89,22 +118,19 @@ class PricedPlan:
                 f"privacy.{size} is {self.expected_size}, above privacy.{whole} = {self._pool}:"
                 " lower it"
             )
-        if self.population is not None and self.delta >= 1 / self.population:
-            raise ConfigError(
-                f"privacy.delta is {self.delta:g}, which is not below 1 / population ="
-                f" {1 / self.population:.3g}: such a delta allows publishing a user outright;"
-                " lower it"
-            )
+        if self.population is not None:
+            require_delta_below_inverse_population(self.delta, self.population)
 
     @classmethod
     def from_config(
         cls, privacy: PricingConfig, *, num_users: int | None, num_examples: int | None = None
     ) -> Self:
-        """Returns the plan of a configuration, with the noise calibrated if epsilon was given.
+        """Returns the plan of the settings, with the noise calibrated if epsilon was given.
 
         Args:
             privacy: The settings.
-            num_users: The store's number of users, or None if no store is at hand.
+            num_users: Number of users in the data. None if no data are given and
+                privacy.population is set.
             num_examples: The store's number of examples once each user keeps at most
                 privacy.group_size (els), or None.
 
@@ -115,6 +141,14 @@ class PricedPlan:
         Edge cases:
             A declared population below the store's users leaves the price right (see the class) and
             makes steps larger than asked for; delta must be below 1 / users all the same.
+
+        Example:
+            >>> from udp_ray.config.privacy import PrivacyConfig
+            >>> privacy = PrivacyConfig(epsilon=2.0, delta=1e-6, clip_norm=1.0, group_size=4,
+            ...     cohort_size=64, num_steps=500, population=20_000)
+            >>> plan = PrivacyPlan.from_config(privacy, num_users=None)
+            >>> round(plan.noise_multiplier, 2), 1.999 <= plan.epsilon() <= 2.0
+            (0.7, True)
         """
         population = num_users if privacy.population is None else privacy.population
         is_bounded = population is None or (num_users or 0) <= population
@@ -123,10 +157,12 @@ class PricedPlan:
                 f"privacy.population is {population}, below the users in data.store: with"
                 " privacy.max_cohort_size it must bound them from above; raise it"
             )
-        if num_users is not None and privacy.delta >= 1 / num_users:
-            raise ConfigError(
-                f"privacy.delta is {privacy.delta:g}, which is not below 1 / (users in data.store):"
-                " such a delta allows publishing a user outright; lower it"
+        if num_users is not None:
+            require_delta_below_inverse_population(
+                privacy.delta,
+                num_users,
+                population_name="(users in data.store)",
+                population_is_public=False,
             )
         declared = privacy.num_examples is not None
         els = privacy.sampling == "els"
@@ -150,14 +186,14 @@ class PricedPlan:
         return plan if privacy.epsilon is None else plan._calibrated(privacy.epsilon)
 
     def _calibrated(self, target_epsilon: float) -> Self:
-        guess = calibration.guess_noise_multiplier(
+        guess = accounting.guess_noise_multiplier(
             target_epsilon=target_epsilon,
             delta=self.delta,
             sampling_probability=self.sampling_probability,
             num_steps=self.num_steps,
             group_size=self.group_size if self.sampling == "els" else 1,
         )
-        noise_multiplier = calibration.calibrate_noise_multiplier(
+        noise_multiplier = accounting.calibrate_noise_multiplier(
             lambda z: dataclasses.replace(self, noise_multiplier=z).dp_event(),
             target_epsilon=target_epsilon,
             delta=self.delta,
@@ -167,7 +203,7 @@ class PricedPlan:
 
     @property
     def sampling_probability(self) -> float:
-        """Chance that a user (uls) or a kept example (els) is in a step."""
+        """Probability that a user (uls) or a kept example (els) is in a step."""
         return self.expected_size / self._pool
 
     @property
@@ -199,7 +235,7 @@ class PricedPlan:
                 self.noise_multiplier,
                 self.sampling_probability,
                 self.max_cohort_size,
-                # A counted population is that of the data at hand; its neighbour has one more user.
+                # A counted population is that of these data; an adjacent dataset has one more user.
                 self._pool + (not self.population_is_declared),
                 steps,
             )
@@ -228,8 +264,28 @@ class PricedPlan:
         last = self.epsilon(max(steps))
         return [min(last, _rough_epsilon(self, self._steps(step))) for step in steps]
 
+    def to_text(self) -> str:
+        """Returns the plan and its certified price in four lines, for readers."""
+        is_uls = self.sampling == "uls"
+        examples = f"{self.group_size:,} example{'s' if self.group_size > 1 else ''}"
+        clip = "a clip norm" if self.clip_norm is None else f"L2 norm {self.clip_norm:g}"
+        clipped = f"{'mean gradient' if is_uls else 'each gradient'} clipped to {clip}"
+        stddev = "z clip norms" if self.noise_stddev is None else f"{self.noise_stddev:.4g}"
+        return "\n".join(
+            [
+                f"epsilon {self.epsilon():.4g} at delta {self.delta:g} for adding or removing one"
+                " user",
+                f"sampler: {self.sampling}, {self.expected_size:,} of {self._pool:,}"
+                f" {'users' if is_uls else 'examples'} per step in expectation (probability"
+                f" {self.sampling_probability:.4g}), {self.num_steps:,} steps",
+                f"each user: {examples} {'per step' if is_uls else 'in the whole run'}, {clipped}",
+                f"noise: standard deviation {stddev} on the sum (noise multiplier"
+                f" {self.noise_multiplier:.4g}), then divided by {self.divisor:,}",
+            ]
+        )
+
     def assumptions(self) -> list[str]:
-        """Returns what the guarantee takes for granted, one sentence each, for statements."""
+        """Returns what the guarantee assumes, one sentence each, for statements."""
         counts = []
         if self.population is not None:
             counts.append(("users", self.population, self.population_is_declared))
@@ -258,7 +314,7 @@ class PricedPlan:
         return sentences
 
     def warnings(self) -> list[str]:
-        """Returns what a user should think over before the run, one sentence each."""
+        """Returns what to reconsider before the run, one sentence each."""
         if self.max_cohort_size is None:
             return []
         roomy = math.ceil(self.expected_size + 6 * math.sqrt(self.expected_size))
@@ -278,7 +334,7 @@ class PricedPlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyPlan(PricedPlan):
-    """Everything that fixes the guarantee of a run, in public numbers.
+    """All public numbers that determine the guarantee of a run.
 
     Privacy:
         One user moves the clipped sum of a step by at most `sensitivity()` (uls), or by that much
@@ -289,7 +345,7 @@ class PrivacyPlan(PricedPlan):
     clip_norm: float
     """L2 bound on one user's (uls) or one example's (els) gradient."""
     population: int
-    """Number of users that is taken as public."""
+    """Number of users, taken as public."""
 
     def __post_init__(self) -> None:
         if self.population is None:
@@ -306,9 +362,9 @@ class PrivacyPlan(PricedPlan):
 
     @property
     def clip_bound(self) -> float:
-        """The L2 norm that groups are clipped to: the clip norm less `rounding_slack`.
+        """The L2 norm that groups are clipped to: (1 - `rounding_slack`) times the clip norm.
 
-        The noise is that of the whole clip norm. What lies between is for roundings of the sum, so
+        The noise is that of the whole clip norm. The difference covers roundings of the sum, so
         that the sum as computed moves by at most the clip norm.
         """
         return self.clip_norm * (1 - rounding_slack(self.expected_size))
@@ -322,7 +378,7 @@ class PrivacyPlan(PricedPlan):
         return self.clip_norm
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the plan as JSON-ready values, with the derived ones for readers.
+        """Returns the plan as JSON-ready values, with the derived ones (`DERIVED`) for readers.
 
         Infinite numbers become "inf", which strict JSON can hold.
         """

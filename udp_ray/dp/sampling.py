@@ -1,7 +1,8 @@
-"""Keyed Poisson samplers: who takes part in a step, as a pure function of (secret key, step).
+"""Keyed Poisson samplers: the cohort of a step as a pure function of (secret key, step).
 
-Here stand the two samplers of the method and nothing about gradients. Every worker derives the
-same cohort alone, and a restarted worker derives it again; `udp_ray.data.batches` divides it.
+Here belong the two samplers of the method and nothing about gradients. Every worker derives the
+same cohort by itself, and a restarted worker derives it again; `udp_ray.data.batches` divides it
+among workers.
 
     >>> from udp_ray.dp.keys import RunKey
     >>> user_offsets = np.array([0, 3, 3, 10])  # three users with 3, 0 and 7 examples
@@ -13,11 +14,11 @@ same cohort alone, and a restarted worker derives it again; `udp_ray.data.batche
     ([0, 1, 2], [0, 3, 3, 7])
 
 The random bits are SHAKE-256 of (secret, purpose, step), from the standard library: amplification
-by sampling rests on coins that an observer of the model cannot guess, so they come from a
-cryptographic function (what is relied on: SHAKE-256 keyed by a secret prefix is pseudorandom), at
-half a millisecond per 300,000 users. Coins become decisions by integer comparisons alone. No
-logarithm and no library distribution stands in between, so the cohort is the same on every machine
-and under every version of numpy.
+by sampling requires random bits that an observer of the model cannot guess, so they come from a
+cryptographic function (assumption: SHAKE-256 keyed by a secret prefix is pseudorandom), at half a
+millisecond per 300,000 users. Bits become decisions by integer comparisons alone. No logarithm and
+no library distribution is involved, so the cohort is the same on every machine and under every
+version of numpy.
 
 Reference:
     [1] Charles et al. 2024, arXiv:2407.07737, Algorithms 1 (ELS) and 2 (ULS). Departure: a user
@@ -41,14 +42,14 @@ from udp_ray.errors import ConfigError
 
 Indices = NDArray[np.int64]
 
-# Coins are tossed for 8 users per byte this many times; then 8 bytes decide on each one that is
-# left. With 6 a step costs at most 0.875 bytes per user; 5 and 7 cost the same or more.
+# Rounds of one random bit per user; then 8 bytes decide on each user who remains. With 6 rounds a
+# step takes at most 0.875 bytes per user; 5 and 7 take the same or more.
 MAX_HALVINGS = 6
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Cohort:
-    """The groups of one step. Sensitive as a whole; it shows nothing of itself in `repr`."""
+    """The groups of one step. Sensitive as a whole; `repr` shows none of it."""
 
     units: Indices = field(repr=False)
     """Indices of the users (uls) or of the examples (els) that were drawn; ascending."""
@@ -67,7 +68,7 @@ class PoissonUserSampler:
 
     Args:
         key: The run's sampling key. Secret.
-        sampling_probability: Chance of each user to be in a step, in [0, 1]. Public.
+        sampling_probability: Probability of each user to be in a step, in [0, 1]. Public.
         group_size: Most examples that a user brings into a step, at least 1. Public.
         max_cohort_size: Most users in a step; a larger draw is cut to a uniform subset of itself.
             Public. Changes the guarantee: the plan must price truncated Poisson sampling.
@@ -127,11 +128,11 @@ class PoissonUserSampler:
 
 
 class PoissonExampleSampler:
-    """Example-level sampling (ELS): users keep some examples once, steps draw among the kept.
+    """Example-level sampling (ELS): each user keeps some examples once, each step draws among them.
 
     Args:
         key: The run's sampling key. Secret.
-        sampling_probability: Chance of each kept example to be in a step, in [0, 1]. Public.
+        sampling_probability: Probability of each kept example to be in a step, in [0, 1]. Public.
         group_size: Most examples that a user keeps for the whole run, at least 1. Public.
         user_offsets: Where each user's examples begin in the global example index, one entry more
             than users. Sensitive.
@@ -179,7 +180,7 @@ class PoissonExampleSampler:
 
 
 class _Stream:
-    """Pseudorandom bits of one purpose and step; each use of them carries its own label."""
+    """Pseudorandom bits of one purpose and step; each use of them has its own label."""
 
     def __init__(self, key: StreamKey, purpose: str, step: int) -> None:
         # The secret comes first and has a fixed length; what follows is separated by zero bytes,
@@ -199,12 +200,19 @@ class _Stream:
 def poisson(stream: _Stream, num_units: int, probability: float) -> Indices:
     """Returns which of num_units units a Poisson draw includes, ascending.
 
-    The probability is split into 2**-k times a rest of at least a half (k at most 6): k fair coins
-    for all units at once, bit by bit, then one 64-bit comparison for each unit that won them all.
+    The probability is written as 2**-k times a rest of at least a half (k at most 6).
+
+    1. Draw k random bits for every unit; a unit remains if all are 1.
+    2. Compare 64 random bits of each unit that remains with the rest.
+
+    Args:
+        stream: Source of the random bits.
+        num_units: Number of users (uls) or examples (els).
+        probability: Inclusion probability of each unit, in [0, 1].
 
     Privacy:
-        Every unit is decided by bits that decide nothing else. Its chance is the given one,
-        rounded down to a multiple of 2**-(64 + k).
+        Every unit is decided by bits that decide nothing else. Its inclusion probability is the
+        given one, rounded down to a multiple of 2**-(64 + k).
     """
     halvings = max(0, min(MAX_HALVINGS, -math.frexp(probability)[1]))
     bits = np.full(-(-num_units // 8), 0xFF, dtype=np.uint8)
@@ -223,24 +231,27 @@ def choose(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indice
     """Returns a uniform subset of at most `limit` positions for each row, and the rows' offsets.
 
     Args:
-        stream: Where the random bits come from.
-        sizes: How many positions each row has.
-        limit: Most positions kept per row.
+        stream: Source of the random bits.
+        sizes: Number of positions of each row.
+        limit: Most positions selected per row.
 
     Returns:
         The positions, each in [0, size of its row), row after row and ascending within a row; and
         the offsets of the rows among them, len(sizes) + 1 entries.
 
     Edge cases:
-        A row of at most `limit` positions keeps all. Chances of subsets are equal up to size /
-        2**64, because the bits are scaled to the range instead of rejected; the guarantee does not
-        rest on them.
+        A row of at most `limit` positions keeps all. Probabilities of subsets are equal up to size
+        / 2**64, because the bits are scaled to the range instead of rejected; the guarantee does
+        not depend on them.
+
+    Reference:
+        Floyd [3], for rows that are long in relation to the limit.
     """
     counts = np.minimum(sizes, limit)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     positions = _ragged_arange(counts)
-    # Floyd costs about limit**2 / 2 comparisons a row, ranking a sort of the whole row. The rule
-    # looks at the row alone, so that subsets of different users stay independent.
+    # Floyd takes about limit**2 / 2 comparisons per row, ranking a sort of the whole row. The rule
+    # uses the row alone, so that subsets of different users stay independent.
     excess = sizes > limit
     by_floyd = excess & (sizes >= limit * limit // 16)
     for rows, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):

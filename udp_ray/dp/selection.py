@@ -1,11 +1,19 @@
-"""The privacy price of choosing the best of a random number of runs, when only the winner leaves.
+"""Private selection: the price of the best of a random number of trials, if only that one leaves.
 
-Here belong privacy profiles (delta as a function of epsilon) of the runs, and the theorem that
-turns them into the profile of the winner. `trial_count.py` has the number of runs, `sweep_price.py`
-the price and the calibration of whole sweeps.
+Here belong the distributions of the number of trials K and the secret draw from them, the privacy
+profiles (delta as a function of epsilon) of the trials, and the theorem that turns these into the
+profile of the winner. The price and the calibration of whole sweeps stand in `sweep.py`.
 
-Theorem. Let P and P' be the laws of one trial on neighbouring datasets: a configuration, weights
-and a score. Let delta(e) bound the hockey-stick divergence of order exp(e) in both directions. Let
+    >>> from udp_ray.dp.accounting import uls_event
+    >>> event = uls_event(noise_multiplier=1.0, sampling_probability=0.01, num_steps=1000)
+    >>> count = trial_count("logarithmic", mean=10)
+    >>> round(count.mean, 6), count.quantile(0.5), count.quantile(0.99)
+    (10.0, 4, 81)
+    >>> round(best_epsilon([event], count, 1e-6), 2)
+    2.89
+
+Theorem. Let P and P' be the laws of one trial on adjacent datasets: a configuration, weights and a
+score. Let delta(e) bound the hockey-stick divergence of order exp(e) in both directions. Let
 K have the generating function f(z) = E[z^K], let g(s) = min over a of exp(a) s + delta(a), and
 
     psi(x) = sup over 0 <= s <= 1 of f'(1 - s) - x f'(1 - g(s)), or 0 if that is negative.
@@ -27,9 +35,9 @@ divergence of P and P' of order exp(e) / x_j, at most x_j delta(e - log x_j). Th
 
 With a bound c on the log of f'(1 - s) / f'(1 - g(s)) in place of the supremum, psi(x) is at most
 E[K] max(0, 1 - exp(-c) x), and the price is E[K] delta(e - c). For the truncated negative binomial
-c = (shape + 1) a where exp(a) = 1 + (1 / gamma - 1) delta(a); for Poisson c = E[K] delta(0). Only
-abstracts of Koskela et al. [1] were at hand, so their constants may differ; this form and the
-sharper theorem are derived here, and held against exact computations in
+c = (shape + 1) a where exp(a) = 1 + (1 / gamma - 1) delta(a); for Poisson c = E[K] delta(0). The
+constants of Koskela et al. [1], whose abstract alone was consulted, may differ; this form and the
+sharper theorem are derived here, and compared with exact computations in
 tests/guarantee/test_selection.py.
 
 Several configurations. A trial draws its configuration with fixed probabilities, independent of the
@@ -39,7 +47,7 @@ maximum is charged: it holds for every choice of probabilities, and does not res
 made. (The mean with the true probabilities would be valid too and lower; the mean of epsilons, or
 an unweighted mean, would not.)
 
-What it needs. K and the draws are independent of the data, and secret. Trials are independent given
+Assumptions. K and the draws are independent of the data, and secret. Trials are independent given
 the data: fresh randomness each, nothing learnt from earlier ones. A trial that did not end counts
 as the worst, and is never replaced; whether it ended depends on the data through its private
 outputs alone. The sweep is charged whatever K is: if a draw of K = 0 were refunded and repeated,
@@ -48,33 +56,16 @@ way fixed beforehand. Ties may be broken by any rule that looks only at the tied
 or by which was first. Nothing leaves but the winner's configuration, weights and score: no table of
 the others, no logs, not how long the sweep took.
 
-What it does not cover. Early stopping across trials, successive halving, population-based training
-and Bayesian search: their trials depend on each other. A fixed number of trials, or stopping when a
-score is good enough. People whose data are only in the score (held-out users). The winner trained
+Not covered. Early stopping across trials, successive halving, population-based training and
+Bayesian search: their trials depend on each other. A fixed number of trials, or stopping when a
+score is good enough. Users whose data are only in the score (held-out users). The winner trained
 once more: that is another run, with its own price.
-
-    >>> from udp_ray.dp.accounting import uls_event
-    >>> from udp_ray.dp.selection import trial_count
-    >>> event = uls_event(noise_multiplier=1.0, sampling_probability=0.01, num_steps=1000)
-    >>> round(best_epsilon([event], trial_count("logarithmic", mean=10), 1e-6), 2)
-    2.89
 
 Reference:
     [1] Koskela, Redberg and Wang 2024, arXiv:2402.06701 (privacy profiles of private selection).
-    [2] Papernot and Steinke 2022, arXiv:2110.03620 (random numbers of trials, in Renyi DP).
+    [2] Papernot and Steinke 2022, arXiv:2110.03620, Definitions 1 and 3 (random numbers of trials,
+        in Renyi DP).
     [3] Liu and Talwar 2019, arXiv:1811.07971 (selection among private candidates).
-
-How many trials a secret sweep makes, and which configurations they take.
-
-Here belong the distributions of the number of trials K that `selection.py` prices, and the secret
-draw from them. K is independent of the data, unbounded, and fixed by the sweep's key beforehand.
-
-    >>> count = trial_count("geometric", mean=10)
-    >>> round(count.mean, 6), count.quantile(0.5), count.quantile(0.99)
-    (10.0, 7, 44)
-
-Reference:
-    [1] Papernot and Steinke 2022, arXiv:2110.03620, Definitions 1 and 3 (the distributions).
 """
 
 from __future__ import annotations
@@ -90,7 +81,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from udp_ray.dp import accounting
-from udp_ray.dp.accounting import DpEvent, Precision
+from udp_ray.dp.accounting import DpEvent, Precision, falling_root
 from udp_ray.dp.keys import RunKey, StreamKey
 from udp_ray.errors import ConfigError
 
@@ -105,6 +96,22 @@ LARGEST_SHAPE = 50.0
 """Above it powers underflow; Poisson is the limit of large shapes."""
 NEGLIGIBLE = 1e-45
 """Weight, relative to the largest, where a table of probabilities ends: below 2**-128."""
+
+MARGIN = 1e-8
+"""Added to epsilon, above all rounding here and in the draw of the number of trials."""
+LARGEST_EPSILON = 300.0
+"""Costs above it count as infinite, before exponentials overflow."""
+TABLE_SIZE = 20_001
+"""Epsilons at which a profile is tabulated. Between them the table errs upwards."""
+SLOPES = np.concatenate([-np.geomspace(1e-3, 30, 150)[::-1], [0.0], np.geomspace(1e-3, 30, 600)])
+"""The a over which g is minimized; any set of them gives a bound."""
+DISTANCES = np.concatenate([[0.0], np.geomspace(1e-8, 1.0, 40_000)])
+"""The s between which f' and g are bounded by their ends."""
+RATIOS = 600
+"""Number of x between which psi is replaced by its chords, from above."""
+
+
+# ---- the number of trials
 
 
 class TrialCount(abc.ABC):
@@ -142,7 +149,7 @@ class TrialCount(abc.ABC):
         return np.append(tails[1:], 0.0) / tails[0]
 
     def quantile(self, probability: float) -> int:
-        """Returns the number of trials that is not exceeded with this probability; public."""
+        """Returns the number of trials that is not exceeded with this probability. Public."""
         return int(np.argmax(self.survival() <= 1 - probability))
 
 
@@ -152,6 +159,12 @@ class TruncatedNegativeBinomial(TrialCount):
 
     Shape 1 is the geometric distribution, shape 0 the logarithmic one. Small shapes cost less at
     the same mean, because they stop at few trials more often.
+
+    Raises:
+        ConfigError: If a parameter is out of its range.
+
+    Reference:
+        Papernot and Steinke 2022 [2], Definition 1.
     """
 
     shape: float
@@ -169,7 +182,11 @@ class TruncatedNegativeBinomial(TrialCount):
 
     @classmethod
     def of_mean(cls, mean: float, *, shape: float) -> TruncatedNegativeBinomial:
-        """Returns the distribution of a shape that expects `mean` trials."""
+        """Returns the distribution of a shape that expects `mean` trials.
+
+        Raises:
+            ConfigError: If the mean is out of range, or its tail too heavy.
+        """
         _check_mean(mean, smallest=1.0)
         if mean == 1:
             return cls(shape, 1.0)
@@ -214,6 +231,12 @@ class PoissonTrials(TrialCount):
     """A Poisson number of trials: concentrated, but none at all with probability exp(-mean).
 
     Without a trial nothing is released, and the sweep is charged all the same.
+
+    Raises:
+        ConfigError: If the mean is out of its range.
+
+    Reference:
+        Papernot and Steinke 2022 [2], Definition 3.
     """
 
     expected: float
@@ -241,7 +264,11 @@ class PoissonTrials(TrialCount):
 
 
 def trial_count(name: CountName, *, mean: float) -> TrialCount:
-    """Returns the distribution of a name that expects `mean` trials.
+    """Returns the distribution of this name with the given mean.
+
+    Args:
+        name: geometric, logarithmic or poisson.
+        mean: Expected number of trials, at most `LARGEST_MEAN`.
 
     Raises:
         ConfigError: If the name is unknown, or the mean out of range.
@@ -268,7 +295,7 @@ class SelectionDraws:
     """
 
     configurations: tuple[int, ...] = dataclasses.field(repr=False)
-    """For each trial its place in the list of configurations, drawn with replacement."""
+    """For each trial the index of its configuration, drawn with replacement."""
 
     def __repr__(self) -> str:
         return "SelectionDraws(hidden)"
@@ -279,12 +306,15 @@ class SelectionDraws:
 
         Args:
             key: The sweep's own key (the trials have others).
-            count: The distribution of the number of trials.
+            count: Distribution of the number of trials.
             num_configurations: Length of the list, in the order that the sweep's config fixes.
+
+        Raises:
+            ConfigError: If there is no configuration.
 
         Privacy:
             The number of trials comes from 128 bits by inversion, so it has the distribution that
-            is priced up to relative errors of 1e-10, which `selection.MARGIN` covers. A
+            is priced up to relative errors of 1e-10, which `MARGIN` covers. A
             configuration is a 64-bit fraction of the list; that this is uniform to 2^-64 only does
             not matter, as the price holds for any probabilities of the configurations.
         """
@@ -306,18 +336,38 @@ def _check_mean(mean: float, *, smallest: float) -> None:
         )
 
 
-MARGIN = 1e-8
-"""Added to epsilon, above all rounding here and in the draw of the number of trials."""
-LARGEST_EPSILON = 300.0
-"""Costs above it are called infinite, before exponentials overflow."""
-TABLE_SIZE = 20_001
-"""Epsilons at which a profile is tabulated. Between them the table errs upwards."""
-SLOPES = np.concatenate([-np.geomspace(1e-3, 30, 150)[::-1], [0.0], np.geomspace(1e-3, 30, 600)])
-"""The a over which g is minimized; any set of them gives a bound."""
-DISTANCES = np.concatenate([[0.0], np.geomspace(1e-8, 1.0, 40_000)])
-"""The s between which f' and g are bounded by their ends."""
-RATIOS = 600
-"""The x between which psi is replaced by its chords, from above."""
+# ---- the price
+
+
+def best_epsilon(
+    events: Iterable[DpEvent], count: TrialCount, delta: float, *, is_rough: bool = False
+) -> float:
+    """Returns an upper bound on the epsilon of releasing the best of a random number of trials.
+
+    Args:
+        events: The event of each configuration if it is run once.
+        count: Distribution of the number of trials.
+        delta: Delta of the whole selection.
+        is_rough: Faster, and a little higher.
+
+    Raises:
+        ConfigError: If delta is so small that rounding would decide.
+
+    Privacy:
+        By the theorem of this module, under its assumptions; it holds however configurations are
+        drawn, as long as that does not depend on the data.
+
+    Edge cases:
+        A configuration without noise -> infinity, even if it is never drawn.
+    """
+    least = delta / max(1.0, count.mean)
+    if least < accounting.SMALLEST_DELTA:
+        raise ConfigError(
+            f"privacy.delta is {delta:g}, or {least:.2g} for each expected trial: below"
+            f" {accounting.SMALLEST_DELTA:g} rounding would decide; raise it"
+        )
+    profile = Profile.of_events(events, least, is_rough=is_rough)
+    return math.inf if profile is None else SelectionCurve.of(profile, count).epsilon(delta)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -341,7 +391,7 @@ class Profile:
         """Returns the pointwise maximum of the profiles of events, None if one has no noise.
 
         Args:
-            events: What each configuration costs if it is run once.
+            events: The event of each configuration if it is run once.
             delta: The least delta that will be looked up.
             is_rough: A tenth of the precision, for searches; still an upper bound.
 
@@ -378,30 +428,6 @@ class Profile:
         positive = np.interp(np.exp(size), np.exp(self.epsilons), self.deltas)
         # Of order exp(-e), one direction is 1 - exp(-e) + exp(-e) times the other of order exp(e).
         return np.asarray(np.where(epsilon < 0, 1 - scale + scale * positive, positive))
-
-
-def best_epsilon(
-    events: Iterable[DpEvent], count: TrialCount, delta: float, *, is_rough: bool = False
-) -> float:
-    """Returns an upper bound on the epsilon of releasing the best of a random number of trials.
-
-    Args:
-        events: What each configuration costs if it is run once.
-        count: The distribution of the number of trials.
-        delta: Of the whole selection.
-        is_rough: Faster, and a little higher.
-
-    Edge cases:
-        A configuration without noise -> infinity, even if it is never drawn.
-    """
-    least = delta / max(1.0, count.mean)
-    if least < accounting.SMALLEST_DELTA:
-        raise ConfigError(
-            f"privacy.delta is {delta:g}, or {least:.2g} for each expected trial: below"
-            f" {accounting.SMALLEST_DELTA:g} rounding would decide; raise it"
-        )
-    profile = Profile.of_events(events, least, is_rough=is_rough)
-    return math.inf if profile is None else SelectionCurve.of(profile, count).epsilon(delta)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -442,10 +468,7 @@ class SelectionCurve:
             return low
         if self.delta(high) > delta:
             return math.inf
-        while high - low > 1e-7:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self.delta(middle) <= delta else (middle, high)
-        return high
+        return falling_root(lambda epsilon: self.delta(epsilon) - delta, low, high, tolerance=1e-7)
 
 
 def _distance_bound(profile: Profile, distances: Floats) -> Floats:

@@ -1,6 +1,7 @@
-"""How far one user can move a clipped sum: the only place that states this number.
+"""Sensitivity of a clipped sum: how far one privacy unit can move it, roundings included.
 
-It needs no torch, so that a plan can be priced on a laptop; `clipping.py` keeps the promise.
+Here belong the bound and the share of the clip norm that is kept for roundings; `clipping.py`
+implements both. No torch is imported, so that plans are priced without it.
 
     >>> sensitivity("add_or_remove_one", clip_norm=0.5)
     0.5
@@ -20,17 +21,14 @@ SMALLEST_SLACK = 2.0**-10
 SMALLEST_SLACK_GROUPS = 2**14
 
 LARGEST_SLACK = 0.25
-"""A slack above it would leave too little of the clip norm."""
-
-MOST_FUSED = 2**11
-"""Most groups expected in a step whose ranks' sums may be rounded to float32 before the noise."""
+"""Largest slack: a larger one would leave too little of the clip norm."""
 
 
 def sensitivity(adjacency: Adjacency, clip_norm: float) -> float:
     """Returns the largest L2 change of a clipped sum when one privacy unit changes.
 
     Args:
-        adjacency: How neighbouring datasets differ, in units that are clipped (users in ULS,
+        adjacency: How adjacent datasets differ, in units that are clipped (users in ULS,
             examples in ELS). Public.
         clip_norm: L2 bound on one unit's contribution to the sum, > 0. Public.
 
@@ -46,6 +44,13 @@ def sensitivity(adjacency: Adjacency, clip_norm: float) -> float:
 
     Edge cases:
         An infinite clip norm has an infinite sensitivity: no noise covers it.
+
+    Reference:
+        Abadi et al. 2016, arXiv:1607.00133.
+
+    Example:
+        >>> sensitivity("replace_one", clip_norm=0.5)
+        1.0
     """
     if not clip_norm > 0:
         raise ConfigError(f"privacy.clip_norm is {clip_norm:g}: give a positive number")
@@ -68,24 +73,25 @@ def rounding_slack(expected_groups: int) -> float:
 
     - additions in float64: n**2 * 2**-53 C (proven; 1.5e-8 C for 16,384 groups);
     - float32 products over several groups in the ghost kernel, rounds of ZeRO 3 in float32, and a
-      padded length that depends on the company: sqrt(n) * 2**-18 C (each rounding independent of
-      the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
+      padded length that depends on the other groups: sqrt(n) * 2**-18 C (each rounding independent
+      of the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
       aligned groups in two orders differed by 1e-4 C in tests/guarantee/test_accumulation.py);
-    - `train.fuse_reduce`: n * 2**-24 C (proven), allowed up to `MOST_FUSED` groups.
+    - `train.fuse_reduce`: n * 2**-24 C (proven), which the settings allow up to
+      `config.experiment.MOST_FUSED` groups.
 
     Args:
         expected_groups: Users (uls) or examples (els) expected in a step, >= 1. Public.
 
     Returns:
-        2**-10 up to 16,384 groups; from there on it grows with the square root of their number,
-        counted as the expected one and ten standard deviations of a Poisson draw.
+        2**-10 up to 16,384 groups; beyond, it grows with the square root of their number, taken as
+        the expected number plus ten standard deviations of a Poisson draw.
 
     Raises:
         ConfigError: If more than `LARGEST_SLACK` would be needed: above 30 million groups.
 
     Reference:
         [1] Higham and Mary 2019, "A new approach to probabilistic rounding error analysis".
-        Why it matters: Casacuberta et al. 2022, arXiv:2207.10635.
+        Attacks on sums that ignore roundings: Casacuberta et al. 2022, arXiv:2207.10635.
 
     Example:
         >>> rounding_slack(100) == 2**-10
@@ -102,37 +108,3 @@ def rounding_slack(expected_groups: int) -> float:
             " privacy.batch_size under els), too many to add up accurately: lower it"
         )
     return slack
-
-
-def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) -> None:
-    """Refuses to round the sums of ranks before the noise is in, where that breaks a claim.
-
-    With `train.fuse_reduce` each rank rounds its own sum to float32, rank 0 with the noise in it,
-    and ZeRO adds them up in float32.
-
-    Args:
-        is_secure: Whether the noise is secure. Its claim is that rounding comes last: added to a
-            value that was rounded already, another rank's sum can be told from none.
-        expected_groups: Users (uls) or examples (els) expected in a step. `rounding_slack` covers
-            the rounding of up to `MOST_FUSED`.
-        num_workers: World size; a single rank has no sum of others.
-
-    Raises:
-        ConfigError: If the sums may not be fused.
-    """
-    if num_workers == 1:
-        return
-    if is_secure:
-        raise ConfigError(
-            "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
-            f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
-            " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
-            " false"
-        )
-    if expected_groups > MOST_FUSED:
-        raise ConfigError(
-            f"train.fuse_reduce is true, cluster.num_workers {num_workers} and"
-            f" {expected_groups:,} groups are expected in a step (privacy.cohort_size, or"
-            f" privacy.batch_size under els), above the {MOST_FUSED:,} whose sums may be rounded"
-            " before the noise is added: set train.fuse_reduce false"
-        )

@@ -1,31 +1,23 @@
-"""The trials of a sweep: from lists of values to plans, with the noise and the price of them all.
+"""Sweeps: the trials of a search space, their joint privacy price, and noise calibrated to it.
 
-Here belongs which trials there are, which cannot be, and what the whole costs; nothing is started
-and nothing is drawn. Compute is fixed: every trial takes the same number of steps and expects the
-same examples in each, so a group size G has the cohort size M = B / G.
+Here belong which trials a sweep has, which combinations cannot run, what all of it costs under each
+way to release it, and the noise at which it costs what was given. A sweep is one declared set of
+plans and enters the ledger as one (epsilon, delta). Why the price of the best trial is right stands
+in `selection.py`; running trials belongs to Ray Tune. Compute is fixed: every trial takes the same
+number of steps and expects the same examples in each, so a group size G has cohort size M = B / G.
 
-    planned = plan_sweep(config, num_users=10_000, kept_examples=lambda group_size: None)
-    planned.configurations, planned.left_out, planned.charge
-
-Reference: Charles et al. 2024, arXiv:2407.07737 (ELS and ULS at equal compute).
-
-What a sweep costs, and the noise at which it costs exactly what the user gave.
-
-Here belong the three ways to release a sweep and their prices. A sweep is one declared set of
-plans; it enters the ledger as one (epsilon, delta). Why the price of the best is right stands in
-`selection.py`; running trials belongs to Ray Tune.
-
-    >>> import dataclasses
-    >>> from udp_ray.config.experiment import PrivacyConfig
-    >>> from udp_ray.dp.plan import PrivacyPlan
+    >>> from udp_ray.config.privacy import PrivacyConfig
     >>> config = PrivacyConfig(
     ...     noise_multiplier=1.0, delta=1e-6, clip_norm=0.5, cohort_size=100, num_steps=1000)
-    >>> plan = PrivacyPlan.from_config(config, num_users=10_000)
-    >>> plans = [plan, dataclasses.replace(plan, clip_norm=1.0)]
-    >>> round(price_sweep(plans, ReleaseAll(), 1e-6), 2), price_sweep(plans, ReleasePublic(), 1e-6)
-    (2.96, 0.0)
+    >>> space = SearchSpace(base=config, clip_norms=(0.5, 1.0), examples_per_step=100)
+    >>> sweep = plan_sweep(space, release="all", num_users=10_000)
+    >>> len(sweep.configurations), round(sweep.charge.epsilon, 2)
+    (2, 2.96)
 
-Reference: Koskela et al. 2024, arXiv:2402.06701; Papernot and Steinke 2022, arXiv:2110.03620.
+Reference:
+    [1] Charles et al. 2024, arXiv:2407.07737 (ELS and ULS at equal compute).
+    [2] Koskela et al. 2024, arXiv:2402.06701; Papernot and Steinke 2022, arXiv:2110.03620 (prices
+        of the best trial).
 """
 
 from __future__ import annotations
@@ -35,30 +27,331 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 from dp_accounting import dp_event
 
-from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.config.sweep import EXAMPLES_TOLERANCE, SweepJobConfig
+from udp_ray.config.privacy import PrivacyConfig, require_delta_below_inverse_population
 from udp_ray.dp import accounting
-from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier
+from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, solve_within
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.plan import PrivacyPlan, json_number
+from udp_ray.dp.plan import Budget, PrivacyPlan, json_number
 from udp_ray.dp.selection import SelectionDraws, TrialCount, best_epsilon
-from udp_ray.errors import ConfigError
-from udp_ray.ledger.records import Budget
+from udp_ray.errors import ConfigError, GuaranteeError
 
 Counts = Mapping[DpEvent, int]
-Noises = Mapping[DpEvent, float]  # of each plan, by its event at noise multiplier 1
+"""How many trials have an event."""
+Noises = Mapping[DpEvent, float]
+"""Noise multiplier of each plan, by the plan's event at noise multiplier 1."""
+ReleaseName = Literal["all", "best", "public"]
+KeptExamples = Callable[[int], int | None]
+"""Group size -> examples that users keep (els), or None if no store is given. Sensitive."""
 
 WINDOW = 1e-3
 """Most that a calibrated sweep may stay below its target epsilon."""
 SHARE_TOLERANCE = 1e-3
-"""How far apart the trials' own epsilons are, relatively, before the common correction."""
-TINY = 1e-12
-"""Costs below it are not told apart."""
+"""Largest relative difference of the trials' own epsilons before the common correction."""
+EXAMPLES_TOLERANCE = 0.05
+"""Largest relative difference of cohort size times group size from the examples per step."""
+
+
+# ---- the trials
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """The values that a sweep tries, at fixed compute. Public.
+
+    Each combination of the values is one configuration. None means the value of `base`.
+    """
+
+    base: PrivacyConfig
+    """Privacy settings that all trials share."""
+    samplings: tuple[Literal["uls", "els"], ...] | None = None
+    group_sizes: tuple[int, ...] | None = None
+    clip_norms: tuple[float, ...] | None = None
+    learning_rates: tuple[float, ...] = (1e-3,)
+    """Peak learning rates. They cost nothing."""
+    epsilons: tuple[float, ...] | None = None
+    """Epsilons of single trials; the price of the sweep is then an output. None: base.epsilon is
+    the price of the whole sweep."""
+    examples_per_step: int
+    """Expected examples per step of every trial, B."""
+    num_steps: int | None = None
+    """Steps of every trial, T."""
+    max_examples_per_user: int | None = None
+    """Most examples that the store holds of a user; larger group sizes cannot run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One point of the search space, ready to be run. Public."""
+
+    plan: PrivacyPlan
+    learning_rate: float
+    epsilon: float
+    """What the trial costs alone, at the plan's delta."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values, for the ledger and statements."""
+        return {
+            "learning_rate": self.learning_rate,
+            "epsilon": json_number(self.epsilon),
+            "plan": self.plan.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Configuration:
+        """Returns the configuration that `to_dict` gave."""
+        plan = PrivacyPlan.from_dict(values["plan"])
+        return cls(plan, float(values["learning_rate"]), float(values["epsilon"]))
+
+    def privacy(self, base: PrivacyConfig) -> PrivacyConfig:
+        """Returns the settings whose plan is this one's, on the same data."""
+        plan = self.plan
+        return _privacy_of(
+            base,
+            sampling=plan.sampling,
+            expected_size=plan.expected_size,
+            group_size=plan.group_size,
+            num_steps=plan.num_steps,
+            clip_norm=plan.clip_norm,
+            epsilon=None,
+            noise_multiplier=plan.noise_multiplier,
+            dataset_epsilon=None,
+            dataset_delta=None,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedSweep:
+    """A sweep before its first trial: what may be tried, and what all of it costs. Public."""
+
+    release: ReleaseName
+    count: TrialCount | None
+    """Distribution of the number of trials (best)."""
+    configurations: tuple[Configuration, ...]
+    left_out: tuple[str, ...]
+    """Why a combination cannot run, one sentence each."""
+    charge: Budget
+    """What the ledger is charged, and what is spent, however many trials fail or end early: how far
+    they come depends on the data, and the price of the declared sweep covers it."""
+    target_epsilon: float | None
+    """Epsilon that the whole sweep was calibrated to; None if the price is an output."""
+
+    @property
+    def num_steps(self) -> int:
+        """Most noisy steps that are released, for the ledger: those of one trial under best."""
+        steps = [configuration.plan.num_steps for configuration in self.configurations]
+        return max(steps) if self.release == "best" else sum(steps)
+
+    def price(self) -> float:
+        """Returns the sweep's epsilon, computed anew from the plans."""
+        plans = [configuration.plan for configuration in self.configurations]
+        return price_sweep(plans, release_of(self.release, self.count), self.charge.delta)
+
+    def places(self, key: RunKey) -> tuple[int, ...]:
+        """Returns the index of each trial's configuration: all of them, or a secret draw.
+
+        Privacy:
+            For release best this is as secret as the key; see `SelectionDraws`.
+        """
+        if self.count is None:
+            return tuple(range(len(self.configurations)))
+        draws = SelectionDraws.draw(
+            key, count=self.count, num_configurations=len(self.configurations)
+        )
+        return draws.configurations
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the declaration of the sweep as JSON-ready values, for the ledger."""
+        count = self.count
+        return {
+            "sweep": self.release,
+            "trial_count": count and {"name": type(count).__name__, **dataclasses.asdict(count)},  # type: ignore[call-overload]
+            "target_epsilon": self.target_epsilon,
+            "configurations": [configuration.to_dict() for configuration in self.configurations],
+            "left_out": list(self.left_out),
+        }
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, charge: Budget, count: TrialCount | None
+    ) -> PlannedSweep:
+        """Returns the sweep that the ledger holds, with the noise that was calibrated then.
+
+        Args:
+            values: What `to_dict` gave.
+            charge: That of the ledger's row.
+            count: The distribution that the settings give.
+
+        Raises:
+            ConfigError: If it is no sweep, or was declared with another number of trials.
+        """
+        if "sweep" not in values:
+            raise ConfigError("output holds a training run, not a sweep: use jobs/train.py")
+        found = cls(
+            release=values["sweep"],
+            count=count,
+            configurations=tuple(map(Configuration.from_dict, values["configurations"])),
+            left_out=tuple(values["left_out"]),
+            charge=charge,
+            target_epsilon=values["target_epsilon"],
+        )
+        if found.to_dict() != dict(values):
+            raise ConfigError(
+                "the sweep in output was declared with other settings of sweep: restore them"
+            )
+        return found
+
+
+def plan_sweep(
+    space: SearchSpace,
+    *,
+    release: ReleaseName,
+    count: TrialCount | None = None,
+    num_users: int | None,
+    kept_examples: KeptExamples = lambda group_size: None,
+) -> PlannedSweep:
+    """Returns a sweep's trials with their noise, those left out, and the price.
+
+    Args:
+        space: What is tried.
+        release: all, best or public.
+        count: Distribution of the number of trials; needed for best, and for it only.
+        num_users: The store's number of users; None if no store is given.
+        kept_examples: The store's number of kept examples for a group size (els).
+
+    Raises:
+        ConfigError: If no trial is left, or the budget is out of reach.
+
+    Privacy:
+        If `space.base` has an epsilon, the noise is such that the whole sweep, released this way,
+        costs at most that. With `space.epsilons`, given noise, or public data, the price follows.
+    """
+    way = release_of(release, count)
+    points, left_out = _points(space, release, num_users, kept_examples)
+    if not points:
+        raise ConfigError(f"the sweep has no trial that can be run: {left_out[0]}")
+    plans = [plan for plan, _ in points]
+    target, delta = space.base.epsilon, space.base.delta
+    if target is not None and space.epsilons is None and release != "public":
+        plans = calibrate_sweep(plans, way, target_epsilon=target, delta=delta)
+        charge = Budget(target, delta)
+    else:
+        target = None
+        charge = Budget(price_sweep(plans, way, delta), 0.0 if release == "public" else delta)
+    return PlannedSweep(
+        release=release,
+        count=count,
+        configurations=tuple(
+            Configuration(plan, learning_rate, _own_epsilon(plan))
+            for plan, (_, learning_rate) in zip(plans, points, strict=True)
+        ),
+        left_out=tuple(left_out),
+        charge=charge,
+        target_epsilon=target,
+    )
+
+
+def _points(
+    space: SearchSpace,
+    release: ReleaseName,
+    num_users: int | None,
+    kept_examples: KeptExamples,
+) -> tuple[list[tuple[PrivacyPlan, float]], list[str]]:
+    """Returns plans and learning rates that can run, and why the other combinations cannot."""
+
+    @functools.cache  # the clip norm is set later: the price does not depend on it
+    def plan_of(sampling: Literal["uls", "els"], group_size: int, own: float | None) -> PrivacyPlan:
+        plan = PrivacyPlan.from_config(
+            _trial_privacy(space, sampling, group_size, own),
+            num_users=num_users,
+            num_examples=kept_examples(group_size) if sampling == "els" else None,
+        )
+        return dataclasses.replace(plan, target_epsilon=None)
+
+    base = space.base
+    single = base.epsilon if release == "public" else None
+    points, left_out = [], []
+    for sampling, group_size, clip_norm, learning_rate, own_epsilon in itertools.product(
+        space.samplings or (base.sampling,),
+        space.group_sizes or (base.group_size,),
+        space.clip_norms or (base.clip_norm,),
+        space.learning_rates,
+        space.epsilons or (single,),
+    ):
+        try:
+            plan = plan_of(sampling, group_size, own_epsilon)
+        except ConfigError as error:
+            left_out.append(f"{sampling.upper()} with G = {group_size} is left out: {error}")
+            continue
+        points.append((dataclasses.replace(plan, clip_norm=clip_norm), learning_rate))
+    return points, list(dict.fromkeys(left_out))
+
+
+def _trial_privacy(
+    space: SearchSpace, sampling: Literal["uls", "els"], group_size: int, own_epsilon: float | None
+) -> PrivacyConfig:
+    """Returns the settings of a trial, its clip norm yet to be set.
+
+    With `own_epsilon` None the noise is the given one, or is yet to be calibrated for the sweep.
+    """
+    base, most = space.base, space.max_examples_per_user
+    if most is not None and group_size > most:
+        raise ConfigError(f"data.max_examples_per_user is {most}, so no user has so many")
+    size = _expected_size(space.examples_per_step, sampling, group_size)
+    if sampling == "uls" and base.population is not None and size > base.population:
+        raise ConfigError(f"its cohort size M = {size} is above the population")
+    given = 1.0 if base.noise_multiplier is None else base.noise_multiplier
+    return _privacy_of(
+        base,
+        sampling=sampling,
+        expected_size=size,
+        group_size=group_size,
+        num_steps=space.num_steps or base.num_steps,
+        clip_norm=base.clip_norm if math.isinf(base.clip_norm) else 1.0,
+        epsilon=own_epsilon,
+        noise_multiplier=given if own_epsilon is None else None,
+    )
+
+
+def _privacy_of(
+    base: PrivacyConfig, *, sampling: Literal["uls", "els"], expected_size: int, **changes: Any
+) -> PrivacyConfig:
+    """Returns settings that differ from the base in the sampler, its size and other fields."""
+    is_uls = sampling == "uls"
+    return PrivacyConfig.model_validate(
+        base.model_dump()
+        | changes
+        | {
+            "sampling": sampling,
+            "cohort_size": expected_size if is_uls else None,
+            "batch_size": None if is_uls else expected_size,
+            "num_examples": None if is_uls else base.num_examples,
+        }
+    )
+
+
+def _expected_size(examples_per_step: int, sampling: Literal["uls", "els"], group_size: int) -> int:
+    """Returns the expected size of a step: B examples, or M = B / G users."""
+    if sampling == "els":
+        return examples_per_step
+    size = round(examples_per_step / group_size)
+    if abs(size * group_size - examples_per_step) > EXAMPLES_TOLERANCE * examples_per_step:
+        raise ConfigError(
+            f"M = B / G = {examples_per_step} / {group_size} is not a whole number of users"
+        )
+    return size
+
+
+def _own_epsilon(plan: PrivacyPlan) -> float:
+    """Returns what a trial costs alone. All clip norms share one certificate, found by plan."""
+    return (dataclasses.replace(plan, clip_norm=1.0) if plan.noise_multiplier else plan).epsilon()
+
+
+# ---- the price
 
 
 class Release(Protocol):
@@ -69,7 +362,7 @@ class Release(Protocol):
 
         Args:
             events: The trials' events, each with the number of plans that have it.
-            delta: Of the whole sweep.
+            delta: Delta of the whole sweep.
             is_rough: Faster, and a little higher.
         """
         ...
@@ -81,7 +374,7 @@ class Release(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseAll:
-    """Every trial may be seen: weights, losses, tables. Each plan is run once.
+    """Release of every trial: weights, losses, tables. Each plan is run once.
 
     Privacy:
         The privacy losses of all trials compose, whichever samplers they use, since each is stated
@@ -100,13 +393,13 @@ class ReleaseAll:
         )
 
     def delta_of_share(self, delta: float) -> float:
-        """Returns the delta of the whole, at which a trial's own statement would be read."""
+        """Returns the delta of the whole, at which a trial's own statement is read."""
         return delta
 
 
 @dataclasses.dataclass(frozen=True)
 class ReleaseBest:
-    """Only the winner leaves, of a secret random number of trials; see `selection.py`.
+    """Release of the best of a secret random number of trials; see `selection.py`.
 
     Privacy:
         Each plan is a configuration that a trial may draw, any number of times. The price does not
@@ -114,7 +407,7 @@ class ReleaseBest:
     """
 
     count: TrialCount
-    """The distribution of the number of trials."""
+    """Distribution of the number of trials."""
 
     def epsilon(self, events: Counts, delta: float, *, is_rough: bool = False) -> float:
         """Returns the epsilon of the winner."""
@@ -127,10 +420,10 @@ class ReleaseBest:
 
 @dataclasses.dataclass(frozen=True)
 class ReleasePublic:
-    """The sweep runs on data that needs no protection, and says nothing of any other.
+    """Release of everything, for data that need no protection; it says nothing of other data.
 
     Privacy:
-        Nothing is charged, and nothing is promised to the people in that data.
+        Nothing is charged, and nothing is promised to the users in these data.
     """
 
     def epsilon(self, events: Counts, delta: float, *, is_rough: bool = False) -> float:
@@ -142,11 +435,32 @@ class ReleasePublic:
         return delta
 
 
+def release_of(name: ReleaseName, count: TrialCount | None) -> Release:
+    """Returns the way to release a sweep, by its name.
+
+    Raises:
+        GuaranteeError: If the number of trials of a best release has no distribution.
+    """
+    if name == "best":
+        if count is None:
+            raise GuaranteeError("a sweep with release best has no distribution of its trials")
+        return ReleaseBest(count)
+    return ReleaseAll() if name == "all" else ReleasePublic()
+
+
 def price_sweep(plans: Sequence[PrivacyPlan], release: Release, delta: float) -> float:
     """Returns the certified epsilon of a sweep at a delta.
 
+    Args:
+        plans: The trials (all) or configurations (best).
+        release: How the sweep is released.
+        delta: Delta of the whole sweep.
+
+    Raises:
+        ConfigError: If there are no plans, or delta is not below 1 / population.
+
     Edge cases:
-        No plans -> ConfigError. A plan without noise -> infinity, unless the data are public.
+        A plan without noise -> infinity, unless the data are public.
     """
     _check(plans, delta)
     return release.epsilon(collections.Counter(plan.dp_event() for plan in plans), delta)
@@ -157,15 +471,17 @@ def calibrate_sweep(
 ) -> list[PrivacyPlan]:
     """Returns the plans with the noise at which the sweep costs its target, never more.
 
-    Every plan gets the same epsilon of its own, at `release.delta_of_share(delta)`, to about
-    `SHARE_TOLERANCE`, first with rough upper bounds, then with certified ones. At last one factor
-    on all noise brings the certified price to between target_epsilon - `WINDOW` and target_epsilon.
+    1. Give every plan the same epsilon of its own, at `release.delta_of_share(delta)` and to about
+       `SHARE_TOLERANCE`, with rough upper bounds.
+    2. Repeat that with certified bounds, starting from the result.
+    3. Scale all noise by one factor, so that the certified price of the sweep lies between
+       target_epsilon - `WINDOW` and target_epsilon.
 
     Args:
         plans: The trials (all) or configurations (best). Their noise multipliers are ignored.
         release: How the sweep is released.
-        target_epsilon: What the whole sweep may cost, > 0.
-        delta: Of the whole sweep, not of one trial.
+        target_epsilon: Largest epsilon that the whole sweep may cost, > 0.
+        delta: Delta of the whole sweep, not of one trial.
 
     Raises:
         ConfigError: If there are no plans, the target is out of reach, or nothing is charged.
@@ -175,19 +491,19 @@ def calibrate_sweep(
         raise ConfigError("a public sweep has no price to calibrate to: give noise_multiplier")
     if not 0 < target_epsilon < math.inf:
         raise ConfigError(f"privacy.epsilon is {target_epsilon:g}: it must be above 0 and finite")
-    sweep = _Sweep(plans, release, delta)
-    noises = sweep.equal_noises(target_epsilon)
-    factor = _meet(
-        lambda factor: sweep.price(_scaled(noises, factor), is_rough=False),
+    calibration = _Calibration(plans, release, delta)
+    noises = calibration.equal_noises(target_epsilon)
+    factor = solve_within(
+        lambda factor: calibration.price(_scaled(noises, factor), is_rough=False),
+        (target_epsilon - min(WINDOW, 0.01 * target_epsilon), target_epsilon),
         start=1.0,
-        window=(target_epsilon - min(WINDOW, 0.01 * target_epsilon), target_epsilon),
         slope=-1.3,
     )
-    return sweep.with_noises(_scaled(noises, factor))
+    return calibration.with_noises(_scaled(noises, factor))
 
 
-class _Sweep:
-    """Plans whose noise is sought; those that cost the same at any noise are priced once."""
+class _Calibration:
+    """Plans whose noise is calibrated; those that cost the same at any noise are priced once."""
 
     def __init__(self, plans: Sequence[PrivacyPlan], release: Release, delta: float) -> None:
         self._plans, self._release, self._delta = plans, release, delta
@@ -223,7 +539,7 @@ class _Sweep:
             return self.price(noises, is_rough=is_rough)
 
         window = _around(target_epsilon, SHARE_TOLERANCE)
-        return _meet(price, start=start, window=window, slope=1.0)
+        return solve_within(price, window, start=start, slope=1.0)
 
     def with_noises(self, noises: Noises) -> list[PrivacyPlan]:
         """Returns the plans with these noise multipliers."""
@@ -234,20 +550,23 @@ class _Sweep:
 
 
 class _NoiseCurve:
-    """The noise multiplier of one plan as a function of its own epsilon."""
+    """The noise multiplier of one plan as a function of the plan's own epsilon.
+
+    It keeps what was evaluated, so that each further epsilon takes fewer evaluations.
+    """
 
     def __init__(
         self, plan: PrivacyPlan, delta: float, *, rough: _NoiseCurve | None = None
     ) -> None:
-        """Begins a rough curve, or, beside the rough one, that of certificates."""
+        """Begins a curve of rough bounds, or, given that one, a curve of certified bounds."""
         self._plan, self._delta, self._rough = plan, delta, rough
         self._known: dict[float, float] = {}
 
     def noise(self, epsilon: float) -> float:
-        """Returns a noise multiplier; the more were asked for, the faster the next."""
+        """Returns a noise multiplier at which the plan costs epsilon."""
         start = self._rough.noise(epsilon) if self._rough else self._guess(epsilon)
         window = _around(epsilon, SHARE_TOLERANCE / 4)
-        return _meet(self._cost, start=start, window=window, slope=-1.3, known=self._known)
+        return solve_within(self._cost, window, start=start, slope=-1.3, known=self._known)
 
     def _guess(self, epsilon: float) -> float:
         return guess_noise_multiplier(
@@ -279,354 +598,8 @@ def _event(plan: PrivacyPlan, noise_multiplier: float) -> DpEvent:
     return dataclasses.replace(plan, noise_multiplier=noise_multiplier).dp_event()
 
 
-def _meet(
-    function: Callable[[float], float],
-    *,
-    start: float,
-    window: tuple[float, float],
-    slope: float,
-    known: dict[float, float] | None = None,
-) -> float:
-    """Returns an x > 0 at which a monotone function's value lies in a window.
-
-    A secant search in (log x, log value), kept inside the bracket of what is known.
-
-    Args:
-        function: Positive; infinite where a cost has no bound.
-        start: The first x, if nothing is known.
-        window: Least and largest value.
-        slope: Of log value over log x, roughly; its sign is that of the function's direction.
-        known: Values of log x that were evaluated before; extended here.
-    """
-    known = {} if known is None else known
-    low, high = math.log(window[0]), math.log(window[1])
-    for _ in range(100):
-        for log_x, value in known.items():
-            if low <= value <= high:
-                return math.exp(log_x)
-        log_x = _next(known, (low + high) / 2, slope) if known else math.log(start)
-        known[log_x] = math.log(max(function(math.exp(log_x)), TINY))
-    raise ConfigError("privacy.epsilon is out of reach for this sweep: raise it, or sweep less")
-
-
-def _next(known: Mapping[float, float], aim: float, slope: float) -> float:
-    """Returns where to evaluate next: the secant's answer, or the middle of the bracket."""
-    sign = math.copysign(1.0, slope)
-    lower = max((x for x, value in known.items() if sign * (value - aim) < 0), default=-math.inf)
-    upper = min((x for x, value in known.items() if sign * (value - aim) >= 0), default=math.inf)
-    finite = sorted((abs(v - aim), x, v) for x, v in known.items() if math.isfinite(v))
-    if not finite:  # only infinite costs yet: half as much privacy, by as much at a time
-        return lower + 0.7 if math.isfinite(lower) else upper - 0.7
-    _, x, value = finite[0]
-    if len(finite) > 1:
-        _, other, other_value = finite[1]
-        measured = (value - other_value) / (x - other)
-        slope = measured if 0.05 < sign * measured < 50 else slope
-    candidate = x + max(-0.7, min(0.7, (aim - value) / slope))
-    return candidate if lower < candidate < upper else (lower + upper) / 2
-
-
 def _check(plans: Sequence[PrivacyPlan], delta: float) -> None:
     if not plans:
         raise ConfigError("the sweep has no trial that can be run: widen its lists")
     for plan in plans:
-        if delta >= 1 / plan.population:
-            raise ConfigError(
-                f"privacy.delta is {delta:g}, which is not below 1 / population ="
-                f" {1 / plan.population:.3g}: such a delta allows publishing a user outright;"
-                " lower it"
-            )
-
-
-KeptExamples = Callable[[int], int | None]
-"""Group size -> examples that users keep (els), or None if no store is at hand. Sensitive."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Configuration:
-    """One point of the search space, ready to be run. Public."""
-
-    plan: PrivacyPlan
-    learning_rate: float
-    epsilon: float
-    """What the trial costs alone, at the plan's delta."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready values, for the ledger and statements."""
-        return {
-            "learning_rate": self.learning_rate,
-            "epsilon": json_number(self.epsilon),
-            "plan": self.plan.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Configuration:
-        """Returns the configuration that `to_dict` gave."""
-        plan = PrivacyPlan.from_dict(values["plan"])
-        return cls(plan, float(values["learning_rate"]), float(values["epsilon"]))
-
-    def privacy(self, base: PrivacyConfig) -> PrivacyConfig:
-        """Returns the settings whose plan is this one's, on the same data."""
-        size = {"cohort_size": None, "batch_size": None}
-        size["cohort_size" if self.plan.sampling == "uls" else "batch_size"] = (
-            self.plan.expected_size  # type: ignore[assignment]
-        )
-        return PrivacyConfig.model_validate(
-            base.model_dump()
-            | size
-            | {
-                "sampling": self.plan.sampling,
-                "epsilon": None,
-                "noise_multiplier": self.plan.noise_multiplier,
-                "clip_norm": self.plan.clip_norm,
-                "group_size": self.plan.group_size,
-                "num_steps": self.plan.num_steps,
-                "num_examples": base.num_examples if self.plan.sampling == "els" else None,
-                "dataset_epsilon": None,
-                "dataset_delta": None,
-            }
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class PlannedSweep:
-    """A sweep before its first trial: what may be tried, and what all of it costs. Public."""
-
-    release: str
-    """all, best or public."""
-    count: TrialCount | None
-    """The distribution of the number of trials (best)."""
-    configurations: tuple[Configuration, ...]
-    left_out: tuple[str, ...]
-    """Why a combination cannot be, one sentence each."""
-    charge: Budget
-    """What the ledger is charged with, and what is spent, however many trials fail or end early:
-    how far they come depends on the data, and the price of the declared sweep covers it."""
-    target_epsilon: float | None
-    """What the noise was calibrated to for the whole sweep; None if the price is an output."""
-
-    @property
-    def num_steps(self) -> int:
-        """Noisy steps that may be released, for the ledger: of one trial where only that leaves."""
-        steps = [configuration.plan.num_steps for configuration in self.configurations]
-        return max(steps) if self.release == "best" else sum(steps)
-
-    def price(self) -> float:
-        """Returns the sweep's epsilon, worked out anew from the plans."""
-        plans = [configuration.plan for configuration in self.configurations]
-        return price_sweep(plans, release_of(self.release, self.count), self.charge.delta)
-
-    def places(self, key: RunKey) -> tuple[int, ...]:
-        """Returns the place of each trial's configuration: all of them, or a secret draw.
-
-        Privacy:
-            For release best this is as secret as the key; see `SelectionDraws`.
-        """
-        if self.count is None:
-            return tuple(range(len(self.configurations)))
-        draws = SelectionDraws.draw(
-            key, count=self.count, num_configurations=len(self.configurations)
-        )
-        return draws.configurations
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the declaration of the sweep as JSON-ready values, for the ledger."""
-        count = self.count
-        return {
-            "sweep": self.release,
-            "trial_count": count and {"name": type(count).__name__, **dataclasses.asdict(count)},  # type: ignore[call-overload]
-            "target_epsilon": self.target_epsilon,
-            "configurations": [configuration.to_dict() for configuration in self.configurations],
-            "left_out": list(self.left_out),
-        }
-
-    @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], *, charge: Budget, count: TrialCount | None
-    ) -> PlannedSweep:
-        """Returns the sweep that the ledger holds, with the noise that was calibrated then.
-
-        Args:
-            values: What `to_dict` gave.
-            charge: Of the ledger's row.
-            count: The distribution that the settings give.
-
-        Raises:
-            ConfigError: If it is no sweep, or was declared with another number of trials.
-        """
-        if "sweep" not in values:
-            raise ConfigError("output holds a training run, not a sweep: use jobs/train.py")
-        found = cls(
-            release=values["sweep"],
-            count=count,
-            configurations=tuple(map(Configuration.from_dict, values["configurations"])),
-            left_out=tuple(values["left_out"]),
-            charge=charge,
-            target_epsilon=values["target_epsilon"],
-        )
-        if found.to_dict() != dict(values):
-            raise ConfigError(
-                "the sweep in output was declared with other settings of sweep: restore them"
-            )
-        return found
-
-
-def release_of(name: str, count: TrialCount | None) -> Release:
-    """Returns the way to release a sweep, which prices it."""
-    if name == "best":
-        assert count is not None
-        return ReleaseBest(count)
-    return ReleaseAll() if name == "all" else ReleasePublic()
-
-
-def plan_sweep(
-    config: SweepJobConfig, *, num_users: int | None, kept_examples: KeptExamples
-) -> PlannedSweep:
-    """Returns a sweep's trials with their noise, those left out, and the price.
-
-    Args:
-        config: The settings.
-        num_users: The store's number of users, None if no store is at hand.
-        kept_examples: The store's examples for a group size (els).
-
-    Raises:
-        ConfigError: If no trial is left, or the budget is out of reach.
-    """
-    sweep, privacy = config.sweep, config.privacy
-    release = release_of(sweep.release, sweep.count)
-    points, left_out = _Space(config, num_users, kept_examples).points()
-    if not points:
-        raise ConfigError(f"the sweep has no trial that can be run: {left_out[0]}")
-    is_shared = privacy.epsilon is not None and sweep.epsilon is None and sweep.release != "public"
-    plans = [point.plan for point in points]
-    if is_shared:
-        assert privacy.epsilon is not None
-        plans = calibrate_sweep(plans, release, target_epsilon=privacy.epsilon, delta=privacy.delta)
-        charge = Budget(privacy.epsilon, privacy.delta)
-    else:
-        epsilon = price_sweep(plans, release, privacy.delta)
-        charge = Budget(epsilon, privacy.delta if sweep.release != "public" else 0.0)
-    return PlannedSweep(
-        release=sweep.release,
-        count=sweep.count,
-        configurations=tuple(_with_own_prices(plans, points)),
-        left_out=tuple(left_out),
-        charge=charge,
-        target_epsilon=privacy.epsilon if is_shared else None,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Point:
-    plan: PrivacyPlan
-    learning_rate: float
-
-
-class _Space:
-    """The combinations of a sweep's values, each turned into a plan or a reason."""
-
-    def __init__(
-        self, config: SweepJobConfig, num_users: int | None, kept_examples: KeptExamples
-    ) -> None:
-        self._config, self._num_users, self._kept = config, num_users, kept_examples
-        self._examples = examples_per_step(config)
-        self._steps = num_steps(config)
-        self._plans: dict[tuple[Any, ...], PrivacyPlan] = {}
-
-    def points(self) -> tuple[list[_Point], list[str]]:
-        """Returns what can be run, and why the rest cannot."""
-        points, left_out = [], []
-        for sampling, group_size, clip_norm, learning_rate, epsilon in self._combinations():
-            try:
-                plan = self._plan(sampling, group_size, epsilon)
-            except ConfigError as error:
-                left_out.append(f"{sampling.upper()} with G = {group_size} is left out: {error}")
-                continue
-            points.append(_Point(dataclasses.replace(plan, clip_norm=clip_norm), learning_rate))
-        return points, list(dict.fromkeys(left_out))
-
-    def _combinations(self) -> Iterator[tuple[str, int, float, float, float | None]]:
-        sweep, privacy = self._config.sweep, self._config.privacy
-        epsilons: list[float | None] = [*sweep.epsilon] if sweep.epsilon else [privacy.epsilon]
-        return itertools.product(
-            sweep.sampling or [privacy.sampling],
-            sweep.group_size or [privacy.group_size],
-            sweep.clip_norm or [privacy.clip_norm],
-            sweep.learning_rate or [self._config.train.learning_rate],
-            epsilons,
-        )
-
-    def _plan(self, sampling: str, group_size: int, epsilon: float | None) -> PrivacyPlan:
-        """Returns a plan, its clip norm yet to be set: the price does not depend on it."""
-        key = (sampling, group_size, epsilon)
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(sampling, group_size, epsilon)
-        return self._plans[key]
-
-    def _make_plan(self, sampling: str, group_size: int, epsilon: float | None) -> PrivacyPlan:
-        sweep, base = self._config.sweep, self._config.privacy
-        most = self._config.data.max_examples_per_user
-        if most is not None and group_size > most:
-            raise ConfigError(f"data.max_examples_per_user is {most}, so nobody has so many")
-        size = self._size(sampling, group_size)
-        is_own = epsilon is not None and (sweep.epsilon is not None or sweep.release == "public")
-        if is_own:
-            noise: dict[str, float | None] = {"epsilon": epsilon, "noise_multiplier": None}
-        else:  # the sweep's own calibration looks for the noise if an epsilon was given
-            z = 1.0 if base.noise_multiplier is None else base.noise_multiplier
-            noise = {"epsilon": None, "noise_multiplier": z}
-        clip = base.clip_norm if math.isinf(base.clip_norm) else 1.0
-        fields = base.model_dump() | noise | {"sampling": sampling, "group_size": group_size}
-        fields |= {"clip_norm": clip, "num_steps": self._steps}
-        fields |= {"cohort_size": None, "batch_size": None}
-        fields |= {"cohort_size" if sampling == "uls" else "batch_size": size}
-        fields |= {"num_examples": base.num_examples if sampling == "els" else None}
-        if sampling == "uls" and base.population is not None and size > base.population:
-            raise ConfigError(f"its cohort size M = {size} is above the population")
-        plan = PrivacyPlan.from_config(
-            PrivacyConfig.model_validate(fields),
-            num_users=self._num_users,
-            num_examples=self._kept(group_size) if sampling == "els" else None,
-        )
-        return dataclasses.replace(plan, target_epsilon=None)
-
-    def _size(self, sampling: str, group_size: int) -> int:
-        """Returns the expected size of a step: B examples, or M = B / G users."""
-        if sampling == "els":
-            return self._examples
-        size = round(self._examples / group_size)
-        if abs(size * group_size - self._examples) > EXAMPLES_TOLERANCE * self._examples:
-            raise ConfigError(
-                f"M = B / G = {self._examples} / {group_size} is not a whole number of users"
-            )
-        return size
-
-
-def examples_per_step(config: SweepJobConfig) -> int:
-    """Returns the expected examples per step of every trial, B."""
-    privacy = config.privacy
-    per_unit = privacy.group_size if privacy.sampling == "uls" else 1
-    return config.sweep.examples_per_step or privacy.expected_size * per_unit
-
-
-def num_steps(config: SweepJobConfig) -> int:
-    """Returns the steps of every trial, T."""
-    total = config.sweep.total_examples
-    if total is None:
-        return config.privacy.num_steps
-    steps = total // examples_per_step(config)
-    if steps < 1:
-        raise ConfigError(
-            f"sweep.total_examples is {total}, below one step of {examples_per_step(config)}"
-            " examples: raise it, or lower sweep.examples_per_step"
-        )
-    return steps
-
-
-def _with_own_prices(
-    plans: Sequence[PrivacyPlan], points: Sequence[_Point]
-) -> Iterator[Configuration]:
-    for plan, point in zip(plans, points, strict=True):
-        # Clip norms cost the same: one certificate serves them all, since it is remembered by plan.
-        alone = dataclasses.replace(plan, clip_norm=1.0) if plan.noise_multiplier else plan
-        yield Configuration(plan, point.learning_rate, alone.epsilon())
+        require_delta_below_inverse_population(delta, plan.population)

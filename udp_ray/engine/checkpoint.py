@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from udp_ray.engine.distributed import World
-from udp_ray.engine.zero import ZeroEngine
+from udp_ray.engine.types import Engine
 from udp_ray.errors import CheckpointError
 from udp_ray.io import writing
 
@@ -80,20 +80,20 @@ class Checkpoint:
                 " model.name: they have changed since; put back the ones that the run began with"
             )
 
-    def load_optimizer(self, zero: ZeroEngine) -> None:
+    def load_optimizer(self, engine: Engine) -> None:
         """Sets the optimizer's state; collective."""
-        for kind in zero.state_kinds:
-            if self.optimizer.get(kind, {}).keys() != zero.parameters.keys():
+        for kind in engine.state_kinds:
+            if self.optimizer.get(kind, {}).keys() != engine.parameters.keys():
                 raise CheckpointError(
                     f"the checkpoint {self.directory} has no optimizer state {kind}: resume with"
                     " the train.optimizer that the run began with"
                 )
-        zero.load_optimizer_state(self.optimizer, self.step)
+        engine.load_optimizer_state(self.optimizer, self.step)
 
 
 def write(
     directory: Path,
-    zero: ZeroEngine,
+    engine: Engine,
     *,
     step: int,
     key_id: str,
@@ -105,7 +105,7 @@ def write(
     Raises:
         StorageError: There is no room, or the folder may not be written; on all ranks.
     """
-    weights, optimizer = zero.weights(), zero.optimizer_state()  # whole on rank 0 only
+    weights, optimizer = engine.weights(), engine.optimizer_state()  # whole on rank 0 only
 
     def write_files() -> str:
         aside = directory.with_name(directory.name + ".partial")

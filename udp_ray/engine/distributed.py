@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from udp_ray.errors import LedgerError, UdpRayError
+from udp_ray.errors import RankFailedError, UdpRayError
 
 T = TypeVar("T")
 
@@ -99,6 +99,6 @@ def _rank_variables() -> dict[str, str]:
     }
 
 
-def _foreign(error: Exception) -> LedgerError:
-    """An error that others may be unable to unpickle, as one that they can."""
-    return LedgerError(f"rank 0 could not go on ({type(error).__name__}); its log says why")
+def _foreign(error: Exception) -> RankFailedError:
+    """Replaces an error that other ranks may be unable to unpickle by one that they can."""
+    return RankFailedError(f"rank 0 failed with {type(error).__name__}: see the log of rank 0")

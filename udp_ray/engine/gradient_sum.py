@@ -12,9 +12,9 @@ How ZeRO 3 cuts parameters: each rank holds a slice of each, equally long, padde
 
     >>> slice_length(10, num_ranks=4)
     3
-    >>> [held_range(10, rank, num_ranks=4) for rank in range(4)]
+    >>> [slice_range(10, rank, num_ranks=4) for rank in range(4)]
     [(0, 3), (3, 6), (6, 9), (9, 10)]
-    >>> held_range(2, 3, num_ranks=4)     # a slice may be padding only
+    >>> slice_range(2, 3, num_ranks=4)     # a slice may be padding only
     (2, 2)
 
 `engine/zero3.py` checks on each start that DeepSpeed cuts in the same way.
@@ -47,15 +47,15 @@ def slice_length(num_values: int, num_ranks: int) -> int:
     return -(-num_values // num_ranks)
 
 
-def held_range(num_values: int, rank: int, num_ranks: int) -> tuple[int, int]:
+def slice_range(num_values: int, rank: int, num_ranks: int) -> tuple[int, int]:
     """Returns which values of a flattened parameter a rank's slice holds: start and stop."""
     length = slice_length(num_values, num_ranks)
     return min(rank * length, num_values), min((rank + 1) * length, num_values)
 
 
-def cut(whole: Tensor, rank: int, num_ranks: int) -> Tensor:
+def own_slice(whole: Tensor, rank: int, num_ranks: int) -> Tensor:
     """Returns a rank's slice of a whole tensor, with zeros as padding; a copy."""
-    start, stop = held_range(whole.numel(), rank, num_ranks)
+    start, stop = slice_range(whole.numel(), rank, num_ranks)
     piece = torch.zeros(slice_length(whole.numel(), num_ranks), dtype=whole.dtype)
     piece[: stop - start] = whole.reshape(-1)[start:stop]
     return piece
@@ -327,13 +327,13 @@ class SlicedSum:
 
     def _overlap(self, name: str, rank: int, start: int, stop: int) -> tuple[int, int] | None:
         """Returns which of the values start to stop a rank's slice holds; None if it holds none."""
-        first, last = held_range(self._num_values[name], rank, self._world.size)
+        first, last = slice_range(self._num_values[name], rank, self._world.size)
         first, last = max(first, start), min(last, stop)
         return (first, last) if first < last else None
 
     def _add_piece(self, name: str, start: int, piece: Tensor) -> None:
         """Adds noise to this rank's slice, from a position in the whole parameter on."""
-        offset = start - held_range(self._num_values[name], self._world.rank, self._world.size)[0]
+        offset = start - slice_range(self._num_values[name], self._world.rank, self._world.size)[0]
         self.views[name][offset : offset + piece.numel()].add_(piece)
 
 

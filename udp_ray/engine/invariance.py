@@ -14,7 +14,8 @@ The names of known offenders in `models/load.py` are only an earlier refusal wit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -30,10 +31,10 @@ from udp_ray.data.batches import (
     pack_groups,
 )
 from udp_ray.engine.evaluate import evaluating, user_totals
-from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.kernels.direct import Clippable, DirectKernel
 from udp_ray.engine.kernels.ghost import LENGTH_GRID, GhostKernel
 from udp_ray.engine.kernels.layers import Call
-from udp_ray.engine.kernels.select import made_up_group
+from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.errors import UnsupportedModelError
 
@@ -116,6 +117,83 @@ def check_invariance(
     device = probe.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         probe.run()
+
+
+def check_module(
+    model: nn.Module,
+    gradient: Callable[[Clippable], Sequence[Tensor]],
+    together: Clippable,
+    apart: Clippable,
+    others: Clippable,
+    *,
+    autocast: str,
+) -> None:
+    """Returns if the gradient of a synthetic group is the same before and after another group.
+
+    For modules other than language models, which the direct kernel trains one group at a time.
+
+    Args:
+        model: The module, in training mode, on its device.
+        gradient: Returns the unclipped gradient of a group, one tensor per trainable parameter.
+        together: A synthetic group of several examples in one microbatch.
+        apart: The same examples in microbatches of one.
+        others: A group of other, larger examples.
+        autocast: `ModelConfig.autocast`, under which another number of rows may round otherwise.
+
+    Raises:
+        UnsupportedModelError: The module keeps something between calls, or mixes examples.
+
+    Privacy:
+        As `check_invariance`: (a) a gradient before and after another group, and (b) that no
+        buffer, no parameter and no tensor or number kept on a module has changed. Also (c) that the
+        examples of a group do not influence each other, so that a microbatch's size changes
+        rounding only; with random layers, as dropout, this is compared in evaluation mode.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        state = _State(model)
+
+        def of(group: Clippable) -> list[Tensor]:
+            torch.manual_seed(0)
+            found = [part.cpu() for part in gradient(group)]
+            if (changed := state.changed()) is not None:
+                raise UnsupportedModelError(
+                    f"the model changed {changed} while it processed a synthetic group: what one"
+                    " user leaves there reaches all others without noise; use a model that keeps no"
+                    " state between calls"
+                )
+            return found
+
+        first = of(together)
+        of(others)
+        if _distance(first, of(together)) > SAME_GRADIENT:
+            raise UnsupportedModelError(
+                "the model or its loss gives a synthetic group another gradient after another group"
+                " was processed: something outside its modules keeps state, or draws random numbers"
+                " that no seed of torch controls"
+            )
+        was_training = model.training
+        model.train(was_training and _distance(first, of(_reseeded(together))) == 0)
+        tolerance = SAME_GRADIENT if autocast == "off" else ROUNDED_GRADIENT
+        mixes = _distance(of(together), of(apart)) > tolerance
+        model.train(was_training)
+        if mixes:
+            raise UnsupportedModelError(
+                "the model or its loss gives examples of one batch another gradient than each of"
+                " them alone: return one loss per example, and use no layer that mixes examples"
+            )
+
+
+@dataclass(frozen=True)
+class _Reseeded:
+    """A group with the masks of another seed."""
+
+    microbatches: Sequence[Any]
+    mask_seed: int | None = 1
+
+
+def _reseeded(group: Clippable) -> _Reseeded:
+    return _Reseeded(group.microbatches)
 
 
 class _Probe:
@@ -271,7 +349,7 @@ class _Probe:
             yield total.cpu()
 
     def _group(self, num_tokens: int, seed: int) -> Group:
-        return made_up_group(self._model, 1, num_tokens, seed=seed)
+        return synthetic_group(self._model, 1, num_tokens, seed=seed)
 
     def _alone(self, group: Group) -> SharedMicrobatch:
         """Returns the group as the kernel packs it when no other is there."""

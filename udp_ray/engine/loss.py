@@ -52,6 +52,13 @@ class Rows(Protocol):
     def labels(self) -> Tensor: ...
 
 
+class WeightedRows(Rows, Protocol):
+    """Padded examples with their share in the mean of their group."""
+
+    @property
+    def row_weight(self) -> Tensor: ...
+
+
 def autocast_context(autocast: str, device: torch.device) -> AbstractContextManager[object]:
     """Returns the number format for forward and backward: "off" or "bfloat16"."""
     if autocast == "bfloat16":
@@ -126,6 +133,15 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
     if not head.keeps_all and not torch.is_autocast_enabled(device.type):
         hidden_RTD, labels_RT = _with_loss_only(hidden_RTD, labels_RT)
     return head.summed_losses(hidden_RTD, labels_RT.to(device)), counts_R
+
+
+def weighted_loss(model: nn.Module, rows: WeightedRows, device: torch.device) -> Tensor:
+    """Returns the sum over rows of row_weight times the row's mean token loss, a float32 scalar.
+
+    The gradient of this is the sum of the groups' gradients. A row without loss adds zero.
+    """
+    sums_R, counts_R = row_losses(model, rows, device)
+    return (rows.row_weight.to(device) * sums_R / counts_R.clamp(min=1)).sum()
 
 
 def _with_loss_only(hidden_RTD: Tensor, labels_RT: Tensor) -> tuple[Tensor, Tensor]:

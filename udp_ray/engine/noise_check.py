@@ -47,7 +47,7 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
     arrived = step.rehearse(noise)
     unit = step.plan.noise_stddev / step.plan.divisor
     worst = _largest_difference(step, arrived, noise)
-    num_values = sum(shape.numel() for shape in step.zero.shapes.values())
+    num_values = sum(shape.numel() for shape in step.engine.shapes.values())
     scale = _root_mean_square(step, arrived)
     slack = unit * SCALE_DEVIATIONS / math.sqrt(2 * num_values)
     is_placed = worst <= ROUNDING * unit
@@ -65,8 +65,8 @@ def _largest_difference(
 ) -> float:
     """Returns the largest distance on this rank between what arrived and the noise of rank 0."""
     worst = 0.0
-    for name, shape in step.zero.shapes.items():
-        first, last = step.zero.held_range(name)
+    for name, shape in step.engine.shapes.items():
+        first, last = step.engine.slice_range(name)
         values = arrived[name].reshape(-1)
         if values.numel() != last - first:
             raise GuaranteeError(f"{values.numel()} values of {name} arrived, not {last - first}")

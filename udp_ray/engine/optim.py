@@ -1,11 +1,15 @@
-"""The optimizers, which can be told to stand still while all around them goes through a step.
+"""The optimizers of private training, and the learning rate as a pure function of the step.
 
-The learning rate as a pure function of the step, so that a restart needs no scheduler state.
+A restart needs no scheduler state, because the learning rate follows from the step alone:
 
 >>> from udp_ray.config.experiment import TrainConfig
 >>> settings = TrainConfig(learning_rate=1.0, schedule="linear", warmup_steps=2)
 >>> [learning_rate(settings, step, num_steps=6) for step in range(1, 7)]
 [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+The optimizers are torch's own with one addition: they can be frozen. A frozen optimizer leaves
+weights and state unchanged, bit for bit, while the engine completes a step around it. The noise
+check and the creation of optimizer state use this.
 """
 
 from __future__ import annotations
@@ -20,10 +24,15 @@ from udp_ray.config.experiment import TrainConfig
 
 
 def learning_rate(settings: TrainConfig, step: int, *, num_steps: int) -> float:
-    """Returns the learning rate of a step, counted from 1.
+    """Returns the learning rate of a step.
 
-    The warm-up climbs to the peak at its last step. A decay then starts from the peak and would
-    reach zero one step after the last: each step is paid for, so none has a learning rate of zero.
+    The warm-up reaches the peak at its last step. A decay then starts from the peak and would reach
+    zero one step after the last: each step is paid for, so none has a learning rate of zero.
+
+    Args:
+        settings: Peak, schedule and number of warm-up steps.
+        step: Number of the step, from 1 to num_steps.
+        num_steps: Steps of the run.
     """
     warmup = settings.warmup_steps
     if step <= warmup:
@@ -40,26 +49,27 @@ def _decay(schedule: str, progress: float) -> float:
     return 1.0
 
 
-class Holdable(torch.optim.Optimizer):
-    """An optimizer that can be told to stand still, which leaves weights and state bit for bit.
+class Freezable(torch.optim.Optimizer):
+    """An optimizer that can be frozen: `step` then changes no weight and no state.
 
-    It is still shown what to move, under ZeRO 3 one part of the slices after the other, and makes
-    state of zeros where there is none.
+    A frozen `step` still visits every parameter that it is given, under ZeRO 3 one sub-group after
+    the other. It creates state of zeros where there is none.
     """
 
-    is_held = False
+    is_frozen = False
     state_kinds: tuple[str, ...] = ()
-    found: list[Tensor] | None = None
-    """Where it puts copies of the gradients that it is shown while held; None: nowhere."""
+    """Names of the state tensors that a frozen step creates."""
+    seen: list[Tensor] | None = None
+    """Receives copies of the gradients that a frozen step finds; None keeps none."""
 
     def step(self, closure: Any = None) -> Any:
-        if not self.is_held:
+        if not self.is_frozen:
             return super().step(closure)
         for tensor in (tensor for group in self.param_groups for tensor in group["params"]):
             if not self.state[tensor]:
                 self._create_state(tensor)
-            if self.found is not None and tensor.grad is not None:
-                self.found.append(tensor.grad.detach().clone())
+            if self.seen is not None and tensor.grad is not None:
+                self.seen.append(tensor.grad.detach().clone())
         return None
 
     def _create_state(self, tensor: Tensor) -> None:
@@ -67,18 +77,18 @@ class Holdable(torch.optim.Optimizer):
             self.state[tensor][kind] = torch.zeros_like(tensor, requires_grad=False)
 
 
-class _AdamW(Holdable, torch.optim.AdamW):
+class _AdamW(Freezable, torch.optim.AdamW):
     def _create_state(self, tensor: Tensor) -> None:
         super()._create_state(tensor)
         self.state[tensor]["step"] = torch.tensor(0.0)
 
 
-class _SGD(Holdable, torch.optim.SGD):
+class _SGD(Freezable, torch.optim.SGD):
     pass
 
 
-def make_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> Holdable:
-    """Returns the optimizer that the settings ask for."""
+def make_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> Freezable:
+    """Returns the optimizer that `settings.optimizer` names."""
     if settings.optimizer == "sgd":
         return _SGD(
             parameters,
@@ -100,3 +110,10 @@ def state_kinds(settings: TrainConfig) -> tuple[str, ...]:
     if settings.optimizer == "adamw":
         return "exp_avg", "exp_avg_sq"
     return ("momentum_buffer",) if settings.momentum else ()
+
+
+def set_step(optimizer: Freezable, step: int) -> None:
+    """Sets the number of steps that Adam's bias correction counts; SGD has none."""
+    for entry in optimizer.state.values():
+        if "step" in entry:
+            entry["step"].fill_(step)

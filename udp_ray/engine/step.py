@@ -1,65 +1,68 @@
 """One private step, from a rank's groups to moved weights.
 
-    groups -> kernel: clipped sum, float64 -> reduced to rank 0 -> noise added there, once
-           -> times world size / divisor, rounded to float32
-           -> ZeRO averages over ranks, hands each its slice
+    1. Clip:    each group's gradient to the clip norm, as a whole; add them up in float64.
+    2. Reduce:  the ranks' sums to rank 0.
+    3. Noise:   rank 0 adds Gaussian noise of standard deviation noise_multiplier * clip_norm, once.
+    4. Divide:  by the plan's expected size, a public number; round to float32.
+    5. Update:  the engine averages over ranks (hence the factor world size in 4) and the optimizer
+                moves the weights.
 
-The divisor is the plan's expected size, a public number; how many groups came is used nowhere. A
-rank without groups, or a step without any, runs the same path: the noise is added all the same.
-With `fuse_reduce` every rank hands ZeRO its own sum and rank 0 its sum plus noise: ZeRO's reduction
-adds them up, which saves one reduction. Sums of other ranks are then rounded to float32, and added
-in float32, before the noise is in: within `sensitivity.rounding_slack` for cohorts of up to
-`sensitivity.MOST_FUSED` groups, and refused with secure noise, whose claim rests on rounding last.
+How many groups a step has is used nowhere. A rank without groups, or a step without any, runs the
+same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives the
+engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
+ranks are then rounded to float32, and added in float32, before the noise is in: within
+`sensitivity.rounding_slack` for cohorts of up to `MOST_FUSED` groups, and refused with secure
+noise, whose claim requires that rounding comes last.
 
-Under ZeRO 3 no rank ever holds the whole sum:
+Under ZeRO 3 no rank holds the whole sum: 1 and 2 happen layer by layer, reduced and scattered into
+slices; in 3 rank 0 draws noise in chunks and sends each rank what falls into its slices.
 
-    groups -> kernel: clipped gradients, layer by layer -> reduced and scattered into slices
-           -> noise drawn by rank 0 in chunks, sent to the slices -> over divisor -> ZeRO
+Reference: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133; per user as in Charles et al. 2024,
+arXiv:2407.07737, Algorithm 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from udp_ray.data.batches import Group
+from udp_ray.config.experiment import require_fusible
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sensitivity import require_fusible
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
-from udp_ray.engine.types import Kernel
-from udp_ray.engine.zero import ZeroEngine
+from udp_ray.engine.types import Engine, Kernel
 from udp_ray.errors import GuaranteeError
 
 
 class PrivateStep:
-    """Turns groups into one noisy update. All ranks call it in step."""
+    """Applies one noisy update from the groups of a step. All ranks call it together."""
 
     def __init__(
         self,
         kernel: Kernel,
-        zero: ZeroEngine,
+        engine: Engine,
         plan: PrivacyPlan,
         noise: GaussianNoise | None,
         *,
         world: World,
         fuse_reduce: bool = False,
     ) -> None:
-        """Joins the parts.
+        """Checks that the parts fit together.
 
         Args:
             kernel: Adds up clipped gradients.
-            zero: Takes the noisy mean and moves the weights.
+            engine: Receives the noisy mean and moves the weights.
             plan: Gives the divisor and the scale that the noise must have.
-            noise: On rank 0 the run's noise; None elsewhere.
+            noise: The run's noise on rank 0; None elsewhere.
             world: The ranks.
-            fuse_reduce: See the module's text.
+            fuse_reduce: `TrainConfig.fuse_reduce`; see the module docstring.
 
         Raises:
-            GuaranteeError: If a rank has noise that should not, or the noise is not the plan's.
+            GuaranteeError: If a rank other than 0 has noise, or the noise is not the plan's.
             ConfigError: If the sums may not be fused, see `require_fusible`.
         """
         if (noise is not None) != world.is_first:
@@ -69,7 +72,7 @@ class PrivateStep:
                 f"the noise has a standard deviation of {noise.noise_stddev:g}, and the plan's is"
                 f" {plan.noise_stddev:g}"
             )
-        if fuse_reduce and not zero.is_sliced:
+        if fuse_reduce and not engine.is_sliced:
             require_fusible(
                 is_secure=plan.secure_noise,
                 expected_groups=plan.expected_size,
@@ -77,33 +80,43 @@ class PrivateStep:
             )
         self.world = world
         self.plan = plan
-        self.zero = zero
+        self.engine = engine
         self._kernel = kernel
         self._noise = noise
         self._sum: ClippedSum | SlicedSum
-        if zero.is_sliced:
+        if engine.is_sliced:
             noise_dtype = torch.float64 if plan.secure_noise else torch.float32
-            self._sum = SlicedSum(zero.shapes, world, noise_dtype=noise_dtype)
+            self._sum = SlicedSum(engine.shapes, world, noise_dtype=noise_dtype)
         else:
-            self._sum = ClippedSum(zero.parameters, world, fuse_reduce=fuse_reduce)
+            self._sum = ClippedSum(engine.parameters, world, fuse_reduce=fuse_reduce)
 
-    def run(self, step: int, groups: Iterable[Group]) -> None:
-        """Takes the step: nothing about the groups leaves it but the moved weights. Collective."""
-        self._sum.clear()
-        self._kernel.add_clipped(self._sum, groups)
-        self.zero.apply(self._noisy_mean(self._noise, step), step)
-
-    def rehearse(self, noise: GaussianNoise | None) -> dict[str, Tensor]:
-        """Returns what the optimizer would see of a step without groups. Moves nothing; collective.
+    def run(self, step: int, groups: Iterable[Any]) -> None:
+        """Takes the step. Collective.
 
         Args:
-            noise: On rank 0 the noise of the rehearsal, from a key of its own; None elsewhere.
+            step: Number of the step, from 1; names its noise and fixes the learning rate.
+            groups: This rank's groups, as the kernel reads them. Sensitive.
+
+        Privacy:
+            Nothing that depends on the groups leaves the step, except the moved weights.
         """
         self._sum.clear()
-        return self.zero.read_back(self._noisy_mean(noise, step=0))
+        self._kernel.add_clipped(self._sum, groups)
+        self.engine.apply(self._noisy_mean(self._noise, step), step)
+
+    def rehearse(self, noise: GaussianNoise | None) -> dict[str, Tensor]:
+        """Returns what the optimizer would receive in a step without groups. Collective.
+
+        It moves nothing.
+
+        Args:
+            noise: Noise of the rehearsal, from a key of its own, on rank 0; None elsewhere.
+        """
+        self._sum.clear()
+        return self.engine.read_back(self._noisy_mean(noise, step=0))
 
     def _noisy_mean(self, noise: GaussianNoise | None, step: int) -> dict[str, Tensor]:
-        """Returns what gives ZeRO (clipped sum + noise) / divisor."""
+        """Returns what makes the engine see (clipped sum + noise) / divisor."""
         self._sum.reduce()
         self._add_noise(noise, step)
         return self._sum.mean(self.plan.divisor)

@@ -1,435 +1,688 @@
-"""The training loop, without Ray: every rank of a process group calls `train` with equal arguments.
+"""Trains any `torch.nn.Module` on tensors grouped by user, with user-level differential privacy.
 
-Order of a step: rank 0 asks the accountant and broadcasts the verdict; each rank clips and sums its
-groups; the sum gets its noise and moves the weights. Order of a checkpoint: held-out evaluation,
-files written aside, publish, commit, and only then the metrics leave, because until the commit the
-step might be repeated.
+Plain PyTorch, in one process or in an initialized `torch.distributed` group. No Ray, no DeepSpeed.
+
+    def loss(model, batch):                       # one loss per example
+        x, y = batch
+        return (model(x) - y).square().mean(dim=1)
+
+    users = [[(x, y), ...], ...]                  # per user, that user's examples
+    privacy = PrivacyConfig(epsilon=8.0, delta=1e-6, clip_norm=1.0, cohort_size=100, num_steps=500)
+    plan = PrivacyPlan.from_config(privacy, num_users=len(users))
+    result = Trainer(model, loss=loss, users=users, plan=plan).train()
+    print(result.to_text())                       # epsilon promised and spent
+
+The parts are those of every run: keyed Poisson samplers, the direct kernel, float64 sums, noise on
+rank 0, authorization before each step, the noise check (`loop.py`). Only the source of the groups,
+the loss and the engine (a torch optimizer) are different.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import inspect
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import Dataset, Subset, default_collate
 
-from udp_ray.config.experiment import TrainConfig
-from udp_ray.data.batches import CohortReader, Packing
-from udp_ray.data.store import TokenStore
-from udp_ray.dp.keys import StreamKey
-from udp_ray.dp.noise import GaussianNoise
+from udp_ray.config.experiment import SPEED_ONLY, TrainConfig
+from udp_ray.data.batches import assign
+from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
+from udp_ray.dp.sampling import Cohort
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import World, join_world
-from udp_ray.engine.evaluate import evaluate
-from udp_ray.engine.invariance import check_invariance
-from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import choose_kernel
-from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.noise_check import check_noise
-from udp_ray.engine.optim import learning_rate
-from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.types import (
-    Accountant,
-    Kernel,
-    Metrics,
-    Publish,
-    ResumePoint,
-    TrainResult,
-    WorkerKeys,
-)
-from udp_ray.engine.zero import ZeroEngine
+from udp_ray.engine.evaluate import evaluating
+from udp_ray.engine.invariance import check_module
+from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.loop import TrainingLoop, cohorts
+from udp_ray.engine.plain import PlainEngine
+from udp_ray.engine.types import Accountant, Metrics
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
-    DivergedError,
-    GuaranteeError,
     PrivacyBudgetExceededError,
+    ReplayRefusedError,
+    UnsupportedModelError,
 )
-from udp_ray.models.load import checkpoint_activations, frozen_fingerprint, trainable_parameters
-from udp_ray.models.positions import require_positions
+from udp_ray.ledger.records import Attempt, Budget, fits, left_of, total_of
+from udp_ray.models.load import trainable_parameters
 
-SAMPLED_VALUES = 256
-"""Values of each parameter that the check after the first step looks at."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""Returns the loss of each example of a batch, shape (rows,), given the model and the batch."""
+
+PROBED_USERS = 64
+"""Users whose first example is looked at for the shapes of synthetic ones."""
+
+INPUTS = "inputs"
+"""In a checkpoint's provenance: the keyed digest of what the run computes on."""
 
 
-def train(
-    model: nn.Module,
-    store: TokenStore,
-    plan: PrivacyPlan,
-    *,
-    settings: TrainConfig,
-    autocast: str,
-    keys: WorkerKeys,
-    accountant: Accountant | None,
-    publish: Publish,
-    on_metrics: Callable[[Metrics], None] | None,
-    workspace: Path,
-    resume: ResumePoint | None = None,
-    replay_until: int = 0,
-    provenance: dict[str, Any] | None = None,
-) -> TrainResult:
-    """Fine-tunes `model` in place under `plan`, and returns how far it came.
+class Trainer:
+    """Trains a module under a privacy plan.
 
     Args:
-        model: Float32 causal language model, the same initial weights on all ranks; on return it
-            holds the trained weights on all ranks (after ZeRO 3 in host memory).
-        store: The users' examples; `store.heldout` (or None) is what evaluation reads.
-        plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
-        settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
-        autocast: `ModelConfig.autocast`.
-        keys: This rank's secrets.
-        accountant: Rank 0 only; None elsewhere.
-        publish: Called by all ranks after each checkpoint was written, before it is committed.
-        on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
-            the initial weights, when not resumed) with a flat dict of public numbers: step,
-            train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
-            heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
-            heldout/num_tokens, heldout/num_users. Never a time or a rate.
-        workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
-        resume: Where to continue; None starts from the model as given.
-        replay_until: The last step that an earlier attempt reserved. Until it is repeated, no
-            checkpoint is committed: the reserved steps belong to one starting checkpoint, and with
-            a commit between them the later ones would start from another (see `Ledger.commit`).
-            What `settings` asks for in between is made up for at this step.
-        provenance: Public words written into each checkpoint: ledger id, run id, and the like.
+        model: The module, equal on all ranks, with float32 parameters. Those with `requires_grad`
+            train, in place. It is moved to the GPU if there is one.
+        loss: Returns one loss per example, shape (rows,), for `loss(model, batch)`. `batch` is what
+            `collate` makes of some examples, on the model's device.
+        users: One entry per user: a sequence or map-style Dataset of that user's examples, each a
+            tensor or a nesting of tensors. Equal, and in the same order, on all ranks. A mapping
+            counts with its values. See `group_by_user`. Sensitive.
+        plan: The guarantee. Public.
+        settings: Optimizer, learning rate, schedule, intervals of checkpoints and evaluations. What
+            concerns ZeRO, kernels and tokens must have its default.
+        accountant: Grants the steps. Default: a new `InMemoryAccountant`. This and the next two are
+            read on rank 0 only.
+        key: The key of the run, `ledger.key(attempt)` with a `LedgerAccountant`; else for tests.
+        attempt: With a `LedgerAccountant`: its attempt, which says where training continues.
+        checkpoints: Folder for checkpoints, which all ranks read; None writes none. Required with
+            an attempt.
+        evaluate: Returns metrics of the model on public held-out data; called in evaluation mode,
+            on all ranks, before the first step, at checkpoints and after the last step.
+        on_metrics: Called on rank 0 with each set of metrics as it may leave.
+        microbatch_rows: Most examples in one backward pass. Speed and memory only.
+        autocast: "off", or "bfloat16" inside forward and backward.
+        collate: Makes a batch of a list of examples. For examples of different lengths, pad here.
 
     Raises:
-        NoiseCheckError: The run-time check failed; nothing was trained.
-        UnsupportedModelError: What a user adds depends on other users; nothing was trained.
-        ConfigError: The store's examples may be longer than the model has positions.
-        LedgerError: The accountant refused (raised on all ranks), other than for the budget.
-        CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
-        DivergedError: The first step, or the checkpoint to resume from, has weights that are not
-            finite (raised on all ranks).
+        ConfigError: There are no users or no examples, delta is not below 1 / users, or a setting
+            does not apply here.
+        UnsupportedModelError: Nothing trains, a parameter is not float32, or a layer is known to
+            couple examples, as batch normalization.
+
+    Privacy:
+        The promise of `plan` holds for the trained weights, the checkpoints and what `to_text`
+        says. It does not cover what `evaluate` computes on private data.
     """
-    world = join_world()
-    training = _Training(
-        world=world,
-        model=model,
-        parameters=trainable_parameters(model),
-        store=store,
-        plan=plan,
-        settings=settings,
-        autocast=autocast,
-        keys=keys,
-        accountant=accountant,
-        publish=publish,
-        on_metrics=on_metrics,
-        workspace=workspace,
-        resume=resume,
-        replay_until=replay_until,
-        provenance=provenance or {},
-    )
-    return training.run()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Loss,
+        users: Sequence[Sequence[Any]] | Mapping[Any, Sequence[Any]],
+        plan: PrivacyPlan,
+        settings: TrainConfig | None = None,
+        accountant: Accountant | None = None,
+        key: RunKey | None = None,
+        attempt: Attempt | None = None,
+        checkpoints: Path | str | None = None,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        on_metrics: Callable[[Metrics], None] | None = None,
+        microbatch_rows: int = 64,
+        autocast: str = "off",
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self._settings = settings or TrainConfig()
+        self._users = UserExamples(list(users.values() if isinstance(users, Mapping) else users))
+        self._accountant = InMemoryAccountant() if accountant is None else accountant
+        self._key = key
+        self._attempt = attempt
+        self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._evaluate = evaluate
+        self._on_metrics = on_metrics
+        self._loss = PerExampleLoss(loss)
+        self._microbatch_rows = microbatch_rows
+        self._autocast = autocast
+        self._collate = collate
+        _refuse_model(model)
+        _refuse_users(plan, self._users)
+        _refuse_settings(self._settings)
+
+    def train(self) -> TrainerResult:
+        """Trains until the plan's last step or the end of the budget. Collective.
+
+        Raises:
+            PrivacyBudgetExceededError: The accountant's total does not cover the plan; nothing was
+                trained.
+            UnsupportedModelError: A user's gradient depends on other users, or the module keeps
+                state between calls; nothing was trained.
+            Other errors: As `TrainingLoop.run`.
+        """
+        world = join_world()
+        key, keys, attempt = self._begin(world)
+        history: list[Metrics] = []
+
+        def note(metrics: Metrics) -> None:
+            history.append(metrics)
+            if self._on_metrics is not None:
+                self._on_metrics(metrics)
+
+        resume = None if attempt is None else attempt.resume_checkpoint
+        with TemporaryDirectory() as temporary:
+            result = _ModuleTraining(
+                world=world,
+                model=self.model,
+                parameters=trainable_parameters(self.model),
+                plan=self.plan,
+                settings=self._settings,
+                keys=keys,
+                accountant=self._accountant if world.is_first else None,
+                publish=None if self._checkpoints is None else self._publish,
+                on_metrics=note if world.is_first else None,
+                on_phase=None,
+                workspace=(self._checkpoints or Path(temporary)) / "workspace",
+                attempt=attempt,
+                resume_from=None if resume is None else Path(resume),
+                provenance=world.from_first(lambda: {INPUTS: self._inputs_digest(key)}),
+                users=self._users,
+                loss=self._loss,
+                evaluate=self._evaluate,
+                microbatch_rows=self._microbatch_rows,
+                autocast=self._autocast,
+                collate=self._collate,
+            ).run()
+        # A re-keyed run has paid for repeated steps, which its last step is lowered by.
+        repeated = 0 if attempt is None else self.plan.num_steps - attempt.last_step
+        return TrainerResult(
+            plan=self.plan,
+            num_steps=result.step,
+            charged_steps=result.step + max(0, repeated),
+            checkpoint=result.location,
+            budget_message=result.budget_message,
+            metrics=tuple(history),
+            is_durable=attempt is not None,
+        )
+
+    def _begin(self, world: World) -> tuple[RunKey | None, RankKeys, Attempt | None]:
+        """Returns the run's key (on rank 0), this rank's keys and the attempt. Collective."""
+        key: RunKey | None = None
+
+        def begin() -> tuple[RankKeys, Attempt | None]:
+            nonlocal key
+            key = self._admitted_key()
+            if self._checkpoints is not None:
+                self._remove_uncommitted(self._checkpoints)
+            return key.of_rank(1), self._attempt  # the noise key stays on rank 0
+
+        keys, attempt = world.from_first(begin)
+        return key, keys if key is None else key.of_rank(0), attempt
+
+    def _admitted_key(self) -> RunKey:
+        """Returns the key of the run that the accountant has admitted, or admits now in memory."""
+        if isinstance(self._accountant, InMemoryAccountant):
+            if self._attempt is not None:
+                raise ConfigError(
+                    "attempt belongs to a ledger: give accountant = LedgerAccountant(ledger,"
+                    " attempt) with it"
+                )
+            return self._accountant.admit(self.plan, self._key)
+        if self._attempt is None or self._key is None or self._key.id != self._attempt.key_id:
+            raise ConfigError(
+                "attempt or its key is missing: give attempt, and key = ledger.key(attempt), with a"
+                " ledger's accountant"
+            )
+        if self._checkpoints is None:
+            raise ConfigError(
+                "checkpoints is missing: a ledger's run continues from checkpoints only, so give a"
+                " folder"
+            )
+        return self._key
+
+    def _publish(self, step: int, checkpoint: Path | None) -> str | None:
+        """Renames a finished checkpoint into the folder of checkpoints; see `types.Publish`."""
+        if checkpoint is None or self._checkpoints is None:
+            return None
+        number = 1 if self._attempt is None else self._attempt.number
+        return str(checkpoint.rename(self._checkpoints / f"step-{step:08d}-attempt-{number}"))
+
+    def _remove_uncommitted(self, folder: Path) -> None:
+        """Removes what earlier attempts wrote and did not commit: it is no release of the run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        committed = () if self._attempt is None else self._attempt.committed
+        for old in folder.glob("step-*-attempt-*"):
+            if str(old) not in committed:
+                shutil.rmtree(old)
+
+    def _inputs_digest(self, key: RunKey | None) -> str:
+        """Returns a digest of plan, settings, loss and data, keyed so that it does not reveal them.
+
+        The same noise on the sum of other data would reveal the difference. So a ledger's run only
+        continues with what it began with. A run in memory repeats no step and needs no digest.
+        """
+        if self._attempt is None or key is None:
+            return ""
+        digest = hashlib.blake2b(key=key.derive("inputs digest"), digest_size=16)
+        settings = self._settings.model_dump(mode="json", exclude=SPEED_ONLY)
+        try:
+            source = inspect.getsource(self._loss.loss)
+        except (OSError, TypeError):  # defined where there is no file: its name has to do
+            source = getattr(self._loss.loss, "__qualname__", "")
+        public = [self.plan.to_dict(), settings, source, repr(self.model), self._autocast]
+        digest.update(json.dumps(public, sort_keys=True).encode())
+        digest.update(self._users.user_offsets.tobytes())
+        for index in range(int(self._users.user_offsets[-1])):
+            for leaf in tree_leaves(self._users.example(index)):
+                digest.update(_described(leaf))
+        return digest.hexdigest()
 
 
-@dataclass
-class _Training:
-    """One call of `train`: the parts, and how far it has come."""
+@dataclass(frozen=True)
+class TrainerResult:
+    """What a training run has done, and what it cost. Public."""
 
-    world: World
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    store: TokenStore
     plan: PrivacyPlan
-    settings: TrainConfig
+    num_steps: int
+    """Steps taken; the weights are those after the last one."""
+    charged_steps: int
+    """Noisy releases that were paid for."""
+    checkpoint: str | None
+    """Where the last committed checkpoint is; None if none was written."""
+    budget_message: str | None
+    """The accountant's message if it ended training early; None if all steps were taken."""
+    metrics: tuple[Metrics, ...] = field(repr=False)
+    """Public metrics in order: step, train/learning_rate and what `evaluate` returned."""
+    is_durable: bool
+    """Whether the charge outlives the process, in a ledger."""
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon spent, at the plan's delta."""
+        return self.plan.epsilon(self.charged_steps)
+
+    def to_text(self) -> str:
+        """Returns the statement of the guarantee for a terminal."""
+        plan = self.plan
+        examples = f"at most {plan.group_size} example{'s' * (plan.group_size > 1)}"
+        unit, draw = "user", f"{examples} of each sampled user per step"
+        if plan.sampling == "els":
+            unit, draw = "example", f"{examples} kept per user"
+        lines = [
+            "User-level differential privacy: a user with all their examples is added or removed",
+            f"  promised   epsilon = {plan.epsilon():.4g}, delta = {plan.delta:.3g}"
+            f" for {plan.num_steps:,} steps",
+            f"  spent      epsilon = {self.epsilon:.4g}, delta = {plan.delta:.3g}"
+            f" for {self.charged_steps:,} steps",
+            f"  mechanism  {plan.sampling}, {draw}, sampling probability"
+            f" {plan.sampling_probability:.4g}",
+            f"             clip norm {plan.clip_norm:g} per {unit}, noise multiplier"
+            f" {plan.noise_multiplier:.4g}",
+            *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
+        ]
+        if not self.is_durable:
+            lines.append("  budget     kept in memory: other processes do not know of this charge")
+        if self.budget_message is not None:
+            lines.append(f"  ended      after step {self.num_steps}: {self.budget_message}")
+        return "\n".join(lines)
+
+
+class InMemoryAccountant:
+    """Keeps a privacy budget in this process, for notebooks. It is lost when the process ends.
+
+    Each run reserves the whole price of its plan when it begins and keeps it, however far it came:
+    the settings of a run are chosen after seeing earlier runs, so prices add up. Give one
+    accountant to all runs on the same users. `udp_ray.ledger.LedgerAccountant` keeps a budget in a
+    database.
+
+        >>> accountant = InMemoryAccountant(epsilon=8.0, delta=1e-5)
+        >>> accountant.spent
+        Budget(epsilon=0.0, delta=0.0)
+
+    Args:
+        epsilon: What all runs together may spend; None sets no limit.
+        delta: The same for delta; required with epsilon.
+    """
+
+    def __init__(self, *, epsilon: float | None = None, delta: float | None = None) -> None:
+        if (epsilon is None) != (delta is None):
+            raise ConfigError("a total is an epsilon and a delta: give both, or none")
+        self._total: Budget | None = None
+        if epsilon is not None and delta is not None:
+            self._total = Budget(epsilon, delta)
+        self._charges: list[Budget] = []
+        self._last_step = self._granted = 0
+
+    @property
+    def spent(self) -> Budget:
+        """The sum of the prices of all runs."""
+        return total_of(self._charges)
+
+    def admit(self, plan: PrivacyPlan, key: RunKey | None = None) -> RunKey:
+        """Charges a run with the whole price of its plan, and returns the run's key.
+
+        Args:
+            plan: The plan.
+            key: A key for tests; by default a new one.
+
+        Raises:
+            PrivacyBudgetExceededError: The price does not fit in what is left; nothing is charged.
+        """
+        charge = Budget(plan.epsilon(), plan.delta)
+        if self._total is not None and not fits([*self._charges, charge], self._total):
+            left = left_of(self._total, self.spent)
+            raise PrivacyBudgetExceededError(
+                f"the plan costs {charge}, and {left} of {self._total} is left in this accountant:"
+                " train fewer steps, or with more noise"
+            )
+        self._charges.append(charge)
+        self._last_step, self._granted = plan.num_steps, 0
+        return RunKey.generate() if key is None else key
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        """Grants each step of the admitted run once; see `types.Accountant`."""
+        if step > self._last_step:
+            raise PrivacyBudgetExceededError(
+                f"step {step} is above the {self._last_step} steps that were paid for"
+            )
+        if step <= self._granted:
+            raise ReplayRefusedError(
+                f"step {step} was granted before, and a run in memory repeats no step: begin anew"
+            )
+        self._granted = step
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        """Keeps nothing: a run in memory is not resumed."""
+
+
+def group_by_user(
+    dataset: Dataset[Any], user_ids: Sequence[Hashable]
+) -> dict[Hashable, Subset[Any]]:
+    """Returns each user's examples of a map-style dataset, for `Trainer(users=...)`.
+
+    Args:
+        dataset: The examples of all users.
+        user_ids: The user of each example, one per example of the dataset.
+    """
+    places: dict[Hashable, list[int]] = {}
+    for index, user in enumerate(user_ids):
+        places.setdefault(user, []).append(index)
+    return {user: Subset(dataset, indices) for user, indices in places.items()}
+
+
+class UserExamples:
+    """The examples of all users, numbered user after user."""
+
+    def __init__(self, users: Sequence[Sequence[Any]]) -> None:
+        self._users = users
+        self.user_offsets: NDArray[np.int64] = np.zeros(len(users) + 1, dtype=np.int64)
+        """User i has examples user_offsets[i] to user_offsets[i + 1]. Sensitive."""
+        np.cumsum([len(examples) for examples in users], out=self.user_offsets[1:])
+
+    def example(self, index: int) -> Any:
+        """Returns an example by its number. Sensitive."""
+        user = int(np.searchsorted(self.user_offsets, index, side="right")) - 1
+        return self._users[user][index - int(self.user_offsets[user])]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TensorMicrobatch:
+    """Examples of one group that share a backward pass. Sensitive."""
+
+    batch: Any
+    row_weight: Tensor
+    """1 / examples of the group, float32, shape (rows,)."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TensorGroup:
+    """What is clipped as one: a user's examples of a step (uls) or one example (els). Sensitive."""
+
+    microbatches: Sequence[TensorMicrobatch]
+    mask_seed: int | None
+
+
+@dataclass(frozen=True)
+class PerExampleLoss:
+    """The user's loss function as the direct kernel calls it: a weighted sum over examples."""
+
+    loss: Loss
+
+    def __call__(
+        self, model: nn.Module, microbatch: TensorMicrobatch, device: torch.device
+    ) -> Tensor:
+        weights_R = microbatch.row_weight.to(device)
+        losses_R = self.loss(model, _moved(microbatch.batch, device))
+        if not isinstance(losses_R, Tensor) or losses_R.shape != weights_R.shape:
+            raise ConfigError(
+                "loss did not return one value per example: return a tensor of shape (rows,), for"
+                " example with reduction='none'"
+            )
+        return (weights_R * losses_R.float()).sum()
+
+
+@dataclass(frozen=True, repr=False)
+class GroupReader:
+    """Collates this rank's groups of a step."""
+
+    users: UserExamples
+    draw: Callable[[int], Cohort]
+    world: World
+    microbatch_rows: int
+    collate: Callable[[list[Any]], Any]
+    mask_seed: Callable[[int, int], int]
+
+    def groups(self, step: int) -> list[TensorGroup]:
+        """Returns the groups, divided among ranks by their number of examples."""
+        cohort = self.draw(step)
+        spans = list(pairwise(cohort.offsets.tolist()))
+        ranks = assign(np.diff(cohort.offsets), self.world.size)
+        mine = [spans[number] for number in np.flatnonzero(ranks == self.world.rank)]
+        return [
+            self._group(step, cohort.examples[start:stop].tolist())
+            for start, stop in mine
+            if start < stop
+        ]
+
+    def _group(self, step: int, indices: list[int]) -> TensorGroup:
+        examples = [self.users.example(index) for index in indices]
+        seed = self.mask_seed(step, indices[0])
+        return make_group(examples, self.microbatch_rows, self.collate, mask_seed=seed)
+
+
+def make_group(
+    examples: Sequence[Any],
+    microbatch_rows: int,
+    collate: Callable[[list[Any]], Any],
+    *,
+    mask_seed: int | None,
+) -> TensorGroup:
+    """Returns examples as one group of microbatches. Sensitive."""
+    weight = 1 / len(examples)
+    parts = [
+        list(examples[start : start + microbatch_rows])
+        for start in range(0, len(examples), microbatch_rows)
+    ]
+    microbatches = [
+        TensorMicrobatch(collate(part), torch.full((len(part),), weight)) for part in parts
+    ]
+    return TensorGroup(microbatches, mask_seed)
+
+
+@dataclass(kw_only=True)
+class _ModuleTraining(TrainingLoop):
+    """A run that trains any module on tensors with a torch optimizer."""
+
+    users: UserExamples
+    loss: PerExampleLoss
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None
+    microbatch_rows: int
     autocast: str
-    keys: WorkerKeys
-    accountant: Accountant | None
-    publish: Publish
-    on_metrics: Callable[[Metrics], None] | None
-    workspace: Path
-    resume: ResumePoint | None
-    replay_until: int
-    provenance: dict[str, Any]
+    collate: Callable[[list[Any]], Any]
 
-    frozen: str | None = field(init=False)
-    """The fingerprint of the weights beside which adapters train; None if all weights do."""
-    zero: ZeroEngine = field(init=False)
-    private_step: PrivateStep = field(init=False)
-    packing: Packing | None = field(init=False)
-    """How the kernel wants its groups packed."""
-    step: int = field(init=False, default=0)
-    """Last step taken."""
-    committed: int = field(init=False, default=0)
-    """Last step that a committed checkpoint holds."""
-    location: str | None = field(init=False, default=None)
-    digest: str = field(init=False)
-    """Of the last committed checkpoint, or of the initial weights."""
-
-    def run(self) -> TrainResult:
-        self._set_up()
-        last_step = self.plan.num_steps
-        if self.step in (0, last_step):
-            self._tell({"step": self.step, **self._evaluation(is_whole=True)})
-        budget_message = None
-        with self._reader() as reader:
-            while self.step < last_step:
-                budget_message = self._ask(self.step + 1)
-                if budget_message is not None:
-                    break
-                self._take_step(reader)
-                if self._is_checkpoint_due() and self.step < last_step:
-                    self._checkpoint(is_last=False)
-        if self.step > self.committed:
-            self._checkpoint(is_last=True)
-        elif budget_message is not None and self.step > 0:
-            self._tell({"step": self.step, **self._evaluation(is_whole=True)})
-        self.zero.close()
-        return TrainResult(self.step, self.location, self.digest, budget_message)
-
-    def _set_up(self) -> None:
-        """Builds the parts, checks model and noise, and loads a checkpoint where there is one."""
-        self._require_positions()
-        self.model.train()
-        if self.settings.activation_checkpointing:
-            checkpoint_activations(self.model)
-        self.frozen = frozen_fingerprint(self.model)
-        saved = self._read_checkpoint()
-        if saved is None:
-            self.digest = checkpoint.weights_digest(self.parameters, self.frozen)
-        else:
-            saved.refuse_other_frozen(self.frozen)
-            saved.load_weights(self.parameters)
-            _refuse_diverged(self.parameters, saved.step)
-        is_sliced = self.settings.zero_stage == 3
-        if not is_sliced:  # else slices are moved, of a model that need not fit on the device
-            self.model.to(self.world.device)
-        chunk_logits(
-            self.model,
-            microbatch_tokens=self.settings.microbatch_tokens,
-            even_for=self.store.manifest.block_tokens if is_sliced else None,
-        )
-        kernel = self._kernel()
-        self.world.from_first(lambda: self._check_invariance(kernel))
-        self.zero = ZeroEngine(
-            self.model, self.parameters, self.settings, num_steps=self.plan.num_steps
-        )
-        self.private_step = self._private_step(kernel)
-        self.packing = kernel.packing
-        check_noise(self.private_step, self._noise(self.keys.selfcheck))
-        if saved is not None:
-            saved.load_optimizer(self.zero)
+    def _weights_digest(self) -> str:
+        inputs = self.provenance[INPUTS]
+        return hashlib.sha256(f"{super()._weights_digest()}{inputs}".encode()).hexdigest()
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
-        if self.resume is None:
-            return None
-        saved = checkpoint.read(self.resume.directory, expected_digest=self.resume.digest)
-        if saved.step != self.resume.step:
+        saved = super()._read_checkpoint()
+        if saved is None or saved.key_id != self.keys.key_id:  # a new key is charged anew
+            return saved
+        if saved.provenance.get(INPUTS) != self.provenance[INPUTS]:
             raise CheckpointError(
-                f"the checkpoint {self.resume.directory} holds step {saved.step}, and the ledger"
-                f" says {self.resume.step}: use the one that the ledger names"
+                f"the checkpoint {saved.directory} was trained with another plan, model, loss,"
+                " settings or users: resume with what the run began with"
             )
-        self.step = self.committed = saved.step
-        self.location, self.digest = self.resume.location, self.resume.digest
         return saved
 
-    def _kernel(self) -> Kernel:
-        return choose_kernel(
-            self.settings.kernel,
+    def _make_kernel(self) -> DirectKernel:
+        self.model.to(self.world.device)
+        kernel = DirectKernel(
             self.model,
             self.parameters,
             clip_norm=self.plan.clip_bound,
-            rows_per_group=self.plan.group_size if self.plan.sampling == "uls" else 1,
-            tokens_per_row=self.store.manifest.block_tokens,
-            microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
+            device=self.world.device,
+            loss=self.loss,
+        )
+        self.world.from_first(lambda: self._check_model(kernel))
+        return kernel
+
+    def _make_engine(self) -> PlainEngine:
+        return PlainEngine(self.parameters, self.settings, num_steps=self.plan.num_steps)
+
+    def _open_groups(self) -> nullcontext[GroupReader]:
+        reader = GroupReader(
+            users=self.users,
+            draw=cohorts(self.plan, self.keys.sampling, self.users),
             world=self.world,
-            is_sliced=self.settings.zero_stage == 3,
-        )
-
-    def _require_positions(self) -> None:
-        config = getattr(self.model, "config", None)
-        if config is not None:
-            name = getattr(config, "_name_or_path", "") or type(self.model).__name__
-            require_positions(name, config, self.store.manifest.block_tokens)
-
-    def _check_invariance(self, kernel: Kernel) -> None:
-        """Refuses a model that couples users. Not collective: parameters are still whole."""
-        check_invariance(
-            self.model,
-            self.parameters,
-            kernel="ghost" if isinstance(kernel, GhostKernel) else "direct",
-            tokens_per_row=self.store.manifest.block_tokens,
-            microbatch_tokens=self.settings.microbatch_tokens,
-            autocast=self.autocast,
-            trains_on=self.world.device.type,
-        )
-
-    def _private_step(self, kernel: Kernel) -> PrivateStep:
-        return PrivateStep(
-            kernel,
-            self.zero,
-            self.plan,
-            self._noise(self.keys.noise),
-            world=self.world,
-            fuse_reduce=self.settings.fuse_reduce,
-        )
-
-    def _noise(self, key: StreamKey | None) -> GaussianNoise | None:
-        if key is None:
-            return None
-        return GaussianNoise(
-            key,
-            self.plan.noise_stddev,
-            num_threads=torch.get_num_threads(),
-            is_secure=self.plan.secure_noise,
-        )
-
-    def _reader(self) -> CohortReader:
-        return CohortReader(
-            self.store,
-            cohorts(self.plan, self.keys.sampling, self.store),
-            rank=self.world.rank,
-            world_size=self.world.size,
-            microbatch_tokens=self.settings.microbatch_tokens,
-            pad_id=self.store.manifest.tokenizer.pad_id,
-            packing=self.packing,
-            last_step=self.plan.num_steps,
-            pin_memory=self.world.device.type == "cuda",
+            microbatch_rows=self.microbatch_rows,
+            collate=self.collate,
             mask_seed=self.keys.dropout.number,
         )
-
-    def _ask(self, step: int) -> str | None:
-        """Returns once all ranks may take the step, or says why training ends before it."""
-        try:
-            self.world.from_first(lambda: self._accountant().authorize(step, self.digest))
-        except (PrivacyBudgetExceededError, DivergedError) as error:
-            return str(error)
-        return None
-
-    def _take_step(self, reader: CohortReader) -> None:
-        is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
-        before = _samples(self.zero) if is_first else []
-        self.private_step.run(self.step + 1, reader.groups(self.step + 1))
-        self.step += 1
-        if is_first and self.plan.noise_stddev > 0:
-            # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
-            is_each = self.frozen is not None
-            _check_moved(before, _samples(self.zero), self.world, is_each=is_each)
-
-    def _is_checkpoint_due(self) -> bool:
-        # Committing between steps that are reserved from one checkpoint would bar the later ones.
-        return self.step >= self.replay_until and self._has_passed(self.settings.checkpoint_every)
-
-    def _has_passed(self, every: int) -> bool:
-        """Returns whether a multiple of `every` lies after the last commit, up to this step."""
-        return self.step // every > self.committed // every
-
-    def _checkpoint(self, *, is_last: bool) -> None:
-        """Evaluates, writes, publishes, commits, and only then tells."""
-        every = self.settings.evaluate_every or self.settings.checkpoint_every
-        is_due = is_last or self._has_passed(every)
-        heldout = self._evaluation(is_whole=is_last) if is_due else {}
-        directory = self.workspace / f"step-{self.step:08d}"
-        digest = checkpoint.write(
-            directory,
-            self.zero,
-            step=self.step,
-            key_id=self.keys.key_id,
-            provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
-            world=self.world,
-        )
-        location = self.publish(self.step, directory if self.world.is_first else None)
-        self.location = self.world.from_first(lambda: self._commit(location, digest))
-        self.committed, self.digest = self.step, digest
-        if self.world.is_first:
-            shutil.rmtree(directory, ignore_errors=True)
-        self._tell({**self._progress(), **heldout})
-
-    def _commit(self, location: str | None, digest: str) -> str:
-        if location is None:
-            raise GuaranteeError("publish returned no location on rank 0")
-        self._accountant().commit(self.step, location, digest)
-        return location
-
-    def _accountant(self) -> Accountant:
-        if self.accountant is None:
-            raise GuaranteeError("rank 0 has no accountant to ask")
-        return self.accountant
+        return nullcontext(reader)
 
     def _evaluation(self, *, is_whole: bool) -> Metrics:
-        if self.store.heldout is None:
+        if self.evaluate is None:
             return {}
-        return evaluate(
-            self.model,
-            self.store.heldout,
-            world=self.world,
-            microbatch_tokens=self.settings.microbatch_tokens,
-            autocast=self.autocast,
-            max_examples=None if is_whole else self.settings.evaluate_examples,
-            is_collective=self.zero.is_sliced,
-        ).to_dict()
+        with evaluating(self.model):
+            return dict(self.evaluate(self.model))
 
-    def _progress(self) -> Metrics:
-        """Holds no time and no rate: how long a step takes depends on who is in its cohort."""
-        rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
-        return {"step": self.step, "train/learning_rate": rate}
+    def _take_step(self, source: Any) -> None:
+        before = _buffer_versions(self.model)
+        super()._take_step(source)
+        after = _buffer_versions(self.model)
+        changed = next((name for name in after if before.get(name) != after[name]), None)
+        if changed is not None:
+            raise UnsupportedModelError(
+                f"the buffer {changed} of the model changed in a step: what users leave there is"
+                " not covered by the noise; use a model that keeps no state between calls"
+            )
 
-    def _tell(self, metrics: Metrics) -> None:
-        if self.world.is_first and self.on_metrics is not None:
-            self.on_metrics(metrics)
-
-
-def cohorts(plan: PrivacyPlan, key: StreamKey, store: TokenStore) -> Callable[[int], Cohort]:
-    """Returns the cohort of each step as a pure function, by the plan's own sampling numbers."""
-    if plan.sampling == "els":
-        return PoissonExampleSampler(
-            key,
-            sampling_probability=plan.sampling_probability,
-            group_size=plan.group_size,
-            user_offsets=store.user_offsets,
-        ).cohort
-    sampler = PoissonUserSampler(
-        key,
-        sampling_probability=plan.sampling_probability,
-        group_size=plan.group_size,
-        max_cohort_size=plan.max_cohort_size,
-    )
-    return lambda step: sampler.cohort(step, store.user_offsets)
+    def _check_model(self, kernel: DirectKernel) -> None:
+        """Refuses a module that couples users or keeps state. Not collective."""
+        examples = synthetic_examples(self.users)
+        together, apart, others = (
+            make_group(rows, size, self.collate, mask_seed=0)
+            for rows, size in ((examples[:3], 3), (examples[:3], 1), (examples[3:], 3))
+        )
+        check_module(
+            self.model, kernel.group_gradient, together, apart, others, autocast=self.autocast
+        )
 
 
-def _refuse_diverged(parameters: dict[str, nn.Parameter], step: int) -> None:
-    """Refuses to go on from weights that are not finite, as every later step would leave them."""
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
-        raise DivergedError(f"the weights of step {step} are not finite")
+def synthetic_examples(users: UserExamples) -> list[Any]:
+    """Returns three examples like the smallest, and three like the largest, of a few users.
 
-
-def _samples(zero: ZeroEngine) -> list[Tensor]:
-    """A few values of each parameter, enough to see whether an update happened at all."""
-    held = (zero.held(name).reshape(-1)[:SAMPLED_VALUES] for name in zero.parameters)
-    return [values.clone() for values in held]
-
-
-def _check_moved(before: list[Tensor], after: list[Tensor], world: World, *, is_each: bool) -> None:
-    """Refuses a step that moved nothing, or, if `is_each`, one that left any parameter as it was.
-
-    Noise reaches every value, so a whole parameter stays only where its values are so large that
-    the update is rounded away: right for a norm's weight of 1, and never so for adapters.
-    Collective: a parameter has moved if any rank saw it move.
+    Privacy:
+        They have the shapes of private examples, and whole numbers from a private example, so that
+        they are valid as class or token numbers. Floats are random. Nothing computed of them leaves
+        the start-up check but whether the module passes.
     """
-    findings = torch.tensor(
-        [float(not torch.equal(old, new)) for old, new in zip(before, after, strict=True)]
-        + [float(not math.isfinite(sum(new.sum().item() for new in after)))],
-        device=world.device,
-    )
-    dist.all_reduce(findings, op=dist.ReduceOp.MAX)
-    *has_moved, is_infinite = findings.tolist()
-    num_moved = int(sum(has_moved))
-    if num_moved < (len(before) if is_each else 1):
+    starts = [int(start) for start, stop in pairwise(users.user_offsets.tolist()) if start < stop][
+        :PROBED_USERS
+    ]
+    by_size = sorted((users.example(start) for start in starts), key=_num_values)
+    random = torch.Generator().manual_seed(0)
+
+    def synthetic(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.is_floating_point():
+            return torch.randn(leaf.shape, generator=random).to(leaf.dtype)
+        if leaf.numel() == 0:
+            return leaf
+        places = torch.randint(leaf.numel(), leaf.shape, generator=random)
+        return leaf.reshape(-1)[places]
+
+    likes = [by_size[0]] * 3 + [by_size[-1]] * 3
+    return [tree_map(synthetic, like) for like in likes]
+
+
+def _refuse_model(model: nn.Module) -> None:
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise UnsupportedModelError(
+            "the model has no parameter with requires_grad: set it for those that shall train"
+        )
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.float32:
+            raise UnsupportedModelError(
+                f"the parameter {name} is {parameter.dtype}: clipping and noise need torch.float32,"
+                " so call model.float(), and set autocast for speed"
+            )
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
+            raise UnsupportedModelError(
+                f"the layer {path} ({kind}) mixes the examples of a batch and keeps their"
+                " statistics without noise: use LayerNorm or GroupNorm"
+            )
+
+
+def _refuse_users(plan: PrivacyPlan, users: UserExamples) -> None:
+    num_users = len(users.user_offsets) - 1
+    if num_users == 0 or users.user_offsets[-1] == 0:
         raise ConfigError(
-            f"the first step moved {num_moved or 'no'} of {len(before)} trainable weights:"
-            " train.learning_rate is too small for float32, or nothing trains; raise it"
+            "users holds no examples: give one entry per user, with that user's examples"
         )
-    if is_infinite:
-        raise DivergedError(
-            "the first step made weights infinite, since train.learning_rate is too large"
+    if plan.delta >= 1 / num_users:
+        raise ConfigError(
+            f"the plan's delta is {plan.delta:g}, which is not below 1 / users: such a delta allows"
+            " publishing a user outright; lower it"
         )
+    if plan.max_cohort_size is not None and plan.population < num_users:
+        raise ConfigError(
+            f"the plan's population is {plan.population}, below the number of users: with"
+            " max_cohort_size it must bound them from above; raise it"
+        )
+
+
+def _refuse_settings(settings: TrainConfig) -> None:
+    """Refuses settings of DeepSpeed and of language models, which have no effect here."""
+    defaults = TrainConfig()
+    for name in ("zero_stage", "offload", "activation_checkpointing", "fuse_reduce"):
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(
+                f"train.{name} is {value}, which Trainer does not support: leave it out, or train"
+                " with udp_ray.train"
+            )
+    if settings.kernel == "ghost":
+        raise ConfigError("train.kernel is ghost, and Trainer has the direct kernel: leave it out")
+
+
+def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns what changes when a buffer is replaced or changed in place."""
+    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _num_values(example: Any) -> int:
+    return sum(leaf.numel() for leaf in tree_leaves(example) if isinstance(leaf, Tensor))
+
+
+def _described(leaf: Any) -> bytes:
+    """Returns bytes that two leaves of an example share only if they are equal."""
+    if not isinstance(leaf, Tensor):
+        return repr(leaf).encode()
+    values = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + values.tobytes()

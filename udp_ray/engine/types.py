@@ -1,9 +1,7 @@
-"""What goes into the training loop and comes out of it, whoever runs it.
+"""The interfaces between the parts of private training: accountant, kernel, sum, engine, publisher.
 
-The loop knows no ledger, no cluster and no storage; it is handed an `Accountant`, a `Publish` and
-the secrets of its rank.
-
-What the engine asks of an accountant, be it a ledger, a Ray actor or a test.
+The training loop knows no ledger, no cluster and no storage. It is given an `Accountant`, a
+`Publish` and the keys of its rank.
 """
 
 from __future__ import annotations
@@ -11,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from udp_ray.data.batches import Group, Packing
-from udp_ray.dp.keys import StreamKey
+from udp_ray.data.batches import Packing
 
 
 class Accountant(Protocol):
-    """Grants each step before its noise is drawn, and records checkpoints; asked by rank 0."""
+    """Reserves each step before its noise is drawn, and records checkpoints. Rank 0 alone calls it.
+
+    Implemented by a ledger, by a client of the accountant's Ray actor and by `InMemoryAccountant`.
+    """
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Returns once the step is durably reserved.
@@ -45,36 +46,6 @@ Metrics = dict[str, float]
 """Public numbers by name, names as paths: train/learning_rate, heldout/token_loss."""
 
 
-@dataclass(frozen=True)
-class WorkerKeys:
-    """The secrets that one rank needs, and no more. Sensitive, except the id."""
-
-    key_id: str
-    """Public name of the run key, kept in checkpoints."""
-    sampling: StreamKey
-    """Every rank derives the whole cohort from it."""
-    noise: StreamKey | None
-    """Rank 0 only; None elsewhere."""
-    dropout: StreamKey
-    """Every rank derives the masks of its own groups from it."""
-    selfcheck: StreamKey | None
-    """Rank 0 only; None elsewhere."""
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """The committed checkpoint that training continues from, as the ledger names it."""
-
-    directory: Path
-    """Local folder, readable by this rank."""
-    digest: str
-    """The digest that the ledger recorded; the folder must have it."""
-    step: int
-    """The last step that the checkpoint holds."""
-    location: str
-    """The name under which the ledger knows it; TrainResult.location if no step is added."""
-
-
 class RunningSum(Protocol):
     """The sum of a step's clipped gradients: `ClippedSum`, or `SlicedSum` under ZeRO 3."""
 
@@ -91,47 +62,102 @@ class RunningSum(Protocol):
     def num_rounds(self, own: int) -> int:
         """Returns how many microbatches a kernel that has `own` must run.
 
-        Under ZeRO 3 the largest number of any rank, because each forward pass and each `add` waits
-        for the others: a kernel makes up the rest with microbatches that add zeros.
+        Under ZeRO 3 this is the largest number of any rank, because ranks wait for each other in
+        each forward pass and each `add`. A kernel adds the missing ones as microbatches of zeros.
         """
 
 
 class Kernel(Protocol):
-    """Turns groups into the sum of their clipped gradients."""
+    """Computes the sum of the clipped gradients of groups."""
 
     @property
     def packing(self) -> Packing | None:
         """How the reader packs groups for this kernel; None: each has microbatches of its own."""
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
-        """Adds each group's gradient, clipped to the clip norm as a whole, to `sums`.
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Any]) -> None:
+        """Adds each group's gradient, clipped as a whole to the clip norm, to `sums`.
 
-        Nothing else may change: gradients of parameters stay unset, and no rank waits for another
-        but through `sums` and, under ZeRO 3, the model.
+        Nothing else may change: `grad` of parameters stays unset. Ranks wait for each other only in
+        `sums` and, under ZeRO 3, in the model.
+
+        Args:
+            sums: The running sum.
+            groups: This rank's groups of the step, in the form that the kernel reads. Sensitive.
         """
 
 
+class Engine(Protocol):
+    """Moves trainable parameters by float32 gradients that are given to it.
+
+    Implemented by `ZeroEngine` (DeepSpeed ZeRO 0 to 3) and `PlainEngine` (a torch optimizer).
+    """
+
+    parameters: dict[str, nn.Parameter]
+    """The trainable parameters by name, in the same order on all ranks."""
+    shapes: dict[str, torch.Size]
+    """Shapes of the whole parameters."""
+    state_kinds: tuple[str, ...]
+    """Names of the tensors that the optimizer keeps per parameter, as torch names them."""
+    is_sliced: bool
+    """Whether a rank holds slices of parameters only, and forward and backward are collective."""
+
+    def apply(self, gradients: Mapping[str, Tensor], step: int) -> None:
+        """Moves the weights at the learning rate of `step`. Collective.
+
+        Args:
+            gradients: By name, float32. Whole gradients, whose mean over ranks is used; or, if
+                `is_sliced`, this rank's slices.
+            step: Number of the step, from 1.
+        """
+
+    def read_back(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what the optimizer would receive in `apply`, and changes nothing. Collective."""
+        ...
+
+    def local(self, name: str) -> Tensor:
+        """Returns the values of a parameter that this rank holds: all of it, or a flat slice."""
+        ...
+
+    def slice_range(self, name: str) -> tuple[int, int]:
+        """Returns start and stop of those values in the flattened parameter."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns whole weights by name in host memory on rank 0, {} elsewhere. Collective."""
+        ...
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Returns {kind: {parameter: whole tensor}} on rank 0, as `weights` does. Collective."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Sets the state that `optimizer_state` returned after `step`. Collective."""
+
+    def close(self) -> None:
+        """Leaves the model with whole parameters that own their memory. Collective."""
+
+
 class Publish(Protocol):
-    """Moves a checkpoint to where it survives the worker. Collective."""
+    """Stores a checkpoint where it survives the worker. Collective."""
 
     def __call__(self, step: int, checkpoint: Path | None) -> str | None:
-        """Returns the lasting location (rank 0; others may return None).
+        """Returns the permanent location on rank 0; other ranks may return None.
 
         Args:
             step: The last step that the checkpoint holds.
-            checkpoint: Local folder on rank 0, deleted by the loop afterwards; None elsewhere.
+            checkpoint: Local folder on rank 0, which the loop deletes afterwards; None elsewhere.
         """
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended. Equal on all ranks, and public."""
+    """The outcome of a training run. Public, and equal on all ranks."""
 
     step: int
     """Last step taken, which the last committed checkpoint holds."""
     location: str | None
-    """Where that checkpoint lies; None if no step was taken."""
+    """Where that checkpoint is; None if no step was taken or none was written."""
     digest: str
     """Digest of that checkpoint, or of the initial weights."""
     budget_message: str | None
-    """Why training ended early, in the accountant's words; None if all steps were taken."""
+    """The accountant's message if it ended training early; None if all steps were taken."""

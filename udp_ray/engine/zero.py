@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.engine.distributed import own_device
-from udp_ray.engine.optim import learning_rate, make_optimizer, state_kinds
+from udp_ray.engine.optim import learning_rate, make_optimizer, set_step, state_kinds
 from udp_ray.errors import GuaranteeError
 
 if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
@@ -139,23 +139,23 @@ class ZeroEngine:
         self._form.hand_over(gradients)
         if not self.is_sliced:
             arrived = {name: safe_get_full_grad(p).clone() for name, p in self.parameters.items()}
-            self._held_step()
+            self._frozen_step()
             return arrived
-        self._optimizer.found = []
-        self._held_step()
-        flat = torch.cat([part.to(self._engine.device) for part in self._optimizer.found])
-        self._optimizer.found = None
+        self._optimizer.seen = []
+        self._frozen_step()
+        flat = torch.cat([part.to(self._engine.device) for part in self._optimizer.seen])
+        self._optimizer.seen = None
         lengths = [gradients[name].numel() for name in self.parameters]
         slices = dict(zip(self.parameters, flat.split(lengths), strict=True))
-        return {name: part[: self._num_held(name)] for name, part in slices.items()}
+        return {name: part[: self._num_local(name)] for name, part in slices.items()}
 
-    def held(self, name: str) -> Tensor:
+    def local(self, name: str) -> Tensor:
         """Returns what this rank holds of a trainable parameter: all of it, or a flat slice."""
-        return self._form.held(name)
+        return self._form.local(name)
 
-    def held_range(self, name: str) -> tuple[int, int]:
+    def slice_range(self, name: str) -> tuple[int, int]:
         """Returns which values of the flattened parameter those are: start and stop."""
-        return self._form.held_range(name)
+        return self._form.slice_range(name)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the whole weights by name, in host memory, on rank 0; else {}. Collective."""
@@ -178,9 +178,7 @@ class ZeroEngine:
         for kind in self.state_kinds:
             for name in self.parameters:
                 self._form.set_state(name, kind, state[kind][name])
-        for entry in self._optimizer.state.values():
-            if "step" in entry:
-                entry["step"].fill_(step)
+        set_step(self._optimizer, step)
 
     def close(self) -> None:
         """Takes DeepSpeed off the model, whose parameters are whole and own their memory again.
@@ -197,20 +195,20 @@ class ZeroEngine:
         if self._engine.skipped_steps:
             raise GuaranteeError("DeepSpeed skipped a step that was paid for")
 
-    def _held_step(self) -> None:
+    def _frozen_step(self) -> None:
         """Lets DeepSpeed finish a step, its buffers emptied, while the optimizer stands still."""
-        self._optimizer.is_held = True
+        self._optimizer.is_frozen = True
         self._engine.step()
-        self._optimizer.is_held = False
+        self._optimizer.is_frozen = False
 
     def _create_optimizer_state(self) -> None:
         """Fills the state with zeros now, and has ZeRO link its slices to parameter names."""
         self._optimizer.state_kinds = self.state_kinds
         self._form.hand_over({name: self._form.zeros(name) for name in self.parameters})
-        self._held_step()
+        self._frozen_step()
 
-    def _num_held(self, name: str) -> int:
-        start, stop = self.held_range(name)
+    def _num_local(self, name: str) -> int:
+        start, stop = self.slice_range(name)
         return stop - start
 
 
@@ -229,10 +227,10 @@ class _WholeParameters:
     def zeros(self, name: str) -> Tensor:
         return torch.zeros_like(self._parameters[name], requires_grad=False)
 
-    def held(self, name: str) -> Tensor:
+    def local(self, name: str) -> Tensor:
         return self._parameters[name].detach()
 
-    def held_range(self, name: str) -> tuple[int, int]:
+    def slice_range(self, name: str) -> tuple[int, int]:
         return 0, self._parameters[name].numel()
 
     def weight(self, name: str) -> Tensor | None:

@@ -22,7 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from udp_ray.engine.gradient_sum import cut, held_range, slice_length
+from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
 from udp_ray.errors import GuaranteeError
 
 PERSISTENT_SHARE = 1e-4
@@ -91,14 +91,14 @@ class SlicedParameters:
         """Returns a gradient of zeros as `hand_over` takes it, padding included."""
         return torch.zeros_like(self._slice(name), requires_grad=False)
 
-    def held(self, name: str) -> Tensor:
+    def local(self, name: str) -> Tensor:
         """Returns this rank's slice of a parameter without padding, which may hold anything."""
-        start, stop = self.held_range(name)
+        start, stop = self.slice_range(name)
         return self._slice(name).detach()[: stop - start]
 
-    def held_range(self, name: str) -> tuple[int, int]:
+    def slice_range(self, name: str) -> tuple[int, int]:
         """Returns which values of the flattened parameter this rank's slice holds."""
-        return held_range(self._shapes[name].numel(), self._rank, self._num_ranks)
+        return slice_range(self._shapes[name].numel(), self._rank, self._num_ranks)
 
     def weight(self, name: str) -> Tensor | None:
         """Returns a whole parameter in host memory on rank 0, None elsewhere. Collective."""
@@ -111,7 +111,7 @@ class SlicedParameters:
 
     def set_state(self, name: str, kind: str, whole: Tensor) -> None:
         """Sets this rank's slice of a tensor of optimizer state."""
-        held = cut(whole, self._rank, self._num_ranks)
+        held = own_slice(whole, self._rank, self._num_ranks)
         safe_set_local_optimizer_state(self._parameters[name], held, kind)
 
     def release(self) -> None:

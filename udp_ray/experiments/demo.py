@@ -1,10 +1,10 @@
-"""The demo: prepare, train with privacy, train without, and compare, in one folder made anew.
+"""The demo: prepares data, trains with privacy and without, and compares the models.
 
     comparison = demo(config)
     print(comparison.to_text())
 
-The folder of the demo holds everything that it makes, its own ledger too, so that it can be run
-again: elsewhere a ledger must never be thrown away. A folder that the demo did not make is refused.
+The folder of the demo holds everything that it makes, including its own ledger, and each demo
+replaces it. Elsewhere a ledger must never be deleted, so a folder that no demo made is refused.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from pathlib import Path
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.console import progress
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.io import METRICS_FILE, write_aside
+from udp_ray.io import METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.prepare import prepare, require_usable
-from udp_ray.on_ray.train import train_on_ray
+from udp_ray.on_ray.train import train
 
 MARK = "made-by-the-demo"
 COMPARISON_FILE = "comparison.json"
@@ -33,7 +34,7 @@ WITHOUT_PRIVACY = "without-privacy"
 
 @dataclass(frozen=True)
 class Row:
-    """One model of the comparison, measured on the same held-out people."""
+    """One model of the comparison, measured on the same held-out users."""
 
     model: str
     token_perplexity: float
@@ -43,39 +44,43 @@ class Row:
     epsilon: float
     """Spent on the training users; infinite without noise."""
     seconds: float
-    """Wall clock of the run, from its start to its published output."""
+    """Wall-clock time of the run, from its start to its published output."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the demo shows."""
+    """The models that the demo compares."""
 
     rows: tuple[Row, ...]
     delta: float
     seconds: float
-    """Wall clock of the whole demo."""
+    """Wall-clock time of the whole demo."""
 
     def to_text(self) -> str:
         """Returns the table."""
+        titles = f"{'perplexity':>12}  {'perplexity':>12}  {'epsilon':>9}  {'seconds':>8}"
+        units = f"{'per token':>12}  {'per user':>12}  {'per user':>9}  {'':>8}"
+        rule = "-" * (30 + len(titles))
         lines = [
-            "Held-out people (lower perplexity is better)",
-            f"  {'':28}  {'per token':>9}  {'per user':>9}  {'epsilon':>8}  {'seconds':>7}",
+            "Held-out users (lower perplexity is better)",
+            "",
+            f"  {'':26}  {titles}",
+            f"  {'model':26}  {units}".rstrip(),
+            f"  {rule[:-2]}",
         ]
         lines += [
-            f"  {row.model:28}  {row.token_perplexity:9.2f}  {row.user_perplexity:9.2f}"
-            f"  {_short(row.epsilon):>8}  {row.seconds:7.0f}"
+            f"  {row.model:26}  {row.token_perplexity:12.2f}  {row.user_perplexity:12.2f}"
+            f"  {_short(row.epsilon):>9}  {row.seconds:8.0f}"
             for row in self.rows
         ]
-        lines.append(
-            f"epsilon is per person, at delta = {self.delta:g}; {self.seconds:.0f} s in all"
-        )
+        lines += ["", f"  epsilon at delta = {self.delta:g}; {self.seconds:.0f} s in all"]
         return "\n".join(lines)
 
     def to_json(self) -> str:
         """Returns the table as JSON, without durations; an infinite epsilon is null.
 
-        How long a private run took depends on its cohorts: it is shown to the operator and not
-        saved.
+        The duration of a private run depends on its cohorts: the operator sees it, and no file
+        holds it.
         """
         values = asdict(self)
         del values["seconds"]
@@ -90,26 +95,28 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
 
     Args:
         config: The private run; its store and output lie in the folder of the demo.
-        announce: Shows a person text.
+        announce: Shows a text.
 
     Raises:
-        ConfigError: The folder is not the demo's to empty.
-        UdpRayError: Whatever a user can mend.
+        ConfigError: The folder was not made by a demo, so it must not be emptied.
+        UdpRayError: What a user can fix, in a sentence or two.
     """
     start = time.monotonic()
     folder = demo_folder(config)
     require_own_folder(folder)
     tokenizer = config.data.tokenizer or config.model.name
-    require_usable(config.data, tokenizer=tokenizer, model=config.model.name)
-    make_anew(folder)
-    with connected(config.cluster.address):
-        announce("\n== 1/3 prepare: text to a store, sharded by user")
-        prepare(config.data, tokenizer=tokenizer, model=config.model.name)
-        announce("\n== 2/3 train with privacy")
-        private_s = _timed(lambda: train_on_ray(config, announce=announce))
-        announce("\n== 3/3 the same run without noise and clipping, which promises nothing")
-        open_config = without_privacy(config)
-        open_s = _timed(lambda: train_on_ray(open_config, announce=_unheard))
+    open_config = without_privacy(config)
+    with progress("checking the input") as display:
+        announce = display.announcing(announce)
+        require_usable(config.data, tokenizer=tokenizer, model=config.model.name)
+        replace_folder(folder)
+        announce("1/3  Prepare the data: text to a store, sharded by user")
+        with connected(config.cluster.address):
+            prepare(config.data, tokenizer=tokenizer, model=config.model.name)
+            announce("\n2/3  Fine-tune with user-level privacy")
+            private_s = _timed(lambda: train(config, announce=announce))
+            announce("\n3/3  The same without noise and clipping, for comparison: no promise")
+            open_s = _timed(lambda: train(open_config, announce=_ignore))
     comparison = Comparison(
         rows=compare(
             Path(config.output), Path(open_config.output), private_s=private_s, open_s=open_s
@@ -117,25 +124,25 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
         delta=config.privacy.delta,
         seconds=time.monotonic() - start,
     )
-    write_aside(folder / COMPARISON_FILE, comparison.to_json())
+    write_atomic(folder / COMPARISON_FILE, comparison.to_json())
     return comparison
 
 
 def demo_folder(config: ExperimentConfig) -> Path:
-    """Returns the folder that holds all that the demo makes: the parent of the private output.
+    """Returns the folder of everything that the demo makes: the parent of the private output.
 
     Raises:
-        ConfigError: If the store or the ledger would lie elsewhere.
+        ConfigError: If the store or the ledger would be elsewhere.
     """
     folder = Path(config.output).parent
     if folder not in Path(config.data.store).parents:
         raise ConfigError(
             f"data.store is {config.data.store}, outside the folder of the demo {folder}: put it"
-            " in there, since the demo makes that folder anew"
+            " there, since each demo replaces that folder"
         )
     if config.data.ledger is not None:
         raise ConfigError(
-            "data.ledger is set, but the demo keeps a ledger of its own: leave it out, or use"
+            "data.ledger is set, but the demo has its own ledger: leave it out, or use"
             " jobs/prepare.py and jobs/train.py"
         )
     return folder
@@ -145,7 +152,7 @@ def require_own_folder(folder: Path) -> None:
     """Refuses a folder that the demo must not empty.
 
     Raises:
-        ConfigError: If there is something in it that no demo made.
+        ConfigError: If it contains something that no demo made.
     """
     is_ours = not folder.exists() or (folder / MARK).is_file()
     if not is_ours and (not folder.is_dir() or any(folder.iterdir())):
@@ -155,11 +162,11 @@ def require_own_folder(folder: Path) -> None:
         )
 
 
-def make_anew(folder: Path) -> None:
-    """Empties the folder of an earlier demo, or makes it.
+def replace_folder(folder: Path) -> None:
+    """Makes the folder, or empties that of an earlier demo.
 
     Raises:
-        ConfigError: If there is something in it that no demo made.
+        ConfigError: If it contains something that no demo made.
     """
     require_own_folder(folder)
     with suppress(FileNotFoundError):
@@ -169,7 +176,7 @@ def make_anew(folder: Path) -> None:
 
 
 def without_privacy(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns the same run without noise and clipping: equal in all else, so that they compare."""
+    """Returns the same run without noise and clipping, and equal in everything else."""
     privacy = config.privacy.model_dump() | {
         "epsilon": None,
         "noise_multiplier": 0.0,
@@ -187,10 +194,10 @@ def without_privacy(config: ExperimentConfig) -> ExperimentConfig:
 def compare(
     private: Path, unprotected: Path, *, private_s: float, open_s: float
 ) -> tuple[Row, ...]:
-    """Returns the rows of the table from what two runs have left in their output folders.
+    """Returns the rows of the table from the output folders of two runs.
 
     Raises:
-        DataError: If a run left no evaluation before and after its training.
+        DataError: If a folder has no evaluation from before or after training.
     """
     before, after = _first_and_last(private)
     _, open_after = _first_and_last(unprotected)
@@ -224,8 +231,8 @@ def _timed(run: Callable[[], object]) -> float:
     return time.monotonic() - start
 
 
-def _unheard(text: str) -> None:
-    """Takes the announcements of the comparison run, whose statement would only confuse."""
+def _ignore(text: str) -> None:
+    """Shows nothing of the comparison run, whose statement would only confuse."""
 
 
 def _short(epsilon: float) -> str:

@@ -30,7 +30,7 @@ from udp_ray.config.base import (
     PositiveInt,
     Section,
 )
-from udp_ray.config.privacy import Epsilon, NumSteps
+from udp_ray.config.privacy import Epsilon, NumSteps, require_delta_below_inverse_population
 from udp_ray.data.remote import read_counts
 from udp_ray.dp.planning import (
     TIE,
@@ -42,7 +42,7 @@ from udp_ray.dp.planning import (
     recommend,
 )
 from udp_ray.errors import ConfigError
-from udp_ray.io import require_writable_folder, write_aside
+from udp_ray.io import require_writable_folder, write_atomic
 
 COLOURS = {"els": "#b3541e", "uls": "#1f5a96"}
 
@@ -140,11 +140,7 @@ class PlanConfig(Section):
                 " plan.examples_per_user from public knowledge, or say plan.use_private_histogram"
                 " true, and the plan is marked"
             )
-        if self.delta >= 1 / self.population:
-            raise ValueError(
-                f"plan.delta is {self.delta:g}, not below 1 / population ="
-                f" {1 / self.population:.3g}: lower it"
-            )
+        require_delta_below_inverse_population(self.delta, self.population, field="plan.delta")
         return self
 
     @property
@@ -373,6 +369,6 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     if plan.is_private:
         folder.chmod(0o700)
-    write_aside(folder / "plan.txt", text + "\n")
-    write_aside(folder / "plan.json", to_json(plan, workload, predictions) + "\n")
-    write_aside(folder / "plan.png", draw(workload, predictions))
+    write_atomic(folder / "plan.txt", text + "\n")
+    write_atomic(folder / "plan.json", to_json(plan, workload, predictions) + "\n")
+    write_atomic(folder / "plan.png", draw(workload, predictions))

@@ -179,7 +179,7 @@ def begin(
     return Attempt(
         run_id=run.run_id,
         number=number,
-        key=key,
+        key_id=key.id,
         resume_step=resume_step,
         resume_checkpoint=commit.checkpoint if commit else None,
         resume_digest=start if commit else None,
@@ -612,7 +612,7 @@ class Ledger(LedgerBook):
         on_mismatch: Literal["refuse", "rekey"] = "refuse",
         starting_checkpoint: str | None = None,
     ) -> Attempt:
-        """Returns the sole right to train a run, with its key and where to go on; fences the rest.
+        """Returns the only right to train a run, and where to continue; fences older attempts.
 
         A resumed run must be what it was: equal config, code, store and starting checkpoint. This
         holds also when no reserved step is waiting to be repeated. The accounting would be right
@@ -646,6 +646,22 @@ class Ledger(LedgerBook):
             if key is not stored:
                 rows.add_key(connection, run_id, key)
             return begin(connection, run, key, digests, starting_checkpoint)
+
+    def key(self, attempt: Attempt) -> RunKey:
+        """Returns the key of an attempt. Sensitive: never broadcast, log or write it.
+
+        Raises:
+            FencedError: If a newer attempt has begun, which may use another key.
+            LedgerError: If the run has ended, so that its key is destroyed.
+        """
+        with self._database.read() as connection:
+            key = rows.stored_key(connection, rows.held_run(connection, attempt, lock=False))
+        if key is None:
+            raise LedgerError(
+                f"the key of attempt {attempt.number} of run {attempt.run_id!r} is lost: resume the"
+                " run, which gets a new key and pays for the steps that it repeats"
+            )
+        return key
 
     def authorize(self, attempt: Attempt, step: int, *, starting_checkpoint: str) -> None:
         """Reserves a step; its noise may be drawn once this has returned, and not before.
@@ -808,3 +824,26 @@ class Ledger(LedgerBook):
             for run in ended:
                 rows.set_secrets(connection, run.run_id, None)
         self._database.scrub(schema.KEYS.name)
+
+
+class LedgerAccountant:
+    """Reserves the steps of one attempt in a ledger, in this process; no cluster is needed.
+
+    It satisfies `udp_ray.engine.types.Accountant`. Workers on Ray use `RemoteAccountant` instead.
+
+        attempt = ledger.begin_attempt("run-1", digests)
+        keys = ledger.key(attempt).of_rank(0)
+        accountant = LedgerAccountant(ledger, attempt)
+    """
+
+    def __init__(self, ledger: Ledger, attempt: Attempt) -> None:
+        self._ledger = ledger
+        self._attempt = attempt
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        """Returns once the step is durably reserved; see `Ledger.authorize`."""
+        self._ledger.authorize(self._attempt, step, starting_checkpoint=starting_checkpoint)
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        """Records durably that the checkpoint holds all steps; see `Ledger.commit`."""
+        self._ledger.commit(self._attempt, step, checkpoint=location, digest=digest)

@@ -17,30 +17,12 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from udp_ray.dp.keys import RunKey
+from udp_ray.dp.plan import Budget
 
 RunState = Literal["admitted", "finished", "abandoned"]
 
 COUNTED_RELEASES = ("all", "public")
 """Releases of a sweep whose number of trials is fixed and public."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """An amount of privacy loss."""
-
-    epsilon: float
-    """From 0; infinite for a run without noise."""
-    delta: float
-    """In [0, 1]."""
-
-    def __post_init__(self) -> None:
-        if math.isnan(self.epsilon) or self.epsilon < 0:
-            raise ValueError(f"epsilon is {self.epsilon}: it is at least 0")
-        if not 0 <= self.delta <= 1:
-            raise ValueError(f"delta is {self.delta}: it lies in [0, 1]")
-
-    def __str__(self) -> str:
-        return f"(epsilon = {self.epsilon:.6g}, delta = {self.delta:.3g})"
 
 
 @dataclass(frozen=True)
@@ -73,19 +55,23 @@ def plan_to_json(plan: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The right to train one run, until a newer attempt takes it over."""
+    """The right to train one run, until a newer attempt begins, and where training continues.
+
+    Public: it is broadcast among the workers and holds no key. `Ledger.key` returns the key of an
+    attempt.
+    """
 
     run_id: str
     number: int
     """1 for the first; each later one fences those before it."""
-    key: RunKey = field(repr=False)
-    """The key that cohorts and noise come from. Sensitive."""
+    key_id: str
+    """Public name of the key that cohorts and noise come from."""
     resume_step: int
-    """The last committed step; training goes on with the next one."""
+    """The last committed step; training continues with the next one."""
     resume_checkpoint: str | None
     """Where the checkpoint of that step is; None at the start."""
     resume_digest: str | None
-    """Its digest."""
+    """The digest that the ledger recorded for that checkpoint; None at the start."""
     last_step: int
     """The last step that will be granted: num_steps, or fewer once a re-keyed run has paid for
     repeated steps."""

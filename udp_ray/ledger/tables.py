@@ -313,14 +313,16 @@ def run_row(connection: Connection, run_id: str, *, lock: bool = False) -> AnyRo
     return row
 
 
-def held_run(connection: Connection, attempt: Attempt, *, may_have_ended: bool = False) -> AnyRow:
-    """Returns the locked row of an attempt's run, if the attempt may still write.
+def held_run(
+    connection: Connection, attempt: Attempt, *, may_have_ended: bool = False, lock: bool = True
+) -> AnyRow:
+    """Returns the row of an attempt's run, if the attempt is the present one.
 
     Raises:
         FencedError: If a newer attempt has begun.
         LedgerError: If the run has ended.
     """
-    run = run_row(connection, attempt.run_id, lock=True)
+    run = run_row(connection, attempt.run_id, lock=lock)
     if run.attempt != attempt.number:
         raise FencedError(
             f"attempt {attempt.number} of run {attempt.run_id!r} is over: attempt {run.attempt} has"
@@ -328,7 +330,7 @@ def held_run(connection: Connection, attempt: Attempt, *, may_have_ended: bool =
         )
     if not may_have_ended:
         refuse_ended(run)
-    if run.key_id != attempt.key.id:
+    if run.key_id != attempt.key_id:
         raise GuaranteeError(
             f"attempt {attempt.number} of run {attempt.run_id!r} holds another key than the ledger:"
             " a new key must always come with a new attempt"

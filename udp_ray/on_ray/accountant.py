@@ -1,19 +1,17 @@
-"""The accountant of a run: one Ray actor beside the driver that owns the ledger and the run's key.
+"""The accountant of a run on Ray: one actor that owns the ledger, and the client that calls it.
 
-Workers ask it before each step and tell it of each checkpoint; the driver asks it how far the run
-is. It is pinned to the driver's node, because SQLite is safe on a local disk only. Secrets pass
-through it from the ledger to the workers' memory and are never put into a config, a file or a log:
-the noise key goes to rank 0 alone.
+The driver starts the actor on its own node, because SQLite is safe on a local disk only. Workers
+call it before each step and at each checkpoint; the driver asks it for progress. Keys pass from the
+ledger through the actor to the workers' memory and are never written to a config, file or log.
 
-    remote = RemoteAccountant(start_accountant(charge))    # driver
+    accountant = RemoteAccountant(start_accountant(config))         # driver
+    attempt = accountant.begin()                                    # rank 0, once per worker group
+    client = accountant.of_attempt(attempt.number)                  # each rank
+    keys = client.keys(rank, code=code_digest(), store=store.digest)
+    client.authorize(1, digest)                                     # rank 0, before each step
 
-What workers and the driver ask it by stands in `remote_accountant.py`, which knows no database.
-
-The accountant of a run as workers and the driver see it: the same calls, errors of our own.
-
-remote = RemoteAccountant(actor)                       # its errors are our own
-attempt = remote.begin()                               # rank 0, once per worker group
-remote.of_attempt(attempt.number).authorize(1, digest) # the engine's accountant
+Importing this module loads neither SQLAlchemy nor torch; the actor loads SQLAlchemy when it opens
+the ledger.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from udp_ray.dp.keys import StreamKey
+from udp_ray.dp.keys import RankKeys
 from udp_ray.dp.plan import json_number
 from udp_ray.errors import (
     DataError,
@@ -40,143 +38,26 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     UdpRayError,
 )
-from udp_ray.io import write_aside
-from udp_ray.ledger.records import Attempt, Digests, RunRecord
+from udp_ray.io import write_atomic
+from udp_ray.ledger import Attempt, Digests, RunRecord
 
-if TYPE_CHECKING:  # the database library takes seconds to load, and only the actor needs it
-    from udp_ray.ledger.ledger import Ledger
+if TYPE_CHECKING:  # importing SQLAlchemy takes seconds, and only the actor needs it
+    from udp_ray.ledger import Ledger
 
 Result = TypeVar("Result")
 
-
-@dataclass(frozen=True)
-class AttemptStart:
-    """Where a new attempt begins. Public: it is broadcast among the workers."""
-
-    number: int
-    step: int
-    location: str | None
-    digest: str | None
-    replay_until: int
-    """Before this step no checkpoint may be committed; see `Attempt.replay_until`."""
-    committed: tuple[str, ...]
-    """Where the committed checkpoints were written, oldest first."""
-
-
-@dataclass(frozen=True)
-class WorkerSecrets:
-    """The secrets that one rank needs. Sensitive, except the id."""
-
-    key_id: str
-    sampling: StreamKey
-    noise: StreamKey | None
-    dropout: StreamKey
-    selfcheck: StreamKey | None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, in public numbers."""
-
-    attempts: int = 0
-    step: int = 0
-    """Last step authorized."""
-    charged_steps: int = 0
-    """Steps charged so far; more than `step` where some were charged and their weights lost."""
-    committed_step: int = 0
-    metrics: tuple[dict[str, float], ...] = ()
-    """What has left since the caller last asked, oldest first."""
-    num_metrics: int = 0
-    budget_message: str | None = None
-    """Why training ended early, in the words of the ledger, or because it diverged."""
-    error: UdpRayError | None = None
-    """The user's mistake, or refusal, that stopped the run for good."""
-    waiting_s: float = 0.0
-    """How long the ledger has not answered a call that is under way."""
-
-
-class RemoteAccountant:
-    """The accountant as workers and driver see it: the same calls, and errors of our own."""
-
-    def __init__(self, actor: ray.actor.ActorHandle):
-        self.actor = actor
-
-    def begin(self) -> AttemptStart | None:
-        """See `RunAccountant.begin`."""
-        return self._ask("begin")
-
-    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
-        """See `RunAccountant.secrets`."""
-        return own_errors(
-            lambda: ray.get(self.actor.secrets.remote(number, rank, code=code, store=store))
-        )
-
-    def of_attempt(self, number: int) -> AttemptAccountant:
-        """Returns the accountant that the engine asks."""
-        return AttemptAccountant(self, number)
-
-    def stop(self, error: UdpRayError) -> None:
-        """See `RunAccountant.stop`."""
-        self._ask("stop", error)
-
-    def end(self, number: int, budget_message: str | None) -> None:
-        """See `RunAccountant.end`."""
-        self._ask("end", number, budget_message)
-
-    def finish(self) -> RunRecord:
-        """See `RunAccountant.finish`."""
-        return self._ask("finish")
-
-    def progress(self, seen: int) -> Progress:
-        """See `RunAccountant.progress`."""
-        return self._ask("progress", seen)
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
-        return own_errors(lambda: ray.get(getattr(self.actor, method).remote(*arguments)))
-
-
-@dataclass(frozen=True)
-class AttemptAccountant:
-    """One attempt's accountant; satisfies `engine.accountant.Accountant`. Rank 0 holds it."""
-
-    remote: RemoteAccountant
-    number: int
-
-    def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Returns once the step is durably reserved."""
-        self.remote._ask("authorize", self.number, step, starting_checkpoint)
-
-    def commit(self, step: int, location: str, digest: str) -> None:
-        """Records durably that all steps up to this one are in the checkpoint."""
-        self.remote._ask("commit", self.number, step, location, digest)
-
-    def record_metrics(self, metrics: dict[str, float]) -> None:
-        """Hands on the numbers of a committed checkpoint."""
-        self.remote._ask("record_metrics", self.number, metrics)
-
-
-def own_errors(ask: Callable[[], Result]) -> Result:
-    """Unwraps an error of ours from Ray's, whose text is a remote traceback."""
-    try:
-        return ask()
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UdpRayError):
-            raise error.cause from None
-        raise
-
-
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 5.0
-BESIDE = "beside"
-"""Ray's name for the thread that answers while the ledger is waited for."""
+PROGRESS_GROUP = "progress"
+"""Ray's concurrency group of `progress`, which answers while another call waits for the ledger."""
 
 EVALUATION = "heldout/"
 """Prefix of the metrics of an evaluation."""
 
 
 @dataclass(frozen=True)
-class Charge:
-    """What the accountant of one run works with. Public."""
+class AccountantConfig:
+    """What the accountant of one run needs. Public, except a password in the ledger's URL."""
 
     ledger_url: str = field(repr=False)  # may hold a database password
     ledger_id: str
@@ -184,29 +65,151 @@ class Charge:
     digests: Digests
     on_mismatch: Literal["refuse", "rekey"]
     metrics_file: str
-    """Where the evaluations of committed checkpoints are kept, on the driver's node."""
+    """File of the evaluations of committed checkpoints, on the driver's node."""
     patience_s: float
-    """How long the ledger may be away before the run stops."""
+    """Seconds that the ledger may be unavailable before the run stops."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, in public numbers."""
+
+    attempts: int = 0
+    phase: str = "starting workers"
+    """What the workers do now, as the operator sees it."""
+    step: int = 0
+    """Last step authorized."""
+    charged_steps: int = 0
+    """Steps charged so far; more than `step` where some were charged and their weights lost."""
+    committed_step: int = 0
+    metrics: tuple[dict[str, float], ...] = ()
+    """Metrics recorded since the caller last asked, oldest first."""
+    num_metrics: int = 0
+    budget_message: str | None = None
+    """Why training ended early, in the words of the ledger, or because it diverged."""
+    error: UdpRayError | None = None
+    """The error that stopped the run for good."""
+    waiting_s: float = 0.0
+    """Seconds for which the ledger has not answered the call in progress."""
+
+
+@dataclass(frozen=True)
+class RemoteAccountant:
+    """Calls the accountant of a run; errors of udp_ray arrive as themselves.
+
+    The driver uses it as it is. `of_attempt` returns the client of one attempt, which satisfies
+    `udp_ray.engine.types.Accountant`; rank 0 passes it to the training loop.
+    """
+
+    actor: ray.actor.ActorHandle
+    attempt: int = 0
+    """Number of the attempt that the calls belong to; the actor refuses 0, which is none."""
+    on_commit: Callable[[str], None] | None = None
+    """Called with the location of each checkpoint once it is committed."""
+
+    # ---- the driver
+
+    def progress(self, seen: int) -> Progress:
+        """See `RunAccountant.progress`."""
+        return self._call("progress", seen)
+
+    def finish(self) -> RunRecord:
+        """See `RunAccountant.finish`."""
+        return self._call("finish")
+
+    # ---- workers
+
+    def begin(self) -> Attempt | None:
+        """See `RunAccountant.begin`."""
+        return self._call("begin")
+
+    def stop(self, error: UdpRayError) -> None:
+        """See `RunAccountant.stop`."""
+        self._call("stop", error)
+
+    def of_attempt(
+        self, number: int, *, on_commit: Callable[[str], None] | None = None
+    ) -> RemoteAccountant:
+        """Returns the client of an attempt."""
+        return RemoteAccountant(self.actor, number, on_commit)
+
+    # ---- workers, in an attempt
+
+    def keys(self, rank: int, *, code: str, store: str) -> RankKeys:
+        """See `RunAccountant.keys`."""
+        return self._call("keys", self.attempt, rank, code=code, store=store)
+
+    def authorize(self, step: int, starting_checkpoint: str) -> None:
+        """Returns once the step is durably reserved; see `RunAccountant.authorize`."""
+        self._call("authorize", self.attempt, step, starting_checkpoint)
+
+    def commit(self, step: int, location: str, digest: str) -> None:
+        """Records durably that the checkpoint holds all steps, then calls `on_commit`."""
+        self._call("commit", self.attempt, step, location, digest)
+        if self.on_commit is not None:
+            self.on_commit(location)
+
+    def record_metrics(self, metrics: dict[str, float]) -> None:
+        """See `RunAccountant.record_metrics`."""
+        self._call("record_metrics", self.attempt, metrics)
+
+    def set_phase(self, phase: str) -> None:
+        """Reports what the workers do now, without waiting for an answer."""
+        self.actor.set_phase.remote(self.attempt, phase)
+
+    def end(self, budget_message: str | None) -> None:
+        """See `RunAccountant.end`."""
+        self._call("end", self.attempt, budget_message)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return _unwrapped(
+            lambda: ray.get(getattr(self.actor, method).remote(*arguments, **options))
+        )
+
+
+def _unwrapped(call: Callable[[], Result]) -> Result:
+    """Raises an error of udp_ray as itself instead of Ray's wrapper, which shows a traceback."""
+    try:
+        return call()
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UdpRayError):
+            raise error.cause from None
+        raise
+
+
+def start_accountant(config: AccountantConfig) -> ray.actor.ActorHandle:
+    """Starts the accountant on this node and returns it once its ledger is open.
+
+    Raises:
+        LedgerError: The ledger is missing, or is not the expected one.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # A restarted accountant knows no attempt, so the workers begin a new one: nothing is lost.
+    options = {"num_cpus": 0, "max_restarts": 3, "scheduling_strategy": here}
+    actor = ray.remote(concurrency_groups={PROGRESS_GROUP: 1})(RunAccountant).options(**options)
+    actor = actor.remote(config)
+    _unwrapped(lambda: ray.get(actor.check.remote()))
+    return actor
 
 
 class RunAccountant:
-    """Guards one run's ledger. An ordinary class; `start_accountant` makes the actor of it."""
+    """Calls the ledger for one run. A plain class; `start_accountant` runs it as a Ray actor."""
 
-    def __init__(self, charge: Charge):
-        """Opens nothing yet: an error here would reach nobody as itself."""
-        self._charge = charge
+    def __init__(self, config: AccountantConfig):
+        """Does not open the ledger: Ray would not show an error of a constructor as itself."""
+        self._config = config
         self._attempt: Attempt | None = None
-        self._repaid = 0  # steps charged a second time, after a re-keying
+        self._repaid = 0  # steps charged a second time, after a new key
         self._metrics: list[dict[str, float]] = []
         self._progress = Progress()
-        self._asked_at: float | None = None  # while the ledger is asked
+        self._asked_at: float | None = None  # while a call waits for the ledger
         self._divergence: str | None = None
 
     @cached_property
     def _ledger(self) -> Ledger:
-        from udp_ray.ledger.ledger import Ledger
+        from udp_ray.ledger import Ledger
 
-        return Ledger.open(self._charge.ledger_url, expected_id=self._charge.ledger_id)
+        return Ledger.open(self._config.ledger_url, expected_id=self._config.ledger_id)
 
     def check(self) -> None:
         """Opens the ledger.
@@ -214,99 +217,98 @@ class RunAccountant:
         Raises:
             LedgerError: If it is missing or is not the one expected.
         """
-        if self._ledger.id != self._charge.ledger_id:
+        if self._ledger.id != self._config.ledger_id:
             raise GuaranteeError("the accountant opened another ledger than the driver")
 
-    def begin(self) -> AttemptStart | None:
-        """Begins a new attempt and fences the older ones; None if the run is stopped for good."""
+    def begin(self) -> Attempt | None:
+        """Begins a new attempt and fences older ones; None if the run is stopped for good."""
         if self._progress.error is not None:
             return None
-        charge = self._charge
-        self._attempt = attempt = self._patiently(
+        config = self._config
+        self._attempt = attempt = self._retried(
             lambda: self._ledger.begin_attempt(
-                charge.run_id, charge.digests, on_mismatch=charge.on_mismatch
+                config.run_id, config.digests, on_mismatch=config.on_mismatch
             )
         )
-        record = self._patiently(lambda: self._ledger.run(charge.run_id))
+        record = self._retried(lambda: self._ledger.run(config.run_id))
         self._repaid = record.num_steps - attempt.last_step
-        kept = read_evaluations(Path(charge.metrics_file))
-        self._divergence = divergence_of(kept, last_step=attempt.resume_step)
+        evaluations = read_evaluations(Path(config.metrics_file))
+        self._divergence = divergence_of(evaluations, last_step=attempt.resume_step)
         self._update(
             attempts=attempt.number,
+            phase="loading the model",
             step=attempt.resume_step,
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,
         )
-        return AttemptStart(
-            number=attempt.number,
-            step=attempt.resume_step,
-            location=attempt.resume_checkpoint,
-            digest=attempt.resume_digest,
-            replay_until=attempt.replay_until,
-            committed=attempt.committed,
-        )
+        return attempt
 
-    def secrets(self, number: int, rank: int, *, code: str, store: str) -> WorkerSecrets:
+    def keys(self, number: int, rank: int, *, code: str, store: str) -> RankKeys:
         """Returns one rank's keys, if it runs the code and reads the store of the admission.
 
         Raises:
             DataError: If the worker's node has other sources or another store.
+            FencedError: If a newer attempt has begun.
         """
         attempt = self._current(number)
         for what, here in (("code", code), ("store", store)):
-            if here != getattr(self._charge.digests, what):
+            if here != getattr(self._config.digests, what):
                 raise DataError(
                     f"worker {rank} finds another {what} on its node than the driver does: make"
                     " data.store and the installed udp_ray the same on every node"
                 )
-        key, is_first = attempt.key, rank == 0
-        return WorkerSecrets(
-            key_id=key.id,
-            sampling=key.sampling(),
-            noise=key.noise() if is_first else None,
-            dropout=key.dropout(),
-            selfcheck=key.selfcheck() if is_first else None,
-        )
+        return self._asked(lambda: self._ledger.key(attempt)).of_rank(rank)
 
     def authorize(self, number: int, step: int, starting_checkpoint: str) -> None:
-        """Reserves a step durably; see `engine.accountant.Accountant`.
+        """Reserves a step durably; see `udp_ray.engine.types.Accountant`.
 
         Privacy:
-            Whether a run goes on after a committed evaluation depends on released weights and on
+            Whether a run continues after a committed evaluation depends on released weights and on
             held-out users only. The number of steps is then chosen along the way, so the run's
             statement counts all the steps that it was admitted for.
         """
         attempt = self._current(number)
         if self._divergence is not None:
             raise DivergedError(self._divergence)
-        self._guarded(
+        self._asked(
             lambda: self._ledger.authorize(attempt, step, starting_checkpoint=starting_checkpoint)
         )
         charged = max(self._progress.charged_steps, step + self._repaid)
         self._update(step=step, charged_steps=charged)
 
     def commit(self, number: int, step: int, location: str, digest: str) -> None:
-        """Records a checkpoint durably; see `engine.accountant.Accountant`."""
+        """Records a checkpoint durably; see `udp_ray.engine.types.Accountant`."""
         attempt = self._current(number)
-        self._guarded(
-            lambda: self._ledger.commit(attempt, step, checkpoint=location, digest=digest)
-        )
+        self._asked(lambda: self._ledger.commit(attempt, step, checkpoint=location, digest=digest))
         self._update(committed_step=step)
 
     def record_metrics(self, number: int, metrics: dict[str, float]) -> None:
-        """Keeps the numbers of a committed checkpoint, and shows them to the driver."""
+        """Keeps the metrics of a committed checkpoint, and shows them to the driver."""
         self._current(number)
         self._metrics.append(metrics)
         self._update(num_metrics=len(self._metrics))
         if any(name.startswith(EVALUATION) for name in metrics):
-            file = Path(self._charge.metrics_file)
-            keep_evaluation(file, metrics)
+            file = Path(self._config.metrics_file)
+            _keep_evaluation(file, metrics)
             self._divergence = divergence_of(read_evaluations(file), last_step=int(metrics["step"]))
+
+    def set_phase(self, number: int, phase: str) -> None:
+        """Notes what the workers do now; an attempt that is over changes nothing."""
+        if self._attempt is not None and self._attempt.number == number:
+            self._update(phase=phase)
 
     def end(self, number: int, budget_message: str | None) -> None:
         """Notes that all ranks have returned from training."""
         self._current(number)
-        self._update(budget_message=budget_message)
+        self._update(budget_message=budget_message, phase="stopping workers")
+
+    def stop(self, error: UdpRayError) -> None:
+        """Stops the run for good: the next worker group finds nothing to do. The first error wins.
+
+        The error of a fenced worker does not stop the attempt that fenced it.
+        """
+        if self._progress.error is None and not isinstance(error, FencedError):
+            self._update(error=error)
 
     def finish(self) -> RunRecord:
         """Ends the run for good and destroys its key; returns its last record."""
@@ -315,22 +317,14 @@ class RunAccountant:
         attempt = self._attempt
         if attempt is None:
             raise GuaranteeError("a run cannot end without an attempt, whose right it is to end it")
-        self._guarded(lambda: self._ledger.finish(attempt))
-        return self._patiently(lambda: self._ledger.run(attempt.run_id))
+        self._asked(lambda: self._ledger.finish(attempt))
+        return self._retried(lambda: self._ledger.run(attempt.run_id))
 
-    def stop(self, error: UdpRayError) -> None:
-        """Stops the run for good: the next worker group finds nothing to do. The first error wins.
-
-        A worker that finds itself fenced is no reason to stop the attempt that fenced it.
-        """
-        if self._progress.error is None and not isinstance(error, FencedError):
-            self._update(error=error)
-
-    @ray.method(concurrency_group=BESIDE)
+    @ray.method(concurrency_group=PROGRESS_GROUP)
     def progress(self, seen: int) -> Progress:
         """Returns how far the run is, with the metrics after the first `seen`.
 
-        Answers in a thread of its own, also while another call waits for the ledger.
+        Answers from a thread of its own, also while another call waits for the ledger.
         """
         asked = self._asked_at
         waiting = 0.0 if asked is None else time.monotonic() - asked
@@ -342,26 +336,26 @@ class RunAccountant:
     def _current(self, number: int) -> Attempt:
         if self._attempt is None or self._attempt.number != number:
             raise FencedError(
-                f"attempt {number} of run {self._charge.run_id} is over: a newer one has begun"
+                f"attempt {number} of run {self._config.run_id} is over: a newer one has begun"
             )
         return self._attempt
 
-    def _guarded(self, ask: Callable[[], None]) -> None:
-        """Asks the ledger; if another driver has taken the run over, this one stops for good."""
+    def _asked(self, call: Callable[[], Result]) -> Result:
+        """Calls the ledger for the attempt; if another driver fenced it, the run stops for good."""
         try:
-            self._patiently(ask)
+            return self._retried(call)
         except FencedError as error:
             self._update(error=error)
             raise
 
-    def _patiently(self, ask: Callable[[], Result]) -> Result:
-        """Asks the ledger again while its database is away, for a bounded time."""
+    def _retried(self, call: Callable[[], Result]) -> Result:
+        """Calls the ledger again while it is unavailable, for up to `patience_s`."""
         self._asked_at = time.monotonic()
-        deadline, pause = self._asked_at + self._charge.patience_s, FIRST_PAUSE_S
+        deadline, pause = self._asked_at + self._config.patience_s, FIRST_PAUSE_S
         try:
             while True:
                 try:
-                    return ask()
+                    return call()
                 except LedgerUnavailableError:
                     if time.monotonic() + pause > deadline:
                         raise
@@ -371,18 +365,7 @@ class RunAccountant:
             self._asked_at = None
 
 
-def start_accountant(charge: Charge) -> ray.actor.ActorHandle:
-    """Starts the accountant on this node and waits until its ledger is open."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # A restarted accountant knows no attempt, so the workers begin a new one: nothing is lost.
-    options = {"num_cpus": 0, "max_restarts": 3, "scheduling_strategy": here}
-    actor = ray.remote(concurrency_groups={BESIDE: 1})(RunAccountant).options(**options)
-    actor = actor.remote(charge)
-    own_errors(lambda: ray.get(actor.check.remote()))
-    return actor
-
-
-def keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
+def _keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
     """Adds an evaluation to the file that outlives the driver; a repeated step replaces itself."""
     step = int(metrics["step"])
     kept = [row for row in read_evaluations(file) if row["step"] != step]
@@ -393,11 +376,11 @@ def keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
     }
     rows = sorted([*kept, {"step": step, **values}], key=lambda row: row["step"])
     content = json.dumps([to_strict_json(row) for row in rows], indent=2, allow_nan=False)
-    write_aside(file, content + "\n")
+    write_atomic(file, content + "\n")
 
 
 def read_evaluations(file: Path) -> list[dict[str, float]]:
-    """Returns the evaluations kept so far, by step; see `to_strict_json`."""
+    """Returns the evaluations kept so far, by step; the inverse of `to_strict_json`."""
     rows = json.loads(file.read_text()) if file.exists() else []
     return [{name: _number(value) for name, value in row.items()} for row in rows]
 
@@ -415,13 +398,13 @@ def _number(value: Any) -> Any:
 
 
 def divergence_of(evaluations: Sequence[Mapping[str, float]], *, last_step: int) -> str | None:
-    """Returns in words that training diverged by a step; None if it did not.
+    """Returns a message if training diverged by a step; None if it did not.
 
-    An infinite perplexity is none: it is the exponential of a finite loss.
+    An infinite perplexity is no divergence: it is the exponential of a finite loss.
 
     Args:
-        evaluations: Rows as `read_evaluations` gives them.
-        last_step: Later rows are not looked at, nor is the one before the first step.
+        evaluations: Rows as `read_evaluations` returns them.
+        last_step: Later rows are ignored, and so is the row before the first step.
     """
     for row in evaluations:
         loss = row["token_loss"]

@@ -1,4 +1,4 @@
-"""Checkpoints in Ray's storage: whether one is there whole, and how one is opened or removed."""
+"""Checkpoints in Ray's storage: names, checks that one is complete, opening, removal."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _NAME = re.compile(r"checkpoint-\d+-attempt-(\d+)")
 def checkpoint_name(step: int, attempt: int) -> str:
     """Returns the name of a checkpoint's folder.
 
-    The attempt is in it: a repeated step must not write over an older checkpoint.
+    It contains the attempt, since a repeated step must not overwrite an older checkpoint.
     """
     return f"checkpoint-{step:08d}-attempt-{attempt}"
 
 
 def require_writable(folder: str) -> None:
-    """Tries whether checkpoints can be kept in a new folder, before anything is spent on them.
+    """Refuses a new folder in which checkpoints cannot be written, before anything is spent.
 
     Raises:
         StorageError: If it may not be written.
-        ConfigError: If nothing answers there.
+        ConfigError: If its storage does not answer.
     """
     try:
         with writing("checkpoints", folder):
@@ -43,20 +43,20 @@ def require_writable(folder: str) -> None:
                 place.filesystem.delete_dir(place.path)
     except OSError as error:
         raise ConfigError(
-            f"cluster.storage {folder} cannot be used ({str(error).splitlines()[0]}): mend it, or"
+            f"cluster.storage {folder} cannot be used ({str(error).splitlines()[0]}): fix it, or"
             " name another place"
         ) from None
 
 
 def require_stored(directory: Path, stored: Checkpoint) -> None:
-    """Sees to it that a checkpoint was stored whole, and on local disks for good.
+    """Checks that a checkpoint was stored completely, and flushes it to local disks.
 
-    What the ledger then names must be there after a power cut, too: Ray copies without flushing.
+    Ray copies without flushing, and what the ledger names must survive a power cut.
 
     Raises:
         RuntimeError: If files are missing or cut short. When a worker dies, Ray skips the report
             of the others without an error.
-        OSError: If a disk finds out only now that it has no room.
+        OSError: If the disk turns out to have no room when it is flushed.
     """
     found = {entry.base_name: entry for entry in _files(stored)}
     for file in directory.iterdir():
@@ -70,36 +70,36 @@ def require_stored(directory: Path, stored: Checkpoint) -> None:
 
 
 def open_checkpoint(location: str) -> AbstractContextManager[str]:
-    """Returns a checkpoint as a local folder, fetched if it lies elsewhere.
+    """Returns a checkpoint as a local folder, downloaded if it is elsewhere.
 
     Raises:
-        CheckpointError: If it is gone.
+        CheckpointError: If it no longer exists.
     """
     checkpoint = Checkpoint(location)
     if checkpoint.filesystem.get_file_info(checkpoint.path).type is not FileType.Directory:
         raise CheckpointError(
-            f"checkpoint {location} is gone, and the ledger names no other: restore it, or begin a"
+            f"checkpoint {location} is gone, and the ledger names no other: restore it, or start a"
             " new run"
         )
     return checkpoint.as_directory()
 
 
 def remove(stored: Checkpoint) -> None:
-    """Removes a checkpoint that nobody has committed, as far as that can be done."""
+    """Removes a checkpoint that was not committed, if that is possible."""
     with suppress(OSError):
         stored.filesystem.delete_dir(stored.path)
 
 
 def remove_uncommitted(run_folder: str, kept: Iterable[str], *, attempt: int) -> None:
-    """Removes all checkpoints of a run except those at the given locations, which are committed.
+    """Removes all checkpoints of a run that are not committed.
 
-    To be called only where no older attempt can commit any more. A newer one may: this process may
-    have slept since it was fenced.
+    Call it only where no older attempt can still commit. A newer one may: this process may have
+    been suspended since it was fenced.
 
     Args:
         run_folder: Folder or URL of the run's checkpoints; it may not exist yet.
-        kept: Locations of committed checkpoints.
-        attempt: Checkpoints of later attempts than this one are left alone.
+        kept: Locations of the committed checkpoints.
+        attempt: Checkpoints of later attempts than this one are not touched.
 
     Raises:
         StorageError: If the storage may not be changed.

@@ -1,13 +1,11 @@
-"""Whether a cluster can hold the workers of a run, asked before anything is spent.
-
-The connection to a Ray cluster: the only call of `ray.init`.
+"""The Ray cluster: joining or starting one, and whether it has room for the workers of a run.
 
     with connected(config.cluster.address):
-        ...
+        require_capacity(config.cluster, print)
 
-An address wins, then the cluster that the job runs in (`ray job submit` says so in the
-environment), else a local cluster is started and ended with the block. Workers' output stays in
-Ray's own log files: what a person should see comes through the driver.
+An address wins, then the cluster that the job runs in (`ray job submit` names it in the
+environment); else a local cluster is started, and ended with the block. The output of workers stays
+in Ray's log files: what the operator should see comes through the driver.
 """
 
 from __future__ import annotations
@@ -22,7 +20,11 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from udp_ray.config.experiment import ClusterConfig
+from udp_ray.console import current, progress
 from udp_ray.errors import ConfigError
+
+PAUSE_S = 5.0
+ROUNDING = 1e-9  # 0.3 / 0.1 is a little below 3
 
 
 @contextmanager
@@ -34,18 +36,24 @@ def connected(address: str | None = None) -> Iterator[None]:
 
     Raises:
         ConfigError: If there is no cluster at the address.
+
+    Edge cases:
+        This process is connected already -> nothing is done; whoever connected it disconnects it.
     """
-    if ray.is_initialized():  # the caller has joined a cluster and will leave it
+    if ray.is_initialized():
         yield
         return
-    _join(address or os.environ.get("RAY_ADDRESS") or "local")
+    with progress("connecting to Ray"):
+        _join(address or os.environ.get("RAY_ADDRESS") or "local")
     try:
         yield
     finally:
+        current().phase("disconnecting from Ray")
         ray.shutdown()
 
 
 def _join(address: str) -> None:
+    """Makes the only call of `ray.init`."""
     if address.startswith("ray://"):
         raise ConfigError(
             f"cluster.address is {address}: the driver owns the privacy ledger and must run inside"
@@ -69,25 +77,23 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-PAUSE_S = 5.0
-ROUNDING = 1e-9  # 0.3 / 0.1 is a little below 3
-
-
 def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
-    """Returns what each worker reserves."""
+    """Returns the resources that each worker reserves, by Ray's names."""
     return {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if cluster.use_gpu else {})}
 
 
 def require_capacity(cluster: ClusterConfig, announce: Callable[[str], None]) -> None:
-    """Returns once the cluster has room for all workers at once, used or not.
+    """Returns once the cluster has room for all workers at once, whether or not it is in use.
+
+    A cluster that scales is asked to grow.
 
     Raises:
-        ConfigError: If it has not within `cluster.wait_s`.
+        ConfigError: If it has no room within `cluster.wait_s`.
     """
     needed = worker_resources(cluster)
     deadline = time.monotonic() + cluster.wait_s
     is_announced = False
-    while (room := _room(needed)) < cluster.num_workers:
+    while (room := _num_workers_that_fit(needed)) < cluster.num_workers:
         if time.monotonic() >= deadline:
             wanted = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
             raise ConfigError(
@@ -97,18 +103,19 @@ def require_capacity(cluster: ClusterConfig, announce: Callable[[str], None]) ->
             )
         if not is_announced:
             announce(f"waiting for the cluster to grow to {cluster.num_workers} workers")
+            current().phase("waiting for the cluster")
             request_resources(bundles=[needed] * cluster.num_workers)
             is_announced = True
         time.sleep(PAUSE_S)
 
 
-def runs_at_a_time(cluster: ClusterConfig) -> int:
-    """Returns how many runs the cluster has room for side by side, used or not; at least one."""
-    return max(1, _room(worker_resources(cluster)) // cluster.num_workers)
+def max_concurrent_runs(cluster: ClusterConfig) -> int:
+    """Returns how many runs fit on the cluster side by side, in use or not; at least one."""
+    return max(1, _num_workers_that_fit(worker_resources(cluster)) // cluster.num_workers)
 
 
-def _room(needed: dict[str, float]) -> int:
-    """Returns how many workers fit, node by node."""
+def _num_workers_that_fit(needed: dict[str, float]) -> int:
+    """Counts node by node, since a worker does not span nodes."""
     return sum(
         min(
             int(node["Resources"].get(name, 0.0) / amount + ROUNDING)

@@ -21,16 +21,13 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -41,7 +38,8 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import RayTaskError
 
-from udp_ray.config.experiment import DataConfig, ExperimentConfig
+from udp_ray.config.experiment import DataConfig
+from udp_ray.console import current, progress
 from udp_ray.data.build import (
     PATH,
     BuildSettings,
@@ -85,8 +83,6 @@ _MOST_PIECES = 4096
 _PIECE_BYTES = 1 << 20
 _BLOCK_BYTES = 32 << 20
 _SHUFFLE_BATCH_BYTES = 128 << 20
-_ALIVE_S, _LOGGED_S = 1.0, 60.0  # between two signs of life on a terminal, and in a log
-_CLEARED_LINE = "\r\x1b[K"
 _PACKAGES = ("udp-ray", "ray", "pyarrow", "tokenizers", "transformers", "numpy")
 
 
@@ -288,96 +284,44 @@ def prepare(
         UdpRayError: If the settings or the input cannot be used; nothing is left behind.
     """
     parse_url(data.ledger_url)
-    with _Progress("checking the input") as progress:
-        refuse_existing(data.store)
-        encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
-        progress.phase("connecting to Ray")
-        with (
-            connected(address),
-            registered(data.name, data.ledger_url) as registration,
-            _temporary_folder(data) as folder,
-        ):
-            settings = BuildSettings(
-                columns=found.columns,
-                encoder=encoder,
-                placement=Placement(
-                    registration.user_hash_key,
-                    data.num_shards,
-                    data.heldout if isinstance(data.heldout, float) else 0.0,
-                ),
-                max_examples_per_user=data.max_examples_per_user,
-                folder=folder,
-                has_heldout_input=bool(found.heldout_pieces),
-                url=data.store if is_url(data.store) else None,
-            )
-            results = run_stages(found, settings, progress)
-            progress.phase("verifying")
-            manifest, counts = finish(settings, results, _origin(data, found, registration))
-            registration.confirm(manifest.digest())
-            if settings.url is None:
-                rename_into_place(folder, Path(data.store))
-            else:
-                put_store(folder, settings.url)
+    refuse_existing(data.store)
+    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
+    with (
+        progress("checking the input") as display,
+        connected(address),
+        registered(data.name, data.ledger_url) as registration,
+        _temporary_folder(data) as folder,
+    ):
+        settings = BuildSettings(
+            columns=found.columns,
+            encoder=encoder,
+            placement=Placement(
+                registration.user_hash_key,
+                data.num_shards,
+                data.heldout if isinstance(data.heldout, float) else 0.0,
+            ),
+            max_examples_per_user=data.max_examples_per_user,
+            folder=folder,
+            has_heldout_input=bool(found.heldout_pieces),
+            url=data.store if is_url(data.store) else None,
+        )
+        display.phase("reading, tokenizing and shuffling")
+        results = run_stages(found, settings)
+        display.phase("verifying")
+        manifest, counts = finish(settings, results, _origin(data, found, registration))
+        registration.confirm(manifest.digest())
+        if settings.url is None:
+            rename_into_place(folder, Path(data.store))
+        else:
+            display.phase("uploading the manifest")
+            put_store(folder, settings.url)
     return PrepareResult(data.store, manifest, counts, registration.aside is not None)
-
-
-def prepare_experiment(config: ExperimentConfig) -> PrepareResult:
-    """Prepares the store of an experiment, with its tokenizer, model and cluster; see `prepare`."""
-    return prepare(
-        config.data,
-        tokenizer=config.data.tokenizer or config.model.name,
-        model=config.model.name,
-        address=config.cluster.address,
-    )
-
-
-class _Progress:
-    """Shows the phase and the elapsed time, on stderr, from a thread of its own.
-
-    On a terminal it is one line that moves every second; elsewhere, as in the log of a job, a line
-    for each phase that begins after the checks, and one a minute.
-    """
-
-    def __init__(self, phase: str) -> None:
-        self._phase, self._detail = phase, ""
-        self._start = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-
-    def phase(self, name: str, detail: str = "") -> None:
-        """Names what is done from now on; the detail may change within a phase."""
-        is_new, self._phase, self._detail = name != self._phase, name, detail
-        if is_new and not self._is_terminal:
-            self._show()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._is_terminal:
-            sys.stderr.write(_CLEARED_LINE)
-            sys.stderr.flush()
-
-    def _follow(self) -> None:
-        while not self._over.wait(_ALIVE_S if self._is_terminal else _LOGGED_S):
-            self._show()
-
-    def _show(self) -> None:
-        seconds = int(time.monotonic() - self._start)
-        text = f"prepare: {self._phase} {self._detail}".rstrip()
-        text += f" [{seconds // 60:02d}:{seconds % 60:02d}]"
-        sys.stderr.write(_CLEARED_LINE + text if self._is_terminal else text + "\n")
-        sys.stderr.flush()
 
 
 # ---- the stages, on Ray
 
 
-def run_stages(found: Input, settings: BuildSettings, progress: _Progress) -> StageResults:
+def run_stages(found: Input, settings: BuildSettings) -> StageResults:
     """Executes the stages on workers; returns what they wrote.
 
     Raises:
@@ -385,11 +329,11 @@ def run_stages(found: Input, settings: BuildSettings, progress: _Progress) -> St
     """
     results = StageResults()
     with _quiet_ray_data():
-        progress.phase("reading, tokenizing and shuffling")
         try:
             for row in _written_shards(found, settings).iter_rows():
                 results.add(row)
-                progress.phase("writing shards:", f"{len(results.shards)} of {settings.num_shards}")
+                current().phase("writing shards", total=settings.num_shards, unit="shard")
+                current().advance(len(results.shards))
         except Exception as error:
             raise _own_error(error, found) from None
     return results

@@ -1,34 +1,36 @@
-"""The progress bar that the operator of a run sees while it trains.
+"""Progress of a training run: its phase, steps and epsilon, as the accountant knows them.
 
-It shows the step, the epsilon spent so far, and the held-out numbers of committed checkpoints. It
-also shows elapsed time and steps per second, live: how long a step takes depends on who is in its
-cohort, so the terminal, and the job's log that keeps what it shows, are for the operator only.
-Nothing here is written to the output folder; TensorBoard's file is made at the end, without times
-(`event_file.py`).
+Shown are the step, the epsilon spent so far, and the held-out loss of the last committed
+checkpoint. How long they took is shown as well and depends on who is in the cohorts, so it is for
+the operator only (see `udp_ray.console`).
 """
 
 from __future__ import annotations
 
 import bisect
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import ray
-from tqdm import tqdm
 
+from udp_ray.console import Display, current
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.on_ray.accountant import Progress, RemoteAccountant
+from udp_ray.on_ray.accountant import EVALUATION, Progress, RemoteAccountant
 
 POLL_S = 0.5
-TOLD_AFTER_S = 5.0  # of waiting for the ledger
+LEDGER_SILENCE_S = 5.0
+"""How long the ledger may not answer before the operator is told."""
 CURVE_POINTS = 24
+PHASES_OF_STEPS = ("evaluating", "training", "writing")
+"""Phases that alternate while steps are taken, and share the bar that counts them."""
 
 
 @dataclass(frozen=True)
 class EpsilonCurve:
-    """The epsilon of some numbers of steps; between them, that of the next. Never optimistic."""
+    """Epsilon at some numbers of steps; between two of them, the larger one. An upper bound."""
 
     steps: tuple[int, ...]
     epsilons: tuple[float, ...]
@@ -37,7 +39,7 @@ class EpsilonCurve:
     def of(cls, plan: PrivacyPlan, *, every: int) -> Self:
         """Returns the curve at multiples of `every`, thinned to `CURVE_POINTS`, and at the end.
 
-        The first steps cost most, so powers of two stand there too.
+        The first steps cost most, so powers of two are among the points.
         """
         stride = every * max(1, -(-plan.num_steps // (every * CURVE_POINTS)))
         first = (2**power for power in range(stride.bit_length()))
@@ -59,61 +61,77 @@ class EpsilonCurve:
         return [(0, 0.0), *inner, (last_step, self.at(last_step))]
 
 
-class ProgressDisplay:
-    """Follows the accountant from a thread of its own while the driver waits for the workers.
+@contextmanager
+def following(
+    accountant: RemoteAccountant,
+    plan: PrivacyPlan,
+    curve: EpsilonCurve,
+    announce: Callable[[str], None],
+) -> Iterator[None]:
+    """Shows a run's progress from a thread while the block waits for the workers.
 
-    with ProgressDisplay(accountant, plan, curve):
-        trainer.fit()
+    Args:
+        accountant: Of the run.
+        plan: Its plan.
+        curve: Its epsilon over steps.
+        announce: Shows a text; told when workers were restarted or the ledger does not answer.
     """
+    follower = _Follower(current(), plan.num_steps, curve, announce)
+    is_over = threading.Event()
 
-    def __init__(self, accountant: RemoteAccountant, plan: PrivacyPlan, curve: EpsilonCurve):
-        self._accountant = accountant
-        self._curve = curve
-        self._seen = 0
-        self._attempt = 0
-        self._bar = tqdm(total=plan.num_steps, unit="step", dynamic_ncols=True, desc="training")
-        self._is_waiting = False
-        self._shown: dict[str, str] = {}
-        self._last_shown: dict[str, str] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-        self._bar.close()
-
-    def _follow(self) -> None:
+    def follow() -> None:
         is_last = False
         while not is_last:
-            is_last = self._over.wait(POLL_S)
+            is_last = is_over.wait(POLL_S)
             try:
-                progress = self._accountant.progress(self._seen)
+                progress = accountant.progress(follower.num_seen)
             except ray.exceptions.RayError:
-                continue  # the accountant is restarting, or gone; the driver says so, not the bar
-            self._show(progress)
+                continue  # the accountant restarts, or is gone, which the driver finds out itself
+            follower.show(progress)
 
-    def _show(self, progress: Progress) -> None:
-        if progress.attempts > max(1, self._attempt) and self._attempt:
-            tqdm.write(f"the workers were restarted; going on after step {progress.step}")
-        if progress.waiting_s > TOLD_AFTER_S and not self._is_waiting:
-            tqdm.write("the ledger does not answer: training waits for it; see to its database")
-        self._is_waiting = progress.waiting_s > TOLD_AFTER_S
-        self._attempt = progress.attempts
-        self._seen = max(self._seen, progress.num_metrics)
+    thread = threading.Thread(target=follow, name="follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+class _Follower:
+    """What was seen of a run so far, and how it is shown."""
+
+    def __init__(
+        self,
+        display: Display,
+        num_steps: int,
+        curve: EpsilonCurve,
+        announce: Callable[[str], None],
+    ) -> None:
+        self.num_seen = 0
+        self._display = display
+        self._num_steps = num_steps
+        self._curve = curve
+        self._announce = announce
+        self._attempts = 0
+        self._is_ledger_silent = False
+        self._losses: dict[str, str] = {}
+
+    def show(self, progress: Progress) -> None:
+        if progress.attempts > self._attempts > 0:
+            self._announce(f"the workers were restarted and continue after step {progress.step}")
+        self._attempts = progress.attempts
+        is_silent = progress.waiting_s > LEDGER_SILENCE_S
+        if is_silent and not self._is_ledger_silent:
+            self._announce("the ledger does not answer, and training waits: check its database")
+        self._is_ledger_silent = is_silent
+        self.num_seen = max(self.num_seen, progress.num_metrics)
         for metrics in progress.metrics:
-            if "heldout/token_loss" in metrics:
-                self._shown["held-out loss"] = f"{metrics['heldout/token_loss']:.4g}"
-        shown = {"epsilon": f"{self._curve.at(progress.charged_steps):.3f}", **self._shown}
-        if (progress.step, shown) != (self._bar.n, self._last_shown):  # else a log fills with bars
-            self._bar.n, self._last_shown = progress.step, shown
-            self._bar.set_postfix(shown)
+            if (loss := metrics.get(f"{EVALUATION}token_loss")) is not None:
+                self._losses = {"held-out loss": f"{loss:.4g}"}
+        if progress.phase not in PHASES_OF_STEPS:
+            self._display.phase(progress.phase)
+            return
+        self._display.phase(progress.phase, total=self._num_steps)
+        epsilon = self._curve.at(progress.charged_steps)
+        self._display.advance(progress.step, epsilon=f"{epsilon:.3f}", **self._losses)

@@ -1,33 +1,35 @@
-"""What a sweep leaves behind, made by the driver from the trials that the ledger has ended.
+"""Publishes what a run or a sweep releases: model, statement, figures. By the driver, at the end.
 
-    output/ of all and public               output/ of best
+The output folder of a run is described in `udp_ray.io`; that of a sweep holds
+
+    release all or public                   release best
       run.json, config.yaml                   the same
       privacy.json, statement.md              the same, of the whole sweep
       best.yaml                               the same: the chosen settings, for jobs/train.py
       trials.json, trials.txt, heatmap.png    none
-      trials/0001/, ...  each a run           config.json, model.safetensors, ... of the winner
+      trials/0001/, ...  each a run           config.json, model.safetensors, ... of the best trial
                                               metrics.json  its held-out losses by step
 
-Of a secret sweep nothing else leaves: neither which trial won nor how many there were. Where every
-trial diverged, or a secret sweep drew none, the statement says so and there is no model.
-
-What a run leaves behind: the model, the statement, the figures. Made by the driver at the end.
-
-Everything is made from the last checkpoint that the ledger has committed, its digest verified.
-Nothing here is final until the ledger says finished; a crash half-way is made good by --resume,
-which does it all again. All files are written at the end, and none holds a time or a rate: how
-long a step takes depends on who is in its cohort. So the folder tells when the run ended, and
-nothing of how long its steps took.
+Everything of a run is made from the last checkpoint that the ledger has committed, after its digest
+was verified. Nothing is final until the ledger says that the run has finished: a crash before that
+is resumed, and publishes again. All files are written at the end, and none holds a time or a rate,
+because how long a step takes depends on who is in its cohort. So the folder tells when the run
+ended, and not how long its steps took.
 
 A run that diverged ends as well: it is charged whole, its statement and `error.json` say that
-training diverged, and its key is destroyed. Its weights are published if they are finite (they are
-paid for, and only the loss may be beyond the number format); others are of no use to anybody. In
-JSON, not-a-number is null and an infinite perplexity "inf".
+training diverged, and its key is destroyed. Its weights are published if they are finite, since
+they are paid for and perhaps only the loss overflowed. In JSON, not-a-number is null and an
+infinite perplexity is "inf".
+
+Of a secret sweep nothing else is published: neither which trial is the best nor how many there
+were. If every trial diverged, or a secret sweep drew none, the statement says so and there is no
+model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -39,7 +41,6 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
@@ -62,7 +63,7 @@ from udp_ray.io import (
     STATEMENT_FILE,
     TENSORBOARD_FOLDER,
     OutputFolder,
-    write_aside,
+    write_atomic,
     writing,
 )
 from udp_ray.ledger.records import RunRecord, TrialRecord
@@ -81,7 +82,6 @@ from udp_ray.on_ray.accountant import (
 )
 from udp_ray.on_ray.checkpoints import open_checkpoint, remove_uncommitted
 from udp_ray.on_ray.progress import EpsilonCurve
-from udp_ray.on_ray.trial import error_of, final_loss
 from udp_ray.reports.figures import draw_curves, write_event_file
 from udp_ray.reports.statement import DatasetTotal, SweepStatement, describe_point
 from udp_ray.reports.tables import (
@@ -95,6 +95,17 @@ from udp_ray.runs.admission import Run, without_secrets
 from udp_ray.runs.result import RunResult
 from udp_ray.runs.sweep import Sweep
 
+BEST_FILE = "best.yaml"
+TRIALS_FILE = "trials.json"
+TABLE_FILE = "trials.txt"
+HEAT_MAP_FILE = "heatmap.png"
+OF_ONE_TRIAL = {
+    RUN_FILE, CONFIG_FILE, PRIVACY_FILE, STATEMENT_FILE, METRICS_FILE, CURVES_FILE, ERROR_FILE,
+}  # fmt: skip
+"""Files of a trial that tell which one it was, or what it would cost alone."""
+
+# ---- runs
+
 
 def publish_run(
     run: Run,
@@ -104,22 +115,22 @@ def publish_run(
     *,
     stopped_by: DivergedError | None = None,
 ) -> RunResult:
-    """Writes all that a run leaves behind, then has the ledger end it and destroy its key.
+    """Writes the output folder of a run, then has the ledger end the run and destroy its key.
 
     Args:
         run: The run.
         accountant: Its accountant.
         curve: Its epsilon over steps.
-        announce: Shows a person text.
-        stopped_by: What a worker found that stopped training, if training diverged that way.
+        announce: Shows a text.
+        stopped_by: The divergence that a worker found and that stopped training, if one did.
 
     Raises:
-        DivergedError: Training diverged. The run has ended all the same, and left what it could.
-        CheckpointError: Nothing was committed, or the checkpoint is not the ledger's.
+        DivergedError: Training diverged. The run has ended, and what it has is published.
+        CheckpointError: Nothing was committed, or the checkpoint is not the one of the ledger.
         StorageError: The output folder cannot be written.
     """
     record = run.ledger.run(run.run_id)
-    # No attempt can commit any more: each would begin at the last step, and take none.
+    # No attempt can commit now: each would begin at the last step, and take none.
     committed = run.ledger.committed_checkpoints(run.run_id)
     remove_uncommitted(run.run_folder, committed, attempt=record.num_attempts)
     budget_message = accountant.progress(0).budget_message
@@ -137,8 +148,8 @@ def publish_run(
     write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
-    write_aside(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
-    write_aside(folder.path / CONFIG_FILE, to_yaml(without_secrets(run.config)))
+    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
+    write_atomic(folder.path / CONFIG_FILE, without_secrets(run.config).to_yaml())
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
@@ -152,8 +163,8 @@ def publish_run(
     # Not before: a crash in between would leave a run that can neither end nor be resumed.
     if run.has_own_storage and not folder.remove_checkpoints_folder():
         announce(
-            f"{folder.path / CHECKPOINTS_FOLDER} could not be removed: remove it before the output"
-            " folder is published, since its files tell how long steps took"
+            f"{folder.path / CHECKPOINTS_FOLDER} could not be removed: remove it before you publish"
+            " the output folder, since its files tell how long steps took"
         )
     if divergence is not None:
         announce(statement.to_text())
@@ -176,7 +187,7 @@ def _divergence(
     *,
     has_weights: bool,
 ) -> str | None:
-    """Returns in words how training diverged; None if it did not."""
+    """Returns how training diverged, as text; None if it did not."""
     if stopped_by is not None:
         return str(stopped_by)
     found = divergence_of(evaluations, last_step=record.committed_step)
@@ -188,15 +199,15 @@ def _divergence(
 def _advice(run: Run, divergence: str) -> str:
     return (
         f"training diverged: {divergence}; run {run.run_id} has ended, stays charged and its key is"
-        " destroyed: begin another run, in another output folder, with a lower train.learning_rate"
+        " destroyed: start another run, in another output folder, with a lower train.learning_rate"
         " or privacy.clip_norm"
     )
 
 
 def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFolder) -> bool:
-    """Writes the model of the last committed checkpoint as Hugging Face reads it.
+    """Writes the model of the last committed checkpoint in Hugging Face format.
 
-    Of a run with LoRA only the adapters are written, in peft's own format.
+    Of a run with LoRA only the adapters are written, in the format of peft.
 
     Returns:
         Whether it was written; False if its weights are not finite.
@@ -204,7 +215,7 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
     if record.checkpoint is None:
         raise CheckpointError(
             f"no checkpoint of run {record.run_id} was committed within its budget, so there is"
-            " nothing to release: begin a new run, with a smaller train.checkpoint_every"
+            " nothing to release: start a new run with a smaller train.checkpoint_every"
         )
     with open_checkpoint(record.checkpoint) as directory:
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
@@ -216,18 +227,18 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.name)
     with (
         writing("the model", folder.path),
-        tempfile.TemporaryDirectory(prefix=".model-", dir=folder.path) as aside,
+        tempfile.TemporaryDirectory(prefix=".model-", dir=folder.path) as temporary,
     ):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        for file in sorted(Path(aside).iterdir()):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for file in sorted(Path(temporary).iterdir()):
             file.replace(folder.path / file.name)
     return True
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keeps transformers' own progress bars from the terminal."""
+    """Hides the progress bars of transformers."""
     was_shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -240,9 +251,9 @@ def _without_bars() -> Iterator[None]:
 def _with_epsilon(
     record: RunRecord, evaluations: list[dict[str, float]], curve: EpsilonCurve
 ) -> list[dict[str, Any]]:
-    """Adds to each evaluation what had been spent when it was made; never less.
+    """Adds to each evaluation the epsilon spent by then, or an upper bound of it.
 
-    Steps that were charged twice are counted from the beginning, since the rows do not say when.
+    Steps that were charged twice count from the beginning, since the rows do not say when it was.
     """
     return [
         row | {"epsilon": json_number(_spent_by(record, int(row["step"]), curve))}
@@ -252,14 +263,14 @@ def _with_epsilon(
 
 
 def _spent_by(record: RunRecord, step: int, curve: EpsilonCurve) -> float:
-    repaid = record.charged_steps - record.committed_step
-    return curve.at(step + repaid) if step else 0.0
+    charged_twice = record.charged_steps - record.committed_step
+    return curve.at(step + charged_twice) if step else 0.0
 
 
 def _scalars(
     run: Run, record: RunRecord, metrics: list[dict[str, Any]], curve: EpsilonCurve
 ) -> dict[int, dict[str, float]]:
-    """Returns what TensorBoard shows, by step: the evaluations, learning rate and epsilon."""
+    """Returns the values for TensorBoard by step: evaluations, learning rate and epsilon."""
     train, last_step = run.config.train, record.committed_step
     evaluations = {
         int(row["step"]): {
@@ -280,14 +291,7 @@ def _scalars(
     }
 
 
-BEST_FILE = "best.yaml"
-TRIALS_FILE = "trials.json"
-TABLE_FILE = "trials.txt"
-HEAT_MAP_FILE = "heatmap.png"
-OF_ONE_TRIAL = {
-    RUN_FILE, CONFIG_FILE, PRIVACY_FILE, STATEMENT_FILE, METRICS_FILE, CURVES_FILE, ERROR_FILE,
-}  # fmt: skip
-"""Files of a trial that tell which one it was, or what it would cost alone."""
+# ---- sweeps
 
 
 @dataclass(frozen=True)
@@ -297,22 +301,22 @@ class SweepResult:
     sweep_id: str
     output: Path
     model: Path | None
-    """Folder of the chosen model, as Hugging Face reads it; None if no model is released."""
+    """Folder of the chosen model in Hugging Face format; None if no model is released."""
     statement: SweepStatement
     loss: float | None
     """Held-out loss of the chosen trial; None if there is none."""
     trials: tuple[TrialResult, ...]
-    """None of a secret sweep."""
+    """Empty for a secret sweep."""
     is_complete: bool
     """Whether nothing is left to be resumed."""
     failure: UdpRayError | None = None
     """Why no model is released though the sweep has ended."""
 
     def to_text(self) -> str:
-        """Returns what a person wants to know at the end."""
+        """Returns the statement, the trials if they are public, and the chosen settings."""
         if self.statement.winner is None or self.loss is None:
             raise GuaranteeError("a published sweep must state which configuration was chosen")
-        waiting = sum(trial.loss is None for trial in self.trials)
+        num_open = sum(trial.loss is None for trial in self.trials)
         return "\n".join(
             [
                 self.statement.to_text(),
@@ -321,26 +325,55 @@ class SweepResult:
                 f"Chosen: {describe_point(self.statement.winner)}",
                 f"  held-out loss {self.loss:.4f}; weights in {self.model}",
                 f"  settings for jobs/train.py in {self.output / BEST_FILE}",
-                *([f"{waiting} trials have not ended: --resume takes them up"] * (waiting > 0)),
+                *([f"{num_open} trials have not ended: continue with --resume"] * (num_open > 0)),
             ]
         )
 
 
 def result_of(sweep: Sweep, trial: TrialRecord) -> TrialResult:
-    """Returns how a trial ended, from the ledger and from what it wrote."""
+    """Returns how a trial ended, from the ledger and from the files in its folder."""
     folder = sweep.trial_folder(trial.number)
     return TrialResult(
         number=trial.number,
         configuration=sweep.planned.configurations[trial.configuration],
         folder=folder,
         charged_steps=trial.run.charged_steps,
-        loss=final_loss(folder, trial.run, sweep.config.sweep.objective),
-        error=error_of(folder),
+        loss=_final_loss(folder, trial.run, sweep.config.sweep.objective),
+        error=_error_of(folder),
     )
 
 
+def _final_loss(folder: Path, record: RunRecord, objective: str) -> float | None:
+    """Returns a trial's held-out loss after its last step; None if the trial has not ended.
+
+    Edge cases:
+        It diverged -> infinite, which is worse than any trial that did not.
+    """
+    file = folder / METRICS_FILE
+    if record.state != "finished" or not file.is_file():
+        return None
+    if _has_diverged(folder):
+        return math.inf
+    rows = [row for row in json.loads(file.read_text()) if row["step"] == record.committed_step]
+    if not rows or "epsilon" not in rows[-1]:  # which is added when the trial is published
+        return None
+    loss = rows[-1][objective]
+    return math.inf if loss is None else float(loss)
+
+
+def _has_diverged(folder: Path) -> bool:
+    file = folder / ERROR_FILE
+    return file.is_file() and bool(json.loads(file.read_text()).get("diverged", False))
+
+
+def _error_of(folder: Path) -> str | None:
+    """Returns the user's error that ended a trial; None if there is none."""
+    file = folder / ERROR_FILE
+    return str(json.loads(file.read_text())["error"]) if file.is_file() else None
+
+
 def publish_sweep(sweep: Sweep) -> SweepResult:
-    """Writes all that a sweep releases; doing it again writes the same.
+    """Writes the output folder of a sweep. Repeatable: it writes the same again.
 
     Edge cases:
         All trials diverged, or a secret sweep drew none -> no model is released, the sweep has
@@ -354,7 +387,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
     best = best_of(results)
     failure = _failure(sweep, results) if best is None else None
     if best is None and failure is None:
-        raise DataError(_nothing_ended(sweep, results))
+        raise DataError(_nothing_released(sweep, results))
     total = DatasetTotal.of(sweep.ledger.spent(sweep.config.data.name))
     statement = sweep.statement.after(
         winner=best.configuration if best else None,
@@ -363,15 +396,15 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         dataset=total,
     )
     output = sweep.folder.path
-    write_aside(output / CONFIG_FILE, _settings(sweep))
+    write_atomic(output / CONFIG_FILE, _settings(sweep))
     if best is not None:
-        write_aside(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
+        write_atomic(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
     if not sweep.is_secret:
         _write_trials(sweep, results)
     elif best is not None:
-        _release_winner(best.folder, output)
+        _release_best(best.folder, output)
     if sweep.is_secret:
-        _renew(output / RUN_FILE)
+        _rewrite(output / RUN_FILE)
     statement.save(output)
     return SweepResult(
         sweep_id=sweep.sweep_id,
@@ -380,14 +413,14 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         statement=statement,
         loss=best.loss if best else None,
         trials=() if sweep.is_secret else tuple(results),
-        # A secret trial that did not end has scored worst: another look would be another release.
+        # A secret trial that did not end counts as the worst: to resume it would release more.
         is_complete=sweep.is_secret or all(result.loss is not None for result in results),
         failure=failure,
     )
 
 
 def _failure(sweep: Sweep, results: list[TrialResult]) -> UdpRayError | None:
-    """Returns why a sweep without a best trial has ended all the same; None if it has not.
+    """Returns why a sweep without a best trial has ended; None if it has not.
 
     Privacy:
         Of a secret sweep this tells that there was no trial, or that the best one diverged. The
@@ -396,45 +429,45 @@ def _failure(sweep: Sweep, results: list[TrialResult]) -> UdpRayError | None:
     if sweep.is_secret and not results:
         return DataError(
             f"sweep {sweep.sweep_id} drew no trial at all, as its distribution allows, so nothing"
-            " is released; it has ended and its price stays charged: begin another one, with a"
+            " is released; it has ended and its price stays charged: start another one, with a"
             " larger sweep.expected_trials or a sweep.num_trials other than poisson"
         )
     if results and all(result.has_diverged for result in results):
         return DivergedError(
             f"training diverged in every trial of sweep {sweep.sweep_id}, so no model is released;"
-            " the sweep has ended, stays charged and its keys are destroyed: begin another one,"
+            " the sweep has ended, stays charged and its keys are destroyed: start another one,"
             " with lower learning rates or clip norms"
         )
     return None
 
 
-def _nothing_ended(sweep: Sweep, results: list[TrialResult]) -> str:
+def _nothing_released(sweep: Sweep, results: list[TrialResult]) -> str:
     reasons = [result.error for result in results if result.error]
     why = f" ({reasons[0]})" if reasons else ""
     return (
-        f"no trial of sweep {sweep.sweep_id} came to its end{why}, so nothing is released; mend the"
-        " cause, then go on with --resume"
+        f"no trial of sweep {sweep.sweep_id} has ended{why}, so nothing is released; fix the cause,"
+        " then continue with --resume"
     )
 
 
 def _settings(sweep: Sweep) -> str:
     data = sweep.config.data.model_copy(update={"ledger": None})  # its URL may hold a password
-    return to_yaml(sweep.config.model_copy(update={"data": data}))
+    return sweep.config.model_copy(update={"data": data}).to_yaml()
 
 
-def _release_winner(folder: Path, output: Path) -> None:
-    """Copies the winner's model and losses, and nothing that says which trial it was."""
+def _release_best(folder: Path, output: Path) -> None:
+    """Copies the best trial's model and losses, and nothing that says which trial it was."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name not in OF_ONE_TRIAL and not file.name.startswith("."):
-            write_aside(output / file.name, file.read_bytes())
+            write_atomic(output / file.name, file.read_bytes())
     rows = json.loads((folder / METRICS_FILE).read_text())
     for row in rows:
         del row["epsilon"]  # of this trial alone; the choice among trials costs more
-    write_aside(output / METRICS_FILE, json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    write_atomic(output / METRICS_FILE, json.dumps(rows, indent=2, allow_nan=False) + "\n")
 
 
-def _renew(file: Path) -> None:
-    """Writes the first file of a sweep anew: its time would tell how long the trials took."""
+def _rewrite(file: Path) -> None:
+    """Writes the first file of a sweep again: its time would tell how long the trials took."""
     shutil.copyfile(file, file.with_name(f".{file.name}"))
     file.with_name(f".{file.name}").replace(file)
 
@@ -442,11 +475,11 @@ def _renew(file: Path) -> None:
 def _write_trials(sweep: Sweep, results: list[TrialResult]) -> None:
     output = sweep.folder.path
     sweep.folder.write_json(TRIALS_FILE, [result.to_dict() for result in results])
-    write_aside(output / TABLE_FILE, to_table(results) + "\n")
+    write_atomic(output / TABLE_FILE, to_table(results) + "\n")
     title = f"{sweep.sweep_id}: held-out loss of {len(results)} trials"
-    write_aside(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
+    write_atomic(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
     if sweep.planned.release == "public":
-        # A trial's own statement would promise what nobody was charged for.
+        # A trial's own statement would promise what was not charged.
         for result in results:
             for name in (PRIVACY_FILE, STATEMENT_FILE):
                 (result.folder / name).unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Independent pieces of a study as Ray tasks, with a progress bar.
+"""Independent calls of one function as Ray tasks, with their progress.
 
     with connected(config.cluster.address):
         results = run_tasks(simulate, [{"seed": 1}, {"seed": 2}], description="scoring")
 
-A study itself knows nothing of Ray: it takes a function like `run_tasks` as an argument, and the
-tests hand it a plain loop.
+Experiments take a function like `run_tasks` as an argument and import no Ray; their tests pass a
+loop.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
-from tqdm import tqdm
+
+from udp_ray.console import progress
 
 Result = TypeVar("Result")
 
 IN_FLIGHT_PER_CORE = 4
-"""Tasks handed over ahead of time: enough to keep every core busy, few enough to stay cheap."""
+"""Tasks submitted ahead of time: enough to keep every core busy, few enough to stay cheap."""
 
 
 def run_tasks(
@@ -27,24 +28,25 @@ def run_tasks(
     """Returns function(**task) for each task, in the order of the tasks.
 
     Tasks run on one core each, anywhere on the cluster; one whose node dies is run again, so the
-    function must be pure. The first exception ends the study.
+    function must be pure. The first exception ends all.
 
     Args:
         function: Importable by name on every node.
         tasks: Keyword arguments of each call.
-        description: Shown before the progress bar.
+        description: Shown as the phase.
     """
     remote = ray.remote(num_cpus=1)(function)
     most = max(1, int(ray.cluster_resources().get("CPU", 1))) * IN_FLIGHT_PER_CORE
     results: dict[int, Result] = {}
     running: dict[ray.ObjectRef, int] = {}
     waiting = iter(enumerate(tasks))
-    with tqdm(total=len(tasks), desc=description, unit="task", dynamic_ncols=True) as bar:
+    with progress() as display:
+        display.phase(description, total=len(tasks), unit="task")
         while len(results) < len(tasks):
             while len(running) < most and (upcoming := next(waiting, None)) is not None:
                 running[remote.remote(**upcoming[1])] = upcoming[0]
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
                 results[running.pop(reference)] = ray.get(reference)
-                bar.update()
+            display.advance(len(results))
     return [results[index] for index in range(len(tasks))]

@@ -1,20 +1,16 @@
-"""A training run on a Ray cluster, from the settings to a published folder.
+"""Training runs on Ray Train: from the settings to the published output folder.
 
-The driver verifies the store, builds the plan, prints the promise, has the run admitted by the
-ledger, and only then starts workers (`carry_out.py`).
+    result = train(config)
+    print(result.to_text())
 
-    result = train_on_ray(config, resume=False)
-    result.statement.to_text()
-
-The part of a run between its admission and its published folder, by the driver of run or trial.
-
-It trusts the ledger, and not Ray's snapshot, about which checkpoint is the last; what it publishes
-is made from that one alone. What only publishing needs is loaded then: the workers are started
-seconds earlier.
+The driver verifies the store, builds the plan, shows the promise, has the ledger admit the run, and
+only then starts workers. The ledger, and not Ray's snapshot, says which checkpoint is the last one;
+what is published is made from that one alone.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -23,66 +19,114 @@ import ray
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.engine.memory import estimate
+from udp_ray.console import COLUMNS, current, progress
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
-from udp_ray.on_ray.accountant import Charge, RemoteAccountant, start_accountant
+from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
 from udp_ray.on_ray.checkpoints import require_writable
 from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
-from udp_ray.on_ray.progress import EpsilonCurve, ProgressDisplay
+from udp_ray.on_ray.progress import EpsilonCurve, following
 from udp_ray.on_ray.worker import WorkerJob, run_worker
 from udp_ray.reports.statement import PrivacyStatement
-from udp_ray.runs.admission import (
-    Run,
-    admit,
-    new_run_id,
-    plan_of,
-    prepare_run,
-    without_secrets,
-)
+from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_secrets
 from udp_ray.runs.result import RunResult
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def carry_out(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunResult:
-    """Trains an admitted run to its end, on the cluster that was joined, and publishes it.
+def train(
+    config: ExperimentConfig, *, resume: bool = False, announce: Callable[[str], None] = print
+) -> RunResult:
+    """Fine-tunes a model under a privacy plan, and returns what was published and spent.
+
+    Joins the Ray cluster of the settings, of the job, or a new local one, and shows its progress.
+
+    Args:
+        config: The settings.
+        resume: Continue the run in the output folder from its last checkpoint.
+        announce: Shows a text: the promise before anything is spent, and what happens to the run.
 
     Raises:
-        DivergedError: Training diverged, and the run has ended.
-        UdpRayError: Anything else; the run can be resumed.
+        DivergedError: Training diverged; the run has ended and stays charged.
+        UdpRayError: What a user can fix, in a sentence or two. An admitted run can be resumed.
+    """
+    folder = OutputFolder(Path(config.output))
+    folder.check(resume=resume)
+    require_storage(config.cluster.storage)
+    with progress("verifying the store") as display:
+        announce = display.announcing(announce)
+        run = prepare_run(config, folder, run_id=folder.run_id() if resume else new_run_id(config))
+        if resume:
+            admit(run, resume=True)  # a refusal need not wait for a cluster
+        announce(_promise_text(run.statement))
+        with connected(config.cluster.address):
+            require_capacity(config.cluster, announce)
+            if config.cluster.storage is not None and not resume:
+                require_writable(run.run_folder)
+            if not resume:
+                admit(run, resume=False)
+            return execute(run, resume=resume, announce=announce)
+
+
+def _promise_text(statement: PrivacyStatement) -> str:
+    """Returns the promise in short; the whole statement is shown at the end."""
+    plan = statement.plan
+    drawn = f"users per step expected, each with at most {plan.group_size} examples"
+    if plan.sampling == "els":
+        drawn = f"examples per step expected, from at most {plan.group_size} of each user"
+    clipped = f"clipped to L2 norm {plan.clip_norm:g}" if math.isfinite(plan.clip_norm) else "whole"
+    promised = f"{statement.promised}-differential privacy of each user with all their examples"
+    return "\n".join(
+        [
+            *(textwrap.fill(warning, COLUMNS) for warning in statement.warnings()),
+            f"Promise: {promised if statement.is_guarantee else 'none'}",
+            f"  sampling  {plan.expected_size:g} {drawn}; {plan.num_steps} steps",
+            f"  noise     multiplier {plan.noise_multiplier:.4g}, on sums of gradients {clipped}",
+        ]
+    )
+
+
+def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunResult:
+    """Executes an admitted run on the connected cluster, and publishes its result.
+
+    Raises:
+        DivergedError: Training diverged; the run has ended.
+        UdpRayError: Anything else that a user can fix; the run can be resumed.
     """
     if resume:
-        _forget_ray_snapshot(run.run_folder)
-    announce(f"run {run.run_id}: {'going on' if resume else 'admitted'}")
+        _remove_ray_snapshot(run.run_folder)
+    announce(f"run {run.run_id}: {'resumed' if resume else 'admitted'}")
+    current().phase("starting workers")
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
-    accountant = RemoteAccountant(start_accountant(_charge(run)))
+    accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
-        stopped_by = _train(run, accountant, curve)
+        with following(accountant, run.plan, curve, announce):
+            stopped_by = _train(run, accountant)
+        current().phase("publishing")
+        # Loads matplotlib and transformers, which would delay the start of the workers.
         from udp_ray.on_ray.publish import publish_run
 
         return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
     except DivergedError:  # nothing is left to be resumed
         raise
     except BaseException:
-        announce(f"run {run.run_id} has not ended: mend the cause, then go on with --resume")
+        announce(f"run {run.run_id} has not ended: fix the cause, then continue with --resume")
         raise
 
 
-def _forget_ray_snapshot(run_folder: str) -> None:
-    """Removes Ray's memory of the run's checkpoints, which insists on files that are gone."""
+def _remove_ray_snapshot(run_folder: str) -> None:
+    """Removes Ray's list of the run's checkpoints, with which it fails where one was removed."""
     folder = Checkpoint(run_folder)
     snapshot = f"{folder.path}/{RAY_SNAPSHOT}"
     if folder.filesystem.get_file_info(snapshot).is_file:
         folder.filesystem.delete_file(snapshot)
 
 
-def _charge(run: Run) -> Charge:
-    return Charge(
+def _accountant_config(run: Run) -> AccountantConfig:
+    return AccountantConfig(
         ledger_url=run.ledger_url,
         ledger_id=run.ledger.id,
         run_id=run.run_id,
@@ -93,7 +137,7 @@ def _charge(run: Run) -> Charge:
     )
 
 
-def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> DivergedError | None:
+def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
     """Runs the workers until the last checkpoint is committed.
 
     Returns:
@@ -102,49 +146,63 @@ def _train(run: Run, accountant: RemoteAccountant, curve: EpsilonCurve) -> Diver
     Raises:
         UdpRayError: The one that stopped a worker.
         WorkersLostError: The workers died more often than they may.
-        ray.train.TrainingFailedError: They failed by a fault of ours.
+        ray.train.TrainingFailedError: They failed by a defect.
     """
-    trainer = TorchTrainer(
-        run_worker,
-        train_loop_config={"job": _worker_job(run, accountant)},
-        torch_config=TorchConfig(backend="nccl" if run.config.cluster.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=run.config.cluster.num_workers,
-            use_gpu=run.config.cluster.use_gpu,
-            resources_per_worker=worker_resources(run.config.cluster),
-        ),
-        run_config=RunConfig(
-            name=run.run_id,
-            storage_path=run.storage,
-            failure_config=FailureConfig(max_failures=run.config.cluster.max_failures),
-            worker_runtime_env={"env_vars": _environment(run.config)},
-        ),
-    )
     failure: ray.train.TrainingFailedError | None = None
-    with ProgressDisplay(accountant, run.plan, curve):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            failure = error
+    try:
+        _trainer(run, accountant).fit()
+    except ray.train.TrainingFailedError as error:
+        failure = error
     stopped_by = accountant.progress(0).error
     if isinstance(stopped_by, DivergedError):
         return stopped_by
     if stopped_by is not None:
         raise stopped_by
     if failure is not None:
-        raise lost_workers(failure, run.config.cluster.max_failures) or failure
+        raise _lost_workers(failure, run.config.cluster.max_failures) or failure
     return None
 
 
-def lost_workers(
+def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
+    cluster = run.config.cluster
+    job = WorkerJob(
+        config=without_secrets(run.config),  # Ray may write the job to disk
+        plan=run.plan,
+        run_folder=run.run_folder,
+        provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},
+        accountant=accountant.actor,
+    )
+    threads = str(max(1, int(cluster.cpus_per_worker)))
+    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if not cluster.use_gpu:
+        environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker=worker_resources(cluster),
+        ),
+        run_config=RunConfig(
+            name=run.run_id,
+            storage_path=run.storage,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env={"env_vars": environment},
+        ),
+    )
+
+
+def _lost_workers(
     failure: ray.train.TrainingFailedError, max_failures: int
 ) -> WorkersLostError | None:
-    """Returns what to say if workers were killed or their nodes went away; None otherwise.
+    """Returns the error to raise if workers were killed or their nodes went away; else None.
 
-    A worker that dies leaves others waiting for it, whose errors say no more than that.
+    A worker that dies leaves others waiting for it, and their errors say no more than that.
     """
     failures = getattr(failure, "worker_failures", {})
-    # Ray Train finds out by asking after its workers' health, and keeps the answer inside.
+    # Ray Train notices by its health checks, and keeps the cause inside.
     causes = {
         rank: getattr(error, "health_check_failure", error) for rank, error in failures.items()
     }
@@ -154,73 +212,6 @@ def lost_workers(
         return None
     return WorkersLostError(
         f"training worker {lost[0]} died, and cluster.max_failures = {max_failures} restarts are"
-        " used up: see whether its node was lost or its memory ran out (Ray's logs say), then go"
-        " on with --resume"
-    )
-
-
-def _worker_job(run: Run, accountant: RemoteAccountant) -> WorkerJob:
-    return WorkerJob(
-        config=without_secrets(run.config),  # Ray may write the job down
-        plan=run.plan,
-        run_folder=run.run_folder,
-        provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},
-        accountant=accountant.actor,
-    )
-
-
-def _environment(config: ExperimentConfig) -> dict[str, str]:
-    threads = str(max(1, int(config.cluster.cpus_per_worker)))
-    variables = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-    if not config.cluster.use_gpu:
-        variables |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return variables
-
-
-def train_on_ray(
-    config: ExperimentConfig,
-    *,
-    resume: bool = False,
-    announce: Callable[[str], None] = print,
-) -> RunResult:
-    """Trains as configured, and returns what was published and spent.
-
-    Args:
-        config: The settings.
-        resume: Go on with the run in the output folder.
-        announce: Shows a person text: the promised statement, and what happens to the run.
-
-    Raises:
-        UdpRayError: Whatever a user can mend, in a sentence or two.
-    """
-    folder = OutputFolder(Path(config.output))
-    folder.check(resume=resume)
-    require_storage(config.cluster.storage)
-    run = prepare_run(config, folder, run_id=folder.run_id() if resume else new_run_id(config))
-    if resume:
-        admit(run, resume=True)  # a refusal need not wait for a cluster
-    announce(run.statement.to_text())
-    with connected(config.cluster.address):
-        require_capacity(config.cluster, announce)
-        if config.cluster.storage is not None and not resume:
-            require_writable(run.run_folder)
-        if not resume:
-            admit(run, resume=False)
-        return carry_out(run, resume=resume, announce=announce)
-
-
-def describe_run(config: ExperimentConfig) -> str:
-    """Returns what a run would promise and take; touches nothing.
-
-    With privacy.population declared, neither the store nor the ledger need be at hand.
-    """
-    plan = plan_of(config)
-    statement = PrivacyStatement.promise(config.privacy, plan)
-    return "\n\n".join(
-        [
-            statement.to_text(),
-            "Settings\n" + textwrap.indent(to_yaml(without_secrets(config)).rstrip(), "  "),
-            estimate(config, plan).to_text(),
-            "Nothing was started, written or charged.",
-        ]
+        " used up: see in Ray's logs whether its node was lost or its memory ran out, then continue"
+        " with --resume"
     )

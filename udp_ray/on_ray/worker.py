@@ -1,14 +1,14 @@
-"""What runs on each training worker: one attempt of a run, from keys to the last checkpoint.
+"""Trains one attempt of a run on each Ray Train worker, from its keys to the last checkpoint.
 
-Rank 0 begins the attempt, which fences the workers of older ones, removes the checkpoints that
-those have left uncommitted, and tells the others the attempt's number; each rank then fetches its
-own secrets. The ledger says which checkpoint to continue from, never Ray's snapshot. A user's
-mistake stops the run for good instead of being tried again.
+1. Rank 0 begins the attempt, which fences the workers of older attempts, removes the checkpoints
+   that those left uncommitted, and broadcasts the attempt.
+2. Each rank fetches its own keys.
+3. The ranks train from the checkpoint that the ledger names; Ray's snapshot is ignored.
 
-What a training worker is told, and the door that it enters by.
+A user's error stops the run for good; after any other failure Ray restarts the workers.
 
-The driver hands both to Ray Train without importing what only workers need: DeepSpeed, the model
-library and the engine take seconds to load, in the driver of every trial.
+The driver imports this module to hand `run_worker` to Ray Train. What only workers need (torch,
+DeepSpeed, transformers, the engine) is imported inside functions: it takes seconds to load.
 """
 
 from __future__ import annotations
@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.train import Checkpoint
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import LedgerError, StorageError, UdpRayError
-from udp_ray.io import below
-from udp_ray.on_ray.accountant import (
-    AttemptAccountant,
-    AttemptStart,
-    RemoteAccountant,
-    WorkerSecrets,
-)
+from udp_ray.errors import StorageError, UdpRayError
+from udp_ray.io import below, writing
+from udp_ray.ledger import Attempt
+from udp_ray.on_ray.accountant import RemoteAccountant
 from udp_ray.on_ray.checkpoints import (
     checkpoint_name,
     open_checkpoint,
@@ -42,13 +39,12 @@ from udp_ray.on_ray.checkpoints import (
 from udp_ray.runs.provenance import code_digest
 
 if TYPE_CHECKING:
-    from udp_ray.engine.types import ResumePoint, TrainResult, WorkerKeys
-from udp_ray.io import writing
+    from udp_ray.engine.types import TrainResult
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker is told. Public: Ray may write it down."""
+    """What a worker needs to train a run. Public: Ray may write it to disk."""
 
     config: ExperimentConfig
     """Without the ledger's URL."""
@@ -60,118 +56,102 @@ class WorkerJob:
 
 
 def run_worker(settings: dict[str, Any]) -> None:
-    """Trains on this worker. Ray Train calls it on all workers at once.
+    """Trains on this worker. Ray Train calls it on all workers of a run at once.
 
     Args:
-        settings: {"job": WorkerJob}; Ray Train hands over a dict.
+        settings: {"job": WorkerJob}; Ray Train passes a dict.
     """
-    work(settings["job"])
-
-
-def work(job: WorkerJob) -> None:
-    """Trains on this worker; all workers of a run do so at once."""
     import torch
 
-    remote = RemoteAccountant(job.accountant)
+    job: WorkerJob = settings["job"]
+    accountant = RemoteAccountant(job.accountant)
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
     try:
-        start = _begin(remote, rank, job.run_folder)
-        if start is not None:
-            result = _train(job, remote, start, rank)
-            if rank == 0:
-                remote.end(start.number, result.budget_message)
+        attempt = _begin(accountant, rank, job.run_folder)
+        if attempt is not None:
+            _train(job, accountant, attempt, rank)
     except UdpRayError as error:
-        # Rank 0 tells of its own failures; what the others know of them is at second hand.
-        if rank == 0 or not isinstance(error, LedgerError):
-            remote.stop(error)
+        # A rank that only hears of rank 0's failure raises RankFailedError, which is none of these:
+        # rank 0 reports a user's error itself, and any other failure is retried.
+        accountant.stop(error)
         raise
 
 
-def _begin(remote: RemoteAccountant, rank: int, run_folder: str) -> AttemptStart | None:
+def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt | None:
     """Returns the attempt that rank 0 has begun; None if the run is stopped for good.
 
-    Uncommitted checkpoints are removed first of all, and only once older attempts are fenced: until
-    then one of those may still commit what it has written.
+    Uncommitted checkpoints are removed once older attempts are fenced, and before anything else:
+    an attempt that is not fenced may still commit what it has written.
     """
     import torch.distributed as dist
 
-    box = [remote.begin() if rank == 0 else None]
-    start = box[0]
-    if start is not None:
-        remove_uncommitted(run_folder, start.committed, attempt=start.number)
+    box = [accountant.begin() if rank == 0 else None]
+    attempt = box[0]
+    if attempt is not None:
+        remove_uncommitted(run_folder, attempt.committed, attempt=attempt.number)
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def _train(job: WorkerJob, remote: RemoteAccountant, start: AttemptStart, rank: int) -> TrainResult:
+def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank: int) -> None:
     from udp_ray.data.remote import open_store
-    from udp_ray.engine.trainer import train
+    from udp_ray.engine.language_model import train
     from udp_ray.models.load import load_model
 
     config = job.config
     # The driver has verified it; a store at a URL was verified when this node fetched it.
     store = open_store(config.data.store, cache=config.data.cache, verify=False)
-    secrets = remote.secrets(start.number, rank, code=code_digest(), store=store.digest)
+    checkpoints = RunCheckpoints(job.run_folder, attempt)
+    client = accountant.of_attempt(attempt.number, on_commit=checkpoints.committed)
+    keys = client.keys(rank, code=code_digest(), store=store.digest)
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
-    checkpoints = RunCheckpoints(job.run_folder, start)
-    accountant = _LedgerOnRay(remote.of_attempt(start.number), checkpoints)
-    with tempfile.TemporaryDirectory() as workspace, _resume_point(start) as resume:
-        return train(
+    with tempfile.TemporaryDirectory() as workspace, _local_checkpoint(attempt) as folder:
+        result: TrainResult = train(
             model,
             store,
             job.plan,
             settings=config.train,
             autocast=config.model.autocast,
-            keys=_engine_keys(secrets),
-            accountant=accountant if rank == 0 else None,
+            keys=keys,
+            accountant=client if rank == 0 else None,
             publish=checkpoints.publish,
-            on_metrics=accountant.attempt.record_metrics if rank == 0 else None,
+            on_metrics=client.record_metrics if rank == 0 else None,
+            on_phase=client.set_phase if rank == 0 else None,
             workspace=Path(workspace),
-            resume=resume,
-            replay_until=start.replay_until,
+            attempt=attempt,
+            resume_from=folder,
             provenance=job.provenance,
         )
-
-
-def _engine_keys(secrets: WorkerSecrets) -> WorkerKeys:
-    from udp_ray.engine.types import WorkerKeys
-
-    return WorkerKeys(
-        key_id=secrets.key_id,
-        sampling=secrets.sampling,
-        noise=secrets.noise,
-        dropout=secrets.dropout,
-        selfcheck=secrets.selfcheck,
-    )
+    if rank == 0:
+        client.end(result.budget_message)
 
 
 class RunCheckpoints:
     """The checkpoints of one run in Ray's storage; the last two committed ones are kept.
 
-    Ray itself keeps the last ones *reported*: after two crashes between report and commit it would
-    have deleted the only one that the ledger knows. So here the ledger's view decides.
+    Ray keeps the last ones *reported*: after two crashes between report and commit it would have
+    deleted the only one that the ledger names. So the ledger decides which are kept.
 
-    A checkpoint is written before it is committed, because the ledger must name no checkpoint that
-    is not there. So a crash in between leaves an uncommitted one, and the repetition of its steps
-    writes another version of it: the same noise on a sum that may be rounded otherwise. Only a
-    committed checkpoint is a release that the ledger knows of; others are removed by `_begin`, by
-    each commit, and at the end of the run.
+    A checkpoint is written before it is committed, because the ledger must not name a checkpoint
+    that does not exist. A crash in between leaves an uncommitted one, and the repetition of its
+    steps writes another version of it: the same noise on a sum that may be rounded differently.
+    Only a committed checkpoint is a release that the ledger accounts for. `_begin`, each commit and
+    the end of the run remove the others.
     """
 
-    def __init__(self, run_folder: str, start: AttemptStart):
+    def __init__(self, run_folder: str, attempt: Attempt):
         self._folder = run_folder
-        self._attempt = start.number
-        self._last_committed = start.location
+        self._attempt = attempt.number
+        self._last_committed = attempt.resume_checkpoint
 
     def publish(self, step: int, checkpoint: Path | None) -> str | None:
-        """Moves a finished checkpoint into Ray's storage; see `engine.loop.Publish`.
+        """Moves a finished checkpoint into Ray's storage; see `udp_ray.engine.types.Publish`.
 
         Raises:
-            StorageError: There is no room for it, or the storage may not be written.
+            StorageError: The storage is full, or may not be written.
         """
         import torch.distributed as dist
-        from ray.train import Checkpoint
 
         name = checkpoint_name(step, self._attempt)
         location = below(self._folder, name)
@@ -185,40 +165,23 @@ class RunCheckpoints:
                 if checkpoint is not None:
                     require_stored(checkpoint, Checkpoint(location))
         except StorageError:
-            remove(Checkpoint(location))  # half of it, and the room is needed
+            remove(Checkpoint(location))  # it is incomplete, and takes up room
             raise
         dist.barrier()
         return None if checkpoint is None else location
 
     def committed(self, location: str) -> None:
-        """Removes all checkpoints but this one and the one committed before it."""
+        """Removes all checkpoints except this one and the one committed before it."""
         kept = [place for place in (location, self._last_committed) if place]
         self._last_committed = location
         remove_uncommitted(self._folder, kept, attempt=self._attempt)
 
 
-@dataclass(frozen=True)
-class _LedgerOnRay:
-    """The engine's accountant on rank 0: the actor, and the checkpoints that a commit frees."""
-
-    attempt: AttemptAccountant
-    checkpoints: RunCheckpoints
-
-    def authorize(self, step: int, starting_checkpoint: str) -> None:
-        self.attempt.authorize(step, starting_checkpoint)
-
-    def commit(self, step: int, location: str, digest: str) -> None:
-        self.attempt.commit(step, location, digest)
-        self.checkpoints.committed(location)
-
-
 @contextmanager
-def _resume_point(start: AttemptStart) -> Iterator[ResumePoint | None]:
+def _local_checkpoint(attempt: Attempt) -> Iterator[Path | None]:
     """Yields the checkpoint to continue from, as a local folder for as long as the block lasts."""
-    from udp_ray.engine.types import ResumePoint
-
-    if start.location is None or start.digest is None:
+    if attempt.resume_checkpoint is None:
         yield None
         return
-    with open_checkpoint(start.location) as directory:
-        yield ResumePoint(Path(directory), start.digest, start.step, start.location)
+    with open_checkpoint(attempt.resume_checkpoint) as directory:
+        yield Path(directory)

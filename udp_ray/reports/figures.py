@@ -24,7 +24,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from udp_ray.io import write_aside, writing
+from udp_ray.io import write_atomic, writing
 
 LOSS_COLOUR, EPSILON_COLOUR = "#1f5a96", "#b3541e"
 
@@ -106,5 +106,5 @@ def write_event_file(folder: Path, values: Mapping[int, Mapping[str, float]]) ->
     with writing(EVENT_FILE, folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    write_aside(file, content.getvalue())
+    write_atomic(file, content.getvalue())
     return file

@@ -33,7 +33,7 @@ from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan, json_number
 from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.errors import DataError
-from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_aside
+from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_atomic
 from udp_ray.ledger.records import Budget, Digests, Spending
 from udp_ray.runs.provenance import git_commit, versions
 
@@ -376,8 +376,8 @@ class PrivacyStatement:
 
     def save(self, folder: Path) -> None:
         """Writes privacy.json and statement.md, each aside and renamed."""
-        write_aside(folder / PRIVACY_FILE, self.to_json())
-        write_aside(folder / STATEMENT_FILE, self.to_markdown())
+        write_atomic(folder / PRIVACY_FILE, self.to_json())
+        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
 
     # ---- for people
 
@@ -640,8 +640,8 @@ class SweepStatement:
     def save(self, folder: Path) -> None:
         """Writes privacy.json and statement.md, each aside and renamed."""
         content = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        write_aside(folder / PRIVACY_FILE, content)
-        write_aside(folder / STATEMENT_FILE, self.to_markdown())
+        write_atomic(folder / PRIVACY_FILE, content)
+        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
 
     # ---- for people
 

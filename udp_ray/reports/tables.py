@@ -27,7 +27,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from udp_ray.config.cli import to_yaml
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.dp.sweep import Configuration
@@ -270,7 +269,7 @@ def winner_yaml(config: SweepJobConfig, winner: Configuration) -> str:
     # The ledger's URL may hold a password, and the store names the ledger.
     data = settings.data.model_copy(update={"ledger": None})
     settings = settings.model_copy(update={"data": data})
-    return f"# The chosen settings of a sweep, for jobs/train.py.\n# {told}\n{to_yaml(settings)}"
+    return f"# The chosen settings of a sweep, for jobs/train.py.\n# {told}\n{settings.to_yaml()}"
 
 
 # ---- the heat map

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.config.sweep import SweepJobConfig
+from udp_ray.config.sweep import SweepConfig, SweepJobConfig
 from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.sweep import Configuration, PlannedSweep, plan_sweep
+from udp_ray.dp.selection import TrialCount, trial_count
+from udp_ray.dp.sweep import Configuration, KeptExamples, PlannedSweep, SearchSpace, plan_sweep
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below
 from udp_ray.ledger.ledger import Ledger, refuse_mismatch
@@ -142,7 +143,56 @@ def plan_of_sweep(config: SweepJobConfig) -> PlannedSweep:
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
         _check_data(config, store)
         return _plan_on(config, store)
-    return plan_sweep(config, num_users=None, kept_examples=lambda group_size: None)
+    return plan_of_settings(config, num_users=None, kept_examples=lambda group_size: None)
+
+
+def plan_of_settings(
+    config: SweepJobConfig, *, num_users: int | None, kept_examples: KeptExamples
+) -> PlannedSweep:
+    """Returns the planned sweep of the settings, with their defaults filled in.
+
+    Args:
+        config: The settings.
+        num_users: The store's number of users; None if no store is given.
+        kept_examples: The store's number of kept examples for a group size (els).
+
+    Raises:
+        ConfigError: If no trial can be run, or the budget is out of reach.
+    """
+    sweep, privacy = config.sweep, config.privacy
+    per_unit = privacy.group_size if privacy.sampling == "uls" else 1
+    examples = sweep.examples_per_step or privacy.expected_size * per_unit
+    total = sweep.total_examples
+    if total is not None and total < examples:
+        raise ConfigError(
+            f"sweep.total_examples is {total}, below one step of {examples} examples: raise it, or"
+            " lower sweep.examples_per_step"
+        )
+    space = SearchSpace(
+        base=privacy,
+        samplings=tuple(sweep.sampling or ()) or None,
+        group_sizes=tuple(sweep.group_size or ()) or None,
+        clip_norms=tuple(sweep.clip_norm or ()) or None,
+        learning_rates=tuple(sweep.learning_rate or (config.train.learning_rate,)),
+        epsilons=tuple(sweep.epsilon or ()) or None,
+        examples_per_step=examples,
+        num_steps=None if total is None else total // examples,
+        max_examples_per_user=config.data.max_examples_per_user,
+    )
+    return plan_sweep(
+        space,
+        release=sweep.release,
+        count=trial_count_of(sweep),
+        num_users=num_users,
+        kept_examples=kept_examples,
+    )
+
+
+def trial_count_of(sweep: SweepConfig) -> TrialCount | None:
+    """Returns the distribution of the number of trials; None if all configurations are tried."""
+    if sweep.release != "best":
+        return None
+    return trial_count(sweep.num_trials, mean=sweep.expected_trials)
 
 
 def admit_sweep(sweep: Sweep, *, resume: bool) -> Attempt:
@@ -241,7 +291,7 @@ def _check_data(config: SweepJobConfig, store: TokenStore) -> None:
 
 def _plan_on(config: SweepJobConfig, store: TokenStore) -> PlannedSweep:
     counts = np.diff(store.user_offsets)
-    return plan_sweep(
+    return plan_of_settings(
         config,
         num_users=store.num_users,
         kept_examples=lambda group_size: int(np.minimum(counts, group_size).sum()),
@@ -250,7 +300,9 @@ def _plan_on(config: SweepJobConfig, store: TokenStore) -> PlannedSweep:
 
 def _declared(config: SweepJobConfig, ledger: Ledger, sweep_id: str) -> PlannedSweep:
     record = ledger.run(sweep_id)
-    return PlannedSweep.from_dict(record.plan, charge=record.charge, count=config.sweep.count)
+    return PlannedSweep.from_dict(
+        record.plan, charge=record.charge, count=trial_count_of(config.sweep)
+    )
 
 
 def _refuse_protected(config: SweepJobConfig, ledger: Ledger) -> None:

@@ -26,7 +26,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.engine.kernels import gradients as group_gradients
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import check_exact, made_up_group
+from udp_ray.engine.kernels.select import check_complete, synthetic_group
 from udp_ray.errors import ConfigError, UnsupportedModelError
 from udp_ray.models.load import trainable_parameters
 from udp_ray.models.lora import add_adapters
@@ -80,7 +80,7 @@ def ghost_sum(store, users, clip_norm, model, **options):
 def test_the_sum_is_that_of_a_plain_loop_over_users(
     store, users, name, microbatch_tokens, clip_norm, form, monkeypatch
 ):
-    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS[form])
+    monkeypatch.setattr(group_gradients, "MATERIALIZED_PER_STORED", FORMS[form])
     found = ghost_sum(
         store, range(12), clip_norm, MODELS[name](), microbatch_tokens=microbatch_tokens
     )
@@ -127,7 +127,7 @@ def test_a_microbatch_without_groups_adds_nothing(store):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_user_whose_gradient_is_not_finite_adds_nothing(store, poison, form, monkeypatch):
-    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS[form])
+    monkeypatch.setattr(group_gradients, "MATERIALIZED_PER_STORED", FORMS[form])
     sound = groups_of(store, range(4))
     (first, *rest), *_ = [group.microbatches for group in groups_of(store, [5])]
     bad = Group([replace(first, row_weight=first.row_weight * poison), *rest])
@@ -149,7 +149,7 @@ def test_frozen_parameters_are_left_out(store, users, frozen):
 def test_the_check_accepts_the_models_that_are_clipped_exactly():
     for make in MODELS.values():
         model = make()
-        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+        check_complete(model, trainable_parameters(model), torch.device("cpu"))
 
 
 def test_a_weight_that_another_layer_uses_is_refused_by_name():
@@ -164,7 +164,7 @@ def test_a_weight_that_another_layer_uses_is_refused_by_name():
     model = tiny_llama()
     model.model.layers[0].self_attn.o_proj = Borrowing(model.model.layers[1].self_attn.o_proj)
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.self_attn\.o_proj\.weight"):
-        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+        check_complete(model, trainable_parameters(model), torch.device("cpu"))
 
 
 def test_a_clip_norm_below_what_float32_squares_resolve_is_refused():
@@ -178,7 +178,7 @@ def test_dropout_is_refused():
     model.transformer.drop.p = 0.1
     model.train()
     with pytest.raises(ConfigError, match=r"set model\.dropout to 0"):
-        check_exact(model, trainable_parameters(model), torch.device("cpu"))
+        check_complete(model, trainable_parameters(model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -219,7 +219,7 @@ def test_adapters_are_clipped_exactly_and_alone(store, users):
                 parameter.copy_(torch.randn(parameter.shape, generator=random) / 4)
         return model
 
-    check_exact(make(), trainable_parameters(make()), torch.device("cpu"))
+    check_complete(make(), trainable_parameters(make()), torch.device("cpu"))
     found = ghost_sum(store, range(12), 0.1, make())
     assert float((found - plain_sum(users, 0.1, make())).abs().max()) < ROUNDING
 
@@ -238,18 +238,18 @@ def alone_and_in_company(store, packed, *, with_length=False):
     make = ghost(1.0, autocast="bfloat16", microbatch_tokens=4096)
     kernel = make(model, trainable_parameters(model))
     # A user of the longest text that the model reads is among them.
-    groups = [*groups_of(store, range(12), 4096), made_up_group(model, 1, 32)]
+    groups = [*groups_of(store, range(12), 4096), synthetic_group(model, 1, 32)]
     together = {}
     for microbatch in packed(kernel, groups):
         gradients = kernel.group_gradients(microbatch).values()
         for place, texts in enumerate(rows_by_group(microbatch)):
             together[str(texts)] = torch.cat(
-                [g.held().gradients[place].flatten() for g in gradients]
+                [g.materialized().gradients[place].flatten() for g in gradients]
             )
     for group in groups:
         (microbatch,) = packed(kernel, [group])
         gradients = kernel.group_gradients(microbatch).values()
-        alone = torch.cat([g.held().gradients[0].flatten() for g in gradients])
+        alone = torch.cat([g.materialized().gradients[0].flatten() for g in gradients])
         yield alone, together[str(rows_by_group(microbatch)[0])]
 
 
@@ -302,7 +302,7 @@ def test_an_unknown_layer_is_clipped_exactly(store, users):
         model.model.layers[0].mlp = Gate()
         return model
 
-    check_exact(make(), trainable_parameters(make()), torch.device("cpu"))
+    check_complete(make(), trainable_parameters(make()), torch.device("cpu"))
     found = ghost_sum(store, range(12), 0.3, make())
     assert float((found - plain_sum(users, 0.3, make())).abs().max()) < ROUNDING
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp .*set train\.zero_stage to 2"):
@@ -324,13 +324,13 @@ def test_clipping_rows_instead_of_users_would_be_seen(store, users):
 
 def test_without_the_cross_term_of_tied_embeddings_a_norm_would_be_wrong(store, monkeypatch):
     """The failing arm of exactness for weights used twice."""
-    monkeypatch.setattr(group_gradients, "HELD_PER_STORED", FORMS["gram"])
+    monkeypatch.setattr(group_gradients, "MATERIALIZED_PER_STORED", FORMS["gram"])
     microbatches = pack_groups(groups_of(store, range(12), 4096), 4096, Packing()).shared
     model = tiny_model()
     kernel = ghost(1.0)(model, trainable_parameters(model))
     tied = kernel.group_gradients(microbatches[0])["transformer.wte.weight"]
     assert isinstance(tied, group_gradients.Tied)
-    right = tied.held().gradients.double().flatten(1).norm(dim=1).square()
+    right = tied.materialized().gradients.double().flatten(1).norm(dim=1).square()
     without = tied.products.squared_norms() + tied.lookups.squared_norms()
     assert float((tied.squared_norms() / right - 1).abs().max()) < 1e-5
     assert float((without / right - 1).abs().max()) > 1e-2

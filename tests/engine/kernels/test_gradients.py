@@ -105,7 +105,7 @@ def test_the_norm_of_a_tied_table_is_never_too_small(kind):
     assert float(excess.max()) < TOO_LARGE or "cancel" in kind or "zero" in kind
     for factors in (torch.ones(8), torch.linspace(0, 1, 8)):
         expected = (factors.double()[:, None, None] * right).sum(dim=0)
-        for given in (tied, tied.held()):
+        for given in (tied, tied.materialized()):
             found = torch.zeros(200, 48, dtype=torch.float64)
             given.add_weighted(found, factors)
             assert float((found - expected).norm() / right.norm()) < SUM_ROUNDING
@@ -127,7 +127,7 @@ def test_layers_of_one_input_have_one_norm_that_is_never_too_small(kind, size, m
     inputs, outputs = tokens(kind, **size, seed=4)
     others, thirds = tokens(kind, **size, seed=5)
     layers = [Products(inputs, outputs), Products(inputs, thirds), Products(others, thirds)]
-    bias = layers[0].held()
+    bias = layers[0].materialized()
     products = []
     bmm = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: products.append(1) or bmm(a, b))

@@ -9,14 +9,14 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
 from udp_ray.errors import ConfigError
 from udp_ray.models.load import trainable_parameters
 
 
 def chosen(wanted, model=None, *, rows_per_group=1, tokens_per_row=16, microbatch_tokens=512):
     model = tiny_model() if model is None else model
-    return choose_kernel(
+    return select_kernel(
         wanted, model, trainable_parameters(model), clip_norm=1.0, rows_per_group=rows_per_group,
         tokens_per_row=tokens_per_row, microbatch_tokens=microbatch_tokens, autocast="off",
         world=join_world(),

@@ -1,30 +1,48 @@
-"""The direct kernel: one group per backward pass.
+"""The direct kernel: computes and clips the gradient of one group per backward pass.
 
-Each group's gradient is computed by itself, brought to float32, clipped as a whole over all
-trainable parameters, and added to the sum. A group of several microbatches adds up their gradients
-before the norm is taken, so the size of a microbatch never changes what is clipped. Tied weights
-are one parameter to autograd, hence exact. `torch.autograd.grad` fires none of DeepSpeed's hooks.
+    1. For each microbatch of the group: the gradient of its weighted loss, in float32.
+    2. Their sum is the gradient of the group.
+    3. Its norm over all trainable parameters gives the clip factor; the scaled gradient is added to
+       the float64 sum.
+
+The norm is taken of the whole group, so the size of a microbatch never changes what is clipped.
+Tied weights are one parameter to autograd, hence exact. `torch.autograd.grad` does not touch `grad`
+of parameters and fires none of DeepSpeed's hooks. The kernel works with any module and any loss.
+
+Reference: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from udp_ray.data.batches import Group, Microbatch
 from udp_ray.dp.clipping import clip_and_add
-from udp_ray.engine.loss import autocast_context, row_losses
+from udp_ray.engine.loss import autocast_context, weighted_loss
 from udp_ray.engine.types import RunningSum
+
+
+class Clippable(Protocol):
+    """What is clipped as one: `data.batches.Group`, or `TensorGroup` of one's own data."""
+
+    @property
+    def microbatches(self) -> Sequence[Any]:
+        """At least one. Sensitive."""
+
+    @property
+    def mask_seed(self) -> int | None:
+        """Seed of the group's dropout masks; None leaves them to torch's generator. Sensitive."""
 
 
 class DirectKernel:
     """Adds up the clipped gradients of groups, one backward pass per microbatch.
 
-    Dropout masks come from the group's own seed (`Group.mask_seed`): they are the same on any rank
-    and whenever the step is repeated, and unrelated between groups and steps.
+    Dropout masks come from the group's own seed: they are the same on any rank and in a repetition
+    of the step, and unrelated between groups and steps.
     """
 
     packing = None
@@ -38,8 +56,21 @@ class DirectKernel:
         clip_norm: float,
         autocast: str = "off",
         device: torch.device | str = "cpu",
+        loss: Callable[[nn.Module, Any, torch.device], Tensor] = weighted_loss,
     ) -> None:
+        """Keeps the parts.
+
+        Args:
+            model: The model, on its device.
+            parameters: The trainable ones by name, float32.
+            clip_norm: L2 bound of a group's gradient.
+            autocast: `ModelConfig.autocast`.
+            device: Where the model is.
+            loss: Returns the weighted loss of a microbatch as a scalar. By default the token loss
+                of a causal language model.
+        """
         self._model = model
+        self._loss = loss
         self._parameters = list(parameters.values())
         self._clip_norm = clip_norm
         self._autocast = autocast
@@ -47,14 +78,14 @@ class DirectKernel:
         self.num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
         """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
-        """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
+    def add_clipped(self, sums: RunningSum, groups: Iterable[Clippable]) -> None:
+        """Adds each group's gradient, clipped, to `sums`; see `types.Kernel`."""
         views = list(sums.views.values())
         for group in groups:
             is_finite = clip_and_add(views, self.group_gradient(group), self._clip_norm)
             self.num_rejected += ~is_finite.to(self._device)
 
-    def group_gradient(self, group: Group) -> list[Tensor]:
+    def group_gradient(self, group: Clippable) -> list[Tensor]:
         """Returns the group's unclipped gradient, float32. Sensitive."""
         first, *others = group.microbatches
         with _seeded(group.mask_seed, self._device):
@@ -63,11 +94,9 @@ class DirectKernel:
                 torch._foreach_add_(total, self._microbatch_gradient(microbatch))
         return total
 
-    def _microbatch_gradient(self, microbatch: Microbatch) -> list[Tensor]:
+    def _microbatch_gradient(self, microbatch: Any) -> list[Tensor]:
         with autocast_context(self._autocast, self._device):
-            sums_R, counts_R = row_losses(self._model, microbatch, self._device)
-        weights_R = microbatch.row_weight.to(self._device)
-        loss = (weights_R * sums_R / counts_R.clamp(min=1)).sum()
+            loss = self._loss(self._model, microbatch, self._device)
         gradients = torch.autograd.grad(
             loss, self._parameters, allow_unused=True, materialize_grads=True
         )
@@ -76,7 +105,7 @@ class DirectKernel:
 
 @contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Has torch's generators start from a seed, and go on afterwards as if nothing had been."""
+    """Seeds torch's generators for the block, and restores their state afterwards."""
     if seed is None:
         yield
         return

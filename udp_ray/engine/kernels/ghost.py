@@ -40,7 +40,7 @@ from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.gradients import GroupGradients, summed_squared_norms, total
 from udp_ray.engine.kernels.hooks import capturing
 from udp_ray.engine.kernels.layers import RowLayout, make_layer, needs_parameters
-from udp_ray.engine.loss import autocast_context, row_losses
+from udp_ray.engine.loss import autocast_context, weighted_loss
 from udp_ray.engine.types import RunningSum
 from udp_ray.errors import ConfigError, GuaranteeError, UnsupportedModelError
 
@@ -158,9 +158,8 @@ class GhostKernel:
         trainable = list(self._parameters.values())
         with capturing(self._model, self._layers, trainable, layout, self._device) as capture:
             with autocast_context(self._autocast, self._device):
-                sums_R, counts_R = row_losses(self._model, microbatch, self._device)
-            weights_R = microbatch.row_weight.to(self._device)
-            capture.backward((weights_R * sums_R / counts_R.clamp(min=1)).sum())
+                loss = weighted_loss(self._model, microbatch, self._device)
+            capture.backward(loss)
         return {name: total(uses) for name, uses in capture.uses.items()}
 
     def _refuse_layers_of_whole_parameters(self) -> None:

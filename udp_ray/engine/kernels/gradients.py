@@ -1,23 +1,24 @@
 """The gradients of many groups for one parameter: their norms and weighted sums, seldom whole.
 
 A linear layer's gradient for one group is the sum over the group's tokens of an outer product: an
-output gradient times an input. Two ways lead to its norm. *Held*: form it, which for groups of many
-tokens takes less memory than the tokens themselves, and serves for the sum too. *Gram*: the squared
-norm is the sum over pairs of tokens of (input . input) (output gradient . output gradient), which
-for groups of few tokens is far less work. Either way the sum over groups is formed in float32 from
-the very tensors that the norms are of, with the clip factors inside, also where they are bfloat16.
+output gradient times an input. Its norm is computed in one of two ways. *Materialized*: form the
+gradient, which for groups of many tokens takes less memory than the tokens themselves, and serves
+for the sum too. *Gram*: the squared norm is the sum over pairs of tokens of (input . input) (output
+gradient . output gradient), which for groups of few tokens is far less work. Either way the sum
+over groups is formed in float32 from the same tensors as the norms, with the clip factors inside,
+also where these tensors are bfloat16.
 
 Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens is added to a float64 sum:
 within a product the order of float32 additions, and so the rounding of what one group adds, depends
 on who shares it. How far that can move a sum is part of `sensitivity.rounding_slack`.
 
-Rounding of norms. A norm that came out too small would let a group exceed its bound. Held gradients
-are added as they are, so their norm, taken in float64, is that of what is added. In the Gram form
-the pairs of tokens cancel, while the roundings of their products (float32, each relative to its own
-pair) do not: they add up like independent errors, to a few units in the last place of the root of
-the sum over pairs of the squared products, which is at most the sum over tokens of |input|^2
-|output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter is added
-to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
+Rounding of norms. A norm that is too small would let a group exceed its bound. Materialized
+gradients are added as they are, so their norm, taken in float64, is that of what is added. In the
+Gram form the pairs of tokens cancel, while the roundings of their products (float32, each relative
+to its own pair) do not: they add up like independent errors, to a few units in the last place of
+the root of the sum over pairs of the squared products. That root is at most the sum over tokens of
+|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter
+is added to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
 `clipping.ROUNDING_MARGIN`.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
@@ -43,10 +44,10 @@ from udp_ray.dp.clipping import accumulate, squared_norms
 
 GRAM_SLACK = 2.0**-19
 
-# Held gradients are preferred where they have at most this many values per value of the tokens that
-# they are formed from, which bounds what they take. Measured on a CPU core, layers of 256 x 256 to
-# 768 x 3072 and 64 to 512 tokens: held is faster up to 2, the Gram form from 3 on.
-HELD_PER_STORED = 2.0
+MATERIALIZED_PER_STORED = 2.0
+"""Gradients are materialized if they have at most this many values per value of the tokens that
+they are formed from, which bounds their memory. Measured on a CPU core, layers of 256 x 256 to
+768 x 3072 and 64 to 512 tokens: materialized is faster up to 2, the Gram form from 3 on."""
 
 BLOCK_TOKENS = 128
 """Tokens whose pairs are multiplied out at once. Speed and memory only."""
@@ -82,13 +83,13 @@ class GroupGradients(Protocol):
         """Returns these gradients, those of rejected groups zero whatever they held."""
         ...
 
-    def held(self) -> Held:
+    def materialized(self) -> Materialized:
         """Returns the same gradients, formed."""
         ...
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Held:
+class Materialized:
     """Gradients as they are, float32, (U, *shape of the parameter)."""
 
     gradients: Tensor
@@ -103,10 +104,10 @@ class Held:
         for part, block in zip(sums.split(width), gradients.split(width, dim=1), strict=True):
             part.add_(factors @ block.double())
 
-    def without(self, is_rejected_U: Tensor) -> Held:
-        return Held(_zeroed(self.gradients, is_rejected_U))
+    def without(self, is_rejected_U: Tensor) -> Materialized:
+        return Materialized(_zeroed(self.gradients, is_rejected_U))
 
-    def held(self) -> Held:
+    def materialized(self) -> Materialized:
         return self
 
 
@@ -143,17 +144,17 @@ class Products:
             outputs=_zeroed(self.outputs, is_rejected_U),
         )
 
-    def held(self) -> Held:
+    def materialized(self) -> Materialized:
         inputs, outputs = self.inputs.float(), self.outputs.float()
         if self.is_transposed:
-            return Held(torch.bmm(inputs.transpose(1, 2), outputs))
-        return Held(torch.bmm(outputs.transpose(1, 2), inputs))
+            return Materialized(torch.bmm(inputs.transpose(1, 2), outputs))
+        return Materialized(torch.bmm(outputs.transpose(1, 2), inputs))
 
     @property
-    def is_better_held(self) -> bool:
+    def is_better_materialized(self) -> bool:
         """Whether the formed gradients are not much larger than what they are formed from."""
         (_, tokens, size_in), size_out = self.inputs.shape, self.outputs.shape[2]
-        return size_in * size_out <= HELD_PER_STORED * tokens * (size_in + size_out)
+        return size_in * size_out <= MATERIALIZED_PER_STORED * tokens * (size_in + size_out)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -183,13 +184,13 @@ class Lookups:
     def without(self, is_rejected_U: Tensor) -> Lookups:
         return replace(self, outputs=_zeroed(self.outputs, is_rejected_U))
 
-    def held(self) -> Held:
+    def materialized(self) -> Materialized:
         num_groups, _, size = self.outputs.shape
         tables = self.outputs.new_zeros(num_groups * self.num_rows, size, dtype=torch.float32)
         group = torch.arange(num_groups, device=self.rows.device)[:, None]
         place = (self.rows + self.num_rows * group).flatten()
         tables.index_add_(0, place, self.outputs.float().flatten(0, 1))
-        return Held(tables.view(num_groups, self.num_rows, size))
+        return Materialized(tables.view(num_groups, self.num_rows, size))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -216,8 +217,10 @@ class Tied:
     def without(self, is_rejected_U: Tensor) -> Tied:
         return Tied(self.products.without(is_rejected_U), self.lookups.without(is_rejected_U))
 
-    def held(self) -> Held:
-        return Held(self.products.held().gradients + self.lookups.held().gradients)
+    def materialized(self) -> Materialized:
+        return Materialized(
+            self.products.materialized().gradients + self.lookups.materialized().gradients
+        )
 
 
 def total(uses: Sequence[GroupGradients]) -> GroupGradients:
@@ -229,12 +232,14 @@ def total(uses: Sequence[GroupGradients]) -> GroupGradients:
     products, lookups = kinds.get((Products, False)), kinds.get((Lookups, None))
     if len(kinds) == 2 and isinstance(products, Products) and isinstance(lookups, Lookups):
         tied = Tied(products, lookups)
-        return tied.held() if products.is_better_held else tied
+        return tied.materialized() if products.is_better_materialized else tied
     if len(kinds) > 1:
-        return Held(reduce(torch.add, [use.held().gradients for use in kinds.values()]))
+        return Materialized(
+            reduce(torch.add, [use.materialized().gradients for use in kinds.values()])
+        )
     (only,) = kinds.values()
-    is_long = isinstance(only, Products) and only.is_better_held
-    return only.held() if is_long else only
+    is_long = isinstance(only, Products) and only.is_better_materialized
+    return only.materialized() if is_long else only
 
 
 def _sum(one: GroupGradients, other: GroupGradients) -> GroupGradients:
@@ -251,7 +256,7 @@ def _sum(one: GroupGradients, other: GroupGradients) -> GroupGradients:
             rows=torch.cat([one.rows, other.rows], dim=1),
             outputs=torch.cat([one.outputs, other.outputs], dim=1),
         )
-    return Held(one.held().gradients + other.held().gradients)
+    return Materialized(one.materialized().gradients + other.materialized().gradients)
 
 
 def summed_squared_norms(gradients: Iterable[GroupGradients]) -> Tensor:

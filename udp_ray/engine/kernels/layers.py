@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from udp_ray.engine.kernels.gradients import (
     GroupGradients,
-    Held,
     Lookups,
+    Materialized,
     Products,
 )
 
@@ -192,7 +192,7 @@ class _Linear:
             products = Products(layout.by_group(saved[0]), outputs, self.is_transposed)
             uses[self.own["weight"]] = products
         if "bias" in self.own:
-            uses[self.own["bias"]] = Held(outputs.sum(dim=1, dtype=torch.float32))
+            uses[self.own["bias"]] = Materialized(outputs.sum(dim=1, dtype=torch.float32))
         return uses
 
 
@@ -238,9 +238,9 @@ class _Scaling:
                 neutral = {name: value.to(grad.device) for name, value in self.neutral.items()}
                 bare = functional_call(self.module, neutral, (saved[0].float(),))
                 scaled = layout.by_group(bare)
-            uses[self.own["weight"]] = Held((outputs * scaled).sum(dim=1))
+            uses[self.own["weight"]] = Materialized((outputs * scaled).sum(dim=1))
         if "bias" in self.own:
-            uses[self.own["bias"]] = Held(outputs.sum(dim=1))
+            uses[self.own["bias"]] = Materialized(outputs.sum(dim=1))
         return uses
 
 
@@ -265,7 +265,7 @@ class _Other:
             for *inputs, grad_part in zip(*parts, layout.parts(grad), strict=True)
         ]
         return {
-            name: Held(torch.stack([gradient[own].float() for gradient in gradients]))
+            name: Materialized(torch.stack([gradient[own].float() for gradient in gradients]))
             for own, name in self._own.items()
         }
 

@@ -50,7 +50,7 @@ NEGLIGIBLE = 1e-6
 """A gradient below this share of the whole one is rounding: a key's bias has none in theory."""
 
 
-def made_up_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -> Group:
+def synthetic_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -> Group:
     """Returns a group of random tokens from the model's vocabulary, the same for one seed."""
     vocabulary = model.config.vocab_size
     random = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ def made_up_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -> 
     return Group([Microbatch(ids, labels, weights)])
 
 
-def check_exact(
+def check_complete(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device
 ) -> None:
     """Returns if on made-up tokens the ghost kernel gives the gradients of plain autograd.
@@ -71,7 +71,7 @@ def check_exact(
         UnsupportedModelError: The gradient of a parameter is not what autograd says.
     """
     # 3 rows of 7 tokens: a dimension that runs over tokens is no multiple of the rows.
-    groups = [made_up_group(model, num_rows, 7) for num_rows in (2, 1)]
+    groups = [synthetic_group(model, num_rows, 7) for num_rows in (2, 1)]
     (microbatch,) = pack_groups(groups, 21, Packing()).shared
     _refuse_dropout(model, microbatch, device)
     kernel = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=21, device=device)
@@ -136,7 +136,7 @@ CLEAR_LEAD = 2.0
 """A kernel that is faster by this factor is not measured again."""
 
 
-def choose_kernel(
+def select_kernel(
     wanted: Literal["auto", "direct", "ghost"],
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -189,7 +189,7 @@ def choose_kernel(
             return False
         try:
             candidate = ghost()
-            check_exact(model, parameters, next(iter(parameters.values())).device)
+            check_complete(model, parameters, next(iter(parameters.values())).device)
         except (ConfigError, UnsupportedModelError):
             if wanted == "ghost" or is_sliced:
                 raise
@@ -198,13 +198,13 @@ def choose_kernel(
             return True
         if autocast != "off":
             return 2 * rows_per_group * tokens_per_row <= microbatch_tokens
-        groups = _made_up_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
+        groups = _synthetic_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
         return _is_faster(candidate, direct, ClippedSum(parameters, world), groups)
 
     return ghost() if world.from_first(is_ghost_taken) else direct
 
 
-def _made_up_groups(
+def _synthetic_groups(
     model: Any, rows_per_group: int, tokens_per_row: int, microbatch_tokens: int
 ) -> list[Group]:
     """Returns groups of the largest kind, as many as a measured microbatch holds."""
@@ -212,7 +212,7 @@ def _made_up_groups(
     tokens = min(tokens_per_row, microbatch_tokens, longest)
     rows = min(rows_per_group, microbatch_tokens // tokens)
     most = min(microbatch_tokens, max(MEASURED_TOKENS, rows * tokens))
-    return [made_up_group(model, rows, tokens)] * (most // (rows * tokens))
+    return [synthetic_group(model, rows, tokens)] * (most // (rows * tokens))
 
 
 def _is_faster(

@@ -61,12 +61,12 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort
 from udp_ray.engine.distributed import World
-from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, cut
+from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
-from udp_ray.engine.kernels.select import choose_kernel
+from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import cohorts
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.trainer import cohorts
 from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import BenchmarkError
@@ -301,13 +301,13 @@ class PrivateContestant:
         """Returns this rank's slice of a tensor's sum over ranks. Collective."""
         whole = part.to(self._world.device)
         dist.all_reduce(whole)
-        return cut(whole, self._world.rank, self._world.size).to(self._world.device)
+        return own_slice(whole, self._world.rank, self._world.size).to(self._world.device)
 
     def _kernel(
         self, model: nn.Module, parameters: dict[str, nn.Parameter], wanted: Any, clip_norm: float
     ) -> Kernel:
         cell = self._task.cell
-        return choose_kernel(
+        return select_kernel(
             wanted,
             model,
             parameters,

@@ -53,8 +53,8 @@ from udp_ray.ledger.database import parse_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.models.load import load_tokenizer
-from udp_ray.on_ray.accountant import Charge
-from udp_ray.on_ray.latency import measure_waits
+from udp_ray.on_ray.accountant import AccountantConfig
+from udp_ray.on_ray.latency import measure_latency
 from udp_ray.runs.provenance import ROOT
 
 SAMPLER_STEPS = 5
@@ -264,7 +264,7 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
     """
     with tempfile.TemporaryDirectory() as folder:
         with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
-            charge = Charge(
+            config = AccountantConfig(
                 ledger_url=ledger_url,
                 ledger_id=ledger.id,
                 run_id=RUN_ID,
@@ -273,8 +273,8 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
                 metrics_file=str(Path(folder, METRICS_FILE)),
                 patience_s=0.0,
             )
-        waits = measure_waits(
-            charge,
+        latency = measure_latency(
+            config,
             num_steps=num_steps + WARM_UP,
             num_workers=num_workers,
             starting_checkpoint=START,
@@ -283,8 +283,8 @@ def round_trip(ledger_url: str, num_steps: int = 200, *, num_workers: int = 2) -
         kind=_kind(ledger_url),
         num_workers=num_workers,
         num_steps=num_steps,
-        call=Waits.of(waits.calls[WARM_UP:]),
-        waits=Waits.of(waits.ranks[WARM_UP:]),
+        call=Waits.of(latency.calls_s[WARM_UP:]),
+        waits=Waits.of(latency.steps_s[WARM_UP:]),
     )
 
 
@@ -389,7 +389,7 @@ def measure_sums(
 
     short, factors = by_groups(64)
     long, few = by_groups(512)
-    gradients = long.held()
+    gradients = long.materialized()
     flat = gradients.gradients.flatten(1)
     ways: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
         "ghost, groups of 64 tokens": (

@@ -23,7 +23,7 @@ from udp_ray.experiments.benchmark.cells import Row, missing_peers, run_cells
 from udp_ray.experiments.benchmark.parts import Curve, growth_cells, measure_growth
 from udp_ray.experiments.benchmark.report import Aim, draw, judge, to_text
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study
-from udp_ray.io import write_aside
+from udp_ray.io import write_atomic
 from udp_ray.runs.provenance import git_commit, versions
 
 JSON_FILE, TEXT_FILE, FIGURE_FILE = "benchmark.json", "benchmark.txt", "benchmark.png"
@@ -123,9 +123,9 @@ def save(folder: Path, results: Results) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     values = results.to_dict()
     text = to_text(values)
-    write_aside(folder / JSON_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
-    write_aside(folder / TEXT_FILE, text)
-    write_aside(folder / FIGURE_FILE, draw(values))
+    write_atomic(folder / JSON_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_atomic(folder / TEXT_FILE, text)
+    write_atomic(folder / FIGURE_FILE, draw(values))
     return text
 
 

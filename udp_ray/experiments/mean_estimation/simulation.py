@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from udp_ray.config.base import PositiveFloat, PositiveInt, Section
-from udp_ray.config.privacy import Epsilon, NumSteps
+from udp_ray.config.privacy import Epsilon, NumSteps, require_delta_below_inverse_population
 from udp_ray.dp import planning
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
@@ -99,8 +99,9 @@ class Study(Section):
                 f"group size {largest} is above examples_per_user = {self.examples_per_user}:"
                 " nobody has so many; drop it"
             )
-        if self.delta >= 1 / self.num_users:
-            raise ValueError(f"delta is {self.delta:g}, not below 1 / num_users: lower it")
+        require_delta_below_inverse_population(
+            self.delta, self.num_users, field="delta", population_name="num_users"
+        )
         for budget in self.budgets:
             if not self.methods(budget):
                 raise ValueError(

@@ -1,0 +1,199 @@
+"""Fine-tunes a causal language model on a token store: what the loop trains when Ray runs it.
+
+    result = train(model, store, plan, settings=config.train, autocast="off", keys=keys, ...)
+
+All ranks of a process group call `train` with equal arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from udp_ray.config.experiment import TrainConfig
+from udp_ray.data.batches import CohortReader
+from udp_ray.data.store import TokenStore
+from udp_ray.dp.keys import RankKeys
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.distributed import join_world
+from udp_ray.engine.evaluate import evaluate
+from udp_ray.engine.invariance import check_invariance
+from udp_ray.engine.kernels.ghost import GhostKernel
+from udp_ray.engine.kernels.select import select_kernel
+from udp_ray.engine.loop import TrainingLoop, cohorts
+from udp_ray.engine.loss import chunk_logits
+from udp_ray.engine.types import Accountant, Kernel, Metrics, Publish, TrainResult
+from udp_ray.engine.zero import ZeroEngine
+from udp_ray.ledger.records import Attempt
+from udp_ray.models.load import checkpoint_activations, trainable_parameters
+from udp_ray.models.positions import require_positions
+
+
+def train(
+    model: nn.Module,
+    store: TokenStore,
+    plan: PrivacyPlan,
+    *,
+    settings: TrainConfig,
+    autocast: str,
+    keys: RankKeys,
+    accountant: Accountant | None,
+    publish: Publish,
+    on_metrics: Callable[[Metrics], None] | None,
+    on_phase: Callable[[str], None] | None = None,
+    workspace: Path,
+    attempt: Attempt | None = None,
+    resume_from: Path | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Fine-tunes `model` in place under `plan`, and returns how far it came.
+
+    Args:
+        model: Float32 causal language model, the same initial weights on all ranks; on return it
+            holds the trained weights on all ranks (after ZeRO 3 in host memory).
+        store: The users' examples; `store.heldout` (or None) is what evaluation reads.
+        plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
+        settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
+        autocast: `ModelConfig.autocast`.
+        keys: This rank's keys.
+        accountant: Rank 0 only; None elsewhere.
+        publish: Called by all ranks after each checkpoint was written, before it is committed.
+        on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
+            the initial weights, when not resumed) with a flat dict of public numbers: step,
+            train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
+            heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
+            heldout/num_tokens, heldout/num_users. Never a time or a rate.
+        on_phase: Called when training enters another phase, such as evaluating or writing.
+        workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
+        attempt: Where the ledger says that training continues; None where no ledger is asked, and
+            training starts from the model as given. Until `attempt.replay_until` is repeated, no
+            checkpoint is committed: the reserved steps belong to one starting checkpoint, and with
+            a commit between them the later ones would start from another (see `Ledger.commit`).
+            What `settings` asks for in between is made up for at this step.
+        resume_from: Local folder with the checkpoint that `attempt` names, readable by this rank;
+            None if it names none.
+        provenance: Public words written into each checkpoint: ledger id, run id, and the like.
+
+    Raises:
+        NoiseCheckError: The run-time check failed; nothing was trained.
+        UnsupportedModelError: What a user adds depends on other users; nothing was trained.
+        ConfigError: The store's examples may be longer than the model has positions.
+        LedgerError: The accountant refused (raised on all ranks), other than for the budget.
+        CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
+        DivergedError: The first step, or the checkpoint to resume from, has weights that are not
+            finite (raised on all ranks).
+    """
+    world = join_world()
+    training = LanguageModelTraining(
+        world=world,
+        model=model,
+        parameters=trainable_parameters(model),
+        store=store,
+        plan=plan,
+        settings=settings,
+        autocast=autocast,
+        keys=keys,
+        accountant=accountant,
+        publish=publish,
+        on_metrics=on_metrics,
+        on_phase=on_phase,
+        workspace=workspace,
+        attempt=attempt,
+        resume_from=resume_from,
+        provenance=provenance or {},
+    )
+    return training.run()
+
+
+@dataclass(kw_only=True)
+class LanguageModelTraining(TrainingLoop):
+    """A run that trains a causal language model with DeepSpeed."""
+
+    store: TokenStore
+    autocast: str
+    """`ModelConfig.autocast`."""
+
+    def _prepare_model(self) -> None:
+        self._require_positions()
+        if self.settings.activation_checkpointing:
+            checkpoint_activations(self.model)
+
+    def _make_kernel(self) -> Kernel:
+        is_sliced = self.settings.zero_stage == 3
+        if not is_sliced:  # else slices are moved, of a model that need not fit on the device
+            self.model.to(self.world.device)
+        chunk_logits(
+            self.model,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            even_for=self.store.manifest.block_tokens if is_sliced else None,
+        )
+        kernel = self._select_kernel()
+        self.world.from_first(lambda: self._check_invariance(kernel))
+        return kernel
+
+    def _make_engine(self) -> ZeroEngine:
+        return ZeroEngine(self.model, self.parameters, self.settings, num_steps=self.plan.num_steps)
+
+    def _select_kernel(self) -> Kernel:
+        return select_kernel(
+            self.settings.kernel,
+            self.model,
+            self.parameters,
+            clip_norm=self.plan.clip_bound,
+            rows_per_group=self.plan.group_size if self.plan.sampling == "uls" else 1,
+            tokens_per_row=self.store.manifest.block_tokens,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            autocast=self.autocast,
+            world=self.world,
+            is_sliced=self.settings.zero_stage == 3,
+        )
+
+    def _require_positions(self) -> None:
+        config = getattr(self.model, "config", None)
+        if config is not None:
+            name = getattr(config, "_name_or_path", "") or type(self.model).__name__
+            require_positions(name, config, self.store.manifest.block_tokens)
+
+    def _check_invariance(self, kernel: Kernel) -> None:
+        """Refuses a model that couples users. Not collective: parameters are still whole."""
+        check_invariance(
+            self.model,
+            self.parameters,
+            kernel="ghost" if isinstance(kernel, GhostKernel) else "direct",
+            tokens_per_row=self.store.manifest.block_tokens,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            autocast=self.autocast,
+            trains_on=self.world.device.type,
+        )
+
+    def _open_groups(self) -> CohortReader:
+        return CohortReader(
+            self.store,
+            cohorts(self.plan, self.keys.sampling, self.store),
+            rank=self.world.rank,
+            world_size=self.world.size,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            pad_id=self.store.manifest.tokenizer.pad_id,
+            packing=self.kernel.packing,
+            last_step=self.plan.num_steps,
+            pin_memory=self.world.device.type == "cuda",
+            mask_seed=self.keys.dropout.number,
+        )
+
+    def _evaluation(self, *, is_whole: bool) -> Metrics:
+        if self.store.heldout is None:
+            return {}
+        self._enter("evaluating")
+        return evaluate(
+            self.model,
+            self.store.heldout,
+            world=self.world,
+            microbatch_tokens=self.settings.microbatch_tokens,
+            autocast=self.autocast,
+            max_examples=None if is_whole else self.settings.evaluate_examples,
+            is_collective=self.engine.is_sliced,
+        ).to_dict()

@@ -1,0 +1,372 @@
+"""The training loop of every private run, without Ray. All ranks execute it together.
+
+Before the first step:
+
+    1. Load the checkpoint to resume from, if there is one; else take the digest of the weights.
+    2. Check that the model does not couple users, and build kernel and engine.
+    3. Check that noise arrives exactly once and at the right scale, with noise of its own key.
+
+Each step:
+
+    4. Authorize: rank 0 asks the accountant and broadcasts the answer.
+    5. Clip and sum this rank's groups, reduce, add noise, update (`step.py`).
+
+Each checkpoint:
+
+    6. Evaluate on held-out users.
+    7. Write the files to a temporary folder, publish them, commit them to the accountant.
+    8. Report metrics, which must not leave before the commit: until then the steps may be repeated.
+
+Subclasses say what is trained: `language_model.py` a causal language model on a token store,
+`trainer.py` any module on tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from udp_ray.config.experiment import TrainConfig
+from udp_ray.dp.keys import RankKeys, StreamKey
+from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
+from udp_ray.engine import checkpoint
+from udp_ray.engine.distributed import World
+from udp_ray.engine.noise_check import check_noise
+from udp_ray.engine.optim import learning_rate
+from udp_ray.engine.step import PrivateStep
+from udp_ray.engine.types import Accountant, Engine, Kernel, Metrics, Publish, TrainResult
+from udp_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    GuaranteeError,
+    PrivacyBudgetExceededError,
+)
+from udp_ray.ledger.records import Attempt
+from udp_ray.models.load import frozen_fingerprint
+
+SAMPLED_VALUES = 256
+"""Values of each parameter that the check after the first step looks at."""
+
+
+class GroupSource(Protocol):
+    """Gives this rank's groups of each step."""
+
+    def groups(self, step: int) -> Iterable[Any]:
+        """Returns the groups in the form that the kernel reads. Sensitive."""
+        ...
+
+
+@dataclass(kw_only=True)
+class TrainingLoop(ABC):
+    """One run: its parts, and how far it has come."""
+
+    world: World
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    """The trainable ones by name."""
+    plan: PrivacyPlan
+    settings: TrainConfig
+    keys: RankKeys
+    """This rank's keys."""
+    accountant: Accountant | None
+    """Rank 0 only; None elsewhere."""
+    publish: Publish | None
+    """None writes no checkpoints."""
+    on_metrics: Callable[[Metrics], None] | None
+    """Rank 0 only."""
+    on_phase: Callable[[str], None] | None
+    """Called when training enters another phase."""
+    workspace: Path
+    """Local folder for checkpoints that are being written."""
+    attempt: Attempt | None
+    """Where the ledger says that training continues; None starts from the model as given."""
+    resume_from: Path | None
+    """Local folder of the checkpoint that the attempt names."""
+    provenance: dict[str, Any]
+
+    frozen: str | None = field(init=False)
+    """The fingerprint of the weights beside which adapters train; None if all weights train."""
+    kernel: Kernel = field(init=False)
+    engine: Engine = field(init=False)
+    private_step: PrivateStep = field(init=False)
+    phase: str = field(init=False, default="")
+    step: int = field(init=False, default=0)
+    """Last step taken."""
+    committed: int = field(init=False, default=0)
+    """Last step that a committed checkpoint holds; without `publish`, the last step reported."""
+    location: str | None = field(init=False, default=None)
+    digest: str = field(init=False)
+    """Of the last committed checkpoint, or of the initial weights."""
+
+    @abstractmethod
+    def _make_kernel(self) -> Kernel:
+        """Returns the kernel, with the model on its device; refuses a model that couples users."""
+
+    @abstractmethod
+    def _make_engine(self) -> Engine:
+        """Returns the engine for the trainable parameters."""
+
+    @abstractmethod
+    def _open_groups(self) -> AbstractContextManager[GroupSource]:
+        """Returns what reads the groups of the steps."""
+
+    @abstractmethod
+    def _evaluation(self, *, is_whole: bool) -> Metrics:
+        """Returns public metrics of the present weights on held-out data; {} without such data.
+
+        Args:
+            is_whole: Whether to use all held-out data, as before the first and after the last step.
+        """
+
+    def _prepare_model(self) -> None:  # noqa: B027  # a hook that few runs need
+        """Changes the model before anything reads it; refuses what the settings rule out."""
+
+    def _weights_digest(self) -> str:
+        """Returns the digest of the weights that a run begins with."""
+        return checkpoint.weights_digest(self.parameters, self.frozen)
+
+    def run(self) -> TrainResult:
+        """Trains until the plan's last step or until the budget ends, and returns how far it came.
+
+        Raises:
+            NoiseCheckError: The noise check failed; nothing was trained.
+            UnsupportedModelError: What a user adds depends on other users; nothing was trained.
+            LedgerError: The accountant refused, other than for the budget; on all ranks.
+            CheckpointError: The checkpoint to resume from is damaged, or is not the one named.
+            DivergedError: The weights after the first step, or those of the checkpoint to resume
+                from, are not finite; on all ranks.
+        """
+        self._set_up()
+        last_step = self.plan.num_steps
+        if self.step in (0, last_step):
+            self._report({"step": self.step, **self._evaluation(is_whole=True)})
+        budget_message = None
+        with self._open_groups() as source:
+            while self.step < last_step:
+                budget_message = self._ask(self.step + 1)
+                if budget_message is not None:
+                    break
+                self._take_step(source)
+                if self._is_checkpoint_due() and self.step < last_step:
+                    self._checkpoint(is_last=False)
+        if self.step > self.committed:
+            self._checkpoint(is_last=True)
+        elif budget_message is not None and self.step > 0:
+            self._report({"step": self.step, **self._evaluation(is_whole=True)})
+        self.engine.close()
+        return TrainResult(self.step, self.location, self.digest, budget_message)
+
+    def _set_up(self) -> None:
+        self.model.train()
+        self._prepare_model()
+        self.frozen = frozen_fingerprint(self.model)
+        saved = self._read_checkpoint()
+        if saved is None:
+            self.digest = self._weights_digest()
+        else:
+            saved.refuse_other_frozen(self.frozen)
+            saved.load_weights(self.parameters)
+            _refuse_diverged(self.parameters, saved.step)
+        self._enter("checking the model and noise")
+        self.kernel = self._make_kernel()
+        self.engine = self._make_engine()
+        self.private_step = self._private_step()
+        check_noise(self.private_step, self._noise(self.keys.selfcheck))
+        if saved is not None:
+            saved.load_optimizer(self.engine)
+
+    def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
+        attempt = self.attempt
+        digest = None if attempt is None else attempt.resume_digest
+        if (digest is None) != (self.resume_from is None):
+            raise ValueError("resume_from is the checkpoint that attempt names: give both, or none")
+        if attempt is None or digest is None or self.resume_from is None:
+            return None
+        saved = checkpoint.read(self.resume_from, expected_digest=digest)
+        if saved.step != attempt.resume_step:
+            raise CheckpointError(
+                f"the checkpoint {self.resume_from} holds step {saved.step}, and the ledger"
+                f" says {attempt.resume_step}: use the one that the ledger names"
+            )
+        self.step = self.committed = saved.step
+        self.location, self.digest = attempt.resume_checkpoint, digest
+        return saved
+
+    def _private_step(self) -> PrivateStep:
+        return PrivateStep(
+            self.kernel,
+            self.engine,
+            self.plan,
+            self._noise(self.keys.noise),
+            world=self.world,
+            fuse_reduce=self.settings.fuse_reduce,
+        )
+
+    def _noise(self, key: StreamKey | None) -> GaussianNoise | None:
+        if key is None:
+            return None
+        return GaussianNoise(
+            key,
+            self.plan.noise_stddev,
+            num_threads=torch.get_num_threads(),
+            is_secure=self.plan.secure_noise,
+        )
+
+    def _ask(self, step: int) -> str | None:
+        """Returns None if all ranks may take the step, else why training ends before it."""
+        try:
+            self.world.from_first(lambda: self._accountant().authorize(step, self.digest))
+        except (PrivacyBudgetExceededError, DivergedError) as error:
+            return str(error)
+        return None
+
+    def _take_step(self, source: GroupSource) -> None:
+        self._enter("training")
+        is_first = self.step == 0  # later, a decayed learning rate may rightly move nothing
+        before = _sample_weights(self.engine) if is_first else []
+        self.private_step.run(self.step + 1, source.groups(self.step + 1))
+        self.step += 1
+        if is_first and self.plan.noise_stddev > 0:
+            # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
+            is_each = self.frozen is not None
+            _check_moved(before, _sample_weights(self.engine), self.world, is_each=is_each)
+
+    def _is_checkpoint_due(self) -> bool:
+        # Committing between steps that are reserved from one checkpoint would bar the later ones.
+        replay_until = 0 if self.attempt is None else self.attempt.replay_until
+        return self.step >= replay_until and self._has_passed(self.settings.checkpoint_every)
+
+    def _has_passed(self, every: int) -> bool:
+        """Returns whether a multiple of `every` lies after the last commit, up to this step."""
+        return self.step // every > self.committed // every
+
+    def _checkpoint(self, *, is_last: bool) -> None:
+        """Evaluates, writes, publishes and commits the weights, and only then reports metrics."""
+        every = self.settings.evaluate_every or self.settings.checkpoint_every
+        is_due = is_last or self._has_passed(every)
+        heldout = self._evaluation(is_whole=is_last) if is_due else {}
+        if self.publish is not None:
+            self._save(self.publish)
+        self.committed = self.step
+        self._report({**self._progress(), **heldout})
+
+    def _save(self, publish: Publish) -> None:
+        self._enter("writing")
+        directory = self.workspace / f"step-{self.step:08d}"
+        digest = checkpoint.write(
+            directory,
+            self.engine,
+            step=self.step,
+            key_id=self.keys.key_id,
+            provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
+            world=self.world,
+        )
+        location = publish(self.step, directory if self.world.is_first else None)
+        self.location = self.world.from_first(lambda: self._commit(location, digest))
+        self.digest = digest
+        if self.world.is_first:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _commit(self, location: str | None, digest: str) -> str:
+        if location is None:
+            raise GuaranteeError("publish returned no location on rank 0")
+        self._accountant().commit(self.step, location, digest)
+        return location
+
+    def _accountant(self) -> Accountant:
+        if self.accountant is None:
+            raise GuaranteeError("rank 0 has no accountant to ask")
+        return self.accountant
+
+    def _progress(self) -> Metrics:
+        """Returns step and learning rate; no time or rate, which depend on who is in a cohort."""
+        rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
+        return {"step": self.step, "train/learning_rate": rate}
+
+    def _enter(self, phase: str) -> None:
+        if phase != self.phase and self.on_phase is not None:
+            self.on_phase(phase)
+        self.phase = phase
+
+    def _report(self, metrics: Metrics) -> None:
+        if self.world.is_first and self.on_metrics is not None:
+            self.on_metrics(metrics)
+
+
+class HasUserOffsets(Protocol):
+    """The examples of users, one user after the other."""
+
+    @property
+    def user_offsets(self) -> NDArray[Any]:
+        """User i has examples user_offsets[i] to user_offsets[i + 1]."""
+        ...
+
+
+def cohorts(plan: PrivacyPlan, key: StreamKey, store: HasUserOffsets) -> Callable[[int], Cohort]:
+    """Returns the cohort of each step as a pure function, by the plan's own sampling numbers."""
+    if plan.sampling == "els":
+        return PoissonExampleSampler(
+            key,
+            sampling_probability=plan.sampling_probability,
+            group_size=plan.group_size,
+            user_offsets=store.user_offsets,
+        ).cohort
+    sampler = PoissonUserSampler(
+        key,
+        sampling_probability=plan.sampling_probability,
+        group_size=plan.group_size,
+        max_cohort_size=plan.max_cohort_size,
+    )
+    return lambda step: sampler.cohort(step, store.user_offsets)
+
+
+def _refuse_diverged(parameters: dict[str, nn.Parameter], step: int) -> None:
+    """Refuses to go on from weights that are not finite, as every later step would leave them."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        raise DivergedError(f"the weights of step {step} are not finite")
+
+
+def _sample_weights(engine: Engine) -> list[Tensor]:
+    """Returns a few values of each parameter, which show whether an update happened at all."""
+    local = (engine.local(name).reshape(-1)[:SAMPLED_VALUES] for name in engine.parameters)
+    return [values.clone() for values in local]
+
+
+def _check_moved(before: list[Tensor], after: list[Tensor], world: World, *, is_each: bool) -> None:
+    """Refuses a step that moved nothing, or, if `is_each`, one that left any parameter as it was.
+
+    Noise reaches every value, so a whole parameter stays only where its values are so large that
+    the update is rounded away: right for a norm's weight of 1, and never so for adapters.
+    Collective: a parameter has moved if any rank saw it move.
+    """
+    findings = torch.tensor(
+        [float(not torch.equal(old, new)) for old, new in zip(before, after, strict=True)]
+        + [float(not math.isfinite(sum(new.sum().item() for new in after)))],
+        device=world.device,
+    )
+    dist.all_reduce(findings, op=dist.ReduceOp.MAX)
+    *has_moved, is_infinite = findings.tolist()
+    num_moved = int(sum(has_moved))
+    if num_moved < (len(before) if is_each else 1):
+        raise ConfigError(
+            f"the first step moved {num_moved or 'no'} of {len(before)} trainable weights:"
+            " train.learning_rate is too small for float32, or nothing trains; raise it"
+        )
+    if is_infinite:
+        raise DivergedError(
+            "the first step made weights infinite, since train.learning_rate is too large"
+        )

@@ -1,0 +1,116 @@
+"""A torch optimizer as the engine of private training: parameters are whole on every rank.
+
+    engine = PlainEngine(parameters, settings, num_steps=100)
+    engine.apply(noisy_mean, step=1)
+
+It is the counterpart of `ZeroEngine`, without DeepSpeed, for models that fit on one device.
+Gradients are averaged over ranks with `torch.distributed`, so that each rank makes the same update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from udp_ray.config.experiment import TrainConfig
+from udp_ray.engine.optim import learning_rate, make_optimizer, set_step, state_kinds
+
+
+class PlainEngine:
+    """Parameters that a torch optimizer moves by gradients that are given to it, in float32."""
+
+    is_sliced = False
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], settings: TrainConfig, *, num_steps: int
+    ) -> None:
+        """Creates the optimizer and its state.
+
+        Args:
+            parameters: The trainable ones by name, float32, on their device, equal on all ranks and
+                in the same order.
+            settings: Optimizer and schedule.
+            num_steps: Steps of the run, for the schedule.
+        """
+        self.parameters = dict(parameters)
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.state_kinds = state_kinds(settings)
+        self._settings = settings
+        self._num_steps = num_steps
+        self._optimizer = make_optimizer(list(self.parameters.values()), settings)
+        self._optimizer.state_kinds = self.state_kinds
+        self._frozen_step()
+
+    def apply(self, gradients: Mapping[str, Tensor], step: int) -> None:
+        """Moves the weights by the mean over ranks of whole gradients. Collective."""
+        self._receive(gradients)
+        rate = learning_rate(self._settings, step, num_steps=self._num_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def read_back(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the gradients that the optimizer receives, and changes nothing. Collective."""
+        self._receive(gradients)
+        self._optimizer.seen = []
+        self._frozen_step()
+        seen = dict(zip(self.parameters, self._optimizer.seen, strict=True))
+        self._optimizer.seen = None
+        self._optimizer.zero_grad(set_to_none=True)
+        return seen
+
+    def local(self, name: str) -> Tensor:
+        """Returns a whole parameter."""
+        return self.parameters[name].detach()
+
+    def slice_range(self, name: str) -> tuple[int, int]:
+        """Returns 0 and the parameter's number of values."""
+        return 0, self.parameters[name].numel()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns copies of the weights by name in host memory on rank 0, {} elsewhere."""
+        return _copies_on_rank_0(self.parameters)
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Returns {kind: {parameter: tensor}} on rank 0, as `weights` does."""
+        return {
+            kind: _copies_on_rank_0(
+                {n: self._optimizer.state[p][kind] for n, p in self.parameters.items()}
+            )
+            for kind in self.state_kinds
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Sets the state that `optimizer_state` returned after `step`."""
+        for kind in self.state_kinds:
+            for name, parameter in self.parameters.items():
+                self._optimizer.state[parameter][kind].copy_(state[kind][name])
+        set_step(self._optimizer, step)
+
+    def close(self) -> None:
+        """Has nothing to undo: the parameters are the model's own."""
+
+    def _receive(self, gradients: Mapping[str, Tensor]) -> None:
+        num_ranks = dist.get_world_size()
+        for name, parameter in self.parameters.items():
+            gradient = gradients[name].clone()
+            if num_ranks > 1:
+                dist.all_reduce(gradient)
+                gradient /= num_ranks
+            parameter.grad = gradient
+
+    def _frozen_step(self) -> None:
+        self._optimizer.is_frozen = True
+        self._optimizer.step()
+        self._optimizer.is_frozen = False
+
+
+@torch.no_grad()
+def _copies_on_rank_0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if dist.get_rank() > 0:
+        return {}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
