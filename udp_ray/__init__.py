@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from udp_ray.config.sweep import SweepJobConfig as SweepJobConfig
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
-    from udp_ray.on_ray.prepare import Prepared
+    from udp_ray.on_ray.prepare import PrepareResult
     from udp_ray.reports.verify import VerificationResult
     from udp_ray.runs.result import RunResult, SweepResult
 
@@ -44,7 +44,7 @@ _FUNCTIONS = ("prepare", "sweep", "train", "verify")
 __all__ = [*_CLASSES, *_FUNCTIONS]
 
 
-def prepare(config: ExperimentConfig) -> Prepared:
+def prepare(config: ExperimentConfig) -> PrepareResult:
     """Converts text keyed by user into the token store that training reads, with Ray Data.
 
     Args:

@@ -800,7 +800,7 @@ DATA = [
         name="held_out_users_also_train",
         breaks="P22: users of a separate held-out input are in the training input too",
         file="udp_ray/data/build.py",
-        text="    _refuse_overlap(TokenStore.open(task.folder, verify=False))\n",
+        text="    _refuse_overlap(train, heldout)\n",
         replacement="",
         tests=(
             "tests/data/test_finish.py"
