@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from udp_ray.reports.verify import VerificationResult
     from udp_ray.runs.result import RunResult, SweepResult
 
+__version__ = "0.1.0"
+
 _CLASSES = {
     "ExperimentConfig": "udp_ray.config.experiment",
     "Ledger": "udp_ray.ledger.ledger",

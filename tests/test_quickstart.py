@@ -1,0 +1,33 @@
+"""`docs/quickstart.ipynb` runs from its first cell to its last: price, prepare, train, verify."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+DOCS = Path(__file__).parents[1] / "docs"
+NOTEBOOK = DOCS / "quickstart.ipynb"
+
+
+def execute(notebook: nbformat.NotebookNode) -> str:
+    """Runs the notebook in a kernel of its own, and returns all that it printed."""
+    client = NotebookClient(
+        notebook, timeout=500, kernel_name="python3", resources={"metadata": {"path": str(DOCS)}}
+    )
+    client.execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    return "".join(out.get("text", "") for out in outputs)
+
+
+def test_the_notebook_runs_and_ends_with_a_verified_run() -> None:
+    text = execute(nbformat.read(NOTEBOOK, as_version=4))
+    assert "the statement, the ledger and the accountant agree" in text
+    assert "6 of 6 steps charged" in text
+
+
+def test_a_cell_that_fails_would_fail_the_test() -> None:
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import udp_ray.nothing")])
+    with pytest.raises(CellExecutionError, match=r"udp_ray\.nothing"):
+        execute(notebook)
