@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from udp_ray.config.sweep import SweepJobConfig as SweepJobConfig
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
-    from udp_ray.on_ray.prepare import Prepared
-    from udp_ray.on_ray.publish import SweepResult
-    from udp_ray.reports.verify import Verdict
-    from udp_ray.runs.result import RunResult
+    from udp_ray.on_ray.prepare import PrepareResult
+    from udp_ray.reports.verify import VerificationResult
+    from udp_ray.runs.result import RunResult, SweepResult
 
 _CLASSES = {
     "ExperimentConfig": "udp_ray.config.experiment",
@@ -45,7 +44,7 @@ _FUNCTIONS = ("prepare", "sweep", "train", "verify")
 __all__ = [*_CLASSES, *_FUNCTIONS]
 
 
-def prepare(config: ExperimentConfig) -> Prepared:
+def prepare(config: ExperimentConfig) -> PrepareResult:
     """Converts text keyed by user into the token store that training reads, with Ray Data.
 
     Args:
@@ -126,7 +125,7 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
     return sweep_on_ray(config, resume=resume)
 
 
-def verify(output: str | Path, *, ledger_url: str | None = None) -> Verdict:
+def verify(output: str | Path, *, ledger_url: str | None = None) -> VerificationResult:
     """Recomputes the epsilon of a finished run or sweep and compares statement and ledger.
 
     Args:
