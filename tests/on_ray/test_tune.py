@@ -334,10 +334,10 @@ def test_a_trial_that_diverged_has_ended_and_is_worse_than_any_other(tmp_path: P
     rows = json.loads((result.output / "trials.json").read_text(), parse_constant=pytest.fail)
     assert [row["heldout_loss"] for row in rows] == [3.4, None, 3.3, 3.5]
     assert [row["diverged"] for row in rows] == [False, True, False, False]
-    last = (result.output / "trials.txt").read_text().splitlines()[4]  # below: the errors
+    *_, last, error = (result.output / "trials.txt").read_text().splitlines()
     assert last.split()[0] == "2"
     assert "diverged" in last
-    assert "training diverged" in last
+    assert "trial 2: training diverged" in error
     assert verify(result.output).agrees
 
 
