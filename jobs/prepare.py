@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from udp_ray.config.base import Section
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.config.experiment import ClusterConfig, DataConfig, ModelConfig
-from udp_ray.data.build import describe_counts
 from udp_ray.errors import ConfigError
 
 SHOW_COUNTS = Flag(
@@ -33,16 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, tokenizer = job.config.data, _tokenizer(job.config)
     model = job.config.model and job.config.model.name
     # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.on_ray.prepare import dry_run_text, prepare, prepared_text
+    from udp_ray.on_ray.prepare import dry_run_text, prepare
 
     if job.flag("dry-run"):
         print(dry_run_text(data, tokenizer=tokenizer, model=model))
         return 0
     address = job.config.cluster.address
-    prepared = prepare(data, tokenizer=tokenizer, model=model, address=address)
-    print(prepared_text(prepared))
-    if job.flag("show-counts"):
-        print(describe_counts(prepared.counts))
+    result = prepare(data, tokenizer=tokenizer, model=model, address=address)
+    print(result.to_text(show_counts=job.flag("show-counts")))
     return 0
 
 

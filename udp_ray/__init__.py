@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from udp_ray.config.sweep import SweepJobConfig as SweepJobConfig
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
-    from udp_ray.on_ray.prepare import Prepared
+    from udp_ray.on_ray.prepare import PrepareResult
     from udp_ray.reports.verify import VerificationResult
     from udp_ray.runs.result import RunResult, SweepResult
 
@@ -44,7 +44,7 @@ _FUNCTIONS = ("prepare", "sweep", "train", "verify")
 __all__ = [*_CLASSES, *_FUNCTIONS]
 
 
-def prepare(config: ExperimentConfig) -> Prepared:
+def prepare(config: ExperimentConfig) -> PrepareResult:
     """Converts text keyed by user into the token store that training reads, with Ray Data.
 
     Args:
@@ -58,8 +58,10 @@ def prepare(config: ExperimentConfig) -> Prepared:
         UdpRayError: If an input, a column, a setting or the disk is at fault, in one sentence. No
             partial store is left.
     """
-    from udp_ray.on_ray.prepare import prepare as prepare_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.prepare import prepare as prepare_on_ray
     model = config.model.name
     return prepare_on_ray(
         config.data,
@@ -91,8 +93,10 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> RunResult:
         What leaves the run, in `config.output`, is (epsilon, delta)-DP for each user, under the
         assumptions that the statement lists.
     """
-    from udp_ray.on_ray.train import train as train_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.train import train as train_on_ray
     return train_on_ray(config, resume=resume)
 
 
@@ -114,8 +118,10 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
     Privacy:
         The price covers the whole search, and is charged before the first trial begins.
     """
-    from udp_ray.on_ray.tune import sweep as sweep_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.tune import sweep as sweep_on_ray
     return sweep_on_ray(config, resume=resume)
 
 

@@ -346,7 +346,7 @@ TRAININGS = {
     ),
     "a ledger of another kind": bad(
         "train", f"{TRAIN} --data.ledger mysql://user:{SECRET}@host/x", "data.ledger", "mysql",
-        "only sqlite and postgresql",
+        "use sqlite or postgresql",
     ),
     "another ledger than the store's": bad(
         "train", f"{TRAIN} --data.ledger sqlite:///WORLD/other.sqlite", "other.sqlite",
@@ -689,25 +689,25 @@ LEDGERS = {
     ),
     "a server that does not answer, and a password": bad(
         "ledger", f"show --ledger postgresql://user:{SECRET}@127.0.0.1:1/x --dataset x",
-        "postgresql://user@127.0.0.1:1/x", "does not answer", "try again",
+        "postgresql://user@127.0.0.1:1/x", "does not answer", "then retry",
     ),
     "a ledger whose URL has a typo": bad(
-        "ledger", "show --ledger sqllite:///x --dataset x", "ledger", "sqllite", "only sqlite",
+        "ledger", "show --ledger sqllite:///x --dataset x", "ledger", "sqllite", "use sqlite",
     ),
     "a total of zero": bad(
         "ledger", f"set-budget {LEDGER} --epsilon 0 --delta 1e-6", "epsilon", "0.0",
-        "epsilon is positive",
+        "give a positive and finite epsilon",
     ),
     "a negative total": bad(
         "ledger", f"set-budget {LEDGER} --epsilon -3 --delta 1e-6", "epsilon", "-3.0",
-        "epsilon is positive",
+        "give a positive and finite epsilon",
     ),
     "an infinite total": bad(
         "ledger", f"set-budget {LEDGER} --epsilon inf --delta 1e-6", "epsilon", "inf", "finite",
     ),
     "a total delta of one": bad(
         "ledger", f"set-budget {LEDGER} --epsilon 3 --delta 1", "delta", "1.0",
-        "delta lies in (0, 1)",
+        "a delta in (0, 1)",
     ),
     "a total without a delta": bad(
         "ledger", f"set-budget {LEDGER} --epsilon 3", "delta", "is missing", "give --delta",

@@ -5,34 +5,53 @@ The stages of `prepare` one after another in this process, without Ray.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
+from udp_ray.data import remote
 from udp_ray.data.build import (
+    BuildSettings,
     Origin,
-    Task,
-    collect,
+    StageResults,
     describe_counts,
     finish,
-    read_examples,
+    tokenize_batch,
     write_shards,
 )
-from udp_ray.data.read import Columns, find_pieces
+from udp_ray.data.read import Columns, Piece, find_pieces, read_rows
 from udp_ray.data.remote import is_prepared, open_store, put_store
 from udp_ray.data.store import Manifest, PrivateCounts, TokenStore
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.errors import DataError
+from udp_ray.errors import DataError, GuaranteeError, StorageError
 
 ORIGIN = Origin("people", "ledger id", "sqlite:////l", {"input": "rows"}, {"udp-ray": "0"})
 ROWS = [(f"user {n % 30}", f"line {n}") for n in range(200)] + [("user 0", None), ("user 1", "")]
 
 
-def task(folder: Path, tokenizer: Path, rows: list, heldout: list | None = None) -> Task:
+@dataclass(frozen=True)
+class Work:
+    """What `prepare` hands to the stages."""
+
+    settings: BuildSettings
+    pieces: list[Piece]
+    heldout_pieces: list[Piece]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.folder
+
+    def at(self, **changes) -> Work:
+        return replace(self, settings=replace(self.settings, **changes))
+
+
+def task(folder: Path, tokenizer: Path, rows: list, heldout: list | None = None) -> Work:
     folder.mkdir()
 
     def pieces(name: str, rows: list | None) -> list:
@@ -42,28 +61,32 @@ def task(folder: Path, tokenizer: Path, rows: list, heldout: list | None = None)
         (folder.parent / f"{name}.jsonl").write_text(lines)
         return find_pieces([f"{folder.parent}/{name}.jsonl"], "train", 1000)
 
-    train = pieces("train", rows)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    return Task(
-        pieces=(*train, *pieces("heldout", heldout)),
-        num_train_pieces=len(train),
+    settings = BuildSettings(
         columns=Columns("who", "text"),
         encoder=TextEncoder.of(loaded, name="bytes", fingerprint="0" * 64, block_tokens=16),
         placement=Placement(bytes(range(16)), 4),
         max_examples_per_user=None,
         folder=folder,
+        has_heldout_input=heldout is not None,
     )
+    return Work(settings, pieces("train", rows), pieces("heldout", heldout))
 
 
-def stages(work: Task) -> dict[int, str]:
-    numbers = pa.table({"id": list(range(len(work.pieces)))})
-    examples = pa.concat_tables(read_examples(numbers, work))
-    written = write_shards(examples, work)
-    return dict(zip(written["shard"].to_pylist(), written["result"].to_pylist(), strict=True))
+def stages(work: Work) -> StageResults:
+    examples = [
+        examples
+        for pieces, is_heldout in ((work.pieces, False), (work.heldout_pieces, True))
+        for piece in pieces
+        for rows in read_rows(piece, work.settings.columns)
+        for examples in tokenize_batch(rows, work.settings, is_heldout_input=is_heldout)
+    ]
+    block = pa.concat_tables(examples) if examples else pa.table({})
+    return StageResults.of(write_shards(block, work.settings).to_pylist())
 
 
-def run(work: Task) -> tuple[Manifest, PrivateCounts]:
-    return finish(work, stages(work), ORIGIN)
+def run(work: Work) -> tuple[Manifest, PrivateCounts]:
+    return finish(work.settings, stages(work), ORIGIN)
 
 
 def test_the_folder_becomes_a_store_that_opens(tmp_path, byte_tokenizer):
@@ -79,14 +102,14 @@ def test_shards_that_went_to_a_url_become_the_same_store(tmp_path, byte_tokenize
     here = task(tmp_path / "store", byte_tokenizer, ROWS, [("someone else", "held out")])
     run(here)
     place = f"file://{tmp_path}/files/people"
-    work = replace(here, folder=tmp_path / "aside", url=place)
+    work = here.at(folder=tmp_path / "temporary", url=place)
     results = stages(work)
-    assert not (tmp_path / "aside").exists()  # a worker leaves nothing on its own disk
-    delivered = collect(work, results)
-    assert {shard for shard in delivered if "/" in shard} == {"heldout/shard-00003.bin"}
-    finish(replace(work, url=None), results, ORIGIN)
+    assert not work.folder.exists()  # a worker leaves nothing on its own disk
+    shard = tmp_path / "files" / "people" / "heldout" / "shard-00003.bin"
+    assert results.shards[7].entry.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
+    finish(work.settings, results, ORIGIN)
     assert not is_prepared(place)
-    put_store(work.folder, place, delivered=delivered)
+    put_store(work.folder, place)
     store = open_store(place, cache=str(tmp_path / "cache"), verify=True)
     original = TokenStore.open(tmp_path / "store", verify=True)
     assert store.manifest == original.manifest
@@ -94,14 +117,59 @@ def test_shards_that_went_to_a_url_become_the_same_store(tmp_path, byte_tokenize
     assert store.heldout.num_users == 1
 
 
-def test_a_shard_damaged_on_its_way_is_noticed_before_there_is_a_store(tmp_path, byte_tokenizer):
+def test_the_driver_reads_no_shard_and_the_digests_are_those_of_the_uploaded_bytes(
+    tmp_path, byte_tokenizer
+):
+    place, files = f"file://{tmp_path}/files/people", tmp_path / "files" / "people"
+    work = task(tmp_path / "temporary", byte_tokenizer, ROWS, [("someone else", "held out")])
+    results = stages(work.at(url=place))
+    uploaded = {
+        file.relative_to(files): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files.rglob("shard-*")
+    }
+    shutil.rmtree(files)  # whoever read a shard now would fail
+    manifest, _ = finish(work.at(url=place).settings, results, ORIGIN)
+    put_store(work.folder, place)
+    heldout = Manifest.read(files / "heldout")
+    told = {Path(entry.file): entry.sha256 for entry in manifest.shards} | {
+        Path("heldout") / entry.file: entry.sha256 for entry in heldout.shards
+    }
+    assert uploaded.items() <= told.items()
+    assert len(uploaded) == 5
+    with pytest.raises(DataError, match="cannot be read"):  # the failing arm: one that reads them
+        open_store(place, cache=str(tmp_path / "cache"), verify=False)
+
+
+def test_a_shard_damaged_on_its_way_is_noticed_before_there_is_a_store(
+    tmp_path, byte_tokenizer, monkeypatch
+):
     place = f"file://{tmp_path}/files/people"
-    work = replace(task(tmp_path / "aside", byte_tokenizer, ROWS), url=place)
-    results = stages(work)
-    shard = tmp_path / "files" / "people" / "shard-00001.bin"
-    shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
-    with pytest.raises(DataError, match=r"shard-00001\.bin is damaged"):
-        collect(work, results)
+    work = task(tmp_path / "temporary", byte_tokenizer, ROWS).at(url=place)
+    upload = remote._upload
+
+    def damaged(file, system, path):
+        upload(file, system, path)
+        if path.endswith("shard-00001.bin"):
+            shard = Path(path)
+            shard.write_bytes(shard.read_bytes()[:-8] + b"12345678")
+
+    monkeypatch.setattr(remote, "_upload", damaged)
+    with pytest.raises(StorageError, match=r"shard-00001\.bin is damaged"):
+        stages(work)
+
+
+def test_a_shard_in_two_parts_is_a_defect(tmp_path, byte_tokenizer):
+    work = task(tmp_path / "store", byte_tokenizer, ROWS)
+    rows = list(read_rows(work.pieces[0], work.settings.columns))
+    written = [
+        row
+        for some in rows
+        for examples in tokenize_batch(some, work.settings)
+        for row in write_shards(examples, work.settings).to_pylist()
+    ]
+    StageResults.of(written)
+    with pytest.raises(GuaranteeError, match="split over two tasks"):
+        StageResults.of([*written, written[0]])
 
 
 def test_until_the_last_manifest_nothing_opens(tmp_path, byte_tokenizer):
@@ -157,7 +225,7 @@ def test_an_input_without_text_is_refused(tmp_path, byte_tokenizer, rows, heldou
 def test_files_that_another_node_wrote_elsewhere_are_missed(tmp_path, byte_tokenizer):
     work = task(tmp_path / "a", byte_tokenizer, ROWS)
     results = stages(work)
-    elsewhere = replace(work, folder=tmp_path / "b")
+    elsewhere = work.at(folder=tmp_path / "b").settings
     with pytest.raises(DataError, match="all nodes of the cluster share"):
         finish(elsewhere, results, ORIGIN)
 

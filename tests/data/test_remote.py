@@ -78,7 +78,7 @@ def test_admitted_runs_are_recorded_at_the_url_and_change_nothing_else(
     made: Path, at: At, cache: str
 ) -> None:
     place = at("chats")
-    put_store(made, place, delivered=set())
+    put_store(made, place)
     digest = open_store(place, cache=cache, verify=True).digest
     assert recorded_runs(place) == frozenset()
     for run_id in ("chats-01", "chats-02", "chats-01"):
@@ -96,7 +96,7 @@ def test_a_store_at_a_url_opens_as_it_was_made(made: Path, at: At, cache: str) -
     place = at("chats")
     assert not is_prepared(place)
     refuse_occupied(place)
-    put_store(made, place, delivered=set())
+    put_store(made, place)
     store, original = (
         open_store(place, cache=cache, verify=True),
         TokenStore.open(made, verify=True),
@@ -120,7 +120,7 @@ def test_a_store_at_a_url_opens_as_it_was_made(made: Path, at: At, cache: str) -
 def test_a_copy_is_its_owners_alone_and_holds_no_private_counts(
     made: Path, at: At, cache: str
 ) -> None:
-    put_store(made, at("chats"), delivered=set())
+    put_store(made, at("chats"))
     copy = local_copy(at("chats"), cache)
     for path in [Path(cache), copy, *copy.rglob("*"), *Path(cache).glob(".*")]:
         if path.name != MANIFEST_FILE:  # public, and in an owner-only folder
@@ -137,7 +137,7 @@ def test_processes_of_a_node_fetch_a_store_once(
     for name, value in objects.credentials().items():
         monkeypatch.setenv(name, value)
     place = objects.url("once")
-    put_store(made, place, delivered=set())
+    put_store(made, place)
     context = multiprocessing.get_context("spawn")
     told = context.SimpleQueue()
     processes = [context.Process(target=tell_digest, args=(place, cache, told)) for _ in range(3)]
@@ -157,10 +157,11 @@ def test_a_damaged_or_missing_shard_never_becomes_a_copy(made: Path, at: At, cac
     shard = made / "shard-00001.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-8] + bytes(8 * [content[-1] ^ 1]))
-    put_store(made, at("damaged"), delivered=set())
+    put_store(made, at("damaged"))
     with pytest.raises(DataError, match=r"shard-00001\.bin.* is damaged"):
         open_store(at("damaged"), cache=cache, verify=False)
-    put_store(made, at("short"), delivered={"shard-00001.bin"})
+    shard.unlink()
+    put_store(made, at("short"))
     with pytest.raises(DataError, match=r"short.* cannot be read"):
         open_store(at("short"), cache=cache, verify=False)
     assert not [path for path in Path(cache).iterdir() if not path.name.startswith(".")]
@@ -171,13 +172,13 @@ def test_a_damaged_or_missing_shard_never_becomes_a_copy(made: Path, at: At, cac
 def test_a_half_fetched_copy_is_thrown_away_and_fetched_whole(
     made: Path, at: At, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_store(made, at("chats"), delivered=set())
+    put_store(made, at("chats"))
 
     def die(aside: Path, copy: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "publish", die)  # everything fetched, but the name not given
+        patch.setattr(remote, "rename_into_place", die)  # all is fetched
         with pytest.raises(KeyboardInterrupt):
             local_copy(at("chats"), cache)
     (left,) = Path(cache).glob(".*.partial")
@@ -187,7 +188,7 @@ def test_a_half_fetched_copy_is_thrown_away_and_fetched_whole(
 
 
 def test_a_copy_damaged_on_this_disk_is_fetched_anew(made: Path, at: At, cache: str) -> None:
-    put_store(made, at("chats"), delivered=set())
+    put_store(made, at("chats"))
     shard = local_copy(at("chats"), cache) / "shard-00000.bin"
     shard.write_bytes(bytes(len(shard.read_bytes())))
     assert open_store(at("chats"), cache=cache, verify=True).num_users == 20
@@ -196,10 +197,10 @@ def test_a_copy_damaged_on_this_disk_is_fetched_anew(made: Path, at: At, cache: 
 def test_a_store_made_anew_at_a_url_is_another_copy(
     made: Path, at: At, cache: str, tmp_path: Path
 ) -> None:
-    put_store(made, at("chats"), delivered=set())
+    put_store(made, at("chats"))
     first = local_copy(at("chats"), cache)
     other = write_store(tmp_path / "other", users(7))
-    put_store(other, at("chats"), delivered=set())
+    put_store(other, at("chats"))
     assert local_copy(at("chats"), cache) != first
     assert open_store(at("chats"), cache=cache, verify=True).num_users == 7
 
@@ -208,7 +209,7 @@ def test_until_its_manifest_is_there_nothing_opens(made: Path, at: At, cache: st
     shutil.copytree(made, made.with_name("rest"))
     (made.with_name("rest") / MANIFEST_FILE).unlink()
     with pytest.raises(DataError, match="cannot be read or written"):
-        put_store(made.with_name("rest"), at("chats"), delivered=set())
+        put_store(made.with_name("rest"), at("chats"))
     with pytest.raises(DataError, match=r"no manifest\.json: run jobs/prepare\.py"):
         open_store(at("chats"), cache=cache, verify=False)
     discard(at("chats"))

@@ -18,7 +18,7 @@ from udp_ray.data.store import (
     PrivateCounts,
     Shard,
     TokenStore,
-    publish,
+    rename_into_place,
     shard_file,
     write_shard,
 )
@@ -223,9 +223,9 @@ def test_publishing_never_replaces_a_store(tmp_path):
     first = write_store(tmp_path / "store", USERS)
     second = write_store(tmp_path / "aside", USERS[:1])
     with pytest.raises(DataError, match="not empty"):
-        publish(second, first)
+        rename_into_place(second, first)
     assert TokenStore.open(first, verify=True).num_users == 5
     empty: Path = tmp_path / "empty"
     empty.mkdir()
-    publish(second, empty)
+    rename_into_place(second, empty)
     assert TokenStore.open(empty, verify=True).num_users == 1

@@ -161,5 +161,5 @@ def test_bad_input_is_one_sentence(tmp_path):
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="does not divide"):
         _config(tmp_path, num_heads=3)
-    with pytest.raises(ValidationError, match="prove nothing"):
+    with pytest.raises(ValidationError, match="say nothing"):
         _config(tmp_path, heldout=str(tmp_path / "public.parquet"))

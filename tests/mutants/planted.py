@@ -743,6 +743,25 @@ LEDGER = [
         ),
     ),
     Mutant(
+        name="key_for_an_old_attempt",
+        breaks="P38: an attempt that was replaced still gets the key of the run",
+        file="udp_ray/ledger/ledger.py",
+        text="key = rows.key(self._run_of(rows, attempt, lock=False))",
+        replacement="key = rows.key(rows.run(attempt.run_id))",
+        tests=("tests/ledger/test_accountant.py::test_only_the_present_attempt_gets_the_key",),
+    ),
+    Mutant(
+        name="failure_of_rank_0_ends_the_run",
+        breaks="a rank that hears of rank 0's failure stops a run that could be restarted",
+        file="udp_ray/errors.py",
+        text="class RankFailedError(RuntimeError):",
+        replacement="class RankFailedError(UdpRayError):",
+        tests=(
+            "tests/on_ray/test_worker.py"
+            "::test_a_rank_that_hears_of_rank_0s_failure_leaves_the_run_to_be_restarted",
+        ),
+    ),
+    Mutant(
         name="keys_survive_their_run",
         breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
         file="udp_ray/ledger/tables.py",
@@ -781,7 +800,7 @@ DATA = [
         name="held_out_users_also_train",
         breaks="P22: users of a separate held-out input are in the training input too",
         file="udp_ray/data/build.py",
-        text="    _refuse_overlap(TokenStore.open(task.folder, verify=False))\n",
+        text="    _refuse_overlap(train, heldout)\n",
         replacement="",
         tests=(
             "tests/data/test_finish.py"

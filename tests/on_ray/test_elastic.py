@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend
         variables = objects.credentials() | {"AWS_REGION": "us-east-1"}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        put_store(folder / "store", objects.url("store"), delivered=set())
+        put_store(folder / "store", objects.url("store"))
         disturbed = at_urls(disturbed, objects, folder / "cache")
     with Ledger.open(config.data.ledger_url) as ledger:
         job = start(disturbed, variables)

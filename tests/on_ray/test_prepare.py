@@ -26,7 +26,7 @@ from udp_ray.errors import (
     UdpRayError,
 )
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.on_ray.prepare import Prepared, dry_run_text, prepare
+from udp_ray.on_ray.prepare import PrepareResult, dry_run_text, prepare
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "prepare.py"
 BLOCK_TOKENS = 8
@@ -62,7 +62,7 @@ def settings(
     return DataConfig.model_validate(values | changes)
 
 
-def run(data: DataConfig) -> Prepared:
+def run(data: DataConfig) -> PrepareResult:
     assert data.tokenizer is not None
     return prepare(data, tokenizer=data.tokenizer)
 

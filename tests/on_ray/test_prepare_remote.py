@@ -18,7 +18,7 @@ from udp_ray.config.experiment import DataConfig
 from udp_ray.data.remote import is_prepared, open_store, read_counts
 from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.on_ray.prepare import prepare, prepared_text
+from udp_ray.on_ray.prepare import prepare
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "prepare.py"
 NUM_USERS = 40
@@ -63,7 +63,7 @@ def test_a_store_prepared_at_a_url_has_the_bytes_of_one_in_a_folder(
     place = f"file://{tmp_path}/files/people"
     remote, local = run(settings(place)), run(settings(str(tmp_path / "local")))
     assert remote.manifest.shards == local.manifest.shards
-    assert place in prepared_text(remote)
+    assert place in remote.to_text()
     store = open_store(place, cache=str(tmp_path / "cache"), verify=True)
     assert store.digest == TokenStore.open(tmp_path / "local", verify=True).digest
     assert store.heldout is not None

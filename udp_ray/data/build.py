@@ -1,25 +1,27 @@
-"""What `prepare` says to people: what would be read, what was made, and, on request, the counts.
+"""Builds a token store from text: the stages of `prepare`, as plain functions of Arrow tables.
 
-Examples of a shard, in any order and any number of blocks -> the one shard that they make.
+    rows -> tokenize_batch -> examples, each with its shard
+         -> brought together by shard (Ray Data's shuffle)
+         -> write_shards -> shard files, and a row for each that says what was written
+         -> StageResults -> finish: manifests and private counts
 
-The two stages of `prepare` that run on workers: pieces -> examples, examples -> shard files.
+Workers run the first two functions and import neither Ray's libraries nor torch for them. What a
+stage has to tell the driver travels as rows of the data, in columns of their own: unlike a counter
+kept elsewhere, a row is counted once even when a task is retried.
 
-Plain functions of Arrow tables, so that workers import neither Ray's libraries nor torch for them.
-What a stage has to tell the driver travels as rows too: unlike a counter aside, a row is counted
-once even when a task is repeated.
-
-The last part of `prepare`: what the workers wrote is checked, and described in manifests.
+Which shard a user is in, and the order inside a shard, follow from keyed hashes alone, so that the
+store does not depend on the order of the rows, on their files or on the parallelism.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +29,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from udp_ray.data.hashing import HASH_BYTES, hash_example
-from udp_ray.data.read import Columns, Piece, read_rows
-from udp_ray.data.remote import bring_shards, put
+from udp_ray.data.read import Columns, Piece
+from udp_ray.data.remote import put
 from udp_ray.data.store import (
     HELDOUT_FOLDER,
     Manifest,
@@ -36,19 +38,183 @@ from udp_ray.data.store import (
     Shard,
     ShardEntry,
     StoreCounts,
-    TokenStore,
     write_shard,
 )
-from udp_ray.data.tokenize import (
-    Placement,
-    TextEncoder,
-    example_schema,
-    tokenize_rows,
-)
-from udp_ray.errors import DataError, UdpRayError
+from udp_ray.data.tokenize import Placement, TextEncoder, example_schema, tokenize_rows
+from udp_ray.errors import DataError, GuaranteeError, StorageError, UdpRayError
 from udp_ray.io import below
 
 Order = NDArray[np.int64]
+
+PATH = "path"
+"""Column of the rows that names their file, where there is one; Ray Data's name for it."""
+
+ROWS_READ, ROWS_WITHOUT_TEXT = "rows_read", "rows_without_text"
+"""Columns of counts: null in the row of an example, and set in a row that holds no example."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What every worker needs to know to build a store. Sensitive: holds the hash key."""
+
+    columns: Columns
+    encoder: TextEncoder
+    placement: Placement
+    max_examples_per_user: int | None
+    folder: Path
+    """Where the store comes into being; a folder that all nodes share, unless it has a URL."""
+    has_heldout_input: bool = False
+    """Whether a separate input is held out."""
+    url: str | None = None
+    """Where each shard goes as soon as it is written, instead of staying in the folder."""
+
+    @property
+    def has_heldout(self) -> bool:
+        """Whether some users are held out."""
+        return self.has_heldout_input or self.placement.heldout_share > 0
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of both parts; those of held-out users are numbered last."""
+        return self.placement.num_shards * (2 if self.has_heldout else 1)
+
+    def folder_of(self, number: int) -> Path:
+        """Returns the folder of a shard."""
+        is_heldout = number >= self.placement.num_shards
+        return self.folder / HELDOUT_FOLDER if is_heldout else self.folder
+
+    def url_of(self, number: int, file: str) -> str:
+        """Returns the URL of a shard's file."""
+        assert self.url is not None
+        name = (self.folder_of(number) / file).relative_to(self.folder)
+        return below(self.url, name.as_posix())
+
+
+# ---- rows -> examples
+
+
+def tokenize_batch(
+    rows: pa.Table, settings: BuildSettings, *, is_heldout_input: bool = False
+) -> Iterator[pa.Table]:
+    """Yields the examples of some rows, file by file, and rows that count what was read.
+
+    Args:
+        rows: A table with the columns and perhaps `PATH`.
+        settings: How to build the store.
+        is_heldout_input: Whether the rows come from a separate held-out input.
+
+    Raises:
+        DataError: If a user id is missing, or a column is of a wrong type; names the file.
+    """
+    paths = rows[PATH] if PATH in rows.column_names and PATH not in settings.columns.names else None
+    for path in [None] if paths is None else pc.unique(paths).to_pylist():
+        some = rows if path is None else rows.filter(pc.equal(paths, path))
+        try:
+            tokenized = tokenize_rows(
+                some,
+                settings.columns,
+                settings.encoder,
+                settings.placement,
+                is_heldout_input=is_heldout_input,
+            )
+        except DataError as error:
+            raise DataError(f"{path}: {error}" if path else str(error)) from None
+        yield _with_counts(tokenized.examples, None)
+        counts = {
+            ROWS_READ: tokenized.num_rows,
+            ROWS_WITHOUT_TEXT: tokenized.num_rows_without_text,
+        }
+        yield _with_counts(example_schema(settings.encoder.token_type).empty_table(), counts)
+
+
+def _with_counts(examples: pa.Table, counts: Mapping[str, int] | None) -> pa.Table:
+    """Adds the columns of counts, null for examples; or makes the one row that holds counts."""
+    if counts is not None:  # the shard only decides which task sees the row
+        shard = pa.array([0], examples.schema.field("shard").type)
+        nulls = [pa.nulls(1, column.type) for column in examples.schema][1:]
+        examples = pa.table([shard, *nulls], schema=examples.schema)
+    for name in (ROWS_READ, ROWS_WITHOUT_TEXT):
+        value = pa.scalar(counts and counts[name], pa.int64())
+        examples = examples.append_column(name, pa.repeat(value, examples.num_rows))
+    return examples
+
+
+# ---- examples of whole shards -> files
+
+RESULT_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("entry", pa.string()),  # JSON of ShardEntry
+        ("counts", pa.string()),  # JSON of StoreCounts
+        ("user_hashes", pa.binary()),
+        (ROWS_READ, pa.int64()),
+        (ROWS_WITHOUT_TEXT, pa.int64()),
+        ("refusal", pa.string()),
+    ]
+)
+"""Of a shard: what was written, or why it could not be, as an error of this stage would reach the
+driver as Ray's, without its cause. Else: counts of rows."""
+
+
+def write_shards(block: pa.Table, settings: BuildSettings) -> pa.Table:
+    """Writes the shards that a block holds, each of them whole; returns a row for each.
+
+    Args:
+        block: All examples of some shards, and perhaps rows of counts.
+        settings: How to build the store.
+
+    Returns:
+        A table of `RESULT_SCHEMA`.
+    """
+    results: list[dict[str, Any]] = []
+    if block.num_rows:
+        is_example = pc.is_valid(block["user"])
+        examples = block.filter(is_example)
+        sums = {name: pc.sum(block[name]).as_py() or 0 for name in (ROWS_READ, ROWS_WITHOUT_TEXT)}
+        results.append(sums)
+        for number in pc.unique(examples["shard"]).to_pylist():
+            own = examples.filter(pc.equal(examples["shard"], number))
+            shard = assemble_shard(own, settings.placement.key, settings.max_examples_per_user)
+            try:
+                results.append(_write(number, shard, settings))
+            except UdpRayError as refusal:
+                results.append({"shard": number, "refusal": str(refusal)})
+                break
+    return pa.Table.from_pylist(results, RESULT_SCHEMA)
+
+
+def _write(number: int, shard: Shard, settings: BuildSettings) -> dict[str, Any]:
+    """Writes a shard; returns its row of results."""
+    with _target_folder(number, settings) as folder:
+        entry = write_shard(folder, number % settings.placement.num_shards, shard)
+        if settings.url is not None:
+            put(folder / entry.file, settings.url_of(number, entry.file), sha256=entry.sha256)
+    sizes, users = np.unique(np.diff(shard.user_offsets), return_counts=True)
+    counts = StoreCounts(
+        num_users=shard.num_users,
+        num_examples=shard.num_examples,
+        num_tokens=len(shard.tokens),
+        examples_per_user=dict(zip(sizes.tolist(), users.tolist(), strict=True)),
+    )
+    is_compared = settings.has_heldout_input  # a share of the users cannot overlap the rest
+    return {
+        "shard": number,
+        "entry": entry.model_dump_json(),
+        "counts": counts.model_dump_json(),
+        "user_hashes": shard.user_hashes.tobytes() if is_compared else b"",
+    }
+
+
+@contextmanager
+def _target_folder(number: int, settings: BuildSettings) -> Iterator[Path]:
+    """Gives the folder that a shard is written to, for the owner only."""
+    if settings.url is not None:
+        with tempfile.TemporaryDirectory(prefix="udp-ray-") as scratch:
+            yield Path(scratch)
+        return
+    folder = settings.folder_of(number)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    yield folder
 
 
 def assemble_shard(examples: pa.Table, key: bytes, max_examples_per_user: int | None) -> Shard:
@@ -135,156 +301,61 @@ def _rank_in_run(is_new: NDArray[np.bool_]) -> Order:
     return rows - np.maximum.accumulate(np.where(is_new, rows, 0))
 
 
-TALLY = -1
-"""The shard number of rows that are no examples but counts, as int64 in the token column."""
-
-REFUSED = -2
-"""The shard number of a row whose result is why a shard could not be written: an error of this
-stage would reach the driver as Ray's, without its cause."""
+# ---- what was written -> the manifests
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every worker needs to know. Sensitive: holds the hash key."""
+class ShardResult:
+    """What a worker says of a shard that it wrote. Sensitive."""
 
-    pieces: tuple[Piece, ...]
-    num_train_pieces: int
-    """The first pieces are the input; those after them a separate held-out input."""
-    columns: Columns
-    encoder: TextEncoder
-    placement: Placement
-    max_examples_per_user: int | None
-    folder: Path
-    """Where the store comes into being; a folder that all nodes share, unless it has a URL."""
-    url: str | None = None
-    """Where each shard goes as soon as it is written, instead of staying in the folder."""
-
-    @property
-    def has_heldout(self) -> bool:
-        """Whether some users are held out."""
-        return self.num_train_pieces < len(self.pieces) or self.placement.heldout_share > 0
-
-    def folder_of(self, number: int) -> Path:
-        """Returns the folder of a shard; those of held-out users are numbered last."""
-        is_heldout = number >= self.placement.num_shards
-        return self.folder / HELDOUT_FOLDER if is_heldout else self.folder
-
-    def url_of(self, number: int, file: str) -> str:
-        """Returns the URL of a shard's file."""
-        assert self.url is not None
-        name = (self.folder_of(number) / file).relative_to(self.folder)
-        return below(self.url, name.as_posix())
+    entry: ShardEntry
+    counts: StoreCounts
+    user_hashes: bytes
+    """Hashes of its users, one after the other; empty where nothing is compared."""
 
 
-def read_examples(batch: pa.Table, task: Task) -> Iterator[pa.Table]:
-    """Yields the examples of the pieces whose numbers are in column `id`, and their tally."""
-    for number in batch["id"].to_pylist():
-        num_rows = num_without_text = 0
-        piece = task.pieces[number]
-        for rows in read_rows(piece, task.columns):
-            try:
-                tokenized = tokenize_rows(
-                    rows,
-                    task.columns,
-                    task.encoder,
-                    task.placement,
-                    is_heldout_input=number >= task.num_train_pieces,
-                )
-            except DataError as error:
-                raise DataError(f"{piece.location}: {error}") from None
-            num_rows += tokenized.num_rows
-            num_without_text += tokenized.num_rows_without_text
-            yield tokenized.examples
-        yield _tally(num_rows, num_without_text, task.encoder.token_type)
+@dataclass
+class StageResults:
+    """What the workers did. Sensitive."""
+
+    shards: dict[int, ShardResult] = field(default_factory=dict)
+    """By number; shards without users are not there."""
+    rows_read: int = 0
+    rows_without_text: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> Self:
+        """Collects rows of `RESULT_SCHEMA`.
+
+        Raises:
+            StorageError: If a worker could not write a shard.
+            GuaranteeError: If a shard came in two parts, so that a user is split.
+        """
+        results = cls()
+        for row in rows:
+            results.add(row)
+        return results
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds one row of `RESULT_SCHEMA`."""
+        number = row["shard"]
+        if row["refusal"] is not None:
+            raise StorageError(row["refusal"])
+        if number is None:
+            self.rows_read += row[ROWS_READ]
+            self.rows_without_text += row[ROWS_WITHOUT_TEXT]
+            return
+        if number in self.shards:
+            raise GuaranteeError(f"shard {number} was split over two tasks")
+        self.shards[number] = _shard_result(row)
 
 
-def write_shards(block: pa.Table, task: Task) -> pa.Table:
-    """Writes the shards that a block holds, each of them whole; returns a row for each.
-
-    Args:
-        block: All examples of some shards, and perhaps the tallies.
-        task: What to do.
-
-    Returns:
-        Columns shard (TALLY for the tallies) and result (JSON, or REFUSED and a sentence).
-    """
-    numbers = pc.unique(block["shard"]).to_pylist() if block.num_rows else []
-    results: list[tuple[int, str]] = []
-    for number in numbers:
-        examples = block.filter(pc.equal(block["shard"], number))
-        if number == TALLY:
-            counts = np.array([_counts(row) for row in examples["tokens"]]).sum(axis=0)
-            results.append((TALLY, json.dumps(counts.tolist())))
-            continue
-        shard = assemble_shard(examples, task.placement.key, task.max_examples_per_user)
-        try:
-            results.append((number, _write(number, shard, task)))
-        except UdpRayError as refusal:
-            results.append((REFUSED, str(refusal)))
-            break
-    return pa.table(
-        {
-            "shard": pa.array([number for number, _ in results], pa.int32()),
-            "result": pa.array([result for _, result in results], pa.string()),
-        }
+def _shard_result(row: Mapping[str, Any]) -> ShardResult:
+    return ShardResult(
+        ShardEntry.model_validate_json(row["entry"]),
+        StoreCounts.model_validate_json(row["counts"]),
+        row["user_hashes"],
     )
-
-
-def write_empty_shard(number: int, task: Task) -> str:
-    """Writes a shard that no user is in; returns its result."""
-    hashes = np.zeros((0, HASH_BYTES), np.uint8)
-    zero = np.zeros(1, np.int64)
-    tokens = np.zeros(0, task.encoder.token_type)
-    return _write(number, Shard(hashes, zero, zero, np.zeros(0, np.int32), tokens), task)
-
-
-def parse_tally(results: dict[int, str]) -> tuple[int, int]:
-    """Returns the rows that were read, and those among them without text."""
-    num_rows, num_without_text = json.loads(results.get(TALLY, "[0, 0]"))
-    return num_rows, num_without_text
-
-
-def parse_result(result: str) -> tuple[ShardEntry, StoreCounts]:
-    """Returns a shard's entry and counts from its result."""
-    entry, counts = json.loads(result)
-    return ShardEntry.model_validate(entry), StoreCounts.model_validate(counts)
-
-
-def _write(number: int, shard: Shard, task: Task) -> str:
-    with _workplace(number, task) as folder:
-        entry = write_shard(folder, number % task.placement.num_shards, shard)
-        if task.url is not None:
-            put(folder / entry.file, task.url_of(number, entry.file))
-    sizes, users = np.unique(np.diff(shard.user_offsets), return_counts=True)
-    counts = StoreCounts(
-        num_users=shard.num_users,
-        num_examples=shard.num_examples,
-        num_tokens=len(shard.tokens),
-        examples_per_user=dict(zip(sizes.tolist(), users.tolist(), strict=True)),
-    )
-    return json.dumps([entry.model_dump(mode="json"), counts.model_dump(mode="json")])
-
-
-@contextmanager
-def _workplace(number: int, task: Task) -> Iterator[Path]:
-    """Gives the folder that a shard is written to, for the owner only."""
-    if task.url is not None:
-        with tempfile.TemporaryDirectory(prefix="udp-ray-") as scratch:
-            yield Path(scratch)
-        return
-    folder = task.folder_of(number)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    yield folder
-
-
-def _tally(num_rows: int, num_without_text: int, token_type: np.dtype) -> pa.Table:
-    counts = np.array([num_rows, num_without_text], np.int64).view(token_type)
-    nobody = [bytes(HASH_BYTES)]
-    return pa.table([[TALLY], nobody, nobody, [0], [counts]], schema=example_schema(token_type))
-
-
-def _counts(tally: pa.LargeListScalar) -> np.ndarray:
-    return tally.values.to_numpy().copy().view(np.int64)
 
 
 @dataclass(frozen=True)
@@ -298,135 +369,136 @@ class Origin:
     created_by: dict[str, str]
 
 
-Part = list[tuple[ShardEntry, StoreCounts]]
+def finish(
+    settings: BuildSettings, results: StageResults, origin: Origin
+) -> tuple[Manifest, PrivateCounts]:
+    """Completes the store in the folder of the settings; returns its manifest and counts.
 
-
-def finish(task: Task, results: dict[int, str], origin: Origin) -> tuple[Manifest, PrivateCounts]:
-    """Completes the store in the task's folder; returns its manifest and counts.
+    No shard is read: workers have said what they wrote. Of a store at a URL the folder holds the
+    manifests, counts and shards without users afterwards, which `remote.put_store` uploads.
 
     Args:
-        task: What the workers did.
-        results: What they returned by shard; shards without users are not there.
+        settings: What the workers did.
+        results: What they returned.
         origin: Where the data come from.
 
     Raises:
-        DataError: If the input cannot be used, or the workers' files are not to be seen here.
+        DataError: If the input cannot be used, or the workers' files are not visible here.
     """
-    num_shards = task.placement.num_shards
-    num_rows, num_without_text = parse_tally(results)
-    _refuse_invisible(task, results)
-    parts: list[Part] = []
-    for first in range(0, num_shards * (2 if task.has_heldout else 1), num_shards):
-        numbers = range(first, first + num_shards)
-        parts.append([parse_result(results.get(n) or write_empty_shard(n, task)) for n in numbers])
-    totals = [_total([counts for _, counts in part]) for part in parts]
-    _refuse_unusable(totals, task)
-    heldout_digest = None
-    if task.has_heldout:
-        heldout = _manifest(task, parts[1], origin, None)
-        _write_manifests(task.folder / HELDOUT_FOLDER, heldout, PrivateCounts(train=totals[1]))
-        heldout_digest = heldout.digest()
-    manifest = _manifest(task, parts[0], origin, heldout_digest)
+    if settings.url is None:
+        _refuse_invisible(settings, results)
+    shards = [
+        results.shards.get(number) or _shard_result(_write_empty(number, settings))
+        for number in range(settings.num_shards)
+    ]
+    num_shards = settings.placement.num_shards
+    train, heldout = shards[:num_shards], shards[num_shards:]
     counts = PrivateCounts(
-        train=totals[0],
-        heldout=totals[1] if task.has_heldout else None,
-        rows_read=num_rows,
-        rows_without_text=num_without_text,
+        train=_total(train),
+        heldout=_total(heldout) if settings.has_heldout else None,
+        rows_read=results.rows_read,
+        rows_without_text=results.rows_without_text,
     )
-    _write_manifests(task.folder, manifest, counts)
-    _refuse_overlap(TokenStore.open(task.folder, verify=False))
+    _refuse_unusable(counts)
+    _refuse_overlap(train, heldout)
+    heldout_digest = None
+    if counts.heldout is not None:
+        part = _manifest(settings, heldout, origin, None)
+        folder = settings.folder / HELDOUT_FOLDER
+        _write_manifests(folder, part, PrivateCounts(train=counts.heldout))
+        heldout_digest = part.digest()
+    manifest = _manifest(settings, train, origin, heldout_digest)
+    _write_manifests(settings.folder, manifest, counts)
     return manifest, counts
 
 
-def collect(task: Task, results: Mapping[int, str]) -> set[str]:
-    """Brings shards that went to a URL into the task's folder, to be checked and described.
-
-    Returns:
-        Their files, relative to the folder.
-    """
-    if task.url is None:
-        return set()
-    delivered: set[str] = set()
-    for first, place in (
-        (0, task.url),
-        (task.placement.num_shards, below(task.url, HELDOUT_FOLDER)),
-    ):
-        folder = task.folder_of(first)
-        numbers = range(first, first + task.placement.num_shards)
-        entries = [parse_result(results[number])[0] for number in numbers if number in results]
-        if entries:
-            bring_shards(place, entries, folder)
-        delivered |= {(folder / e.file).relative_to(task.folder).as_posix() for e in entries}
-    return delivered
+def _write_empty(number: int, settings: BuildSettings) -> dict[str, Any]:
+    """Writes a shard that no user is in into the folder; returns its row of results."""
+    hashes = np.zeros((0, HASH_BYTES), np.uint8)
+    zero = np.zeros(1, np.int64)
+    tokens = np.zeros(0, settings.encoder.token_type)
+    shard = Shard(hashes, zero, zero, np.zeros(0, np.int32), tokens)
+    return _write(number, shard, replace(settings, url=None))
 
 
-def _manifest(task: Task, part: Part, origin: Origin, heldout: str | None) -> Manifest:
+def _manifest(
+    settings: BuildSettings, shards: Sequence[ShardResult], origin: Origin, heldout: str | None
+) -> Manifest:
     return Manifest(
         name=origin.name,
         ledger_id=origin.ledger_id,
         ledger_url=origin.ledger_url,
-        tokenizer=task.encoder.info,
-        block_tokens=task.encoder.block_tokens,
-        num_shards=task.placement.num_shards,
+        tokenizer=settings.encoder.info,
+        block_tokens=settings.encoder.block_tokens,
+        num_shards=settings.placement.num_shards,
         source=origin.source,
         created_by=origin.created_by,
-        shards=[entry for entry, _ in part],
+        shards=[shard.entry for shard in shards],
         heldout=heldout,
     )
 
 
 def _write_manifests(folder: Path, manifest: Manifest, counts: PrivateCounts) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for leftover in folder.glob(".*"):  # of a worker that died while it wrote
         leftover.unlink()
     manifest.write(folder)
     counts.write(folder)
 
 
-def _total(parts: Sequence[StoreCounts]) -> StoreCounts:
+def _total(shards: Sequence[ShardResult]) -> StoreCounts:
     histogram: Counter[int] = Counter()
-    for part in parts:
-        histogram.update(part.examples_per_user)
+    for shard in shards:
+        histogram.update(shard.counts.examples_per_user)
     return StoreCounts(
-        num_users=sum(part.num_users for part in parts),
-        num_examples=sum(part.num_examples for part in parts),
-        num_tokens=sum(part.num_tokens for part in parts),
+        num_users=sum(shard.counts.num_users for shard in shards),
+        num_examples=sum(shard.counts.num_examples for shard in shards),
+        num_tokens=sum(shard.counts.num_tokens for shard in shards),
         examples_per_user=dict(sorted(histogram.items())),
     )
 
 
-def _refuse_invisible(task: Task, results: dict[int, str]) -> None:
-    for number, result in results.items():
-        if number >= 0 and not (task.folder_of(number) / parse_result(result)[0].file).is_file():
+def _refuse_invisible(settings: BuildSettings, results: StageResults) -> None:
+    for number, shard in results.shards.items():
+        if not (settings.folder_of(number) / shard.entry.file).is_file():
             raise DataError(
-                f"data.store lies in {task.folder.parent}, where another node's files are not seen:"
-                " give a folder that all nodes of the cluster share"
+                f"data.store lies in {settings.folder.parent}, where another node's files are not"
+                " seen: give a folder that all nodes of the cluster share"
             )
 
 
-def _refuse_unusable(totals: Sequence[StoreCounts], task: Task) -> None:
-    if not totals[0].num_users:
+def _refuse_unusable(counts: PrivateCounts) -> None:
+    if not counts.train.num_users:
         raise DataError(
             "data.input has no usable row for training: each has a null or empty text, or no user"
             " is left beside the held-out ones"
         )
-    if task.has_heldout and not totals[1].num_users:
+    if counts.heldout is not None and not counts.heldout.num_users:
         raise DataError(
             "data.heldout leaves no user with text to evaluate on: raise it, or leave it out"
         )
 
 
-def _refuse_overlap(store: TokenStore) -> None:
-    """Refuses a separate held-out input with users of the training input; never says which."""
-    if store.heldout is None:
-        return
-    train = {user.tobytes() for user in store.user_hashes()}
-    num_shared = sum(user.tobytes() in train for user in store.heldout.user_hashes())
+def _refuse_overlap(train: Sequence[ShardResult], heldout: Sequence[ShardResult]) -> None:
+    """Refuses a separate held-out input with users of the training input; never says which.
+
+    A user has the same shard number in both parts, so shards are compared pair by pair.
+    """
+    pairs = zip(train, heldout, strict=True) if heldout else []
+    num_shared = sum(len(_users(one) & _users(other)) for one, other in pairs)
     if num_shared:
         raise DataError(
             f"data.heldout has {num_shared} users who are also in data.input: evaluation would"
             " measure memory; leave them out of one, or give a share of users instead"
         )
 
+
+def _users(shard: ShardResult) -> set[bytes]:
+    hashes = shard.user_hashes
+    return {hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)}
+
+
+# ---- descriptions for the terminal
 
 _BYTES_PER_TOKEN_OF_TEXT = 4  # usual for English and a vocabulary of tens of thousands
 _TASK_BYTES = 300 << 20  # a worker with pyarrow, before it holds any text
@@ -445,7 +517,7 @@ def describe_input(pieces: list[Piece], columns: Columns) -> list[str]:
         roles[1] = f"prompt {columns.prompt!r}, response {columns.text!r} (loss on the response)"
     size = sum(piece.num_bytes for piece in pieces)
     return [
-        f"would read {_size(size)} in {len(files)} files, {len(pieces)} pieces:",
+        f"would read {_size(size)} in {len(files)} files:",
         *shown,
         f"columns: {', '.join(roles)}",
     ]

@@ -1,23 +1,29 @@
-"""Reads the input in pieces: one piece is what one task reads as a stream.
+"""Finds the input and reads what Ray Data's own readers cannot read as the store needs it.
 
-Pieces are row groups of a parquet file, byte ranges of a JSON lines file, row ranges of a Hugging
-Face dataset. A CSV or compressed file is one piece, because only its beginning is known to begin a
-row. Columns of text files are read as the text that stands there, never guessed to be numbers or
-dates: "007" stays "007".
+A location is a path or a URL of any file system that pyarrow reaches. Names of files and columns
+are public; what stands in a file is not, so no error quotes it.
 
-Where the input is: files of any pyarrow file system, folders, globs; and how a failure reads.
+Ray Data reads parquet and CSV (`on_ray/prepare.py`). Read here, in pieces of which one task reads
+some as a stream, are:
 
-A location is a path or a URL. The names of what may be read are public; what stands in it is not,
-so that an error about a text file never quotes it.
+- JSON lines, in byte ranges. pyarrow's reader, which Ray Data uses, guesses types, so that the text
+  "2020-01-01" becomes a timestamp; it fails where an id is a number in one row and text in the
+  next, or where a string holds half of a surrogate pair. Here a malformed line is named by number.
+- Hugging Face datasets, in row ranges. `ray.data.from_huggingface` loads a whole dataset into
+  memory before the first row is read.
+
+Columns of text files are read as the text that stands there, never guessed to be numbers or dates:
+"007" stays "007".
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import islice
@@ -47,7 +53,14 @@ _KINDS: dict[str, Kind] = {
 }
 _COMPRESSED = (".bz2", ".gz", ".lz4", ".zst")
 _GLOB = "*?["
-_UNREADABLE = (OSError, ValueError, KeyError, OverflowError, pa.ArrowException)
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+_FOOTERS_AT_ONCE = 16
+_ROWS_LOOKED_AT = 100
+ROWS_AT_ONCE = 2048
+"""Rows that are tokenized at once. Speed and memory only."""
+
+UNREADABLE = (OSError, ValueError, KeyError, OverflowError, pa.ArrowException)
+"""What a reader raises where an input cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +73,58 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """The distinct columns."""
-        return list(dict.fromkeys(name for name in (self.user, self.text, self.prompt) if name))
+        """The names, each once."""
+        return list(dict.fromkeys(n for n in (self.user, self.text, self.prompt) if n))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows that one task reads."""
+    """A file, or a part of it that one task reads as a stream."""
 
     kind: Kind
     location: str
-    """Path or URL of a file, name of a hub dataset, or folder of a saved one."""
+    """Path, URL, or name of a Hugging Face dataset."""
     first: int = 0
-    """First row group, byte or row, by kind."""
+    """First byte (JSON lines) or row (datasets)."""
     last: int | None = None
     """The one after the last; None reads to the end."""
     split: str | None = None
     """Split of a Hugging Face dataset."""
     num_bytes: int = 0
-    """Size, for estimates."""
+    """Size, for estimates; of parquet before compression."""
+    schema: pa.Schema | None = field(default=None, compare=False, repr=False)
+    """Names and types of the columns of a parquet file."""
+
+
+# ---- finding the input
+
+
+def find_pieces(inputs: Sequence[str], split: str, piece_bytes: int) -> list[Piece]:
+    """Returns what an input consists of; parquet and CSV files whole, parquet only with rows.
+
+    Args:
+        inputs: Paths, folders, globs, URLs, or hf://NAME (hf://NAME:CONFIG for one of several
+            configurations).
+        split: Split of Hugging Face datasets.
+        piece_bytes: About how many bytes a piece of JSON lines or of a dataset has.
+
+    Raises:
+        DataError: If nothing matches, or something cannot be read.
+    """
+    pieces: list[Piece] = []
+    for name in inputs:
+        if name.startswith("hf://"):
+            pieces += _cut_dataset(
+                Piece("hub", name.removeprefix("hf://"), split=split), piece_bytes
+            )
+        elif any((Path(name) / marker).is_file() for marker in _SAVED_TO_DISK):
+            saved = Piece("disk", str(Path(name).absolute()), split=split)
+            pieces += _cut_dataset(saved, piece_bytes)
+        else:
+            with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:
+                cut = threads.map(lambda file: _cut_file(file, piece_bytes), find_files(name))
+                pieces += [piece for some in cut for piece in some]
+    return pieces
 
 
 def find_files(name: str) -> list[Piece]:
@@ -171,73 +217,75 @@ def explained(piece: Piece) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except _UNREADABLE as error:
-        place = f"hf://{piece.location}" if piece.kind == "hub" else piece.location
-        raise DataError(
-            f"{place} cannot be read ({_reason(piece, error)}): mend it or leave it out"
-        ) from error
+    except UNREADABLE as error:
+        raise _unreadable(piece, _reason(piece, error)) from None
+
+
+def _unreadable(piece: Piece, reason: str) -> DataError:
+    place = f"hf://{piece.location}" if piece.kind == "hub" else piece.location
+    return DataError(f"{place} cannot be read ({reason}): fix it or leave it out")
 
 
 def _reason(piece: Piece, error: Exception) -> str:
     """Returns why reading failed, without a word of what was read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, json.JSONDecodeError):
-        return f"a line is not JSON: {error.msg}"
     message = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if piece.kind not in ("csv", "jsonl") or isinstance(error, OSError):
         return message
-    counts = re.match(r"CSV parse error: Expected \d+ columns, got \d+", message)
-    return counts.group() if counts else f"it is not valid {piece.kind}"
+    counts = re.search(r"(?:Row #(\d+): )?Expected (\d+) columns, got (\d+)", message)
+    if counts:
+        row = f"row {counts[1]}" if counts[1] else "a row"
+        return f"{row} has {counts[3]} columns, not {counts[2]}"
+    return f"it is not valid {piece.kind}"
 
 
-ROWS_AT_ONCE = 2048
-_ROWS_LOOKED_AT = 100
-_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
-_CSV_BLOCK_BYTES = 16 << 20
-_MOST_FOOTERS = 1024
+def _cut_file(whole: Piece, piece_bytes: int) -> list[Piece]:
+    if whole.kind == "parquet":
+        with explained(whole), pq.ParquetFile(open_file(whole)) as file:
+            groups = range(file.num_row_groups)
+            size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+            found = replace(whole, num_bytes=size, schema=file.schema_arrow)
+            return [found] if file.metadata.num_rows else []
+    if whole.kind == "jsonl" and not is_compressed(whole) and whole.num_bytes > piece_bytes:
+        starts = range(0, whole.num_bytes, piece_bytes)
+        return [
+            replace(whole, first=a, last=a + piece_bytes, num_bytes=piece_bytes) for a in starts
+        ]
+    return [whole]
 
 
-def find_pieces(inputs: Sequence[str], split: str, piece_bytes: int) -> list[Piece]:
-    """Returns the pieces that an input consists of.
+def _cut_dataset(whole: Piece, piece_bytes: int) -> list[Piece]:
+    with explained(whole):
+        dataset = _dataset(whole)
+    num_rows = len(dataset)
+    num_bytes = dataset.data.nbytes
+    rows = max(1, num_rows * piece_bytes // max(num_bytes, 1))
+    return [
+        replace(
+            whole,
+            first=first,
+            last=min(first + rows, num_rows),
+            num_bytes=num_bytes * rows // max(num_rows, 1),
+        )
+        for first in range(0, num_rows, rows)
+    ]
 
-    Args:
-        inputs: Paths, folders, globs, URLs, or hf://NAME (hf://NAME:CONFIG for one of several
-            configurations).
-        split: Split of Hugging Face datasets.
-        piece_bytes: About how much one task reads.
 
-    Raises:
-        DataError: If nothing matches, or something cannot be read.
-    """
-    pieces: list[Piece] = []
-    for name in inputs:
-        if name.startswith("hf://"):
-            pieces += _cut_dataset(
-                Piece("hub", name.removeprefix("hf://"), split=split), piece_bytes
-            )
-        elif any((Path(name) / marker).is_file() for marker in _SAVED_TO_DISK):
-            saved = Piece("disk", str(Path(name).absolute()), split=split)
-            pieces += _cut_dataset(saved, piece_bytes)
-        else:
-            files = find_files(name)
-            for number, file in enumerate(files):
-                pieces += _cut_file(file, piece_bytes, look_inside=number < _MOST_FOOTERS)
-    return pieces
+# ---- columns
 
 
 def column_names(piece: Piece) -> list[str]:
     """Returns the names of a piece's columns; of JSON lines, those of its first rows."""
+    if piece.schema is not None:
+        return list(piece.schema.names)
     with explained(piece):
         if piece.kind in ("hub", "disk"):
             return list(_dataset(piece).column_names)
-        if piece.kind == "parquet":
-            with pq.ParquetFile(open_file(piece)) as file:
-                return list(file.schema_arrow.names)
         if piece.kind == "csv":
             with _open_csv(piece, None) as reader:
                 return list(reader.schema.names)
-        rows = map(_parse_line, islice(_lines(piece), _ROWS_LOOKED_AT))
+        rows = (_parse_line(piece, *line) for line in islice(_lines(piece), _ROWS_LOOKED_AT))
         return list(dict.fromkeys(name for row in rows for name in row))
 
 
@@ -252,71 +300,80 @@ def require_columns(existing: Sequence[str], wanted: Sequence[str], location: st
         )
 
 
+def refuse_unreadable(pieces: Sequence[Piece], columns: Columns) -> None:
+    """Refuses the first parquet or CSV file that cannot be read, after Ray Data has failed.
+
+    Its error names neither the row of a CSV file nor a missing column, so the files are read once
+    more, here on the driver, to say what is wrong.
+
+    Raises:
+        DataError: If there is one.
+    """
+    for piece in pieces:
+        if piece.kind not in ("parquet", "csv"):
+            continue
+        require_columns(column_names(piece), columns.names, piece.location)
+        with explained(piece):
+            if piece.kind == "csv":
+                with _open_csv(piece, columns.names) as reader:
+                    for _ in reader:
+                        pass
+            elif piece.kind == "parquet":
+                with pq.ParquetFile(open_file(piece)) as file:
+                    for _ in file.iter_batches(ROWS_AT_ONCE, columns=columns.names):
+                        pass
+
+
+CSV_READ = pacsv.ReadOptions(block_size=16 << 20, use_threads=False)
+"""Rows that are longer than a block cannot be read."""
+
+CSV_PARSE = pacsv.ParseOptions(newlines_in_values=True)
+
+
+def csv_conversion(names: Sequence[str] | None) -> pacsv.ConvertOptions:
+    """Returns the options that read columns as the text that stands there; None reads all."""
+    types = dict.fromkeys(names or [], pa.string())
+    return pacsv.ConvertOptions(include_columns=names and list(names), column_types=types)
+
+
+def _open_csv(piece: Piece, names: Sequence[str] | None) -> pacsv.CSVStreamingReader:
+    return pacsv.open_csv(open_stream(piece), CSV_READ, CSV_PARSE, csv_conversion(names))
+
+
+# ---- reading JSON lines and Hugging Face datasets
+
+
 def read_rows(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
-    """Yields the rows of a piece, some thousand at a time.
+    """Yields the rows of a piece of JSON lines or of a dataset, some thousand at a time.
 
     Raises:
         DataError: If the piece cannot be read or lacks a column; names the file.
     """
-    if piece.kind != "jsonl":  # there each row has columns of its own
-        require_columns(column_names(piece), columns.names, piece.location)
-    readers: dict[Kind, Callable[[Piece, Columns], Iterator[pa.Table]]] = {
-        "parquet": _read_parquet,
-        "csv": _read_csv,
-        "jsonl": _read_json_lines,
-        "hub": _read_dataset,
-        "disk": _read_dataset,
-    }
     with explained(piece):
-        yield from readers[piece.kind](piece, columns)
-
-
-def _read_parquet(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
-    with pq.ParquetFile(open_file(piece)) as file:
-        groups = range(piece.first, file.num_row_groups if piece.last is None else piece.last)
-        for batch in file.iter_batches(
-            ROWS_AT_ONCE, row_groups=list(groups), columns=columns.names
-        ):
-            yield pa.Table.from_batches([batch])
-
-
-def _read_csv(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
-    with _open_csv(piece, columns.names) as reader:
-        for batch in reader:
-            for first in range(0, batch.num_rows, ROWS_AT_ONCE):
-                yield pa.Table.from_batches([batch.slice(first, ROWS_AT_ONCE)])
+        if piece.kind == "jsonl":  # there each row has columns of its own
+            yield from _read_json_lines(piece, columns)
+            return
+        require_columns(column_names(piece), columns.names, piece.location)
+        yield from _read_dataset(piece, columns)
 
 
 def _read_json_lines(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
-    rows: list[dict[str, Any]] = []
-    for line in _lines(piece):
-        rows.append(_parse_line(line))
-        if len(rows) == ROWS_AT_ONCE:
-            yield _json_table(rows, columns, piece)
-            rows = []
-    if rows:
-        yield _json_table(rows, columns, piece)
-
-
-def _read_dataset(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
-    dataset = _dataset(piece).select_columns(columns.names).with_format("arrow")
-    last = len(dataset) if piece.last is None else piece.last
-    for first in range(piece.first, last, ROWS_AT_ONCE):
-        yield dataset[first : min(first + ROWS_AT_ONCE, last)]
-
-
-def _json_table(rows: list[dict[str, Any]], columns: Columns, piece: Piece) -> pa.Table:
-    existing = dict.fromkeys(name for row in rows for name in row)
-    require_columns(list(existing), columns.names, piece.location)
-    user = [_json_id(row.get(columns.user), columns.user) for row in rows]
-    texts = {
-        name: [_json_text(row.get(name), name) for row in rows]
-        for name in columns.names
-        if name != columns.user
-    }
-    return pa.table(
-        {columns.user: user, **texts}, pa.schema([(n, pa.string()) for n in (columns.user, *texts)])
-    )
+    lines = _lines(piece)
+    while some := list(islice(lines, ROWS_AT_ONCE)):
+        rows = [_parse_line(piece, *line) for line in some]
+        existing = dict.fromkeys(name for row in rows for name in row)
+        require_columns(list(existing), columns.names, piece.location)
+        values: dict[str, list[str | None]] = {}
+        for name in columns.names:
+            convert = _json_id if name == columns.user else _json_text
+            values[name] = []
+            for (number, _), row in zip(some, rows, strict=True):
+                try:
+                    values[name].append(convert(row.get(name), name))
+                except DataError as error:
+                    place = f"line {_lines_before(piece) + number} of {piece.location}"
+                    raise DataError(f"{place}: {error}") from None
+        yield pa.table(values, pa.schema([(name, pa.string()) for name in values]))
 
 
 def _json_id(value: object, name: str) -> str | None:
@@ -343,53 +400,70 @@ def _json_text(value: object, name: str) -> str | None:
     return value.encode("utf-8", "replace").decode()
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("a line is not a JSON object")
+def _parse_line(piece: Piece, number: int, line: bytes) -> dict[str, Any]:
+    """Returns the object that a line holds; errors name the line and never quote it."""
+    try:
+        row = json.loads(line)
+        reason = None if isinstance(row, dict) else "is not a JSON object"
+    except json.JSONDecodeError as error:
+        reason = f"is not JSON: {error.msg}"
+    except UnicodeDecodeError:
+        reason = "is not UTF-8"
+    if reason is not None:
+        raise _unreadable(piece, f"line {_lines_before(piece) + number} {reason}") from None
     return row
 
 
-def _lines(piece: Piece) -> Iterator[bytes]:
-    """Yields the lines that begin in the piece's byte range."""
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yields the lines that begin in the piece's byte range and are not empty, with numbers.
+
+    The first line that begins in the range has number 1.
+    """
     if piece.first == 0 and piece.last is None:
         with open_stream(piece) as stream:
-            yield from _split_lines(stream)
+            yield from ((n, line) for n, line in enumerate(_split_lines(stream), 1) if line.strip())
         return
     with open_file(piece) as file:
         # A line that begins exactly at `first` is ours: look one byte before for its beginning.
         position = max(piece.first - 1, 0)
         file.seek(position)
-        lines = _split_lines(file, keep_empty=True)
+        lines = _split_lines(file)
         if piece.first:
             position += len(next(lines, b"")) + 1
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if piece.last is not None and position >= piece.last:
                 return
             position += len(line) + 1
             if line.strip():
-                yield line
+                yield number, line
 
 
-def _split_lines(stream: pa.NativeFile, *, keep_empty: bool = False) -> Iterator[bytes]:
+def _lines_before(piece: Piece) -> int:
+    """Returns how many lines begin before the piece's first; counted for a message only."""
+    if piece.first == 0:
+        return 0
+    count, left = 1, piece.first - 1
+    with open_file(piece) as file:
+        while left and (chunk := file.read(min(left, 1 << 20))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count
+
+
+def _split_lines(stream: pa.NativeFile) -> Iterator[bytes]:
     rest = b""
     while chunk := stream.read(1 << 20):
         *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line for line in lines if keep_empty or line.strip())
-    if rest.strip():
+        yield from lines
+    if rest:
         yield rest
 
 
-def _open_csv(piece: Piece, columns: list[str] | None) -> pacsv.CSVStreamingReader:
-    names = columns or []
-    return pacsv.open_csv(
-        open_stream(piece),
-        pacsv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),
-        pacsv.ParseOptions(newlines_in_values=True),
-        pacsv.ConvertOptions(
-            include_columns=columns, column_types=dict.fromkeys(names, pa.string())
-        ),
-    )
+def _read_dataset(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
+    dataset = _dataset(piece).select_columns(columns.names).with_format("arrow")
+    last = len(dataset) if piece.last is None else piece.last
+    for first in range(piece.first, last, ROWS_AT_ONCE):
+        yield dataset[first : min(first + ROWS_AT_ONCE, last)]
 
 
 @lru_cache(maxsize=2)
@@ -406,51 +480,3 @@ def _load_dataset(kind: Kind, location: str, split: str) -> Dataset:
 def _dataset(piece: Piece) -> Dataset:
     assert piece.split is not None
     return _load_dataset(piece.kind, piece.location, piece.split)
-
-
-def _cut_dataset(whole: Piece, piece_bytes: int) -> list[Piece]:
-    with explained(whole):
-        dataset = _dataset(whole)
-    num_rows = len(dataset)
-    num_bytes = dataset.data.nbytes
-    rows = max(1, num_rows * piece_bytes // max(num_bytes, 1))
-    return [
-        replace(
-            whole,
-            first=first,
-            last=min(first + rows, num_rows),
-            num_bytes=num_bytes * rows // max(num_rows, 1),
-        )
-        for first in range(0, num_rows, rows)
-    ]
-
-
-def _cut_file(whole: Piece, piece_bytes: int, *, look_inside: bool) -> list[Piece]:
-    if whole.kind == "parquet" and look_inside:
-        with explained(whole), pq.ParquetFile(open_file(whole)) as file:
-            if file.metadata.num_rows == 0:
-                return []
-            sizes = [
-                file.metadata.row_group(group).total_byte_size
-                for group in range(file.num_row_groups)
-            ]
-        return [
-            replace(whole, first=a, last=b, num_bytes=size)
-            for a, b, size in _runs(sizes, piece_bytes)
-        ]
-    if whole.kind == "jsonl" and not is_compressed(whole) and whole.num_bytes > piece_bytes:
-        starts = range(0, whole.num_bytes, piece_bytes)
-        return [
-            replace(whole, first=a, last=a + piece_bytes, num_bytes=piece_bytes) for a in starts
-        ]
-    return [whole]
-
-
-def _runs(sizes: list[int], piece_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Yields runs (first, last, size) of neighbours, each of about the size of a piece."""
-    first, size = 0, 0
-    for number, more in enumerate(sizes):
-        size += more
-        if size >= piece_bytes or number == len(sizes) - 1:
-            yield first, number + 1, size
-            first, size = number + 1, 0

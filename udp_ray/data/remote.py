@@ -1,17 +1,16 @@
-"""Stores on storage that is not a file system, such as an object store; reached by pyarrow.
+"""Stores at URLs: on any storage that pyarrow reaches, such as an object store.
 
-Training reads memory-mapped files, so each node brings a store's shards to its own disk, once: a
-lock keeps its processes from doing it twice, every shard is compared with the manifest's checksum,
-and the copy gets its name when it is whole. The copy is as private as the store, so the folder of
-copies is its owner's alone. A store at a URL is whole when its manifest is there, which is written
-last.
+Training reads memory-mapped files, so each node copies a store's shards to its own disk, once: a
+file lock keeps its processes from doing it twice, every shard is compared with the manifest's
+checksum, and the copy gets its name when it is complete. The copy is as private as the store, so
+only its owner may read the folder of copies. A store at a URL is complete when its manifest is
+there, which is written last.
 
     store = open_store("s3://bucket/stores/chats?region=eu-west-1", cache=None, verify=True)
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+from filelock import FileLock
 
 from udp_ray.data.read import file_system
 from udp_ray.data.store import (
@@ -32,15 +32,14 @@ from udp_ray.data.store import (
     PrivateCounts,
     ShardEntry,
     TokenStore,
-    publish,
+    rename_into_place,
 )
-from udp_ray.errors import DataError
+from udp_ray.errors import DataError, StorageError
 from udp_ray.io import below, is_url
 
 DEFAULT_CACHE = Path("~/.cache/udp-ray/stores")
 OWNER_ONLY = 0o700
 _AT_ONCE = 8
-_CHUNK_BYTES = 4 << 20
 
 
 def open_store(place: str, *, cache: str | None, verify: bool) -> TokenStore:
@@ -49,10 +48,10 @@ def open_store(place: str, *, cache: str | None, verify: bool) -> TokenStore:
     Args:
         place: Folder or URL.
         cache: Folder of this node's copies; None for DEFAULT_CACHE.
-        verify: See `TokenStore.open`. A copy found damaged is fetched anew.
+        verify: See `TokenStore.open`. A damaged copy is fetched again.
 
     Raises:
-        DataError: If there is no store, it is damaged, or it cannot be brought here.
+        DataError: If there is no store, it is damaged, or it cannot be copied.
     """
     if not is_url(place):
         return TokenStore.open(place, verify=verify)
@@ -60,13 +59,13 @@ def open_store(place: str, *, cache: str | None, verify: bool) -> TokenStore:
     try:
         return TokenStore.open(copy, verify=verify)
     except DataError:  # this disk's fault: what was fetched had the right checksums
-        with _alone(copy):
+        with _lock(copy):
             shutil.rmtree(copy, ignore_errors=True)
     return TokenStore.open(local_copy(place, cache), verify=verify)
 
 
 def is_at_hand(place: str) -> bool:
-    """Returns whether there is a store in a folder, so that a look at it fetches nothing."""
+    """Returns whether there is a store in a folder, which can be read without a download."""
     return not is_url(place) and is_prepared(place)
 
 
@@ -110,13 +109,13 @@ def users_and_examples(
     return counts.num_users, kept
 
 
-# ---- from there to here
+# ---- downloads
 
 
 def local_copy(place: str, cache: str | None) -> Path:
     """Returns this node's copy of the store at a URL, fetched if it is not there yet.
 
-    A store that was prepared anew at the same URL has another manifest, and so another copy.
+    A store that was prepared again at the same URL has another manifest, and so another copy.
     """
     folder = cache_folder(cache)
     text = _read(place, MANIFEST_FILE)
@@ -124,9 +123,9 @@ def local_copy(place: str, cache: str | None) -> Path:
     identity = hashlib.sha256(f"{place}\n{text}".encode()).hexdigest()
     copy = folder / f"{manifest.name}-{identity[:32]}"
     if not copy.is_dir():
-        with _alone(copy):
+        with _lock(copy):
             if not copy.is_dir():  # another process may have fetched it meanwhile
-                _bring_store(place, manifest, copy)
+                _fetch_store(place, manifest, copy)
     return copy
 
 
@@ -154,7 +153,20 @@ def cache_folder(cache: str | None) -> Path:
     return folder
 
 
-def bring_shards(place: str, entries: list[ShardEntry], folder: Path) -> None:
+def _fetch_store(place: str, manifest: Manifest, copy: Path) -> None:
+    temporary = copy.with_name(f".{copy.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died; we hold the lock
+    _fetch_shards(place, manifest.shards, temporary)
+    if manifest.heldout is not None:
+        heldout = below(place, HELDOUT_FOLDER)
+        description = read_manifest(heldout)
+        _fetch_shards(heldout, description.shards, temporary / HELDOUT_FOLDER)
+        description.write(temporary / HELDOUT_FOLDER)
+    manifest.write(temporary)
+    rename_into_place(temporary, copy)
+
+
+def _fetch_shards(place: str, entries: list[ShardEntry], folder: Path) -> None:
     """Fetches shards from a URL into a folder, several at once, each compared with its checksum.
 
     Raises:
@@ -163,11 +175,8 @@ def bring_shards(place: str, entries: list[ShardEntry], folder: Path) -> None:
     folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
     with _reached(place), ThreadPoolExecutor(_AT_ONCE) as threads:
         system, path = file_system(place)
-        for entry, digest in zip(
-            entries,
-            threads.map(lambda entry: _fetch(system, f"{path}/{entry.file}", folder), entries),
-            strict=True,
-        ):
+        digests = threads.map(lambda entry: _fetch(system, f"{path}/{entry.file}", folder), entries)
+        for entry, digest in zip(entries, digests, strict=True):
             if digest != entry.sha256:
                 raise DataError(
                     f"shard {below(place, entry.file)} is damaged (its checksum is wrong): restore"
@@ -175,45 +184,22 @@ def bring_shards(place: str, entries: list[ShardEntry], folder: Path) -> None:
                 )
 
 
-def _bring_store(place: str, manifest: Manifest, copy: Path) -> None:
-    aside = copy.with_name(f".{copy.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that died; we alone hold the lock
-    bring_shards(place, manifest.shards, aside)
-    if manifest.heldout is not None:
-        heldout = below(place, HELDOUT_FOLDER)
-        description = read_manifest(heldout)
-        bring_shards(heldout, description.shards, aside / HELDOUT_FOLDER)
-        description.write(aside / HELDOUT_FOLDER)
-    manifest.write(aside)
-    publish(aside, copy)
-
-
 def _fetch(system: pafs.FileSystem, path: str, folder: Path) -> str:
-    """Fetches one file into a folder, durably; returns the SHA-256 of what came."""
-    sha256 = hashlib.sha256()
-    name = path.rpartition("/")[2]
-    target = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(target, "wb") as file, system.open_input_stream(path) as source:
-        while chunk := source.read(_CHUNK_BYTES):
-            sha256.update(chunk)
-            file.write(chunk)
-        file.flush()
+    """Fetches one file into a folder, durably; returns the SHA-256 of what is on the disk."""
+    target = folder / path.rpartition("/")[2]
+    pafs.copy_files(path, str(target), system, pafs.LocalFileSystem())
+    target.chmod(0o600)  # nobody else may enter the folder meanwhile
+    with target.open("rb") as file:
         os.fsync(file.fileno())
-    return sha256.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def _alone(copy: Path) -> Iterator[None]:
-    """Waits until no other process of this node changes the copy."""
-    handle = os.open(copy.with_name(f".{copy.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # released by the kernel if we die
-        yield
-    finally:
-        os.close(handle)
+def _lock(copy: Path) -> FileLock:
+    """Returns the lock of a copy; the kernel releases it when its process dies."""
+    return FileLock(copy.with_name(f".{copy.name}.lock"), mode=0o600)
 
 
-# ---- from here to there
+# ---- uploads
 
 
 def refuse_occupied(place: str) -> None:
@@ -229,38 +215,48 @@ def refuse_occupied(place: str) -> None:
         raise DataError(f"data.store {place} is not empty: choose another place, or remove it")
 
 
-def put(file: Path, place: str) -> None:
-    """Writes one file to a URL."""
+def put(file: Path, place: str, *, sha256: str) -> None:
+    """Uploads one file to a URL and reads it back.
+
+    Raises:
+        DataError: If the URL cannot be reached.
+        StorageError: If what stands there afterwards has another SHA-256.
+    """
     with _reached(place):
-        _send(file, *file_system(place))
+        system, path = file_system(place)
+        _upload(file, system, path)
+        with system.open_input_stream(path) as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sha256:
+        raise StorageError(
+            f"{place} is damaged (its checksum is wrong after the upload): see to the storage, and"
+            " prepare the store again"
+        )
 
 
-def put_store(folder: Path, place: str, *, delivered: set[str]) -> None:
-    """Writes a finished store to a URL, its manifest last: until then nothing opens there.
+def put_store(folder: Path, place: str) -> None:
+    """Uploads the files of a folder to a URL, the manifest last: until then nothing opens there.
 
     Args:
-        folder: The whole store.
-        place: Where it shall be.
-        delivered: Files, relative to the folder, that are there already.
+        folder: The store; of a store whose shards workers have uploaded, the other files.
+        place: URL of the store.
     """
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-    waiting = [name for name in files if name not in delivered and name != MANIFEST_FILE]
+    first = [name for name in files if name != MANIFEST_FILE]
     with _reached(place), ThreadPoolExecutor(_AT_ONCE) as threads:
         system, path = file_system(place)
-        list(threads.map(lambda name: _send(folder / name, system, f"{path}/{name}"), waiting))
-        _send(folder / MANIFEST_FILE, system, f"{path}/{MANIFEST_FILE}")
+        list(threads.map(lambda name: _upload(folder / name, system, f"{path}/{name}"), first))
+        _upload(folder / MANIFEST_FILE, system, f"{path}/{MANIFEST_FILE}")
 
 
-def _send(file: Path, system: pafs.FileSystem, path: str) -> None:
+def _upload(file: Path, system: pafs.FileSystem, path: str) -> None:
     if not isinstance(system, pafs.S3FileSystem):  # which has no folders to be made
         system.create_dir(path.rpartition("/")[0])
-    with file.open("rb") as source, system.open_output_stream(path) as target:
-        while chunk := source.read(_CHUNK_BYTES):
-            target.write(chunk)
+    pafs.copy_files(str(file), path, pafs.LocalFileSystem(), system)
 
 
 def discard(place: str) -> None:
-    """Removes what an unfinished store has left at a URL; a finished one is left alone."""
+    """Removes what an unfinished store has left at a URL; a finished one is kept."""
     if is_prepared(place):
         return
     with _reached(place):

@@ -407,15 +407,15 @@ def write_shard(directory: Path, number: int, shard: Shard) -> ShardEntry:
         StorageError: If there is no room, or the folder may not be written.
     """
     path = directory / shard_file(number)
-    aside = directory / f".{path.name}.{secrets.token_hex(8)}"
+    temporary = directory / f".{path.name}.{secrets.token_hex(8)}"
     sha256 = hashlib.sha256()
-    with writing(path.name, directory), aside.open("xb") as file:
+    with writing(path.name, directory), temporary.open("xb") as file:
         for part in shard.to_parts():
             file.write(part)
             sha256.update(part)
         file.flush()
         os.fsync(file.fileno())
-    aside.rename(path)
+    temporary.rename(path)
     return ShardEntry(file=path.name, sha256=sha256.hexdigest())
 
 
@@ -424,17 +424,17 @@ def shard_file(number: int) -> str:
     return f"shard-{number:05d}.bin"
 
 
-def publish(aside: Path, store: Path) -> None:
-    """Renames a whole store into place; until then nothing opens at `store`.
+def rename_into_place(temporary: Path, store: Path) -> None:
+    """Gives a finished store its name; until then nothing opens at `store`.
 
     Raises:
-        DataError: If something has come to stand at `store` meanwhile.
+        DataError: If there is something at `store` by now.
     """
-    for folder, _, _ in os.walk(aside):
+    for folder, _, _ in os.walk(temporary):
         flush(Path(folder))
     try:
         with writing("the store", store.parent):
-            aside.rename(store)
+            temporary.rename(store)
     except OSError as error:
         raise DataError(
             f"data.store {store} is not empty: choose another folder, or remove it"

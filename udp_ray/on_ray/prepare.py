@@ -1,13 +1,19 @@
-"""Text keyed by user -> a token store, with Ray Data: streaming, bounded in memory, deterministic.
+"""Prepares a token store from text keyed by user, with Ray Data.
 
-Pieces of the input are read and tokenized in parallel; a keyed repartition brings each shard's
-examples together; each shard is sorted and written by one task. The shard is ours to choose (by
-the user's own hash), the partitioner only decides which task writes it, so the store does not
-depend on the order of rows, their files, or the parallelism. The repartition goes over the nodes'
-disks, not through memory.
+    result = prepare(config.data, tokenizer="gpt2")
+    print(result.to_text())
+    TokenStore.open(result.path, verify=True)
 
-    prepared = prepare(config.data, tokenizer="gpt2")
-    TokenStore.open(prepared.path, verify=True)
+1. Ray Data reads the input as a stream: parquet and CSV by its own readers, JSON lines and Hugging
+   Face datasets by a `Datasource` over `data/read.py`, which says why.
+2. Batches of rows are tokenized in parallel.
+3. A keyed repartition, over the nodes' disks and not through memory, brings each shard's examples
+   together. A user's shard follows from the user's own hash; Ray only decides which task writes it.
+4. Each shard is sorted and written by one task, which returns the shard's checksum and counts.
+5. The driver writes the manifests, and the store gets its name or its URL's manifest.
+
+So the store does not depend on the order of rows, their files or the parallelism, memory is
+bounded, and the driver reads no row and no shard.
 """
 
 from __future__ import annotations
@@ -15,47 +21,57 @@ from __future__ import annotations
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import numpy as np
+import pyarrow as pa
 import ray
+from ray.data import Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
 from ray.data.context import DataContext, ShuffleStrategy
 from ray.exceptions import RayTaskError
 
 from udp_ray.config.experiment import DataConfig
 from udp_ray.console import current, progress
 from udp_ray.data.build import (
-    REFUSED,
+    PATH,
+    BuildSettings,
     Origin,
-    Task,
-    collect,
+    StageResults,
+    describe_counts,
     describe_input,
     describe_store,
     estimate,
     finish,
-    read_examples,
+    tokenize_batch,
     write_shards,
 )
-from udp_ray.data.read import Columns, Piece, column_names, find_pieces, require_columns
-from udp_ray.data.remote import (
-    cache_folder,
-    discard,
-    put_store,
-    refuse_occupied,
+from udp_ray.data.read import (
+    CSV_PARSE,
+    CSV_READ,
+    ROWS_AT_ONCE,
+    UNREADABLE,
+    Columns,
+    Piece,
+    column_names,
+    csv_conversion,
+    file_system,
+    find_pieces,
+    read_rows,
+    refuse_unreadable,
+    require_columns,
 )
-from udp_ray.data.store import Manifest, PrivateCounts, publish
+from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupied
+from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.errors import (
-    ConfigError,
-    DataError,
-    GuaranteeError,
-    StorageError,
-    UdpRayError,
-)
+from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
@@ -64,7 +80,8 @@ from udp_ray.on_ray.cluster import connected
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
-_LEAST_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
+_BLOCK_BYTES = 32 << 20
 _SHUFFLE_BATCH_BYTES = 128 << 20
 _PACKAGES = ("udp-ray", "ray", "pyarrow", "tokenizers", "transformers", "numpy")
 
@@ -78,14 +95,19 @@ class Input:
     columns: Columns
 
     @property
+    def all_pieces(self) -> list[Piece]:
+        """The pieces of both."""
+        return [*self.pieces, *self.heldout_pieces]
+
+    @property
     def num_bytes(self) -> int:
         """Size of the input, of parquet before compression. Public, as sizes of files are."""
-        return sum(piece.num_bytes for piece in [*self.pieces, *self.heldout_pieces])
+        return sum(piece.num_bytes for piece in self.all_pieces)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A store that was made."""
+class PrepareResult:
+    """A store that was prepared."""
 
     place: str
     """Folder or URL."""
@@ -98,6 +120,24 @@ class Prepared:
     def path(self) -> Path:
         """The folder, of a store that lies in one."""
         return Path(self.place)
+
+    def to_text(self, *, show_counts: bool = False) -> str:
+        """Returns what may be said of the store; says so if it has a new ledger.
+
+        Args:
+            show_counts: Add the private totals and the histogram of examples per user.
+        """
+        text = describe_store(self.place, self.manifest)
+        if self.is_new_ledger:
+            text += (
+                "\nthis ledger is NEW and knows of no earlier spending: if models were trained on"
+                " these users' text before, prepare again with data.ledger naming the ledger of"
+                " those runs"
+            )
+        return f"{text}\n{describe_counts(self.counts)}" if show_counts else text
+
+
+# ---- what can be checked before a cluster starts
 
 
 def find_input(data: DataConfig) -> Input:
@@ -123,11 +163,13 @@ def find_input(data: DataConfig) -> Input:
 
 def _find_pieces(field: str, inputs: list[str], split: str, columns: Columns) -> list[Piece]:
     try:
-        pieces = find_pieces(inputs, split, _LEAST_PIECE_BYTES)
-        # A look at the first file; the others are looked at by who reads them.
-        names = column_names(pieces[0]) if pieces else []
-        if names:
-            require_columns(names, columns.names, pieces[0].location)
+        pieces = find_pieces(inputs, split, _PIECE_BYTES)
+        # Ray Data reads a column that a parquet file lacks as nulls: look into each of these. Of
+        # the others look into the first; whoever reads them looks into the rest.
+        for number, piece in enumerate(pieces):
+            names = column_names(piece) if piece.schema is not None or number == 0 else []
+            if names:
+                require_columns(names, columns.names, piece.location)
     except DataError as error:
         raise DataError(f"{field}: {error}") from None
     if inputs and not pieces:
@@ -165,59 +207,6 @@ def _require_positions(model: str, block_tokens: int) -> None:
     require_positions(model, config, block_tokens)
 
 
-def prepare(
-    data: DataConfig, *, tokenizer: str, model: str | None = None, address: str | None = None
-) -> Prepared:
-    """Makes the store of `data`; it appears whole, or not at all.
-
-    Args:
-        data: The settings.
-        tokenizer: Name or folder of the tokenizer.
-        model: Name or folder of the model that will be trained, if it is known; its positions bound
-            the length of examples.
-        address: Ray cluster to join.
-
-    Raises:
-        UdpRayError: If the settings or the input cannot be used; nothing is left behind.
-    """
-    parse_url(data.ledger_url)
-    refuse_existing(data.store)
-    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
-    with (
-        progress("checking the input") as display,
-        connected(address),
-        registered(data.name, data.ledger_url) as registration,
-        _folder_aside(data) as aside,
-    ):
-        task = Task(
-            pieces=(*found.pieces, *found.heldout_pieces),
-            num_train_pieces=len(found.pieces),
-            columns=found.columns,
-            encoder=encoder,
-            placement=Placement(
-                registration.user_hash_key,
-                data.num_shards,
-                data.heldout if isinstance(data.heldout, float) else 0.0,
-            ),
-            max_examples_per_user=data.max_examples_per_user,
-            folder=aside,
-            url=data.store if is_url(data.store) else None,
-        )
-        display.phase("reading and tokenizing")
-        results = run_stages(task)
-        display.phase("describing the store")
-        delivered = collect(task, results)
-        manifest, counts = finish(
-            replace(task, url=None), results, _origin(data, found, registration)
-        )
-        registration.confirm(manifest.digest())
-        if task.url is None:
-            publish(aside, Path(data.store))
-        else:
-            put_store(aside, task.url, delivered=delivered)
-    return Prepared(data.store, manifest, counts, registration.is_new_ledger)
-
-
 def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) -> str:
     """Returns what `prepare` would do. Touches nothing, and starts no cluster.
 
@@ -227,7 +216,7 @@ def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) 
     parse_url(data.ledger_url)
     refuse_existing(data.store)
     encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
-    lines = describe_input([*found.pieces, *found.heldout_pieces], found.columns)
+    lines = describe_input(found.all_pieces, found.columns)
     lines.append(
         f"tokenizer: {tokenizer}, {encoder.info.vocab_size:,} tokens; examples of at most"
         f" {data.block_tokens} tokens"
@@ -240,17 +229,6 @@ def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) 
     lines.append(f"ledger: {public_url(data.ledger_url)}")
     lines += estimate(found.num_bytes, data.num_shards, encoder.token_type.itemsize)
     return "\n".join(lines)
-
-
-def prepared_text(prepared: Prepared) -> str:
-    """Returns what may be said of a store that was made; says so if it has a new ledger."""
-    text = describe_store(prepared.place, prepared.manifest)
-    if prepared.is_new_ledger:
-        text += (
-            "\nthis ledger is NEW and knows of no earlier spending: if models were trained on these"
-            " people's text before, prepare again with data.ledger naming the ledger of those runs"
-        )
-    return text
 
 
 def refuse_existing(place: str) -> None:
@@ -283,53 +261,208 @@ def load_encoder(tokenizer: str, block_tokens: int) -> TextEncoder:
     )
 
 
-def run_stages(task: Task) -> dict[int, str]:
-    """Runs the pipeline; returns the result of each shard that has users, and of TALLY.
+# ---- preparing
+
+
+def prepare(
+    data: DataConfig,
+    *,
+    tokenizer: str,
+    model: str | None = None,
+    address: str | None = None,
+) -> PrepareResult:
+    """Prepares the store of `data`; it appears whole, or not at all.
+
+    Args:
+        data: The settings.
+        tokenizer: Name or folder of the tokenizer.
+        model: Name or folder of the model that will be trained, if it is known; its positions bound
+            the length of examples.
+        address: Ray cluster to join.
 
     Raises:
-        UdpRayError: What a worker refused, freed of Ray's wrapping.
+        UdpRayError: If the settings or the input cannot be used; nothing is left behind.
     """
-    num_keys = task.placement.num_shards * (2 if task.has_heldout else 1) + 1
-    num_pieces = len(task.pieces)
-    results: dict[int, str] = {}
-    with _quiet_ray_data():
-        # Not fn_kwargs: Ray may export those, field by field, and the task holds the hash key.
-        rows = (
-            ray.data.range(num_pieces, override_num_blocks=min(num_pieces, _MOST_PIECES))
-            .map_batches(partial(read_examples, task=task), batch_size=None, batch_format="pyarrow")
-            .repartition(num_keys, keys=["shard"], sort=True)
-            .map_batches(
-                partial(write_shards, task=task),
-                batch_size=None,  # a whole block, which holds whole shards
-                batch_format="pyarrow",
-            )
+    parse_url(data.ledger_url)
+    refuse_existing(data.store)
+    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
+    with (
+        progress("checking the input") as display,
+        connected(address),
+        registered(data.name, data.ledger_url) as registration,
+        _temporary_folder(data) as folder,
+    ):
+        settings = BuildSettings(
+            columns=found.columns,
+            encoder=encoder,
+            placement=Placement(
+                registration.user_hash_key,
+                data.num_shards,
+                data.heldout if isinstance(data.heldout, float) else 0.0,
+            ),
+            max_examples_per_user=data.max_examples_per_user,
+            folder=folder,
+            has_heldout_input=bool(found.heldout_pieces),
+            url=data.store if is_url(data.store) else None,
         )
+        display.phase("reading, tokenizing and shuffling")
+        results = run_stages(found, settings)
+        display.phase("verifying")
+        manifest, counts = finish(settings, results, _origin(data, found, registration))
+        registration.confirm(manifest.digest())
+        if settings.url is None:
+            rename_into_place(folder, Path(data.store))
+        else:
+            display.phase("uploading the manifest")
+            put_store(folder, settings.url)
+    return PrepareResult(data.store, manifest, counts, registration.is_new_ledger)
+
+
+# ---- the stages, on Ray
+
+
+def run_stages(found: Input, settings: BuildSettings) -> StageResults:
+    """Executes the stages on workers; returns what they wrote.
+
+    Raises:
+        UdpRayError: What a worker refused, without Ray's wrapping.
+    """
+    results = StageResults()
+    with _quiet_ray_data():
         try:
-            for row in rows.iter_rows():
-                if row["shard"] == REFUSED:
-                    raise StorageError(row["result"])
-                if row["shard"] in results:
-                    raise GuaranteeError(f"shard {row['shard']} was split over two tasks")
-                results[row["shard"]] = row["result"]
-                current().phase("writing shards", total=num_keys, unit="shard")
-                current().advance(len(results))
+            for row in _written_shards(found, settings).iter_rows():
+                results.add(row)
+                current().phase("writing shards", total=settings.num_shards, unit="shard")
+                current().advance(len(results.shards))
         except Exception as error:
-            own = _own_error(error)
-            if own is None:
-                raise
-            raise own from None
+            raise _own_error(error, found) from None
     return results
 
 
-def _own_error(error: BaseException | None) -> UdpRayError | None:
-    """Returns our error from inside those that Ray has wrapped around it."""
+def _written_shards(found: Input, settings: BuildSettings) -> Dataset:
+    # Not fn_kwargs: Ray may export those, field by field, and the settings hold the hash key.
+    examples = [
+        rows.map_batches(
+            partial(tokenize_batch, settings=settings, is_heldout_input=is_heldout_input),
+            batch_size=ROWS_AT_ONCE,
+            batch_format="pyarrow",
+        )
+        for pieces, is_heldout_input in ((found.pieces, False), (found.heldout_pieces, True))
+        for rows in read_datasets(pieces, found.columns)
+    ]
+    return (
+        reduce(Dataset.union, examples)
+        .repartition(settings.num_shards, keys=["shard"], sort=True)
+        .map_batches(
+            partial(write_shards, settings=settings),
+            batch_size=None,  # a whole block, which holds whole shards
+            batch_format="pyarrow",
+        )
+    )
+
+
+def read_datasets(pieces: Sequence[Piece], columns: Columns) -> list[Dataset]:
+    """Returns Ray datasets of the columns, and of the path of each row's file where there is one.
+
+    One for each format, file system and combination of column types: Ray Data merges no types.
+    """
+    alike: dict[tuple[Any, ...], list[Piece]] = {}
+    for piece in pieces:
+        url = urlsplit(piece.location) if "://" in piece.location else None
+        place = url and (url.scheme, url.netloc, url.query)
+        schema = piece.schema
+        types = schema and tuple(str(schema.field(name).type) for name in columns.names)
+        name = piece.location if piece.kind in ("hub", "disk") else None
+        alike.setdefault((piece.kind, name, place, types), []).append(piece)
+    return [_read(some, columns) for some in alike.values()]
+
+
+def _read(pieces: Sequence[Piece], columns: Columns) -> Dataset:
+    kind = pieces[0].kind
+    if kind not in ("parquet", "csv"):
+        return ray.data.read_datasource(
+            PieceDatasource(pieces, columns), override_num_blocks=min(len(pieces), _MOST_PIECES)
+        )
+    options: dict[str, Any] = {
+        "paths": [file_system(piece.location)[1] for piece in pieces],
+        "filesystem": file_system(pieces[0].location)[0],
+        "partitioning": None,
+        "include_paths": PATH not in columns.names,
+    }
+    if kind == "parquet":
+        return ray.data.read_parquet(
+            columns=columns.names, file_extensions=["parquet", "pq"], **options
+        )
+    return ray.data.read_csv(
+        read_options=CSV_READ,
+        parse_options=CSV_PARSE,
+        convert_options=csv_conversion(columns.names),
+        **options,
+    )
+
+
+class PieceDatasource(Datasource):
+    """Has Ray Data read JSON lines and Hugging Face datasets, some pieces in each task."""
+
+    def __init__(self, pieces: Sequence[Piece], columns: Columns) -> None:
+        super().__init__()
+        self._pieces = pieces
+        self._columns = columns
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Returns the size of the pieces."""
+        return sum(piece.num_bytes for piece in self._pieces)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,
+    ) -> list[ReadTask]:
+        """Returns tasks that each read a run of pieces."""
+        runs = np.array_split(np.arange(len(self._pieces)), min(parallelism, len(self._pieces)))
+        tasks = []
+        for run in runs:
+            some = [self._pieces[number] for number in run]
+            metadata = BlockMetadata(
+                num_rows=None,
+                size_bytes=sum(piece.num_bytes for piece in some),
+                input_files=[piece.location for piece in some],
+                exec_stats=None,
+            )
+            read = partial(_read_pieces, some, self._columns)
+            tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
+        return tasks
+
+
+def _read_pieces(pieces: Sequence[Piece], columns: Columns) -> Iterator[pa.Table]:
+    for piece in pieces:
+        for rows in read_rows(piece, columns):
+            if PATH not in columns.names:
+                path = pa.repeat(pa.scalar(piece.location), rows.num_rows)
+                rows = rows.append_column(PATH, path)
+            yield rows
+
+
+def _own_error(error: BaseException, found: Input) -> BaseException:
+    """Returns our error from inside those that Ray has wrapped around it, or says what went wrong.
+
+    Where a reader of Ray's failed, the files are looked at for the one that cannot be read.
+    """
+    cause: BaseException | None = error
+    innermost = error
     # Ray also makes classes that inherit from ours and its own: the plain one is further inside.
-    while error is not None and (
-        not isinstance(error, UdpRayError) or isinstance(error, RayTaskError)
-    ):
-        error = getattr(error, "cause", None) or error.__cause__
-    # Ours are one line; what follows is Ray's advice on retrying.
-    return None if error is None else type(error)(str(error).splitlines()[0])
+    while cause is not None:
+        if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
+            # Ours are one line; what follows is Ray's advice on retrying.
+            return type(cause)(str(cause).splitlines()[0])
+        innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    if isinstance(innermost, UNREADABLE):
+        try:
+            refuse_unreadable(found.all_pieces, found.columns)
+        except DataError as refusal:
+            return refusal
+    return error
 
 
 def _origin(data: DataConfig, found: Input, registration: Registration) -> Origin:
@@ -352,34 +485,35 @@ def _origin(data: DataConfig, found: Input, registration: Registration) -> Origi
 
 
 @contextmanager
-def _folder_aside(data: DataConfig) -> Iterator[Path]:
-    """Gives a folder for the owner only, beside the store's or, if that is a URL, on this node.
+def _temporary_folder(data: DataConfig) -> Iterator[Path]:
+    """Makes a folder for the owner only, next to the store or, if that is a URL, on this node.
 
-    It is gone afterwards unless renamed, and so is what an unfinished store has left at its URL.
+    It is removed afterwards unless renamed, and so is what an unfinished store left at its URL.
     """
     path = cache_folder(data.cache) / data.name if is_url(data.store) else Path(data.store)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    folder = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     with writing("the store", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir(mode=0o700)
+        folder.mkdir(mode=0o700)
     try:
-        yield aside
+        yield folder
     except BaseException:
         if is_url(data.store):
             discard(data.store)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _quiet_ray_data() -> Iterator[None]:
-    """Sets Ray Data up for one run: shuffle over disk, no bars of its own and no log lines."""
+    """Sets Ray Data up for one run: shuffles over disk, and shows neither bars nor log lines."""
     context = DataContext.get_current()
     wanted = {
         "shuffle_strategy": ShuffleStrategy.SHUFFLE_V2,
         "use_disk_based_hash_shuffle": True,
         "shuffle_input_batch_bytes": _SHUFFLE_BATCH_BYTES,
+        "target_max_block_size": _BLOCK_BYTES,
         "enable_progress_bars": False,
         "print_on_execution_start": False,
     }

@@ -32,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import udp_ray
 from udp_ray.data.batches import assign, padded_tokens
 from udp_ray.dp.clipping import accumulate
 from udp_ray.dp.keys import RunKey
@@ -50,9 +51,8 @@ from udp_ray.ledger.records import Digests, plan_digest
 from udp_ray.models.load import load_tokenizer
 from udp_ray.on_ray.accountant import AccountantConfig
 from udp_ray.on_ray.latency import measure_latency
-from udp_ray.runs.provenance import ROOT
 
-DEMO = ROOT.parent / "demo"
+DEMO = Path(udp_ray.__file__).parents[1] / "demo"
 DEMO_BLOCK_TOKENS = 128
 
 SAMPLER_STEPS = 5
