@@ -53,7 +53,7 @@ def draw_curves(
             Losses that are not finite are left out.
         epsilons: (steps taken, epsilon spent) by step; infinite values are left out. Drawn as a
             staircase: between two points the later value holds, which is never too low.
-        title: Names the run; stands below the figure.
+        title: Names the run; written below the figure.
     """
     losses = [row["token_loss"] for row in evaluations if math.isfinite(row["token_loss"])]
     spent = [point for point in epsilons if math.isfinite(point[1])]
@@ -120,7 +120,7 @@ def draw_heat_map(trials: Sequence[TrialResult], *, best: TrialResult | None, ti
     Args:
         trials: All trials; never those of a secret sweep.
         best: The trial whose cell is framed, or None.
-        title: Names the sweep; stands below the figure.
+        title: Names the sweep; written below the figure.
     """
     plans = [trial.configuration.plan for trial in trials]
     samplings = sorted({plan.sampling for plan in plans}, reverse=True)

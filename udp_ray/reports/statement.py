@@ -8,8 +8,8 @@ ledger; nothing is computed from private data, and all fields are public.
     print(statement.to_text())
     statement.with_spent(num_steps=record.charged_steps).of_run(identity, total).save(output)
 
-One statement covers all that a sweep releases. With release best it tells nothing of the trials:
-the price was paid to hide how many there were, what they tried and how long they took.
+One statement covers all that a sweep releases. With release best it says nothing about the
+trials: the price was paid to hide how many there were, what they tried and how long they took.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ class Statement(ABC):
         """Returns the statement as JSON-ready values; infinity becomes "inf"."""
 
     def notes(self) -> Sequence[str]:
-        """Returns sentences that stand below the rows."""
+        """Returns sentences that follow the rows."""
         return ()
 
     def sections(self) -> dict[str, Sequence[str]]:

@@ -224,7 +224,7 @@ TRIAL_COLUMNS = (
 def trials_to_text(trials: Sequence[TrialResult], *, best: TrialResult | None) -> str:
     """Returns the trials of a sweep as a table, lowest held-out loss first.
 
-    Below the table stands why trials failed or how they diverged, one line each.
+    Lines below the table say why trials failed or how they diverged.
 
     Args:
         trials: How each trial ended. Of a secret sweep they must not be shown.

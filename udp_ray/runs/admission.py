@@ -6,8 +6,8 @@ All of it happens on the driver, without Ray. Nothing is written or charged befo
     print(run.statement.to_text())
     admit(run, resume=False)                                        # charged
 
-What the admission of a sweep (`runs/sweep.py`) shares with it stands here too: the checks of the
-store and its ledger, and the records of admitted runs beside a store:
+This module also has what the admission of a sweep (`runs/sweep.py`) shares with it: the checks of
+the store and its ledger, and the records of admitted runs beside a store:
 
     store/
       manifest.json, shard-00000.bin, ...

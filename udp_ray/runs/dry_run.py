@@ -1,4 +1,4 @@
-"""What a run or a sweep would do, said without starting, writing or charging anything.
+"""Dry runs: what a run or a sweep would do, without starting, writing or charging anything.
 
 print(describe_run(config))
 """
