@@ -272,7 +272,7 @@ def ledger(tmp_path):
         yield ledger
 
 
-def attempt_with(ledger, folder, *, stop_at=0, users=None, loss=squared_error):
+def attempt_with(ledger, folder, *, stop_at=0, users=None, loss=squared_error, microbatch_rows=64):
     attempt = ledger.begin_attempt("run", DIGESTS)
     accountant = StoppingAccountant(ledger, attempt)
     accountant.stop_at = stop_at
@@ -280,6 +280,7 @@ def attempt_with(ledger, folder, *, stop_at=0, users=None, loss=squared_error):
     trainer = Trainer(
         model, loss=loss, users=users or make_users(), plan=PLAN, settings=sgd(momentum=0.5),
         accountant=accountant, attempt=attempt, key=ledger.key(attempt), checkpoints=folder,
+        microbatch_rows=microbatch_rows,
     )  # fmt: skip
     return trainer.train(), weights(model)
 
@@ -308,7 +309,9 @@ def other_loss(model, batch):
     return 2 * squared_error(model, batch)
 
 
-@pytest.mark.parametrize("other", [{"users": make_users()[1:]}, {"loss": other_loss}])
+@pytest.mark.parametrize(
+    "other", [{"users": make_users()[1:]}, {"loss": other_loss}, {"microbatch_rows": 2}]
+)
 def test_a_run_does_not_continue_with_another_loss_or_other_users(ledger, tmp_path, other):
     with pytest.raises(Stopped):
         attempt_with(ledger, tmp_path, stop_at=6)

@@ -257,20 +257,18 @@ class Trainer:
             )
 
     def _inputs_digest(self, key: RunKey | None) -> str:
-        """Returns a digest of plan, settings, loss and data, keyed so that it does not reveal them.
+        """Returns a digest of what a step computes on, keyed so that it does not reveal the data.
 
         The same noise on the sum of other data would reveal the difference. So a ledger's run only
-        continues with what it began with. A run in memory repeats no step and needs no digest.
+        continues with what it began with, `microbatch_rows` included, on which dropout masks
+        depend. A run in memory repeats no step and needs no digest.
         """
         if self._attempt is None or key is None:
             return ""
         digest = hashlib.blake2b(key=key.derive("inputs digest"), digest_size=16)
         settings = self._settings.model_dump(mode="json", exclude=SPEED_ONLY)
-        try:
-            source = inspect.getsource(self._loss.loss)
-        except (OSError, TypeError):  # defined where there is no file: its name has to do
-            source = getattr(self._loss.loss, "__qualname__", "")
-        public = [self.plan.to_dict(), settings, source, repr(self.model), self._autocast]
+        code = [_source(self._loss.loss), _source(self._collate), repr(self.model)]
+        public = [self.plan.to_dict(), settings, code, self._autocast, self._microbatch_rows]
         digest.update(json.dumps(public, sort_keys=True).encode())
         digest.update(self._users.user_offsets.tobytes())
         for index in range(int(self._users.user_offsets[-1])):
@@ -388,7 +386,8 @@ class InMemoryAccountant:
             )
         if step <= self._granted:
             raise ReplayRefusedError(
-                f"step {step} was granted before, and a run in memory repeats no step: begin anew"
+                f"step {step} was granted before, and a run in memory repeats no step: start a new"
+                " run"
             )
         self._granted = step
 
@@ -687,6 +686,14 @@ def _refuse_settings(settings: TrainConfig) -> None:
             )
     if settings.kernel == "ghost":
         raise ConfigError("train.kernel is ghost, and Trainer has the direct kernel: leave it out")
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """Returns the source of a function, or its name where there is no file to read it from."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", "")
 
 
 def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
