@@ -18,7 +18,7 @@ from udp_ray.config.cli import (
     run_job,
 )
 from udp_ray.reports.tables import spending_to_json, spending_to_text
-from udp_ray.runs.registration import COMMANDS, LedgerConfig, run_command
+from udp_ray.runs.ledger_commands import COMMANDS, LedgerConfig, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

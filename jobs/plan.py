@@ -1,6 +1,6 @@
-"""Choose between ELS and ULS, a group size and a clip norm, before anything is spent.
+"""Choose between ELS and ULS, a group size and a clip norm, before any budget is spent.
 
-    python jobs/plan.py --config jobs/configs/plan_example.yaml
+    python jobs/plan.py
     python jobs/plan.py --config FILE --estimate-on PUBLIC_TEXT.parquet --estimate.model MODEL
 
 Under a fixed compute budget (B examples per step, T steps) and (epsilon, delta), it predicts for
@@ -16,48 +16,42 @@ rho, no cosine between users, no bias from clipping. The comparison follows arXi
 equations are not known to us); formulas: udp_ray/dp/planning.py, errors: jobs/mean_estimation.py.
 """
 
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from pydantic import AliasChoices, Field
+from udp_ray.config.cli import DRY_RUN, JSON, parse, run_job
+from udp_ray.config.planner import PlanJobConfig
+from udp_ray.console import progress
+from udp_ray.io import OutputFolder
 
-from udp_ray.config.base import AbsolutePath, LocalFolder, Section
-from udp_ray.config.cli import (
-    DRY_RUN,
-    JSON,
-    parse,
-    run_job,
-)
-from udp_ray.experiments import planner as planning
-
-
-class PlanJobConfig(Section):
-    plan: planning.PlanConfig
-    estimate: planning.EstimateConfig = planning.EstimateConfig()
-    estimate_on: AbsolutePath | None = Field(
-        None, validation_alias=AliasChoices("estimate-on", "estimate_on")
-    )
-    """File of public or proxy text, keyed by user, on which rho and L are measured."""
-    output: LocalFolder | None = None
-    """Folder for plan.txt, plan.json and plan.png. Default: only print."""
+EXAMPLE = Path(__file__).parent / "configs" / "plan_example.yaml"
+NOTE = "Numbers of the shipped example, jobs/configs/plan_example.yaml: give yours by --config."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    job = parse(PlanJobConfig, __doc__, argv, flags=(JSON, DRY_RUN))
+    job = parse(PlanJobConfig, __doc__, argv, flags=(JSON, DRY_RUN), default_file=EXAMPLE)
     plan, public_text, output = job.config.plan, job.config.estimate_on, job.config.output
+    notes = [NOTE] if job.is_default_file else []
     if job.flag("dry-run"):
-        print(planning.describe(plan, public_text))
+        print("\n".join([*notes, plan.to_text(public_text)]))
         return 0
-    planning.require_output(output)
-    notes = []
-    if public_text:
-        plan, note = planning.with_estimate(plan, job.config.estimate, public_text)
-        notes.append(note)
-    workload, predictions = planning.make_plan(plan)
-    text = "\n\n".join([*notes, planning.to_text(plan, workload, predictions)])
-    print(planning.to_json(plan, workload, predictions) if job.flag("json") else text)
     if output:
-        planning.save(Path(output), text, plan, workload, predictions)
+        OutputFolder(Path(output)).check(resume=False)
+    # Imported only now: mistakes in the settings are found without waiting for SciPy.
+    with nullcontext() if job.flag("json") else progress("loading libraries"):
+        from udp_ray.experiments import planner
+
+        if public_text:
+            plan, note = planner.with_estimate(plan, job.config.estimate, public_text)
+            notes.append(note)
+        comparison = planner.compare(plan)
+    text = "\n\n".join([*notes, comparison.to_text()])
+    print(comparison.to_json() if job.flag("json") else text)
+    if output:
+        comparison.save(Path(output), text)
+        print(f"Text, numbers and figure: {output}", file=sys.stderr)
     return 0
 
 

@@ -20,14 +20,7 @@ from udp_ray.config.cli import (
     parse,
     run_job,
 )
-from udp_ray.dp.comparison import compare
-from udp_ray.reports.price import (
-    PriceConfig,
-    memory_of,
-    plan_to_price,
-    price_to_json,
-    price_to_text,
-)
+from udp_ray.reports.price import PriceConfig, price_of
 
 COMPARE = Flag("compare", "Also price ELS by three accountants, and ULS at equal compute.")
 MEMORY = Flag("memory", "Also work out the memory of a worker, from the model's configuration.")
@@ -35,14 +28,9 @@ MEMORY = Flag("memory", "Also work out the memory of a worker, from the model's 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(PriceConfig, __doc__, argv, flags=(JSON, COMPARE, MEMORY, DRY_RUN))
-    plan = plan_to_price(job.config)
     # A price touches nothing, so a dry run is the same.
-    comparison = compare(plan) if job.flag("compare") else None
-    memory = memory_of(job.config, plan) if job.flag("memory") else None
-    if job.flag("json"):
-        print(price_to_json(plan, comparison, memory_bytes=memory and memory.to_dict()))
-    else:
-        print(price_to_text(plan, comparison), *([memory.to_text()] if memory else []), sep="\n\n")
+    price = price_of(job.config, compare=job.flag("compare"), memory=job.flag("memory"))
+    print(price.to_json() if job.flag("json") else price.to_text())
     return 0
 
 

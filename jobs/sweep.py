@@ -11,24 +11,23 @@ interrupted sweep, and charges nothing again.
 
 from collections.abc import Sequence
 
+import udp_ray
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.config.sweep import SweepJobConfig
-from udp_ray.console import progress
 
 RESUME = Flag("resume", "Continue the sweep in the output folder.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(SweepJobConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
-    # Imported after the settings are read: an error in them need not wait for torch and Ray.
     if job.flag("dry-run"):
+        # Imported after the settings are read: an error in them need not wait for torch.
         from udp_ray.runs.dry_run import describe_sweep
 
         print(describe_sweep(job.config))
         return 0
-    with progress("loading libraries"):
-        from udp_ray.on_ray.tune import sweep
-    print(f"\n{sweep(job.config, resume=job.flag('resume')).to_text()}")
+    result = udp_ray.sweep(job.config, resume=job.flag("resume"))
+    print(f"\n{result.to_text()}")
     return 0
 
 

@@ -8,22 +8,20 @@ The promise is printed before anything is spent, and the statement of what was s
 
 from collections.abc import Sequence
 
+import udp_ray
 from udp_ray.config.cli import DRY_RUN, RESUME, parse, run_job
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.console import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(ExperimentConfig, __doc__, argv, flags=(DRY_RUN, RESUME))
-    # Imported after the settings are read: an error in them need not wait for torch and Ray.
     if job.flag("dry-run"):
+        # Imported after the settings are read: an error in them need not wait for torch.
         from udp_ray.runs.dry_run import describe_run
 
         print(describe_run(job.config))
         return 0
-    with progress("loading libraries"):
-        from udp_ray.on_ray.train import train
-    result = train(job.config, resume=job.flag("resume"))
+    result = udp_ray.train(job.config, resume=job.flag("resume"))
     print(f"\n{result.to_text()}")
     return 0
 

@@ -15,7 +15,7 @@ from udp_ray.config.cli import (
     parse,
     run_job,
 )
-from udp_ray.reports.verify import is_sweep, verify, verify_sweep
+from udp_ray.reports.verify import verify
 
 
 class VerifyConfig(Section):
@@ -28,11 +28,9 @@ class VerifyConfig(Section):
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(VerifyConfig, __doc__, argv, flags=(DRY_RUN, JSON))
     # Nothing is written, so a dry run is the same.
-    output = Path(job.config.output)
-    judge = verify_sweep if is_sweep(output) else verify
-    verdict = judge(output, ledger_url=job.config.ledger)
-    print(verdict.to_json() if job.flag("json") else verdict.to_text())
-    return 0 if verdict.agrees else 1
+    result = verify(Path(job.config.output), ledger_url=job.config.ledger)
+    print(result.to_json() if job.flag("json") else result.to_text())
+    return 0 if result.agrees else 1
 
 
 if __name__ == "__main__":

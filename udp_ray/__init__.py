@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
     from udp_ray.on_ray.prepare import PrepareResult
-    from udp_ray.on_ray.publish import SweepResult
-    from udp_ray.reports.verify import Verdict
-    from udp_ray.runs.result import RunResult
+    from udp_ray.reports.verify import VerificationResult
+    from udp_ray.runs.result import RunResult, SweepResult
 
 _CLASSES = {
     "ExperimentConfig": "udp_ray.config.experiment",
@@ -59,8 +58,10 @@ def prepare(config: ExperimentConfig) -> PrepareResult:
         UdpRayError: If an input, a column, a setting or the disk is at fault, in one sentence. No
             partial store is left.
     """
-    from udp_ray.on_ray.prepare import prepare as prepare_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.prepare import prepare as prepare_on_ray
     model = config.model.name
     return prepare_on_ray(
         config.data,
@@ -92,8 +93,10 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> RunResult:
         What leaves the run, in `config.output`, is (epsilon, delta)-DP for each user, under the
         assumptions that the statement lists.
     """
-    from udp_ray.on_ray.train import train as train_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.train import train as train_on_ray
     return train_on_ray(config, resume=resume)
 
 
@@ -115,12 +118,14 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
     Privacy:
         The price covers the whole search, and is charged before the first trial begins.
     """
-    from udp_ray.on_ray.tune import sweep as sweep_on_ray
+    from udp_ray.console import progress
 
+    with progress("loading libraries"):
+        from udp_ray.on_ray.tune import sweep as sweep_on_ray
     return sweep_on_ray(config, resume=resume)
 
 
-def verify(output: str | Path, *, ledger_url: str | None = None) -> Verdict:
+def verify(output: str | Path, *, ledger_url: str | None = None) -> VerificationResult:
     """Recomputes the epsilon of a finished run or sweep and compares statement and ledger.
 
     Args:

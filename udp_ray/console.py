@@ -67,10 +67,7 @@ class Display:
             self._phase_changed()
 
     def advance(self, done: int, **values: str) -> None:
-        """Says how many units are done, and what else to show: names with values.
-
-        Underscores in names are shown as spaces.
-        """
+        """Says how many units are done, and what else to show: names with values."""
         with self._lock:
             if self._first is None:
                 self._first = (time.monotonic(), done)
@@ -125,18 +122,17 @@ class Display:
         if self._total is None or self._done is None:
             return []
         facts = [f"{self._unit} {self._done:,} of {self._total:,}"]
-        facts += [f"{name.replace('_', ' ')} {value}" for name, value in self._values.items()]
+        facts += [f"{name} {value}" for name, value in self._values.items()]
         if (left := self._seconds_left()) is not None:
             facts.append(f"{_clock(left)} left")
         return facts
 
     def _seconds_left(self) -> float | None:
+        """Returns an estimate from the units done since the bar began; None without one."""
         if self._first is None or self._done is None or self._total is None:
             return None
-        if not self._shows_time:
-            return None
         (began, start), done = self._first, self._done
-        if not start < done < self._total:
+        if not self._shows_time or not start < done < self._total:
             return None
         return (time.monotonic() - began) / (done - start) * (self._total - done)
 

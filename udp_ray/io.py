@@ -24,7 +24,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +253,23 @@ TENSORBOARD_FOLDER = "tensorboard"
 ERROR_FILE = "error.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 OWNER_ONLY = 0o700
+
+
+def new_run_folder(name: str) -> Callable[[], str]:
+    """Returns a function that returns a free path: runs/NAME, else runs/NAME-2, runs/NAME-3, ...
+
+    A job of `ray job submit` runs in a folder that vanishes with it; there, runs/ is that of the
+    home folder. The folder is not created, so that a dry run leaves nothing.
+    """
+
+    def new_folder() -> str:
+        runs = Path("runs").absolute()
+        if vanishes_with_job(runs):
+            runs = Path.home() / "runs"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return str(next(runs / each for each in names if not os.path.lexists(runs / each)))
+
+    return new_folder
 
 
 @dataclass(frozen=True)

@@ -787,7 +787,9 @@ VERIFICATIONS = {
 }  # fmt: skip
 
 PLANS = {
-    "no workload": bad("plan", "", "plan", "is missing", "give it", as_process=True),
+    "no workload": bad(
+        "plan", "--config WORLD/train.yaml", "plan", "is missing", "give it", as_process=True,
+    ),
     "two histograms": bad(
         "plan", f"{PLAN} --plan.store WORLD/store", "plan.examples_per_user", "plan.store",
         "exactly one",
@@ -869,10 +871,13 @@ STUDIES = {
         "mean_estimation", f"{MEAN} --study.num_users 0", "study.num_users", "'0'",
         "greater than 0", as_process=True,
     ),
-    "no study": bad("mean_estimation", "--output TMP/out", "study", "is missing", "give it"),
+    "no study": bad(
+        "mean_estimation", "--config WORLD/train.yaml --output TMP/out", "study", "is missing",
+        "give it",
+    ),
     "a group above what users have": bad(
         "mean_estimation", f"{MEAN} --study.examples_per_user 1", "group size",
-        "examples_per_user = 1", "drop it",
+        "examples_per_user = 1", "remove it",
     ),
     "a study's delta of 1/N": bad(
         "mean_estimation", f"{MEAN} --study.delta 0.5", "study.delta", "0.5", "lower it",
@@ -905,7 +910,7 @@ STUDIES = {
         as_process=True,
     ),
     "a benchmark without a study": bad(
-        "benchmark", "--output TMP/out", "study", "is missing", "give it",
+        "benchmark", "--config WORLD/train.yaml --output TMP/out", "study", "is missing", "give it",
     ),
     "an unknown contestant": bad(
         "benchmark", f"{BENCHMARK} --study.contestants faster", "study.contestants", "'faster'",

@@ -95,10 +95,10 @@ def assert_one_sentence(done: Done, *words: str) -> None:
 
 DEMO = ["--config", str(CONFIGS / "demo.yaml")]
 DRY_RUNS = {
-    "benchmark": ["--config", str(CONFIGS / "benchmark.yaml"), "--output", "TMP/out"],
+    "benchmark": ["--output", "TMP/out"],
     "demo": ["--data.store", "TMP/d/store", "--output", "TMP/d/private"],
-    "mean_estimation": ["--config", str(CONFIGS / "mean_estimation.yaml"), "--output", "TMP/out"],
-    "plan": ["--config", str(CONFIGS / "plan_example.yaml"), "--output", "TMP/out"],
+    "mean_estimation": ["--output", "TMP/out"],
+    "plan": ["--output", "TMP/out"],
     "prepare": [*DEMO, "--data.store", "TMP/store"],
     "pretrain": [
         "--config", str(CONFIGS / "pretrain.yaml"),
@@ -169,17 +169,17 @@ MISTAKES = {
         "ledger", ["show", "--ledger", "sqlite:///TMP/no.sqlite", "--dataset", "x"], ["no.sqlite"],
     ),
     "verify without a run": ("verify", ["--output", "TMP/none"], ["TMP/none"]),
-    "plan without a workload": ("plan", [], ["plan"]),
+    "plan without a workload": ("plan", DEMO, ["plan"]),
     "pretrain without text": ("pretrain", ["--output", "TMP/out"], ["input"]),
     "demo outside its folder": (
         "demo", ["--data.store", "TMP/a/store", "--output", "TMP/b/out"], ["data.store"],
     ),
-    "benchmark without a study": ("benchmark", ["--output", "TMP/out"], ["study"]),
+    "benchmark without a study": ("benchmark", [*DEMO, "--output", "TMP/out"], ["study"]),
     "benchmark without rounds": (
         "benchmark", ["--config", str(CONFIGS / "benchmark.yaml"), "--study.rounds", "0"],
         ["study.rounds", "0"],
     ),
-    "benchmark of a contestant that nobody knows": (
+    "benchmark of an unknown contestant": (
         "benchmark",
         ["--config", str(CONFIGS / "benchmark.yaml"), "--study.contestants", "faster"],
         ["study.contestants", "faster"],

@@ -22,7 +22,6 @@ TYPE_NARROWING = {
     ("data/build.py", "self.url is not None"): "only called for a store at a URL",
     ("data/read.py", "piece.split is not None"): "pieces of a data set have a split",
     ("config/privacy.py", "size is not None"): "PrivacyConfig refuses settings without one",
-    ("reports/verify.py", "statement.spent is not None"): "verify has looked",
 }
 
 NARROWING = re.compile(r"[\w.]+ is not None")

@@ -20,6 +20,7 @@ HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboar
         # The door: what the driver hands to Ray Train.
         ("udp_ray.on_ray.worker", set()),
         ("udp_ray.on_ray.accountant", set()),
+        ("udp_ray.ledger", set()),
         ("udp_ray.on_ray.accountant", {"alembic", "sqlalchemy"}),
     ],
 )

@@ -97,6 +97,35 @@ def test_a_search_that_cannot_meet_its_window_stays_below_it():
     assert math.log(found) >= 0.7
 
 
+@pytest.mark.parametrize("start", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("power", [-3.0, -0.3, 0.5, 2.0])
+def test_a_search_ends_in_its_window_in_either_direction_wherever_it_starts(start, power):
+    found = accounting.solve_within(
+        lambda x: x**power, (1.999, 2.0), start=start, slope=math.copysign(1.0, power)
+    )
+    assert 1.999 <= found**power <= 2.0
+
+
+def test_a_search_uses_what_is_known_and_passes_infinite_values():
+    known = {}
+    calls = []
+
+    def cost(x):
+        calls.append(x)
+        return math.inf if x < 5 else 100 / x
+
+    assert 9.9 <= cost(accounting.solve_within(cost, (9.9, 10.0), start=0.01, known=known)) <= 10
+    calls.clear()
+    assert 9.8 <= 100 / accounting.solve_within(cost, (9.8, 9.99), start=0.01, known=known) <= 9.99
+    assert len(calls) <= 3
+
+
+def test_a_falling_root_is_rounded_up():
+    for root in (1e-7, 0.3, 5.0):
+        found = accounting.falling_root(lambda x: root - x, 0.0, 7.0, tolerance=1e-7)  # noqa: B023
+        assert root <= found <= root + 1e-7
+
+
 def test_an_epsilon_that_next_to_no_noise_reaches_is_refused():
     """Here a user is in any step with a probability below delta: no noise would do."""
     with pytest.raises(ConfigError, match="next to no noise"):

@@ -173,7 +173,7 @@ def test_a_cap_on_the_cohort_wants_a_population_that_bounds_the_store():
     assert "as declared: the price of the cap" in plan.assumptions()[0]
 
 
-def test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap():
+def test_a_counted_population_leaves_room_for_the_added_user_under_a_cap():
     plan = plan_of(num_users=10_000, max_cohort_size=160)
     assert plan.dp_event().event.dataset_size == 10_001
     assert PrivacyPlan.from_dict(plan.to_dict()) == plan
@@ -209,3 +209,11 @@ def test_the_price_needs_neither_torch_nor_ray():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_text_of_a_plan_has_its_price_sampler_clip_norm_and_noise():
+    text = plan_of(num_users=10_000).to_text()
+    plan = plan_of(num_users=10_000)
+    for part in (f"epsilon {plan.epsilon():.4g} at delta", "uls", "10,000 users", "clipped to"):
+        assert part in text
+    assert len(text.splitlines()) == 4

@@ -1,4 +1,4 @@
-"""The samplers: limits of probability and group size, neighbours, and what they refuse."""
+"""The samplers: limits of probability and group size, adjacent datasets, and what they refuse."""
 
 import numpy as np
 import pytest

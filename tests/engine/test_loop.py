@@ -42,7 +42,6 @@ from udp_ray.errors import (
     LedgerError,
     ReplayRefusedError,
 )
-from udp_ray.ledger import ledger as ledger_rules
 from udp_ray.ledger.ledger import Ledger
 
 
@@ -196,7 +195,7 @@ def test_committing_between_reserved_steps_would_end_the_run_for_good(
     frequent, tmp_path, monkeypatch
 ):
     """The failing arm: neither the loop defers its commits nor does the ledger refuse them."""
-    monkeypatch.setattr(ledger_rules, "refuse_commit_between_reserved", lambda *_: None)
+    monkeypatch.setattr(Ledger, "_refuse_commit_between_reserved", lambda *_: None)
     for defers_commits in (False, True):  # the second attempt does it right, in vain
         with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
             train_with_ledger(

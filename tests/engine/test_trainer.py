@@ -16,7 +16,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
-from tests.support.distributed import run_on_ranks
+from tests.support.distributed import WorldFailed, run_on_ranks
 from tests.support.own_module import (
     judged,
     make_model,
@@ -117,6 +117,12 @@ def test_two_ranks_give_the_weights_of_one():
     plan = make_plan(expected_size=3, **NOISY)
     one, two = trained(make_users(), plan), run_on_ranks(2, train_on_rank, plan)
     assert all((found - one).abs().max() < ROUNDING for found in two)
+
+
+def test_ranks_with_different_users_are_refused():
+    with pytest.raises(WorldFailed) as failure:
+        run_on_ranks(2, train_on_rank, make_plan(), True)
+    assert {type(error) for error in failure.value.errors.values()} == {ConfigError}
 
 
 # ---- noise and sampling
@@ -308,6 +314,20 @@ def test_a_run_does_not_continue_with_another_loss_or_other_users(ledger, tmp_pa
         attempt_with(ledger, tmp_path, stop_at=6)
     with pytest.raises(CheckpointError, match="trained with another plan, model, loss"):
         attempt_with(ledger, tmp_path, **other)
+
+
+def test_a_run_removes_its_own_uncommitted_checkpoints_and_no_others(ledger, tmp_path):
+    folder = tmp_path / "checkpoints"
+    trained(make_users(), PLAN, checkpoints=folder)  # another run, in memory
+    others = sorted(folder.rglob("step-*"))
+    with pytest.raises(Stopped):
+        attempt_with(ledger, folder, stop_at=6)
+    uncommitted = folder / "run" / "step-00000005-attempt-1"
+    uncommitted.mkdir()
+    attempt_with(ledger, folder)
+    assert not uncommitted.exists()
+    assert others
+    assert all(path.exists() for path in others)
 
 
 def test_a_ledger_is_not_used_without_its_key_or_a_folder(ledger, tmp_path):

@@ -1,9 +1,8 @@
-"""The benchmark: who takes part, that all compute the same, and that figures are what was measured.
+"""The benchmark: its contestants, that their sums are equal, that reports are what was measured.
 
 No test here asserts a speed: `jobs/benchmark.py` measures, and says which aims it missed.
 """
 
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
+import udp_ray
 from tests.support.stores import lengths_of
 from udp_ray.data.batches import Group
 from udp_ray.data.store import TokenStore
@@ -22,37 +22,38 @@ from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.errors import BenchmarkError
 from udp_ray.experiments.benchmark import parts as benchmark_parts
-from udp_ray.experiments.benchmark import report as benchmark_aims
-from udp_ray.experiments.benchmark import run as benchmark
+from udp_ray.experiments.benchmark import report, run
 from udp_ray.experiments.benchmark.cells import (
-    Facts,
-    LeftOutError,
-    Team,
+    CellResult,
+    ContestantInfo,
+    ContestantProcesses,
+    SkippedError,
     Times,
-    build,
     measured,
-    missing_peers,
     run_cell,
 )
 from udp_ray.experiments.benchmark.contestants import (
-    PlainLoop,
+    Entry,
     PrivateContestant,
-    Task,
+    ReferenceLoop,
+    all_in_one_group,
+    build_contestant,
     build_model,
-    check_equal,
-    everybody_as_one,
     open_reader,
+    require_equal_sums,
     step_tokens,
-    write_people,
+    write_synthetic_store,
 )
-from udp_ray.experiments.benchmark.parts import Curve, curves_of, growth_cells
+from udp_ray.experiments.benchmark.parts import Curve, step_curves
 from udp_ray.experiments.benchmark.settings import (
-    CEILING,
+    BASELINE,
+    BenchmarkConfig,
     Cell,
-    Growth,
     ModelShape,
     Parts,
+    Scaling,
     Study,
+    missing_contestants,
 )
 
 SHAPES = [
@@ -63,9 +64,9 @@ ELS = Cell(model="llama", sampling="els", group_size=1, sequence_tokens=8, step_
 ULS = Cell(model="gpt2", sampling="uls", group_size=4, sequence_tokens=8, step_tokens=128)
 RAGGED = ULS.model_copy(update={"lengths": "ragged", "group_size": 2})
 
-FACTS = Facts(10, None)
+INFO = ContestantInfo(10, None)
 
-needs_opacus = pytest.mark.skipif(bool(missing_peers()), reason="opacus is not installed")
+needs_opacus = pytest.mark.skipif(bool(missing_contestants()), reason="opacus is not installed")
 
 
 def study(*cells: Cell, **fields: object) -> Study:
@@ -80,14 +81,14 @@ def study(*cells: Cell, **fields: object) -> Study:
     return Study.model_validate(values | fields)
 
 
-def task(cell: Cell, folder: Path, name: str = "direct") -> Task:
-    store = write_people(folder, cell, vocabulary=64)
-    return Task(name, cell, study(ELS, contestants=["direct"]), str(store))
+def entry(cell: Cell, folder: Path, name: str = "direct") -> Entry:
+    store = write_synthetic_store(folder, cell, vocabulary=64)
+    return Entry(name, cell, study(ELS, contestants=["direct"]), str(store))
 
 
-def groups_of(task: Task) -> list[Group]:
-    contestant = PrivateContestant(task, join_world())
-    with open_reader(task, contestant.draw, join_world()) as reader:
+def groups_of(entry: Entry) -> list[Group]:
+    contestant = PrivateContestant(entry, join_world())
+    with open_reader(entry, contestant.draw, join_world()) as reader:
         return reader.groups(1)
 
 
@@ -99,7 +100,7 @@ def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
         ELS,
         ULS,
         contestants=["auto", "ghost", "direct", "torch"],
-        growth=Growth(
+        scaling=Scaling(
             users=[300, 3000],
             cohort_size=30,
             group_sizes=[1, 2],
@@ -109,8 +110,9 @@ def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
         ),
     )
     seen = []
-    for results in benchmark.run_benchmark(asked, lambda: pytest.fail("nothing asks for Ray")):
-        text = benchmark.save(tmp_path / "out", results)
+    for results in run.run_benchmark(asked, lambda: pytest.fail("nothing asks for Ray")):
+        results.save(tmp_path / "out")
+        text = results.to_text()
         seen.append((len({row["cell"] for row in results.cells}), "UNFINISHED" in text))
     assert seen == [(1, True), (2, True), (2, True), (2, False)]
     saved = json.loads((tmp_path / "out" / "benchmark.json").read_text())
@@ -118,25 +120,25 @@ def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     by_cell: dict[str, dict[str, dict]] = {}
     for row in saved["cells"]:
-        by_cell.setdefault(row["cell"], {})[row["kernel"]] = row
+        by_cell.setdefault(row["cell"], {})[row["contestant"]] = row
     assert {cell: set(rows) for cell, rows in by_cell.items()} == {
-        str(ELS): {CEILING, "auto", "ghost", "direct", "torch"},
-        str(ULS): {CEILING, "auto", "ghost", "direct"},
+        str(ELS): {BASELINE, "auto", "ghost", "direct", "torch"},
+        str(ULS): {BASELINE, "auto", "ghost", "direct"},
     }
     for rows in by_cell.values():
-        ceiling = rows[CEILING]
-        assert ceiling["ratio"] == 1
+        baseline = rows[BASELINE]
+        assert baseline["ratio"] == 1
         assert len({row["step_tokens"] for row in rows.values()}) == 1
         for row in rows.values():
             assert row["tokens_per_s"] == pytest.approx(row["step_tokens"] / row["step_s"])
-            assert row["ratio"] == pytest.approx(row["tokens_per_s"] / ceiling["tokens_per_s"])
+            assert row["ratio"] == pytest.approx(row["tokens_per_s"] / baseline["tokens_per_s"])
             assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
             assert row["peak_bytes"] > 0
-        assert rows["ghost"]["chosen"] == "ghost"
-        assert rows["auto"]["chosen"] in ("ghost", "direct")
-    assert {(curve["grows"], curve["what"]) for curve in saved["growth"]} == {
+        assert rows["ghost"]["kernel"] == "ghost"
+        assert rows["auto"]["kernel"] in ("ghost", "direct")
+    assert {(curve["quantity"], curve["what"]) for curve in saved["scaling"]} == {
         ("users", "sampler"),
-        ("group_size", CEILING),
+        ("group_size", BASELINE),
         ("group_size", "direct"),
     }
     assert saved["hardware"]["cores"] >= 1
@@ -147,10 +149,10 @@ def test_a_benchmark_leaves_its_cells_table_and_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cell", [ELS, ULS, RAGGED], ids=str)
-def test_everybody_trains_on_the_same_tokens_in_every_step(cell: Cell, tmp_path: Path) -> None:
-    mine = task(cell, tmp_path)
+def test_all_contestants_train_on_the_same_tokens_in_every_step(cell: Cell, tmp_path: Path) -> None:
+    mine = entry(cell, tmp_path)
     world = join_world()
-    draws = [PrivateContestant(mine, world).draw, everybody_as_one(mine.store, num_workers=1)]
+    draws = [PrivateContestant(mine, world).draw, all_in_one_group(mine.store, num_workers=1)]
     rows = []
     for draw in draws:
         with open_reader(mine, draw, world) as reader:
@@ -172,7 +174,7 @@ def test_everybody_trains_on_the_same_tokens_in_every_step(cell: Cell, tmp_path:
 def test_a_contestant_with_the_right_sum_passes_the_check(
     cell: Cell, name: str, tmp_path: Path
 ) -> None:
-    mine = task(cell, tmp_path, name)
+    mine = entry(cell, tmp_path, name)
     PrivateContestant(mine, join_world()).check(groups_of(mine)[:4])
 
 
@@ -181,15 +183,15 @@ def test_a_contestant_with_the_right_sum_passes_the_check(
 def test_a_sum_in_slices_is_compared_too(
     is_right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = task(ULS.model_copy(update={"zero_stage": 3}), tmp_path, "ghost")
+    mine = entry(ULS.model_copy(update={"zero_stage": 3}), tmp_path, "ghost")
     groups = groups_of(mine)
     contestant = PrivateContestant(mine, join_world())
     if is_right:
         contestant.check(groups)
         contestant.take(1, groups)
         return
-    whole = PlainLoop.clipped_sum
-    monkeypatch.setattr(PlainLoop, "clipped_sum", lambda loop, groups: whole(loop, groups[1:]))
+    whole = ReferenceLoop.clipped_sum
+    monkeypatch.setattr(ReferenceLoop, "clipped_sum", lambda loop, groups: whole(loop, groups[1:]))
     with pytest.raises(BenchmarkError, match="computes another sum"):
         contestant.check(groups)
 
@@ -200,8 +202,8 @@ def test_a_sum_in_slices_is_compared_too(
 def test_opacus_has_the_right_sum_on_both_families(name: str, tmp_path: Path) -> None:
     world = join_world()
     for number, family in enumerate(["llama", "gpt2"]):
-        mine = task(ELS.model_copy(update={"model": family}), tmp_path / str(number), name)
-        contestant = build(mine, world)
+        mine = entry(ELS.model_copy(update={"model": family}), tmp_path / str(number), name)
+        contestant = build_contestant(mine, world)
         with open_reader(mine, contestant.draw, world) as reader:
             if (name, family) == ("opacus-ghost", "gpt2"):
                 with pytest.raises(NotImplementedError, match="tying"):
@@ -213,22 +215,22 @@ def test_opacus_has_the_right_sum_on_both_families(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("fault", ["no clip", "half", "one left out"])
 def test_a_contestant_that_computes_another_sum_is_refused(fault: str, tmp_path: Path) -> None:
-    mine = task(ULS, tmp_path)
+    mine = entry(ULS, tmp_path)
     groups = groups_of(mine)
     model = build_model(SHAPES[0], max_tokens=8)
-    clip_norm, expected = PlainLoop(model, "off", torch.device("cpu")).clipped_sum(groups)
+    clip_norm, expected = ReferenceLoop(model, "off", torch.device("cpu")).clipped_sum(groups)
     parameters = dict(model.named_parameters())
     sums = ClippedSum(parameters, join_world())
     kernel = DirectKernel(model, parameters, clip_norm=1e9 if fault == "no clip" else clip_norm)
     kernel.add_clipped(sums, groups[1:] if fault == "one left out" else groups)
     found = [view / 2 if fault == "half" else view for view in sums.views.values()]
     with pytest.raises(BenchmarkError, match="'mine' computes another sum"):
-        check_equal("mine", found, expected, "off")
+        require_equal_sums("mine", found, expected, "off")
 
 
 def test_the_check_clips_some_groups_and_not_all(tmp_path: Path) -> None:
-    groups = groups_of(task(ULS, tmp_path))
-    loop = PlainLoop(build_model(SHAPES[0], max_tokens=8), "off", torch.device("cpu"))
+    groups = groups_of(entry(ULS, tmp_path))
+    loop = ReferenceLoop(build_model(SHAPES[0], max_tokens=8), "off", torch.device("cpu"))
     clip_norm, _ = loop.clipped_sum(groups)
     norms = [loop.clipped_sum([group])[0] for group in groups]
     assert min(norms) < clip_norm < max(norms)
@@ -238,9 +240,9 @@ def test_the_check_clips_some_groups_and_not_all(tmp_path: Path) -> None:
 
 
 def test_ratios_come_from_the_times_and_rounds_are_paired() -> None:
-    ceiling = Times(FACTS, [1.0, 2.0, 1.0], [3.0, 4.0, 5.0], peak_bytes=100)
-    mine = Times(FACTS, [2.0, 2.0, 4.0], [6.0, 5.0, 4.0], peak_bytes=150)
-    row = measured(mine, ceiling, num_tokens=80)
+    baseline = Times(INFO, [1.0, 2.0, 1.0], [3.0, 4.0, 5.0], peak_bytes=100)
+    mine = Times(INFO, [2.0, 2.0, 4.0], [6.0, 5.0, 4.0], peak_bytes=150)
+    row = measured(mine, baseline, num_tokens=80)
     assert row == {
         "step_s": 2.0,
         "tokens_per_s": 40.0,
@@ -254,9 +256,9 @@ def test_ratios_come_from_the_times_and_rounds_are_paired() -> None:
     }
 
 
-def test_memory_that_cannot_be_measured_is_left_open() -> None:
+def test_memory_that_cannot_be_measured_is_none() -> None:
     row = measured(
-        Times(FACTS, [1.0], [1.0]), Times(FACTS, [1.0], [1.0], peak_bytes=100), num_tokens=1
+        Times(INFO, [1.0], [1.0]), Times(INFO, [1.0], [1.0], peak_bytes=100), num_tokens=1
     )
     assert row["memory_ratio"] is None
 
@@ -267,70 +269,72 @@ def test_slopes_are_those_of_the_logarithms() -> None:
     assert Curve("users", "x", [(5, 3.0)]).slope is None
 
 
-def test_a_growing_group_leaves_the_number_of_users_as_it_is() -> None:
-    growth = Growth(users=[9], group_sizes=[8, 1, 2], parameters=["gpt2"], workers=[1], base=ULS)
-    cells = growth_cells(growth, "group_size")
+def test_scaling_in_the_group_size_keeps_the_number_of_users() -> None:
+    scaling = Scaling(users=[9], group_sizes=[8, 1, 2], parameters=["gpt2"], workers=[1], base=ULS)
+    cells = scaling.cells("group_size")
     assert [cell.group_size for cell in cells] == [1, 2, 8]
     assert {cell.num_users for cell in cells} == {ULS.num_users}
 
 
 def test_a_contestant_that_misses_a_cell_has_no_curve() -> None:
-    rows = [{"kernel": "direct", "group_size": size, "step_s": float(size)} for size in (1, 2)]
-    results = [dataclasses.make_dataclass("R", ["rows"])(rows=[row]) for row in rows]
-    results[0].rows.append({"kernel": "opacus", "group_size": 1, "step_s": 1.0})
-    assert [curve.what for curve in curves_of("group_size", results)] == ["direct"]
+    rows = [{"contestant": "direct", "group_size": size, "step_s": float(size)} for size in (1, 2)]
+    results = [CellResult([row], []) for row in rows]
+    results[0].rows.append({"contestant": "opacus", "group_size": 1, "step_s": 1.0})
+    (curve,) = step_curves("group_size", results)
+    assert (curve.what, curve.points) == ("direct", [(1, 1.0), (2, 2.0)])
 
 
-def row(kernel: str, **fields: object) -> dict:
+def row(contestant: str, **fields: object) -> dict:
     cell = {
-        "cell": "a", "kernel": kernel, "sampling": "uls", "group_size": 4, "sequence_tokens": 16,
-        "microbatch_tokens": 64, "num_parameters": 200_000_000, "step_tokens": 1000,
+        "cell": "a", "contestant": contestant, "sampling": "uls", "group_size": 4,
+        "sequence_tokens": 16, "microbatch_tokens": 64, "num_parameters": 200_000_000,
+        "step_tokens": 1000,
         "tokens_per_s": 100.0, "step_s": 10.0, "ratio": 1.0, "memory_ratio": 1.0,
     }  # fmt: skip
     return cell | fields
 
 
-def test_aims_judge_auto_by_its_worst_cell() -> None:
+def test_aims_evaluate_auto_by_its_worst_cell() -> None:
     rows = [
         row("auto", ratio=0.97),
         row("direct", ratio=0.2),
         row("opacus", tokens_per_s=101.0),
         row("auto", cell="b", ratio=0.93, memory_ratio=1.3),
     ]
-    whole, filled, peers, memory, stall, overhead = benchmark_aims.judge(rows, {})
+    whole, filled, opacus, memory, wait, overhead = report.evaluate_aims(rows, {})
     assert (whole.measured, whole.is_met, whole.where) == (0.93, True, "b")
     assert (filled.measured, filled.is_met) == (0.93, False)
-    assert (peers.is_met, peers.where) == (False, "a")
+    assert (opacus.is_met, opacus.where) == (False, "a")
     assert (memory.is_met, memory.where) == (False, "b")
-    assert stall.is_met is None
+    assert wait.is_met is None
     assert overhead.is_met is None
 
 
 def test_overhead_is_taken_at_the_models_own_size() -> None:
     parts = {
         "noise": [Curve("values", "noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
-        "accountant": {"round_trip_s": 0.02},
-        "stall": {"share": 0.5, "cell": "a"},
+        "accounting": {"latency_s": 0.02},
+        "data_wait": {"share": 0.5, "cell": "a"},
     }
-    cost = benchmark_aims.overhead(row("auto"), parts)
+    cost = report.overhead(row("auto"), parts)
     assert cost is not None
     assert cost["seconds"] == pytest.approx(0.22)
     assert cost["share"] == pytest.approx(0.022)
     assert cost["least_step_tokens"] == pytest.approx(1100)
-    aims = benchmark_aims.judge([row("auto")], parts)
+    aims = report.evaluate_aims([row("auto")], parts)
     assert [aim.is_met for aim in aims[-2:]] == [False, False]
 
 
 # ---- parts
 
 
-def test_balanced_cohorts_are_never_worse_than_dealt_ones() -> None:
-    parts = Parts(noise_values=[1], stalled=ULS, balance_workers=(2, 8), balance_cohort_size=64)
-    people = {"made up": benchmark_parts.made_up_lengths()}
-    rows = benchmark_parts.measure_balance(people, parts, microbatch_tokens=2048)
+def test_balanced_cohorts_are_never_worse_than_round_robin() -> None:
+    parts = Parts(noise_values=[1], data_wait=ULS, balance_workers=(2, 8), balance_cohort_size=64)
+    users = {"synthetic": benchmark_parts.synthetic_lengths()}
+    rows = benchmark_parts.measure_balance(users, parts, microbatch_tokens=2048)
     assert [row["num_workers"] for row in rows] == [2, 8]
     for found in rows:
-        assert 1 <= found["busiest_over_mean"] <= found["busiest_over_mean_dealt"]
+        assert 1 <= found["busiest_over_mean"] <= found["busiest_over_mean_round_robin"]
 
 
 def test_the_noise_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +345,7 @@ def test_the_noise_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_float64_sums_cost_is_measured_for_each_way_of_adding() -> None:
-    rows = benchmark_parts.measure_sums(width=8, tokens=1024, repeats=2)
+    rows = benchmark_parts.measure_float64_sums(width=8, tokens=1024, repeats=2)
     assert [row["what"].split(",")[0] for row in rows] == ["ghost", "ghost", "direct"]
     for row in rows:
         seconds = row["seconds"]
@@ -351,69 +355,71 @@ def test_what_float64_sums_cost_is_measured_for_each_way_of_adding() -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_people_are_those_that_its_description_counts() -> None:
-    lengths, offsets = benchmark_parts.shipped_lengths()
+def test_the_demo_users_are_those_that_its_description_counts() -> None:
+    lengths, offsets = benchmark_parts.demo_lengths()
     assert (len(offsets) - 1, len(lengths)) == (15_230, 195_694)
     assert np.diff(offsets).max() > 100 * np.median(np.diff(offsets))
 
 
 @pytest.mark.slow
 def test_waiting_for_data_is_a_share_of_consecutive_steps() -> None:
-    parts = Parts(noise_values=[1], stalled=ULS, stalled_steps=3)
-    found = benchmark_parts.measure_stall(study(ULS), parts)
+    parts = Parts(noise_values=[1], data_wait=ULS, data_wait_steps=3)
+    found = benchmark_parts.measure_data_wait(study(ULS), parts)
     assert 0 <= found["share"] < 1
-    assert found["kernel"] == "direct"
+    assert found["contestant"] == "direct"
 
 
-# ---- who takes part
+# ---- which contestants a cell has
 
 
-def test_peers_take_part_in_els_cells_of_one_worker_only() -> None:
-    everybody = ["direct", "opacus", CEILING, "opacus"]
-    asked = study(ELS, contestants=everybody)
-    assert asked.contestants_of(ELS) == [CEILING, "direct", "opacus"]
-    assert asked.contestants_of(ULS) == [CEILING, "direct"]
+def test_external_contestants_are_in_els_cells_of_one_worker_only() -> None:
+    names = ["direct", "opacus", BASELINE, "opacus"]
+    asked = study(ELS, contestants=names)
+    assert asked.contestants_of(ELS) == [BASELINE, "direct", "opacus"]
+    assert asked.contestants_of(ULS) == [BASELINE, "direct"]
     two = ELS.model_copy(update={"num_workers": 2})
-    assert asked.contestants_of(two) == [CEILING, "direct"]
+    assert asked.contestants_of(two) == [BASELINE, "direct"]
 
 
 @needs_opacus
 @pytest.mark.slow
-def test_a_peer_that_cannot_run_a_model_is_left_out_with_a_sentence() -> None:
+def test_an_external_contestant_that_cannot_run_a_model_is_skipped_with_a_sentence() -> None:
     tied = ELS.model_copy(update={"model": "gpt2"})
     result = run_cell(study(tied, contestants=["direct", "opacus-ghost"]), tied)
-    assert [row["kernel"] for row in result.rows] == [CEILING, "direct"]
-    assert "opacus-ghost is left out of gpt2 els" in result.left_out[0]
+    assert [row["contestant"] for row in result.rows] == [BASELINE, "direct"]
+    assert "opacus-ghost is skipped in gpt2 els" in result.skipped[0]
 
 
 @pytest.mark.slow
 def test_a_contestant_of_ours_that_fails_stops_the_benchmark_with_its_reason(
     tmp_path: Path,
 ) -> None:
-    store = write_people(tmp_path, ELS, vocabulary=10_000)  # the model knows 64 of them
-    team = Team(Task("direct", ELS, study(ELS), str(store)))
+    store = write_synthetic_store(tmp_path, ELS, vocabulary=10_000)  # the model knows 64 of them
+    processes = ContestantProcesses(Entry("direct", ELS, study(ELS), str(store)))
     try:
         with pytest.raises(BenchmarkError, match=r"'direct' failed in llama els .*IndexError"):
-            team.ready()
+            processes.ready()
     finally:
-        team.stop()
+        processes.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "kernel"), [(2, "direct"), (3, "ghost")])
-def test_two_workers_share_the_tokens_and_tell_the_same_times(stage: int, kernel: str) -> None:
+def test_two_workers_share_the_tokens_and_report_the_same_times(stage: int, kernel: str) -> None:
     cell = ULS.model_copy(update={"num_workers": 2, "zero_stage": stage, "contestants": [kernel]})
     result = run_cell(study(cell), cell)
-    assert [row["kernel"] for row in result.rows] == [CEILING, kernel]
+    assert [row["contestant"] for row in result.rows] == [BASELINE, kernel]
     assert {row["step_tokens"] for row in result.rows} == {128}
 
 
 @pytest.mark.parametrize("name", ["benchmark", "benchmark_gpu"])
-def test_the_shipped_studies_make_sense_and_the_quick_one_has_four_cells(name: str) -> None:
-    file = benchmark_parts.ROOT.parent / "jobs" / "configs" / f"{name}.yaml"
+def test_the_shipped_studies_are_valid_and_the_quick_one_has_four_cells(name: str) -> None:
+    file = Path(udp_ray.__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
     content = yaml.safe_load(file.read_text())
-    assert "cells, " in benchmark.describe(Study.model_validate(content["study"]))
-    assert len(Study.model_validate(content["small_study"]).cells) == 4
+    config = BenchmarkConfig.model_validate(content)
+    assert "cells, " in config.study.to_text()
+    assert len(config.small_study.cells) == 4
+    assert Path(config.output).parent.name == "runs"
 
 
 @pytest.mark.parametrize(
@@ -421,12 +427,12 @@ def test_the_shipped_studies_make_sense_and_the_quick_one_has_four_cells(name: s
     [
         ({"cells": [ELS.model_copy(update={"model": "none"})]}, "'none'"),
         ({"models": [SHAPES[1], SHAPES[1]]}, "two models are called 'llama'"),
-        ({"cells": [ELS, ELS]}, "stands twice"),
+        ({"cells": [ELS, ELS]}, "is given twice"),
         ({"cells": [ULS], "contestants": ["opacus"]}, "no contestant beside"),
         ({"cells": [ULS.model_copy(update={"zero_stage": 3})]}, "is of ZeRO 3, where 'direct'"),
     ],
 )
-def test_a_study_that_makes_no_sense_is_refused(fields: dict, words: str) -> None:
+def test_a_contradictory_study_is_refused(fields: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         study(ELS, **fields)
 
@@ -436,5 +442,5 @@ def test_a_model_whose_heads_do_not_fit_is_refused() -> None:
         ModelShape(name="odd", family="gpt2", width=16, layers=1, heads=3, vocabulary=64)
 
 
-def test_a_peers_reason_survives_the_way_between_processes() -> None:
-    assert str(pickle.loads(pickle.dumps(LeftOutError("why")))) == "why"
+def test_the_reason_of_a_skip_survives_pickling() -> None:
+    assert str(pickle.loads(pickle.dumps(SkippedError("why")))) == "why"

@@ -1,6 +1,6 @@
-"""The measurement of the accountant: it measures real ledgers, and a slow one would show.
+"""Measurements of the accountant use real ledgers, and show a slow one.
 
-How fast they are is said by the benchmark and the README; a test that shares its machine cannot.
+No test here asserts a speed, since tests share their machine: the benchmark measures it.
 """
 
 import time
@@ -14,9 +14,9 @@ from udp_ray.errors import LedgerError
 from udp_ray.experiments.benchmark.parts import (
     DATASET,
     WARM_UP,
-    Waits,
-    authorize_rate,
-    round_trip,
+    Latency,
+    measure_accountant,
+    measure_ledger,
 )
 from udp_ray.ledger import ledger as ledger_module
 from udp_ray.ledger.ledger import Ledger
@@ -33,20 +33,20 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_each_measured_step_is_reserved_durably_in_a_real_ledger(url: str) -> None:
-    rate = authorize_rate(url, NUM_STEPS)
+    rate = measure_ledger(url, NUM_STEPS)
     with Ledger.open(url) as ledger:
         (run,) = ledger.spent(DATASET).runs
     assert run.charged_steps == NUM_STEPS + WARM_UP
-    assert rate.waits.median <= rate.waits.p99 <= rate.waits.longest
+    assert rate.latency.median <= rate.latency.p99 <= rate.latency.longest
     assert (rate.flushes_per_s is None) == (rate.kind == "postgresql")
     assert rate.kind in rate.to_text()
 
 
-def test_a_ledger_that_is_there_is_not_measured(tmp_path: Path) -> None:
+def test_an_existing_ledger_is_not_measured(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'ledger.sqlite'}"
     Ledger.create(url).close()
     with pytest.raises(LedgerError, match="already"):
-        authorize_rate(url, 10)
+        measure_ledger(url, 10)
 
 
 def test_a_slow_ledger_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,25 +57,25 @@ def test_a_slow_ledger_would_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         at_once(*arguments, **options)
 
     monkeypatch.setattr(ledger_module.Ledger, "authorize", slowly)
-    rate = authorize_rate(f"sqlite:///{tmp_path / 'ledger.sqlite'}", 20)
+    rate = measure_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}", 20)
     assert rate.steps_per_s < 50
-    assert rate.waits.median > 0.02
+    assert rate.latency.median > 0.02
 
 
-def test_waits_are_ordered() -> None:
-    waits = Waits.of([float(number) for number in range(1, 101)])
-    assert (waits.median, waits.p99, waits.longest) == (50.5, 99.0, 100.0)
+def test_latencies_are_ordered() -> None:
+    latency = Latency.of([float(number) for number in range(1, 101)])
+    assert (latency.median, latency.p99, latency.longest) == (50.5, 99.0, 100.0)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
-def test_a_round_trip_is_rank_0s_call_and_the_way_of_the_verdict_to_all_ranks(
+def test_accountant_latency_is_rank_0s_call_and_the_broadcast_of_the_verdict(
     tmp_path: Path,
 ) -> None:
-    wait = round_trip(f"sqlite:///{tmp_path / 'ledger.sqlite'}", 100)
-    assert wait.num_workers == 2
-    assert 0 < wait.call.median < wait.waits.median
-    assert wait.share_of(1.0) == wait.waits.median
+    found = measure_accountant(f"sqlite:///{tmp_path / 'ledger.sqlite'}", 100)
+    assert found.num_workers == 2
+    assert 0 < found.call.median < found.total.median
+    assert found.share_of(1.0) == found.total.median
     with Ledger.open(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
         (run,) = ledger.spent(DATASET).runs
     assert run.charged_steps == 100 + WARM_UP  # each was durable

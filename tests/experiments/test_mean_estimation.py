@@ -1,4 +1,4 @@
-"""The mean-estimation study: real DP-SGD, honest comparisons, and the planner held against it.
+"""The mean-estimation study: real DP-SGD, unbiased comparisons, and the errors of the planner.
 
 pytest tests/experiments/test_mean_estimation.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -22,16 +23,15 @@ from udp_ray.experiments.mean_estimation.claims import (
     write_claims,
 )
 from udp_ray.experiments.mean_estimation.figures import draw_all
+from udp_ray.experiments.mean_estimation.settings import Method, Study
 from udp_ray.experiments.mean_estimation.simulation import (
-    Method,
-    People,
-    Settings,
-    Study,
-    choose,
+    SETTINGS,
+    SyntheticUsers,
     clipped_sums,
     descend,
     group_means,
     run_study,
+    select_settings,
     simulate,
 )
 
@@ -41,7 +41,7 @@ REPOSITORY = Path(udp_ray.__file__).parent.parent
 def in_a_loop(
     function: Callable[..., Any], tasks: Sequence[dict[str, Any]], *, description: str
 ) -> list[Any]:
-    """Stands in for the Ray tasks of a study."""
+    """Replaces the Ray tasks of a study."""
     return [function(**task) for task in tasks]
 
 
@@ -66,6 +66,11 @@ def study(**changes: Any) -> Study:
         "scoring_seeds": 2,
     }
     return Study(**{**values, **changes})
+
+
+def settings(*rows: tuple[float, float, float, float]) -> pd.DataFrame:
+    """Returns rows of (epsilon, clip norm, learning rate, noise multiplier)."""
+    return pd.DataFrame(rows, columns=SETTINGS)
 
 
 # ---- the runs are DP-SGD
@@ -102,11 +107,11 @@ def test_a_step_without_groups_or_at_the_minimum_is_only_noise() -> None:
 @pytest.mark.parametrize("method", [Method("els", 8), Method("uls", 8)])
 def test_without_noise_clip_and_chance_it_is_gradient_descent(method: Method) -> None:
     given = study()
-    people = People.draw(given, diversity=0.9, seed=3)
-    everything = given.num_users * 8  # a budget that puts everybody into every step
-    exact = Settings.of([(1.0, 1e6, 0.2, 0.0)])
-    estimate = descend(given, people, method, exact, budget=everything, seed=3)[0]
-    centre = people.examples_ED.mean(axis=0)
+    users = SyntheticUsers.draw(given, diversity=0.9, seed=3)
+    everything = given.num_users * 8  # a budget that puts all users into every step
+    exact = settings((1.0, 1e6, 0.2, 0.0))
+    estimate = descend(given, users, method, exact, budget=everything, seed=3)[0]
+    centre = users.examples_ED.mean(axis=0)
     # After t steps a share 0.8^t of the way is left; the last half of the iterates is averaged.
     left = np.mean([0.8**t for t in range(31, 61)])
     np.testing.assert_allclose(estimate, centre * (1 - left), rtol=1e-3, atol=1e-5)
@@ -115,10 +120,10 @@ def test_without_noise_clip_and_chance_it_is_gradient_descent(method: Method) ->
 @pytest.mark.parametrize("method", [Method("els", 4), Method("uls", 4)])
 def test_the_noise_of_a_step_has_its_scale(method: Method) -> None:
     given = study(num_steps=1, dimension=2_000, averaged_share=1.0, num_users=40)
-    people = People.draw(given, diversity=0.9, seed=4)
+    users = SyntheticUsers.draw(given, diversity=0.9, seed=4)
     budget, clip, rate, z = 80, 1e-6, 0.5, 3.0
-    settings = Settings.of([(1.0, clip, rate, z)])
-    moved = descend(given, people, method, settings, budget=budget, seed=4)[0]
+    one = settings((1.0, clip, rate, z))
+    moved = descend(given, users, method, one, budget=budget, seed=4)[0]
     divisor = 80 if method.sampling == "els" else 20
     # 80 clipped gradients move 2,000 coordinates by less than a tenth of the noise. n = 2,000,
     # seed fixed, false alarms 1e-3; half the noise, or the other divisor, must be caught.
@@ -131,15 +136,15 @@ def test_els_sees_only_what_was_kept_and_uls_all_of_it() -> None:
     given = study(
         num_users=20, examples_per_user=6, num_steps=200, els_group_sizes=[2], budgets=[10]
     )
-    people = People.draw(given, diversity=1.0, seed=5)
-    owner = {row.tobytes(): i // 6 for i, row in enumerate(people.examples_ED)}
+    users = SyntheticUsers.draw(given, diversity=1.0, seed=5)
+    owner = {row.tobytes(): i // 6 for i, row in enumerate(users.examples_ED)}
 
     def seen(method: Method) -> list[int]:
         rows = {row.tobytes() for step in means(method) for row in step}
         return np.bincount([owner[row] for row in rows], minlength=20).tolist()
 
     def means(method: Method) -> list[np.ndarray]:
-        return list(group_means(given, people, method, budget=10, seed=5))
+        return list(group_means(given, users, method, budget=10, seed=5))
 
     assert seen(Method("els", 2)) == [2] * 20
     assert seen(Method("uls", 1)) == [6] * 20
@@ -149,30 +154,30 @@ def test_els_sees_only_what_was_kept_and_uls_all_of_it() -> None:
     assert np.var(sizes) == pytest.approx(3.75, abs=1.6)
 
 
-def test_a_users_examples_are_as_alike_as_the_diversity_says() -> None:
+def test_a_users_examples_are_as_similar_as_the_diversity_says() -> None:
     given = study(num_users=4_000, dimension=64)
-    people = People.draw(given, diversity=0.75, seed=6)
+    users = SyntheticUsers.draw(given, diversity=0.75, seed=6)
     first, second = (
-        people.examples_ED[0::8] - people.mean_D,
-        people.examples_ED[1::8] - people.mean_D,
+        users.examples_ED[0::8] - users.mean_D,
+        users.examples_ED[1::8] - users.mean_D,
     )
     assert (first**2).sum(axis=1).mean() == pytest.approx(1.0, rel=0.02)
     assert (first * second).sum(axis=1).mean() == pytest.approx(0.25, abs=0.01)
 
 
-# ---- the comparison is honest
+# ---- the comparison is unbiased
 
 
-def test_tuning_and_scoring_share_no_seed_and_scores_choose_nothing() -> None:
+def test_tuning_and_scoring_share_no_seed_and_scores_select_nothing() -> None:
     given = study()
     assert not set(given.seeds("tune")) & set(given.seeds("score"))
-    rows = run_study(given, in_a_loop)
-    tuned = [row for row in rows if row["role"] == "tune"]
-    scored = [row for row in rows if row["role"] == "score"]
-    best = choose(tuned)
+    runs = run_study(given, in_a_loop)
+    tuned = runs[runs["role"] == "tune"]
+    scored = runs[runs["role"] == "score"]
+    best = select_settings(tuned)
     assert len(best) == 4
-    for row in scored:
-        mine = [r for r in tuned if same_method(r, row)]
+    for row in scored.to_dict("records"):
+        mine = [r for r in tuned.to_dict("records") if same_method(r, row)]
         assert row["clip_norm"] == min(mine, key=lambda r: r["error"])["clip_norm"]
         assert row["noise_multiplier"] == mine[0]["noise_multiplier"] > 0
 
@@ -184,12 +189,18 @@ def same_method(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def test_a_run_is_the_same_alone_and_beside_other_settings() -> None:
     given = study()
-    alone = Settings.of([(4.0, 0.5, 0.2, 1.0)])
-    beside = Settings.of([(1.0, 2.0, 0.4, 3.0), (4.0, 0.5, 0.2, 1.0)])
+    alone = settings((4.0, 0.5, 0.2, 1.0)).assign(sampling="uls", group_size=4)
+    beside = settings((1.0, 2.0, 0.4, 3.0), (4.0, 0.5, 0.2, 1.0))
+    two_methods = pd.concat(
+        [
+            beside.assign(sampling="els", group_size=1),
+            beside.assign(sampling="uls", group_size=4),
+        ]
+    )
     task = {"study": given, "seed": 7, "budget": 96, "diversity": 0.9}
-    (one,) = simulate(**task, methods={Method("uls", 4): alone})
-    both = simulate(**task, methods={Method("els", 1): beside, Method("uls", 4): beside})
-    assert both[3]["error"] == pytest.approx(one["error"], rel=1e-4)  # float32 products
+    one = simulate(**task, runs=alone)["error"].item()
+    both = simulate(**task, runs=two_methods)
+    assert both["error"][3] == pytest.approx(one, rel=1e-4)  # float32 products
 
 
 def test_methods_that_do_not_fit_are_left_out() -> None:
@@ -199,7 +210,7 @@ def test_methods_that_do_not_fit_are_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"uls_group_sizes": [16]}, "nobody has so many"), ({"delta": 0.01}, "1 / num_users")],
+    [({"uls_group_sizes": [16]}, "no user has so many"), ({"delta": 0.01}, "1 / num_users")],
 )
 def test_a_study_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -270,15 +281,15 @@ def test_a_group_of_sixteen_pays_where_the_paper_says_and_costs_where_it_does_no
 def test_the_planner_ranks_methods_as_they_turn_out(small_results: tuple[Study, Results]) -> None:
     """Where it errs: by a fifth or so in error, towards too much; ties are called by chance."""
     given, results = small_results
-    told = check_planner(given, results, with_dimension=True)
-    assert np.median([check.rank_correlation for check in told]) >= 0.8
-    assert max(check.regret for check in told) < 1.4
-    assert all(0.7 < check.worst_factor < 1.3 for check in told)
+    given_dimension = check_planner(given, results, with_dimension=True)
+    assert np.median([check.rank_correlation for check in given_dimension]) >= 0.8
+    assert max(check.regret for check in given_dimension) < 1.4
+    assert all(0.7 < check.worst_factor < 1.3 for check in given_dimension)
     # By noise alone it knows nothing of data that ELS throws away, so it ranks worse.
     blind = check_planner(given, results, with_dimension=False)
     assert max(check.regret for check in blind) < 1.6
     assert np.median([c.rank_correlation for c in blind]) < np.median(
-        [c.rank_correlation for c in told]
+        [c.rank_correlation for c in given_dimension]
     )
 
 
@@ -299,11 +310,10 @@ def job_main() -> Callable[[list[str]], int]:
 def test_the_job_runs_on_ray_and_redraws(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = REPOSITORY / "jobs" / "configs" / "mean_estimation.yaml"
     tiny = "num_users=200 num_steps=10 tuning_seeds=1 scoring_seeds=2 delta=1e-4 budgets=[64]"
     tiny += " epsilons=[2] diversities=[0.5]"
     options = [f"--small_study.{change}" for change in tiny.split()]
-    arguments = ["--config", str(config), "--quick", "--output", str(tmp_path / "out"), *options]
+    arguments = ["--quick", "--output", str(tmp_path / "out"), *options]
     assert job_main()([*arguments, "--dry-run"]) == 0
     assert not (tmp_path / "out").exists()
     assert job_main()(arguments) == 0

@@ -19,11 +19,12 @@ import pytest
 import torch
 
 import udp_ray
+from udp_ray.config.planner import EstimateConfig, PlanConfig
 from udp_ray.data.store import PrivateCounts, StoreCounts
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments import planner as planning
+from udp_ray.experiments import planner
 from udp_ray.experiments.gradient_cosine import draw_users, read_texts, summarize
-from udp_ray.experiments.planner import EstimateConfig, PlanConfig
+from udp_ray.io import new_run_folder
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 EXAMPLE = REPOSITORY / "jobs" / "configs" / "plan_example.yaml"
@@ -70,15 +71,16 @@ def test_a_plan_from_a_stores_histogram_is_marked_and_kept_from_others(
     store: Path, tmp_path: Path
 ) -> None:
     plan = PlanConfig(**PUBLIC, store=str(store), use_private_histogram=True)
-    workload, predictions = planning.make_plan(plan)
-    assert workload.examples_per_user == {1: 1, 6: 1}  # who has no example brings none
-    text = planning.to_text(plan, workload, predictions)
+    comparison = planner.compare(plan)
+    # A user without examples brings none.
+    assert comparison.workload.examples_per_user == {1: 1, 6: 1}
+    text = comparison.to_text()
     assert text.startswith("MARKED PRIVATE")
-    planning.save(tmp_path / "out", text, plan, workload, predictions)
+    comparison.save(tmp_path / "out", text)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["is_private"]
     public = PlanConfig(**PUBLIC, examples_per_user={1: 1, 6: 1})
-    assert "PRIVATE" not in planning.to_text(public, *planning.make_plan(public))
+    assert "PRIVATE" not in planner.compare(public).to_text()
 
 
 def test_exactly_one_source_of_the_histogram() -> None:
@@ -95,6 +97,7 @@ def test_the_job_ranks_recommends_and_draws(
     arguments = ["--config", str(EXAMPLE), "--plan.group_sizes", "[1, 4]"]
     assert job_main()([*arguments, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
+    assert "shipped example" not in printed
     assert "Recommended:" in printed
     assert "sampling: uls" in printed
     assert "(the median): " in printed  # what a larger group costs ELS
@@ -102,6 +105,27 @@ def test_the_job_ranks_recommends_and_draws(
     assert job_main()([*arguments, "--output", "null", "--json"]) == 0
     best = json.loads(capsys.readouterr().out)["recommended"]
     assert (best["sampling"], best["group_size"]) == ("uls", 4)
+
+
+def test_without_arguments_the_job_prices_its_example_into_a_new_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("plan", "plan-2"):
+        assert job_main()(["--plan.group_sizes", "[1]"]) == 0
+        assert (tmp_path / "runs" / name / "plan.png").is_file()
+        assert "the shipped example, jobs/configs/plan_example.yaml" in capsys.readouterr().out
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["plan", "plan-2"]
+
+
+def test_a_submitted_job_writes_below_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert new_run_folder("plan")() == str(tmp_path / "home" / "runs" / "plan")
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,13 +138,13 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_plan_without_rho_says_how_to_get_it() -> None:
     plan = PlanConfig(**{**PUBLIC, "gradient_cosine": None}, examples_per_user={4: 1})
     with pytest.raises(ConfigError, match="--estimate-on"):
-        planning.make_plan(plan)
+        planner.compare(plan)
 
 
 def test_a_budget_that_fits_nothing_is_refused() -> None:
     plan = PlanConfig(**{**PUBLIC, "batch_size": 9_000}, examples_per_user={4: 1})
     with pytest.raises(ConfigError, match="batch_size"):
-        planning.make_plan(plan)
+        planner.compare(plan)
 
 
 # ---- rho
@@ -158,7 +182,7 @@ def test_gradients_that_cannot_be_compared_are_refused() -> None:
         summarize([[[torch.ones(3)], [torch.ones(3)]]])
 
 
-def test_users_with_two_texts_are_drawn_alike_whatever_their_order(tmp_path: Path) -> None:
+def test_users_with_two_texts_are_drawn_equally_whatever_their_order(tmp_path: Path) -> None:
     rows = [("a", "x"), ("b", "y"), ("a", "z"), ("c", "only"), ("b", "w"), (None, "n"), ("c", "")]
     config = EstimateConfig(num_users=2, examples_per_user=2)
 
@@ -189,7 +213,7 @@ def test_rho_can_be_measured_with_a_model(tmp_path: Path) -> None:
     pq.write_table(pa.table(texts), tmp_path / "t.parquet")
     estimate = EstimateConfig(model=str(model), num_users=3, block_tokens=8)
     plan = PlanConfig(**{**PUBLIC, "gradient_cosine": None}, examples_per_user={4: 1})
-    found, note = planning.with_estimate(plan, estimate, str(tmp_path / "t.parquet"))
+    found, note = planner.with_estimate(plan, estimate, str(tmp_path / "t.parquet"))
     assert "6 examples of 3 users" in note
     assert 0 < found.gradient_cosine < 1  # a's texts are equal, the others' are not
     assert found.gradient_norm > 0

@@ -52,7 +52,7 @@ def _config(tmp_path, **changes):
         "warmup_steps": 3,
         "learning_rate": 1e-2,
         "autocast": "off",
-        "source": "made-up text, public domain",
+        "source": "synthetic text, public domain",
         "output": str(tmp_path / "model"),
     }
     return PretrainConfig(**(settings | changes))
@@ -99,7 +99,12 @@ def test_model_card_names_text_licence_and_checksum(tmp_path):
     pretrain(config)
     card = (tmp_path / "model" / "README.md").read_text()
     digest = hashlib.sha256((tmp_path / "public.parquet").read_bytes()).hexdigest()
-    for fact in (digest, "made-up text, public domain", "2 of 2 steps of 128 tokens", "perplexity"):
+    for fact in (
+        digest,
+        "synthetic text, public domain",
+        "2 of 2 steps of 128 tokens",
+        "perplexity",
+    ):
         assert fact in card
     assert str(tmp_path) not in card
 
@@ -156,5 +161,5 @@ def test_bad_input_is_one_sentence(tmp_path):
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
     with pytest.raises(ValidationError, match="does not divide"):
         _config(tmp_path, num_heads=3)
-    with pytest.raises(ValidationError, match="prove nothing"):
+    with pytest.raises(ValidationError, match="say nothing"):
         _config(tmp_path, heldout=str(tmp_path / "public.parquet"))

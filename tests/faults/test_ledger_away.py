@@ -90,7 +90,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
     finally:
         for locker in lockers:
             locker.let_go()
-    require_one_sentence(caught.value, "does not answer", "locked", "see to its database")
+    require_one_sentence(caught.value, "does not answer", "locked", "check its database")
     assert "--resume" in said[-1]
     record = ledger.run(run_id_in(output))
     assert (record.charged_steps, record.committed_step) == (STEP, 4)
@@ -181,7 +181,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
             train(disturbed, announce=said.append)
     finally:
         server.start()
-    require_one_sentence(caught.value, "does not answer", "see to its database")
+    require_one_sentence(caught.value, "does not answer", "check its database")
     assert "--resume" in said[-1]
     require_unreleased(output)
     with Ledger.open(ledger_url(on_server)) as ledger:

@@ -156,7 +156,7 @@ def rough_width(rate, examples, steps, eps=2.0):
         delta=TAIL,
         sampling_probability=rate,
         num_steps=steps,
-        group_size=examples,
+        examples_at_risk=examples,
     )
 
 

@@ -1,9 +1,9 @@
-"""The budget is enforced: by processes at once, through crashes, and over any history.
+"""The budget is enforced: for concurrent processes, through crashes, and over any history.
 
     pytest tests/guarantee/test_budget.py
 
-Failing arms: a ledger that looks and writes in two transactions overspends; a repeated step whose
-noise is drawn again from the same key gives away the user who was added.
+Failing arms: a ledger that reads and writes in two transactions overspends; a repeated step whose
+noise is drawn again from the same key reveals the user who was added.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from udp_ray.errors import (
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger import Ledger
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -74,10 +74,10 @@ def test_two_drivers_at_once_cannot_overspend(ledger, url):
     ledger.set_budget(DATASET, epsilon=2.05, delta=1e-6)
     run_drivers(drivers.admit_until_refused, url, num_drivers=2)
     assert not overspends(ledger)
-    assert len(ledger.spent(DATASET).runs) == 20  # and nothing was left unused
+    assert len(ledger.spent(DATASET).runs) == 20  # and the whole budget was used
 
 
-def test_the_check_would_catch_a_ledger_that_looks_first_and_writes_later(ledger, url):
+def test_the_check_would_catch_a_ledger_that_reads_and_writes_in_two_transactions(ledger, url):
     ledger.set_budget(DATASET, epsilon=1.0, delta=1e-6)
     run_drivers(drivers.admit_without_lock, url, num_drivers=2)
     assert overspends(ledger)
@@ -101,14 +101,14 @@ def test_a_step_reserved_before_a_crash_stays_charged_and_its_replay_is_free(led
     assert ledger.run("run").charged_steps == 7
 
 
-def test_no_step_whose_noise_may_have_been_drawn_is_ever_forgotten(ledger, url):
-    """Killed at any moment, at most one step is reserved that nobody was told of."""
+def test_no_step_whose_noise_may_have_been_drawn_is_lost(ledger, url):
+    """After a kill at any time, at most one step is reserved that the driver had not reported."""
     admit(ledger, num_steps=10**6)
-    moments = random.Random(0)
+    kills = random.Random(0)
     for _ in range(2):
         process, reports = spawn(drivers.train_until_killed, url)
         last = 0
-        for _ in range(moments.randint(3, 60)):
+        for _ in range(kills.randint(3, 60)):
             last = reports.recv()
         os.kill(process.pid, signal.SIGKILL)
         process.join(drivers.PROCESS_TIMEOUT_S)
@@ -122,7 +122,7 @@ def test_no_step_whose_noise_may_have_been_drawn_is_ever_forgotten(ledger, url):
         assert len(steps) == ledger.run("run").charged_steps <= last + 1
 
 
-def test_an_old_driver_that_wakes_up_again_cannot_write(ledger, url):
+def test_an_old_driver_that_resumes_after_a_pause_cannot_write(ledger, url):
     admit(ledger, num_steps=10**6)
     process, reports = spawn(drivers.train_with_a_pause, url)
     try:
@@ -174,9 +174,9 @@ EVENTS = st.lists(
 @settings(max_examples=15)
 @given(EVENTS, st.integers(1, 8))
 def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, events, num_steps):
-    """A model that only counts draws: distinct (key, step) pairs, by whoever was let through.
+    """A model that only counts draws: distinct (key, step) pairs that were authorized.
 
-    Nothing else than the budget refuses a step that starts from the last commit, at any time.
+    Only the budget refuses a step that starts from the last commit, at any time.
     """
     folder = tmp_path_factory.mktemp("history")
     with new_ledger(f"sqlite:///{folder / 'ledger.sqlite'}") as ledger:
@@ -215,7 +215,7 @@ def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, e
 
 
 def release(key, step, users):
-    """A made-up noisy step: the sum of the users' numbers plus noise, as from one key and step."""
+    """A synthetic noisy step: the sum of the users' numbers plus the noise of a key and step."""
     raw = key.noise().generator(step)
     return sum(users) + np.random.Generator(raw).normal(scale=100.0, size=4)
 

@@ -2,7 +2,7 @@
 
     pytest tests/guarantee/test_selection.py
 
-The oracle knows the laws of one trial on two neighbouring datasets, as two lists of probabilities
+The oracle knows the laws of one trial on two adjacent datasets, as two lists of probabilities
 over outputs in the order of their scores, and the probabilities of the number of trials. From these
 it computes the law of the winner and its hockey-stick divergence in both directions. It shares no
 code with `udp_ray` or `dp_accounting`. Wrong prices must fall below it.

@@ -1,4 +1,4 @@
-"""Where a SQLite ledger may lie, who may read it, and what is left of a destroyed key.
+"""Where a SQLite ledger may be kept, who can read it, and that destroyed keys are gone.
 
 pytest tests/ledger/test_database.py
 """
@@ -18,9 +18,9 @@ from tests.support.ledger_processes import (
     started,
 )
 from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger import database as ledger_database
 from udp_ray.ledger.database import parse_url
-from udp_ray.ledger.ledger import Ledger
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_what_cannot_hold_a_ledger_is_refused_in_one_sentence(url):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(LedgerError, match="cannot be made"):
         Ledger.create(f"sqlite:///{tmp_path}/file/ledger.sqlite")
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_ledger_is_refused(file):
         Ledger.create(f"sqlite:///{file}")
 
 
-def test_nobody_else_can_read_a_ledger_nor_its_side_files(ledger, file):
+def test_only_the_owner_can_read_a_ledger_and_its_side_files(ledger, file):
     authorize(ledger, started(ledger), 1)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in file.parent.iterdir()}
     assert modes == dict.fromkeys(
@@ -144,7 +144,7 @@ def test_a_ledger_replaced_while_it_is_open_grants_nothing(ledger, file, tmp_pat
         authorize(ledger, attempt, 1)
 
 
-def test_no_new_ledger_is_made_where_the_last_steps_of_a_lost_one_lie(ledger, file):
+def test_no_new_ledger_is_made_beside_the_side_files_of_a_lost_one(ledger, file):
     started(ledger)
     file.unlink()
     with pytest.raises(LedgerError, match="last steps of a ledger that is not there"):
@@ -152,18 +152,18 @@ def test_no_new_ledger_is_made_where_the_last_steps_of_a_lost_one_lie(ledger, fi
     assert not file.exists()
 
 
-def test_a_ledger_that_another_program_holds_may_be_tried_again(ledger, file, monkeypatch):
+def test_a_call_can_be_retried_after_another_program_locked_the_ledger(ledger, file, monkeypatch):
     monkeypatch.setattr(ledger_database, "BUSY_TIMEOUT_S", 0.05)
     attempt = started(ledger)
-    with Ledger.open(ledger.url) as impatient:
-        holder = sqlite3.connect(file, isolation_level=None)
-        holder.execute("BEGIN IMMEDIATE")
+    with Ledger.open(ledger.url) as other:
+        locker = sqlite3.connect(file, isolation_level=None)
+        locker.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailableError, match="locked"):
-            authorize(impatient, attempt, 1)
-        assert impatient.dataset_names() == [DATASET]  # readers wait for nobody
-        holder.execute("ROLLBACK")
-        holder.close()
-        authorize(impatient, attempt, 1)
+            authorize(other, attempt, 1)
+        assert other.dataset_names() == [DATASET]  # readers do not wait
+        locker.execute("ROLLBACK")
+        locker.close()
+        authorize(other, attempt, 1)
 
 
 def test_nothing_of_a_key_is_left_in_the_files_once_its_run_has_finished(ledger, file):

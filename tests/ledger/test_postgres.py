@@ -1,4 +1,4 @@
-"""What only a server can do to the ledger: go away, come back, forget, and be shared.
+"""A ledger on a PostgreSQL server that stops, restarts, loses data or is shared.
 
 pytest tests/ledger/test_postgres.py
 """
@@ -19,8 +19,8 @@ from tests.support.ledger_processes import (
 )
 from tests.support.postgres import NoServerError, PostgresServer, find_programs
 from udp_ray.errors import LedgerError, LedgerUnavailableError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger.database import parse_url, public_url
-from udp_ray.ledger.ledger import Ledger
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def url(server):
     return server.new_url()
 
 
-def test_a_server_that_is_away_is_one_sentence_and_the_same_call_works_later(server, url):
+def test_an_unavailable_server_gives_one_sentence_and_the_same_call_works_later(server, url):
     with new_ledger(url) as ledger:
         attempt = started(ledger)
         authorize(ledger, attempt, 1, 2)
@@ -59,7 +59,7 @@ def test_a_server_that_is_away_is_one_sentence_and_the_same_call_works_later(ser
         assert ledger.run("run").charged_steps == 3
 
 
-def test_a_connection_cut_by_the_server_is_made_anew(server, url):
+def test_a_connection_closed_by_the_server_is_reopened(server, url):
     with new_ledger(url) as ledger:
         attempt = started(ledger)
         server.execute(
@@ -81,7 +81,7 @@ def test_a_ledger_shares_its_database_with_other_programs(server, url):
     assert found == [("of another program",)]
 
 
-def test_a_session_that_commits_lazily_is_made_to_wait_for_the_disk(url):
+def test_a_session_with_asynchronous_commit_waits_for_the_disk_all_the_same(url):
     with new_ledger(url + "%20-csynchronous_commit%3Doff") as ledger:
         with ledger._database.read() as connection:
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "off"
@@ -89,7 +89,7 @@ def test_a_session_that_commits_lazily_is_made_to_wait_for_the_disk(url):
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == "on"
 
 
-def test_a_server_that_forgets_is_refused(server, url):
+def test_a_server_that_does_not_flush_is_refused(server, url):
     new_ledger(url).close()
     for setting in ("off", "on"):
         server.execute(f"ALTER SYSTEM SET fsync = {setting}")

@@ -1,4 +1,7 @@
-"""Sweeps in the ledger: one charge for all trials, no trial added later, none given back."""
+"""Sweeps in the ledger: one charge for all trials, none added later, no refund if secret.
+
+pytest tests/ledger/test_trials.py
+"""
 
 import contextlib
 import dataclasses
@@ -8,7 +11,7 @@ import pytest
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.selection import PoissonTrials, SelectionDraws, TrialCount
 from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError
-from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger import Ledger
 from udp_ray.ledger.records import (
     Budget,
     Digests,
@@ -16,7 +19,7 @@ from udp_ray.ledger.records import (
     plan_digest,
 )
 
-DATASET = "people"
+DATASET = "chats"
 SWEEP_PLAN = {"sweep": "all"}
 SECRET_PLAN = {"sweep": "best"}
 TRIAL_PLAN = {"clip_norm": 1.0}
@@ -110,7 +113,7 @@ def test_keys_of_trials_differ_and_all_are_destroyed_with_the_sweep(ledger):
         ledger.authorize(begun, 1, starting_checkpoint="start")
 
 
-def test_a_sweep_is_given_back_only_before_the_first_step_of_any_trial(ledger):
+def test_a_sweep_is_refunded_only_before_the_first_step_of_any_trial(ledger):
     admit(ledger)
     with pytest.raises(LedgerError, match="trial of sweep"):
         ledger.abandon("sweep-2")
@@ -143,13 +146,13 @@ def test_a_secret_sweep_is_never_refunded_however_many_trials_it_drew(ledger, co
             with pytest.raises(LedgerError, match="stays charged whole") as caught:
                 ledger.abandon("sweep", dry_run=dry_run)
             refused.append(str(caught.value))
-    assert len(set(refused)) == 1  # the same words for any number of trials
+    assert len(set(refused)) == 1  # the same message for any number of trials
     assert ledger.spent(DATASET).spent == Budget(3.5, 1e-6)
     assert ledger.run("sweep").state == "admitted"
 
 
 def test_the_rule_for_runs_would_refund_a_secret_sweep_without_a_trial(ledger, monkeypatch):
-    """The failing arm: what `abandon` did before it knew of secret sweeps."""
+    """The failing arm: `abandon` without the rule for secret sweeps."""
     monkeypatch.setattr("udp_ray.ledger.ledger.is_secret_sweep", lambda plan: False)
     admit(ledger, count=0, plan=SECRET_PLAN)
     ledger.abandon("sweep")
@@ -191,12 +194,12 @@ def test_repeating_a_secret_sweep_would_be_free_under_the_rule_for_runs(ledger, 
 
 
 def test_a_ledger_without_the_table_of_trials_would_count_too_much_and_never_too_little(ledger):
-    """The failing arm: were trials not left out, their own prices would be added."""
+    """The failing arm: if trials were not excluded, their own prices would be added."""
     admit(ledger)
     with ledger._database.write() as connection:
         connection.exec_driver_sql("DELETE FROM udp_ray_trials")
     assert ledger.spent(DATASET).spent.epsilon == pytest.approx(3.5 + 3 * 3.0)
 
 
-def test_a_trials_key_does_not_show(ledger):
+def test_a_trials_key_is_hidden_in_its_repr(ledger):
     assert "secret" not in repr(dataclasses.replace(trials(1)[0]))

@@ -18,6 +18,7 @@ from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
 THEN_BOUND = "\n\n    @property\n    def clip_bound"
+TRAINER = "tests/engine/test_trainer.py"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/kernels/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
@@ -420,7 +421,7 @@ SAMPLING = [
         name="cap_keeps_the_first_users",
         breaks="review: users who stand first in the store are never cut",
         file="udp_ray/dp/sampling.py",
-        text='kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]),'
+        text='kept, _ = subsets(_Stream(key, "survivors", step), np.array([num_drawn]),'
         " max_cohort_size)",
         replacement="kept = np.arange(min(num_drawn, max_cohort_size))",
         tests=("tests/dp/test_sampling.py::test_the_cap_treats_all_users_alike",),
@@ -429,8 +430,8 @@ SAMPLING = [
         name="els_keeps_twice_the_group_size",
         breaks="review: users keep 2 G examples",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, 2 * group_size)',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, 2 * group_size)',
         tests=(
             "tests/dp/test_sampling.py"
             "::test_example_sampling_keeps_the_same_examples_for_the_whole_run",
@@ -440,8 +441,8 @@ SAMPLING = [
         name="els_keeps_everything",
         breaks="the bound on a user's examples is applied to no one",
         file="udp_ray/dp/sampling.py",
-        text='choose(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='choose(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
+        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
+        replacement='subsets(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
         tests=(f"{LOOP}::test_a_user_brings_distinct_examples_and_no_more_than_the_group_size",),
     ),
     Mutant(
@@ -451,7 +452,7 @@ SAMPLING = [
         text="users = poisson("
         '_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)',
         replacement="num_users = len(user_offsets) - 1\n"
-        '        users, _ = choose(_Stream(self._key, "users", step), np.array([num_users]),'
+        '        users, _ = subsets(_Stream(self._key, "users", step), np.array([num_users]),'
         " round(num_users * self._probability))",
         tests=(f"{LOOP}::test_the_loop_samples_at_the_rate_that_the_event_charges_for",),
     ),
@@ -509,14 +510,14 @@ PRICE = [
         tests=("tests/dp/test_plan.py::test_group_size_is_free_in_uls_and_costs_in_els",),
     ),
     Mutant(
-        name="cap_priced_without_the_neighbour",
+        name="cap_priced_without_the_added_user",
         breaks="the price of a cap leaves out the user who is added",
         file="udp_ray/dp/plan.py",
         text="self._pool + (not self.population_is_declared),",
         replacement="self._pool,",
         tests=(
             "tests/dp/test_plan.py"
-            "::test_a_counted_population_leaves_room_for_the_neighbour_under_a_cap",
+            "::test_a_counted_population_leaves_room_for_the_added_user_under_a_cap",
         ),
     ),
     Mutant(
@@ -584,9 +585,7 @@ PRICE = [
         file="udp_ray/dp/selection.py",
         text="trials = max(count.smallest, int(np.argmax(count.survival() <= uniform)))",
         replacement="trials = max(count.smallest, round(count.mean))",
-        tests=(
-            "tests/dp/test_trial_count.py::test_drawn_numbers_of_trials_follow_the_distribution",
-        ),
+        tests=("tests/dp/test_selection.py::test_drawn_numbers_of_trials_follow_the_distribution",),
     ),
     Mutant(
         name="trials_share_one_key",
@@ -671,7 +670,7 @@ LEDGER = [
     Mutant(
         name="steps_under_a_new_key_are_free",
         breaks="review: repeating steps under another key costs nothing",
-        file="udp_ray/ledger/ledger.py",
+        file="udp_ray/ledger/tables.py",
         text='{"charged_steps": run.charged_steps + 1,',
         replacement='{"charged_steps": run.charged_steps + (run.attempt == 1),',
         tests=(
@@ -683,10 +682,10 @@ LEDGER = [
         name="replay_charged_again",
         breaks="the same release is charged twice, so that a run ends before its last step",
         file="udp_ray/ledger/ledger.py",
-        text="        return False\n    differing =",
-        replacement="        return False\n"
-        "    update_run(connection, run.run_id, charged_steps=run.charged_steps + 1)\n"
-        "    differing =",
+        text="            return False\n        differing =",
+        replacement="            return False\n"
+        "        rows.update_run(run.run_id, charged_steps=run.charged_steps + 1)\n"
+        "        differing =",
         tests=(
             "tests/ledger/test_ledger.py"
             "::test_a_run_that_repeats_steps_still_gets_all_the_steps_it_has_paid_for[sqlite]",
@@ -736,7 +735,7 @@ LEDGER = [
     Mutant(
         name="old_attempts_go_on",
         breaks="an attempt that was replaced still writes",
-        file="udp_ray/ledger/tables.py",
+        file="udp_ray/ledger/ledger.py",
         text="if run.attempt != attempt.number:",
         replacement="if run.attempt < attempt.number:",
         tests=(
@@ -744,13 +743,32 @@ LEDGER = [
         ),
     ),
     Mutant(
+        name="key_for_an_old_attempt",
+        breaks="P38: an attempt that was replaced still gets the key of the run",
+        file="udp_ray/ledger/ledger.py",
+        text="key = rows.key(self._run_of(rows, attempt, lock=False))",
+        replacement="key = rows.key(rows.run(attempt.run_id))",
+        tests=("tests/ledger/test_accountant.py::test_only_the_present_attempt_gets_the_key",),
+    ),
+    Mutant(
+        name="failure_of_rank_0_ends_the_run",
+        breaks="a rank that hears of rank 0's failure stops a run that could be restarted",
+        file="udp_ray/errors.py",
+        text="class RankFailedError(RuntimeError):",
+        replacement="class RankFailedError(UdpRayError):",
+        tests=(
+            "tests/on_ray/test_worker.py"
+            "::test_a_rank_that_hears_of_rank_0s_failure_leaves_the_run_to_be_restarted",
+        ),
+    ),
+    Mutant(
         name="keys_survive_their_run",
         breaks="P38: with the ledger in hand the noise of an ended run can be subtracted",
         file="udp_ray/ledger/tables.py",
         text=".values(secret=secret))",
-        replacement=".values(secret=table.c.secret))",
+        replacement=".values(secret=KEYS.c.secret))",
         tests=(
-            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_go_on[sqlite]",
+            "tests/ledger/test_ledger.py::test_a_finished_run_has_no_key_and_cannot_continue[sqlite]",
         ),
     ),
     Mutant(
@@ -771,7 +789,7 @@ LEDGER = [
         text="[dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]",
         replacement="[event for event in events][:1]",
         tests=(
-            "tests/dp/test_sweep_price.py"
+            "tests/dp/test_sweep.py"
             "::test_all_trials_of_full_batches_cost_one_gaussian_of_less_noise",
         ),
     ),
@@ -944,7 +962,7 @@ COUPLING = [
         name="company_not_checked",
         breaks="P36: layers that see the batch pass the check",
         file="udp_ray/engine/invariance.py",
-        text="            self._check_company(self._group(self._shared_tokens, seed=2))\n",
+        text="            self._check_shared(self._group(self._shared_tokens, seed=2))\n",
         replacement="            self._group(self._shared_tokens, seed=2)\n",
         tests=(
             "tests/engine/test_invariance.py"
@@ -960,6 +978,67 @@ COUPLING = [
         tests=(
             "tests/engine/test_invariance.py::test_what_the_first_text_leaves_for_good_is_refused",
         ),
+    ),
+]
+
+OWN_MODULE = [
+    Mutant(
+        name="own_module_not_clipped",
+        breaks="P30: Trainer does not apply the plan's clip norm",
+        file="udp_ray/engine/trainer.py",
+        text="clip_norm=self.plan.clip_bound,",
+        replacement="clip_norm=float('inf'),",
+        tests=(f"{TRAINER}::test_removing_one_user_moves_the_sum_by_at_most_the_clip_norm",),
+    ),
+    Mutant(
+        name="own_module_not_checked",
+        breaks="P42: Trainer accepts a module that keeps what it has seen",
+        file="udp_ray/engine/trainer.py",
+        text="self.world.from_first(lambda: self._check_model(kernel))",
+        replacement="self.world.from_first(lambda: None)",
+        tests=(
+            f"{TRAINER}::test_a_model_that_breaks_the_promise_is_refused_before_it_is_charged_a_step",
+        ),
+    ),
+    Mutant(
+        name="own_module_trained_on_all_ranks",
+        breaks="P20: every rank of a Trainer computes every user",
+        file="udp_ray/engine/trainer.py",
+        text="np.flatnonzero(ranks == self.world.rank)",
+        replacement="np.flatnonzero(ranks >= 0)",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
+    ),
+    Mutant(
+        name="own_module_with_one_key_for_all_runs",
+        breaks="P13: two runs of a Trainer draw the same noise",
+        file="udp_ray/engine/trainer.py",
+        text="return RunKey.generate() if key is None else key",
+        replacement="return RunKey.from_seed(0) if key is None else key",
+        tests=(f"{TRAINER}::test_runs_have_keys_of_their_own",),
+    ),
+    Mutant(
+        name="own_module_resumed_on_other_users",
+        breaks="P46: the same noise on the sum of other users",
+        file="udp_ray/engine/trainer.py",
+        text="if saved.provenance.get(INPUTS) != self.provenance[INPUTS]:",
+        replacement="if saved.provenance.get(INPUTS) is None:",
+        tests=(f"{TRAINER}::test_a_run_does_not_continue_with_another_loss_or_other_users",),
+    ),
+    Mutant(
+        name="own_module_charged_nothing",
+        breaks="P26: a run in memory is not charged",
+        file="udp_ray/engine/trainer.py",
+        text="        self._charges.append(charge)\n",
+        replacement="        charge = charge\n",
+        tests=(f"{TRAINER}::test_a_run_whose_price_does_not_fit_is_refused_before_anything_moves",),
+    ),
+    Mutant(
+        name="plain_engine_adds_up_ranks",
+        breaks="P11: the noisy mean is multiplied by the number of ranks",
+        file="udp_ray/engine/plain.py",
+        text="                gradient /= num_ranks\n",
+        replacement="                gradient /= 1\n",
+        tests=(f"{TRAINER}::test_two_ranks_give_the_weights_of_one",),
     ),
 ]
 
@@ -990,7 +1069,7 @@ OUTPUTS = [
         name="secret_sweep_refunded",
         breaks="P47: repeating a sweep until it draws a trial conditions the number of trials",
         file="udp_ray/ledger/ledger.py",
-        text="if is_secret_sweep(rows.plan_of(run)):",
+        text="if is_secret_sweep(tables.plan_of(run)):",
         replacement="if is_secret_sweep({}):",
         tests=(
             "tests/ledger/test_trials.py"
@@ -1011,5 +1090,6 @@ OUTPUTS = [
 ]
 
 MUTANTS = [
-    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OUTPUTS,
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
+    *OUTPUTS,
 ]  # fmt: skip

@@ -1,4 +1,7 @@
-"""The accountant of a run: who gets which secret, who may write, and what an absent ledger does."""
+"""The accountant of a run: which rank gets which key, who may write, and an unavailable ledger.
+
+pytest tests/on_ray/test_accountant.py
+"""
 
 import json
 import math
@@ -17,8 +20,7 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     PrivacyBudgetExceededError,
 )
-from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Digests, plan_digest
+from udp_ray.ledger import Digests, Ledger, plan_digest
 from udp_ray.on_ray.accountant import (
     AccountantConfig,
     RemoteAccountant,
@@ -105,10 +107,10 @@ def test_a_second_driver_stops_the_first_for_good(config: AccountantConfig) -> N
     second.begin()
     with pytest.raises(FencedError):
         first.authorize(attempt.number, 1, START)
-    assert first.begin() is None  # or the two would take the run from each other for ever
+    assert first.begin() is None  # otherwise the two would fence each other for ever
 
 
-def test_a_new_attempt_goes_on_where_the_ledger_says(config: AccountantConfig) -> None:
+def test_a_new_attempt_continues_where_the_ledger_says(config: AccountantConfig) -> None:
     accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
@@ -137,39 +139,39 @@ def test_the_step_after_the_last_is_refused(config: AccountantConfig) -> None:
     assert accountant.progress(0).charged_steps == 3
 
 
-class AbsentLedger:
-    """Stands for a database that is away for a number of calls."""
+class UnavailableLedger:
+    """Replaces a ledger whose database is unavailable for a number of calls."""
 
-    def __init__(self, calls_away: int):
-        self.calls_away = calls_away
+    def __init__(self, failing_calls: int):
+        self.failing_calls = failing_calls
         self.asked = 0
 
     def authorize(self, *arguments: object, **options: object) -> None:
         self.asked += 1
-        if self.asked <= self.calls_away:
-            raise LedgerUnavailableError("the ledger does not answer: wait")
+        if self.asked <= self.failing_calls:
+            raise LedgerUnavailableError("the ledger does not answer: retry")
 
 
-def test_a_ledger_that_comes_back_is_waited_for(config: AccountantConfig) -> None:
+def test_calls_are_retried_until_the_ledger_is_available_again(config: AccountantConfig) -> None:
     accountant = RunAccountant(replace(config, patience_s=30))
     attempt = accountant.begin()
     assert attempt is not None
-    accountant._ledger = AbsentLedger(calls_away=2)  # type: ignore[assignment]
+    accountant._ledger = UnavailableLedger(failing_calls=2)  # type: ignore[assignment]
     accountant.authorize(attempt.number, 1, START)
     assert accountant.progress(0).step == 1
 
 
-def test_a_ledger_that_stays_away_stops_the_run(config: AccountantConfig) -> None:
+def test_a_ledger_that_stays_unavailable_stops_the_run(config: AccountantConfig) -> None:
     accountant = RunAccountant(replace(config, patience_s=0.5))
     attempt = accountant.begin()
     assert attempt is not None
-    accountant._ledger = AbsentLedger(calls_away=10**9)  # type: ignore[assignment]
+    accountant._ledger = UnavailableLedger(failing_calls=10**9)  # type: ignore[assignment]
     with pytest.raises(LedgerUnavailableError):
         accountant.authorize(attempt.number, 1, START)
     assert accountant.progress(0).step == 0
 
 
-def test_a_stopped_run_is_not_tried_again_and_keeps_its_first_error(
+def test_a_stopped_run_is_not_retried_and_keeps_its_first_error(
     config: AccountantConfig,
 ) -> None:
     accountant = RunAccountant(config)
@@ -223,7 +225,7 @@ def test_after_a_diverged_evaluation_no_step_is_granted(
     accountant.authorize(attempt.number, 1, START)
     accountant.commit(attempt.number, 1, "there", "one")
     accountant.record_metrics(attempt.number, evaluation(1, loss))
-    for again in (accountant, RunAccountant(config)):  # a new driver finds it in the file
+    for again in (accountant, RunAccountant(config)):  # a new driver reads it from the file
         attempt = again.begin()
         assert attempt is not None
         with pytest.raises(DivergedError, match=f"after step 1 the loss .* is {words}"):
@@ -239,11 +241,9 @@ def test_after_a_diverged_evaluation_no_step_is_granted(
         evaluation(0, NAN),  # of the weights that the run begins with
         evaluation(1, NAN) | {"heldout/num_tokens": 0},
     ],
-    ids=["infinite perplexity", "before the first step", "nobody to evaluate on"],
+    ids=["infinite perplexity", "before the first step", "no held-out users"],
 )
-def test_these_evaluations_are_not_taken_for_divergence(
-    config: AccountantConfig, row: dict
-) -> None:
+def test_these_evaluations_are_no_divergence(config: AccountantConfig, row: dict) -> None:
     accountant = RunAccountant(config)
     attempt = accountant.begin()
     assert attempt is not None
@@ -286,7 +286,7 @@ def test_a_ledger_with_another_id_is_refused(config: AccountantConfig) -> None:
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
-def test_errors_of_ours_come_through_ray_as_themselves(config: AccountantConfig) -> None:
+def test_errors_of_udp_ray_pass_through_ray_as_themselves(config: AccountantConfig) -> None:
     remote = RemoteAccountant(start_accountant(config))
     attempt = remote.begin()
     assert attempt is not None

@@ -18,7 +18,7 @@ from tests.support.heads import RayHead
 from tests.support.runs import text_of_people, tiny_experiment
 from udp_ray.data.store import TokenStore
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.reports.verify import verify, verify_sweep
+from udp_ray.reports.verify import verify
 from udp_ray.runs.provenance import code_digest
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
@@ -100,7 +100,7 @@ def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenSto
     assert done.returncode == 0, done.stdout
     trials = json.loads((output / "trials.json").read_text())
     assert len(trials) == 2
-    assert verify_sweep(output, ledger_url=None).agrees
+    assert verify(output, ledger_url=None).agrees
     assert (output / "best.yaml").is_file()
 
 
@@ -109,7 +109,7 @@ def test_a_users_mistake_is_one_sentence_and_a_failed_job(head: RayHead, project
     assert done.returncode != 0
     assert "Traceback" not in done.stdout
     said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert set(said) == {"error: privacy.clip_norm is '-1': input should be greater than 0"}
+    assert set(said) == {"error: privacy.clip_norm is '-1': it must be greater than 0"}
     job = head.jobs()[-1]
     assert (job["status"], job["driver_exit_code"]) == ("FAILED", 2)
 

@@ -45,7 +45,8 @@ from udp_ray.on_ray import tune as tuning
 from udp_ray.on_ray.publish import SweepResult, publish_sweep
 from udp_ray.on_ray.train import train
 from udp_ray.on_ray.tune import _remove_working_files
-from udp_ray.reports.verify import is_sweep, verify_sweep
+from udp_ray.reports.statement import SweepStatement, load_statement
+from udp_ray.reports.verify import verify
 from udp_ray.runs.dry_run import describe_sweep
 from udp_ray.runs.sweep import (
     Sweep,
@@ -337,7 +338,7 @@ def test_a_trial_that_diverged_has_ended_and_is_worse_than_any_other(tmp_path: P
     assert last.split()[0] == "2"
     assert "diverged" in last
     assert "training diverged" in last
-    assert verify_sweep(result.output).agrees
+    assert verify(result.output).agrees
 
 
 def test_the_loss_before_training_would_make_a_trial_that_diverged_the_winner(
@@ -386,12 +387,12 @@ def test_a_sweep_without_a_model_to_release_ends_and_stays_charged(
     with pytest.raises(error, match=words) as caught:
         tuning.sweep(config, announce=said.append)
     assert not any("resume" in text for text in [*said, str(caught.value)])
-    assert words in said[-1]  # in the statement
+    assert words in " ".join(said[-1].split())  # in the statement
     output = Path(config.output)
     statement = json.loads((output / "privacy.json").read_text(), parse_constant=pytest.fail)
     assert statement["spent"] == {"epsilon": 8.0, "delta": 1e-3}
     assert (statement["winner"], words in statement["outcome"]) == (None, True)
-    assert verify_sweep(output).agrees
+    assert verify(output).agrees
     assert not (output / ".trials").exists()
     assert not (output / "best.yaml").exists()
     with Ledger.open(config.data.ledger_url) as ledger:
@@ -451,18 +452,18 @@ def test_a_statement_agrees_with_the_ledger_and_every_tampering_shows(
     losses = [3.4, 3.2, 3.3, 3.5] if section is ALL else [3.4, 3.2]
     sweep = played(tmp_path, section, losses, seed=seed)
     output = publish_sweep(sweep).output
-    assert is_sweep(output)
-    verdict = verify_sweep(output)
+    assert isinstance(load_statement(output / "privacy.json"), SweepStatement)
+    verdict = verify(output)
     assert verdict.agrees, verdict.to_text()
     assert "2 trials" not in verdict.to_text()
     told = json.loads((output / "privacy.json").read_text())
     for tamper in (halve_the_promise, halve_the_noise, state_less_than_was_charged):
         file = tmp_path / "tampered.json"
         file.write_text(json.dumps(tamper(json.loads(json.dumps(told)))))
-        assert not verify_sweep(file).agrees
+        assert not verify(file).agrees
     with sweep.ledger._database.write() as connection:
         connection.exec_driver_sql("UPDATE udp_ray_trials SET configuration = 9 WHERE number = 1")
-    assert not verify_sweep(output).agrees
+    assert not verify(output).agrees
 
 
 def halve_the_promise(told: dict) -> dict:

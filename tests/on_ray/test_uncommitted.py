@@ -1,6 +1,6 @@
 """Only committed checkpoints stay in a run's storage, and none in a published output folder.
 
-No cluster is needed to see it.
+These tests need no cluster.
 
 pytest tests/on_ray/test_uncommitted.py
 """
@@ -54,7 +54,7 @@ def start_of(storage: str) -> Attempt:
 
 
 class Accountant:
-    """Begins an attempt, and notes what lay in the storage by then."""
+    """Begins an attempt, and records what the storage holds at that time."""
 
     def __init__(self, start: Attempt, folder: Path) -> None:
         self._start = start
@@ -85,7 +85,7 @@ def test_a_new_attempt_removes_uncommitted_checkpoints_once_older_attempts_are_f
     assert names_in(tmp_path) == [*KEPT, OF_RAY]
 
 
-def test_without_the_removal_two_versions_of_a_step_would_lie_in_the_storage(
+def test_without_the_removal_two_versions_of_a_step_would_be_in_the_storage(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "remove_uncommitted", lambda *_, **__: None)
@@ -112,7 +112,7 @@ def test_a_worker_that_slept_after_its_commit_leaves_a_newer_attempt_alone(
     assert names_in(tmp_path) == [KEPT[1], *newer, OF_RAY]
 
 
-def test_a_run_that_has_written_nothing_yet_has_nothing_to_remove(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_has_none_to_remove(tmp_path: Path) -> None:
     remove_uncommitted(str(tmp_path / "not there"), [], attempt=1)
     assert names_in(tmp_path) == []
 
@@ -129,7 +129,7 @@ def test_where_nothing_was_committed_no_checkpoint_stays(storage: str, tmp_path:
 
 
 def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None]) -> list[str]:
-    """Runs in this process; returns what was announced."""
+    """Executes a run in this process; returns what was announced."""
     said: list[str] = []
     run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
     admit(run, resume=False)
@@ -138,15 +138,15 @@ def run_to_the_end(config: ExperimentConfig, before_step: Callable[[int], None])
     return said
 
 
-def leave_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """As if a worker of an older attempt had still been uploading."""
+def upload_after_the_last_commit(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Simulates a worker of an older attempt that was still uploading."""
     end = RemoteAccountant.end
 
-    def leave_and_end(self: RemoteAccountant, message: str | None) -> None:
+    def upload_and_end(self: RemoteAccountant, message: str | None) -> None:
         (folder / LATE).mkdir()
         end(self, message)
 
-    monkeypatch.setattr(RemoteAccountant, "end", leave_and_end)
+    monkeypatch.setattr(RemoteAccountant, "end", upload_and_end)
 
 
 @pytest.mark.parametrize("is_removed", [True, False], ids=["removed", "failing arm"])
@@ -155,7 +155,7 @@ def test_a_run_ends_with_no_uncommitted_checkpoint_in_its_storage(
 ) -> None:
     if not is_removed:
         monkeypatch.setattr(publish, "remove_uncommitted", lambda *_, **__: None)
-    leave_after_the_last_commit(monkeypatch, tmp_path / "storage" / "run")
+    upload_after_the_last_commit(monkeypatch, tmp_path / "storage" / "run")
     config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
     run_to_the_end(with_storage(config, tmp_path / "storage"), lambda step: None)
     committed = ["checkpoint-00000004-attempt-1", "checkpoint-00000006-attempt-1"]
@@ -172,7 +172,7 @@ def test_storage_in_the_output_folder_is_owner_only_and_goes_with_the_run(
     config = tiny_experiment(tmp_path, cluster={"num_workers": 1})
     folder = Path(config.output) / "checkpoints"
     modes: set[int] = set()
-    before = os.umask(0)  # which would let all look in
+    before = os.umask(0)  # which would make the folder readable for all
     try:
         said = run_to_the_end(config, lambda step: modes.add(stat.S_IMODE(folder.stat().st_mode)))
     finally:

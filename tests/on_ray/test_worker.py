@@ -1,4 +1,4 @@
-"""Which errors of a worker stop the run for good, and what a worker may be told.
+"""Which errors of a worker stop the run for good, and that public types hold no key.
 
 pytest tests/on_ray/test_worker.py
 """
@@ -62,7 +62,7 @@ def test_a_rank_that_hears_of_rank_0s_failure_leaves_the_run_to_be_restarted(
 def test_as_a_ledger_error_the_same_failure_would_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The failing arm: the type that such a failure had before it got its own."""
+    """The failing arm: such a failure as a user's error."""
     assert len(stops_of(monkeypatch, LedgerError("rank 0 failed"), rank=1)) == 1
 
 

@@ -58,7 +58,7 @@ def test_a_file_gives_the_settings_and_the_command_line_wins(tmp_path, capsys):
     assert (found["clip_norm"], found["noise_multiplier"]) == (0.5, 1.0)
 
 
-def test_people_read_that_the_number_of_users_was_declared(capsys):
+def test_the_text_says_that_the_number_of_users_was_declared(capsys):
     assert price.main(options(noise_multiplier=1.0)) == 0
     text = capsys.readouterr().out
     assert "epsilon           2.1245, at delta 1e-06, per user" in text
@@ -87,7 +87,7 @@ def test_counts_come_from_the_store_where_the_settings_give_none(tmp_path, capsy
     settings = {
         "privacy": {"sampling": "els", "delta": 1e-6, "clip_norm": 1.0, "noise_multiplier": 2.0}
         | {"batch_size": 70, "group_size": 3, "num_steps": 10},
-        "data": {"name": "people", "store": str(tmp_path)},
+        "data": {"name": "chats", "store": str(tmp_path)},
     }
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(settings))

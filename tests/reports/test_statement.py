@@ -11,7 +11,6 @@ from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import DataError
 from udp_ray.ledger.records import Budget
-from udp_ray.reports.figures import draw_curves
 from udp_ray.reports.statement import DatasetTotal, PrivacyStatement, RunIdentity
 
 RUN = RunIdentity(
@@ -48,7 +47,7 @@ def plan_of(privacy: PrivacyConfig) -> PrivacyPlan:
 def test_a_promise_names_unit_adjacency_mechanism_and_every_number() -> None:
     text = statement().to_text()
     for needed in (
-        "user: all examples of one person", "add or remove one user", "Poisson", "epsilon = 4",
+        "user: all examples of one user", "add or remove one user", "Poisson", "epsilon = 4",
         "1e-05", "clip norm C", "0.5", "group size G", "steps T", "50", "2000", "0.01", "PLD",
         "declared", "promised",
     ):  # fmt: skip
@@ -59,7 +58,7 @@ def test_a_promise_names_unit_adjacency_mechanism_and_every_number() -> None:
 def test_a_finished_statement_also_names_run_ledger_totals_and_what_is_not_covered() -> None:
     page = statement().with_spent(num_steps=50).of_run(RUN, TOTAL).to_markdown()
     for needed in (
-        "chats-1f", "ledger-7", "cccccccccccccccc", "dddddddddddddddd", "a1b2c3", "Held-out people",
+        "chats-1f", "ledger-7", "cccccccccccccccc", "dddddddddddddddd", "a1b2c3", "Held-out users",
         "pretrained", "3 runs", "epsilon = 11", "epsilon = 20", "dp-accounting", "Side channels",
         "50 of 50 steps charged", "only those that the ledger has committed",
         "For the operator only are the store, the ledger, the storage of checkpoints",
@@ -141,18 +140,6 @@ def test_a_damaged_statement_is_refused_in_one_sentence(
 def test_a_missing_statement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         PrivacyStatement.load(tmp_path / "privacy.json")
-
-
-def test_curves_are_drawn_with_and_without_held_out_people() -> None:
-    rows = [
-        {"step": 0, "token_loss": 3.0, "user_loss": 3.1},
-        {"step": 5, "token_loss": 2.0, "user_loss": 2.2},
-    ]
-    full = draw_curves(rows, [(0, 0.0), (5, 1.0)], title="run")
-    bare = draw_curves([], [(0, 0.0), (5, math.inf)], title="run")
-    assert full.startswith(b"\x89PNG")
-    assert bare.startswith(b"\x89PNG")
-    assert full != bare
 
 
 def test_a_statement_says_which_noise_it_rests_on():

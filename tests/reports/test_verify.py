@@ -1,22 +1,34 @@
-"""Whether a statement, its ledger and the mathematics agree; tampering with either is noticed."""
+"""Whether a statement, its ledger and the accountant agree; tampering with either is noticed.
+
+pytest tests/reports/test_verify.py
+"""
 
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import DataError, LedgerError, UdpRayError
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Digests, plan_digest
-from udp_ray.reports.statement import DatasetTotal, PrivacyStatement, RunIdentity
+from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
+from udp_ray.reports.statement import (
+    DatasetTotal,
+    PrivacyStatement,
+    RunIdentity,
+    SweepStatement,
+    load_statement,
+)
 from udp_ray.reports.verify import verify
+from udp_ray.runs.sweep import plan_of_settings
 
 NUM_STEPS = 5
 TAKEN = 4
@@ -61,11 +73,68 @@ def output(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def sweep_output(tmp_path: Path) -> Path:
+    """A secret sweep that has ended; its trials took all their steps."""
+    privacy = PRIVACY.model_dump() | {"epsilon": 8.0, "noise_multiplier": None}
+    config = SweepJobConfig.model_validate(
+        {
+            "privacy": privacy,
+            "data": {"name": "chats", "store": str(tmp_path / "store")},
+            "model": {"name": "model"},
+            "output": str(tmp_path / "sweep"),
+            "sweep": {"release": "best", "expected_trials": 4.0, "clip_norm": [0.5]},
+        }
+    )
+    planned = plan_of_settings(config, num_users=None, kept_examples=lambda group_size: None)
+    plans = [point.plan.to_dict() for point in planned.configurations]
+    digests = Digests(
+        plan_digest(planned.to_dict()), config="c" * 64, code="d" * 64, store="e" * 64
+    )
+    of_trials = [replace(digests, plan=plan_digest(plan)) for plan in plans]
+    with Ledger.create(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
+        ledger.register_dataset("chats")
+        ledger.admit(
+            "sweep", "chats", epsilon=planned.charge.epsilon, delta=planned.charge.delta,
+            num_steps=planned.num_steps, plan=planned.to_dict(), digests=digests,
+            key=RunKey.from_seed(1),
+            trials=[
+                TrialAdmission(f"sweep-{n}", n, Budget(1.0, 1e-5), NUM_STEPS, plans[n],
+                               of_trials[n], RunKey.from_seed(2 + n))
+                for n in range(len(plans))
+            ],
+        )  # fmt: skip
+        for n in range(len(plans)):
+            attempt = ledger.begin_attempt(f"sweep-{n}", of_trials[n])
+            for step in range(1, NUM_STEPS + 1):
+                ledger.authorize(attempt, step, starting_checkpoint="start")
+            ledger.finish(attempt)
+        ledger.finish(ledger.begin_attempt("sweep", digests))
+        run = RunIdentity(
+            "sweep", digests.config, digests.code, digests.store, ledger.id, ledger.url
+        )
+        total = DatasetTotal.of(ledger.spent("chats"))
+    folder = tmp_path / "sweep"
+    folder.mkdir()
+    statement = SweepStatement(planned, is_seeded=False)
+    statement.after(winner=planned.configurations[0], run=run, dataset=total).save(folder)
+    return folder
+
+
 def test_an_honest_run_agrees(output: Path) -> None:
     verdict = verify(output)
     assert verdict.agrees, verdict.to_text()
     assert "DISAGREES" not in verdict.to_text()
     assert json.loads(verdict.to_json())["agrees"] is True
+
+
+def test_an_honest_sweep_agrees_and_its_statement_is_read_back(sweep_output: Path) -> None:
+    verdict = verify(sweep_output)
+    assert verdict.agrees, verdict.to_text()
+    file = sweep_output / "privacy.json"
+    statement = load_statement(file)
+    assert isinstance(statement, SweepStatement)
+    assert statement.to_json() == file.read_text()
 
 
 def edit(output: Path, change: Callable[[dict], None]) -> None:
@@ -124,7 +193,11 @@ def places(values: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield from places(value, (*above, key))
 
 
-def test_nonsense_anywhere_in_a_statement_is_a_verdict_or_one_sentence(output: Path) -> None:
+@pytest.mark.parametrize("kind", ["output", "sweep_output"])
+def test_nonsense_anywhere_in_a_statement_is_a_verdict_or_one_sentence(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    output = request.getfixturevalue(kind)
     file = output / "privacy.json"
     text = file.read_text()
     refused = 0

@@ -16,8 +16,8 @@ from sqlalchemy import select
 from tests.support.postgres import shared_server
 from udp_ray.dp.keys import RunKey
 from udp_ray.errors import PrivacyBudgetExceededError
+from udp_ray.ledger import Ledger
 from udp_ray.ledger import tables as schema
-from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Attempt, Digests, plan_digest, plan_to_json
 
 DATASET = "chats"

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from udp_ray.config.experiment import TrainConfig
@@ -93,6 +94,14 @@ def judged(
     return weights(model).float()
 
 
-def train_on_rank(plan: PrivacyPlan) -> Tensor:
-    """Trains on this rank of a group, with microbatches of one example."""
-    return trained(make_users(), plan, microbatch_rows=1)
+def train_on_rank(plan: PrivacyPlan, lacks_a_user: bool = False) -> Tensor:
+    """Trains on this rank of a group, with microbatches of one example.
+
+    Args:
+        plan: The plan.
+        lacks_a_user: Whether rank 1 is given fewer users than rank 0.
+    """
+    users = make_users()
+    if lacks_a_user and dist.get_rank() == 1:
+        users = users[1:]
+    return trained(users, plan, microbatch_rows=1)

@@ -33,7 +33,7 @@ DIGESTS = Digests(plan=plan_digest({}), config="c0ffee", code="5eed", store="da7
 
 @dataclass(frozen=True)
 class Death:
-    """Where a rank is killed: exactly one of the three moments."""
+    """When a rank is killed: exactly one of the three times."""
 
     rank: int = 0
     authorize: int | None = None
@@ -61,14 +61,14 @@ def train_with_ledger(
     death: Death | None = None,
     defers_commits: bool = True,
 ) -> TinyOutcome:
-    """Begins an attempt, resumes where the ledger says, and trains; perhaps a rank is killed.
+    """Begins an attempt, resumes where the ledger says, and trains; a rank may be killed.
 
     Args:
         run: The run.
         url: Of the ledger.
         checkpoints: Folder for them.
         death: Where a rank is killed, if one is.
-        defers_commits: False for a deliberate fault: the loop is not told which steps were
+        defers_commits: False for a deliberate fault: the loop does not know which steps were
             reserved before, so that it may commit between them.
     """
     rank, death = dist.get_rank(), death or Death()
@@ -108,20 +108,20 @@ def train_with_masks_by_chance(run: TinyRun) -> TinyOutcome:
 
 
 class DyingAccountant:
-    """An accountant after whose answer the process is killed, as by the kernel or a spot market."""
+    """An accountant after whose answer the process is killed."""
 
     def __init__(self, inner: Accountant, death: Death) -> None:
         self._inner = inner
         self._death = death
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
-        """Reserves, then perhaps dies: the noise is not drawn, but might have been."""
+        """Reserves, then may die: the noise is not drawn, but might have been."""
         self._inner.authorize(step, starting_checkpoint)
         if step == self._death.authorize:
             die()
 
     def commit(self, step: int, location: str, digest: str) -> None:
-        """Perhaps dies: the checkpoint lies there, and is not the run's."""
+        """May die first: the checkpoint is in the storage, and uncommitted."""
         if step == self._death.commit:
             die()
         self._inner.commit(step, location, digest)
@@ -151,5 +151,5 @@ def die_in_forward_pass(model: PreTrainedModel, number: int) -> None:
 
 
 def die() -> None:
-    """Ends this process as SIGKILL does: nothing is flushed, nothing is said."""
+    """Ends this process by SIGKILL, without any cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)

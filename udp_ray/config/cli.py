@@ -22,6 +22,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -65,6 +66,8 @@ class Job(Generic[Config]):
     config: Config
     command: str | None
     flags: Mapping[str, bool]
+    is_default_file: bool
+    """Whether the settings come from the job's default file, as --config was not given."""
 
     def flag(self, name: str) -> bool:
         """Returns whether a flag was given; its name is spelled as in `Flag`."""
@@ -91,6 +94,7 @@ def parse(
     *,
     flags: Sequence[Flag] = (),
     commands: Mapping[str, str] | None = None,
+    default_file: Path | None = None,
 ) -> Job[Config]:
     """Returns a job's settings from a YAML file and the command line, which wins.
 
@@ -100,6 +104,7 @@ def parse(
         argv: The arguments; default: those of the process.
         flags: The switches that the job takes.
         commands: Names of sub-commands with their help; the first argument selects one.
+        default_file: YAML file that is read if --config is not given.
 
     Raises:
         ConfigError: If an option, a field or the file is wrong, in one sentence.
@@ -114,7 +119,8 @@ def parse(
         parser.add_argument("command", choices=list(commands), help=listing)
     fields = dict(fields_of(config_class))
     parser.known = [f"--{name}" for name in ("config", *(flag.name for flag in flags), *fields)]
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the settings.")
+    default = f" Default: {default_file.name}, shipped in jobs/configs." if default_file else ""
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file with the settings.{default}")
     for flag in flags:
         parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
     settings_class = _settings_class(config_class)
@@ -134,7 +140,8 @@ def parse(
         raise ConfigError(f"{one_line(str(error))}; write it in the --config file") from None
     # The source above has refused what is unknown; this second pass only reads our own options.
     parsed, _ = parser.parse_known_args(arguments)
-    from_file = read_yaml(parsed.config, config_class, name="--config") if parsed.config else {}
+    file = parsed.config or default_file
+    from_file = read_yaml(str(file), config_class, name="--config") if file else {}
     try:
         settings = settings_class(_cli_settings_source=options, **from_file)
     except ValidationError as error:
@@ -148,6 +155,7 @@ def parse(
         ),
         command=parsed.command if commands else None,
         flags={flag.name: getattr(parsed, flag.name.replace("-", "_")) for flag in flags},
+        is_default_file=default_file is not None and not parsed.config,
     )
 
 

@@ -91,7 +91,7 @@ def _refuse_repeats(name: str, values: list[Any] | None) -> None:
     if len(set(values)) < len(values):
         raise ValueError(
             f"sweep.{name} is {values}, which has a value twice: each is tried, and charged, once,"
-            " so give it once"
+            " so name it once"
         )
 
 

@@ -256,13 +256,23 @@ def delta(event: DpEvent, epsilon: float, *, precision: Precision | None = None)
 
 
 def library_epsilon(event: DpEvent, delta: float, *, grid: float = FINE) -> float:
-    """Returns the epsilon that `dp_accounting` computes by itself: slower, for verification."""
+    """Returns the epsilon that `dp_accounting` computes by itself: slower, for verification.
+
+    Args:
+        event: What is released.
+        delta: In (0, 1).
+        grid: Width of the grid of losses.
+    """
     accountant = PLDAccountant(value_discretization_interval=grid)
     return float(accountant.compose(event).get_epsilon(delta))
 
 
 def composed_loss(event: DpEvent, precision: Precision) -> Loss | None:
     """Returns the privacy loss distribution of an event, or None if it has no guarantee.
+
+    Args:
+        event: What is released.
+        precision: Resolution of the losses.
 
     Raises:
         ConfigError: If losses are too large for the accountant's memory.
@@ -336,6 +346,10 @@ def _is_without_noise(step: DpEvent) -> bool:
 def step_loss(step: DpEvent, precision: Precision) -> Loss | None:
     """Returns the privacy loss distribution of one step, or None if it has no guarantee.
 
+    Args:
+        step: The event of one step, as in a `SelfComposedDpEvent` of this module.
+        precision: Resolution of the losses.
+
     Raises:
         ConfigError: If losses are too large for the accountant's memory.
         UnsupportedEventError: If the event is none of those that this module writes.
@@ -368,7 +382,7 @@ def step_loss(step: DpEvent, precision: Precision) -> Loss | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mixture:
+class _Mixture:
     """Gaussians of one stddev at given shifts with given weights, against the Gaussian at 0."""
 
     stddev: float
@@ -381,7 +395,7 @@ class Mixture:
     """Probability of components left out; charged as an infinite loss."""
 
     @classmethod
-    def truncated(cls, stddev: float, shifts: Floats, weights: Floats, *, tail: float) -> Mixture:
+    def truncated(cls, stddev: float, shifts: Floats, weights: Floats, *, tail: float) -> _Mixture:
         """Returns the mixture without its lightest components, of `tail` together at most.
 
         Privacy:
@@ -471,14 +485,16 @@ def mixture_loss(
         Doroshenko et al. 2022 [1], Algorithm 1; for mixtures Choquette-Choo et al. 2023 [3] and
         Ganesh 2024 [4].
     """
-    mixture = Mixture.truncated(stddev, shifts, weights, tail=tail)
+    mixture = _Mixture.truncated(stddev, shifts, weights, tail=tail)
     lowest, highest = mixture.reach(tail)
+    # 1. Grid losses, and the x at which the log ratio takes each of them.
     losses, edges = _cells(mixture, lowest, highest, discretization)
+    # 2. Masses of the cells between these x.
     with_user, without = mixture.masses(edges)
+    # 3. Of a cell between grid values g and g + w, the share s of the mass with the user that goes
+    # up solves (1 - s) e^-g + s e^-(g + w) = mass without / mass with.
     grid = losses * discretization
     margin = MARGIN / discretization
-    # Of a cell between grid values g and g + w, the share s of the mass with the user that goes up
-    # solves (1 - s) e^-g + s e^-(g + w) = mass without / mass with.
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.exp(np.log(without) - np.log(with_user) + grid[:-1])  # in [e^-w, 1]
     share = np.nan_to_num((1 - ratio) / -math.expm1(-discretization), nan=1.0)
@@ -511,7 +527,7 @@ def mixture_loss(
 
 
 def _cells(
-    mixture: Mixture, lowest: float, highest: float, discretization: float
+    mixture: _Mixture, lowest: float, highest: float, discretization: float
 ) -> tuple[NDArray[np.int64], Floats]:
     """Returns grid losses, as multiples of the grid, and the x at which each is met."""
     table = np.linspace(lowest, highest, TABLE_SIZE)
@@ -647,7 +663,7 @@ def noise_multiplier_of(
         delta=delta,
         sampling_probability=sampling_probability,
         num_steps=num_steps,
-        group_size=examples_at_risk,
+        examples_at_risk=examples_at_risk,
     )
     return calibrate_noise_multiplier(
         event_of, target_epsilon=target_epsilon, delta=delta, guess=guess
@@ -660,15 +676,16 @@ def guess_noise_multiplier(
     delta: float,
     sampling_probability: float,
     num_steps: int,
-    group_size: int = 1,
+    examples_at_risk: int = 1,
 ) -> float:
     """Returns a starting point for calibration, from the central limit theorem; not a bound.
 
     One step's chi-square divergence is about exp(m^2 / z^2) - 1 times the rates, with m the mean
-    number of a user's units in a step; T steps are near a Gaussian mechanism of mu^2 = T chi2.
+    number of a user's units in a step; T steps are near a Gaussian mechanism of mu^2 = T chi2. The
+    arguments are those of `noise_multiplier_of`.
     """
     mu = _gaussian_mu(target_epsilon, delta)
-    mean = group_size * sampling_probability
+    mean = examples_at_risk * sampling_probability
     if mean >= 1:
         return math.sqrt(num_steps) * mean / mu
     # Solves num_steps * mean^2 * (exp(1 / z^2) - 1) = mu^2 for z.

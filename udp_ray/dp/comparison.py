@@ -9,7 +9,7 @@ charged or promised by them.
     >>> from udp_ray.config.privacy import PricingConfig
     >>> config = PricingConfig(epsilon=1.0, delta=1e-6, group_size=4,
     ...     cohort_size=16, num_steps=100, population=16_000)
-    >>> found = compare(PricedPlan.from_config(config, num_users=None))
+    >>> found = compare(PricedPlan.from_config(config))
     >>> found.els_tight < found.els_textbook
     True
 

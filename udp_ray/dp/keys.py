@@ -124,7 +124,11 @@ class RunKey:
 
     @classmethod
     def from_seed(cls, seed: int) -> RunKey:
-        """Returns the key of a seed, for tests: a guessable key, which voids every guarantee."""
+        """Returns the key of an integer seed, for tests.
+
+        Privacy:
+            The key can be guessed, which voids every guarantee.
+        """
         text = str(operator.index(seed)).encode()
         return cls(hashlib.blake2b(text, digest_size=SECRET_BYTES, person=_SEED).digest())
 

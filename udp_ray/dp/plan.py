@@ -37,6 +37,10 @@ from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
 """Properties that `PrivacyPlan.to_dict` adds to the fields; `from_dict` checks them."""
+INTEGERS = ("group_size", "num_steps", "expected_size", "population")
+INTEGERS_OR_NONE = ("num_examples", "max_cohort_size")
+SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
+"""Fields by type, for `PrivacyPlan.from_dict`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +127,18 @@ class PricedPlan:
 
     @classmethod
     def from_config(
-        cls, privacy: PricingConfig, *, num_users: int | None, num_examples: int | None = None
+        cls,
+        privacy: PricingConfig,
+        *,
+        num_users: int | None = None,
+        num_examples: int | None = None,
     ) -> Self:
         """Returns the plan of the settings, with the noise calibrated if epsilon was given.
 
         Args:
             privacy: The settings.
-            num_users: Number of users in the data. None if no data are given and
-                privacy.population is set.
+            num_users: Number of users in the store. None: no store is given, and
+                privacy.population counts.
             num_examples: The store's number of examples once each user keeps at most
                 privacy.group_size (els), or None.
 
@@ -146,7 +154,7 @@ class PricedPlan:
             >>> from udp_ray.config.privacy import PrivacyConfig
             >>> privacy = PrivacyConfig(epsilon=2.0, delta=1e-6, clip_norm=1.0, group_size=4,
             ...     cohort_size=64, num_steps=500, population=20_000)
-            >>> plan = PrivacyPlan.from_config(privacy, num_users=None)
+            >>> plan = PrivacyPlan.from_config(privacy)
             >>> round(plan.noise_multiplier, 2), 1.999 <= plan.epsilon() <= 2.0
             (0.7, True)
         """
@@ -191,7 +199,7 @@ class PricedPlan:
             delta=self.delta,
             sampling_probability=self.sampling_probability,
             num_steps=self.num_steps,
-            group_size=self.group_size if self.sampling == "els" else 1,
+            examples_at_risk=self.examples_at_risk,
         )
         noise_multiplier = accounting.calibrate_noise_multiplier(
             lambda z: dataclasses.replace(self, noise_multiplier=z).dp_event(),
@@ -216,8 +224,13 @@ class PricedPlan:
         return pool
 
     @property
+    def examples_at_risk(self) -> int:
+        """How many units of a user are sampled independently: 1 (uls), or the group size (els)."""
+        return self.group_size if self.sampling == "els" else 1
+
+    @property
     def divisor(self) -> int:
-        """What the noisy sum is divided by: a fixed public number, never the realized size."""
+        """Divisor of the noisy sum: a fixed public number, never the realized size."""
         return self.expected_size
 
     @property
@@ -228,7 +241,17 @@ class PricedPlan:
         return _noise_stddev(self.noise_multiplier, self.clip_norm)
 
     def dp_event(self, num_steps: int | None = None) -> accounting.DpEvent:
-        """Returns the event of the run, or of its first `num_steps` steps."""
+        """Returns the event of the run, or of its first `num_steps` steps.
+
+        Args:
+            num_steps: At least 0. None: all steps of the run.
+
+        Privacy:
+            It describes one user added or removed, also where the unit of sampling is an example.
+
+        Reference:
+            The events in `accounting.py`.
+        """
         steps = self._steps(num_steps)
         if self.max_cohort_size is not None:
             return accounting.capped_uls_event(
@@ -248,6 +271,15 @@ class PricedPlan:
     def epsilon(self, num_steps: int | None = None) -> float:
         """Returns the certified epsilon of the run, or of its first `num_steps` steps, at `delta`.
 
+        Args:
+            num_steps: At least 0. None: all steps of the run.
+
+        Raises:
+            ConfigError: If delta is too small, or epsilon too large, to be computed.
+
+        Privacy:
+            An upper bound: the steps are (result, delta)-DP for adding or removing one user.
+
         Edge cases:
             No noise -> infinity, unless no step was taken. Repeated calls are cheap.
         """
@@ -258,6 +290,9 @@ class PricedPlan:
 
         Each value is an upper bound, on a coarser grid than `epsilon`, and none is above the
         certificate of the last step asked for.
+
+        Args:
+            steps: Numbers of steps, each at least 0.
         """
         if not steps:
             return []
@@ -390,6 +425,9 @@ class PrivacyPlan(PricedPlan):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Returns the plan that `to_dict` wrote.
 
+        Args:
+            values: What `to_dict` returned, possibly read from JSON.
+
         Raises:
             ConfigError: If a field is missing or unknown, or the values contradict each other.
         """
@@ -417,18 +455,13 @@ def json_number(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
-WHOLE = ("group_size", "num_steps", "expected_size", "population")
-WHOLE_OR_NONE = ("num_examples", "max_cohort_size")
-SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
-
-
 def _require_types(given: Mapping[str, Any]) -> None:
-    """Refuses values that no plan has, which would fail later and elsewhere."""
+    """Refuses values of a wrong type or range, which would fail later and elsewhere."""
     for name, value in given.items():
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
         is_right = {
-            **dict.fromkeys(WHOLE, is_whole),
-            **dict.fromkeys(WHOLE_OR_NONE, is_whole or value is None),
+            **dict.fromkeys(INTEGERS, is_count),
+            **dict.fromkeys(INTEGERS_OR_NONE, is_count or value is None),
             **dict.fromkeys(SWITCHES, isinstance(value, bool)),
             "adjacency": isinstance(value, str),
             "sampling": value in ("uls", "els"),

@@ -1,9 +1,10 @@
-"""What ELS and ULS would do to a gradient, predicted from public numbers before anything is spent.
+"""Planning: predicted noise and error of ELS and ULS, from public numbers, before spending.
 
 For each sampler and group size G, under the same compute (B examples per step in expectation, T
 steps) and the same (epsilon, delta), this module predicts the noise that privacy adds to the
-averaged gradient and how much of the data the run gets to see, and recommends one. Numbers only:
-who may use which histogram, and how rho is estimated, stands in `udp_ray.experiments.planner`.
+averaged gradient and the fraction of the data that the run visits, and recommends one. It computes
+with numbers only: which histogram may be used, and how rho is estimated, stands in
+`udp_ray.experiments.planner`.
 
     >>> workload = Workload(population=10_000, examples_per_user={32: 1}, batch_size=2048,
     ...     num_steps=200, epsilon=2.0, delta=1e-6, gradient_cosine=0.1)
@@ -23,27 +24,27 @@ over users written as mean(), N users and z the noise multiplier of the accounta
 Noise is a standard deviation per coordinate of the averaged gradient. C is the typical norm of what
 is clipped, so that clipping does little: start a search for C there. Under ELS uneven users cost
 noise: a full user's load p G stays flat while G is below most n and grows with G beyond, and z with
-it. The share of the data seen is the expected share of distinct examples that T steps visit.
+it. The fraction of the data seen is the expected fraction of distinct examples that T steps visit.
 
-With a dimension d the prediction goes on to an error of the mean gradient over the run, in which
-both sampling noise and the examples that ELS throws away count (S: steps over which noise averages
-out; the sum over users is of their weights squared, times rho + (1 - rho) / examples used):
+With a dimension d the error of the mean gradient over the run is predicted too, which includes
+sampling noise and the examples that ELS leaves out (S: steps over which noise averages out; data^2
+is the sum over users of their weights squared, times rho + (1 - rho) / examples used):
 
     error^2 = data^2 + (sampling^2 + d noise^2) / S
     sampling^2 = (1 - p) L^2 / B (ELS), (1 - q) C^2 / M (ULS)
 
-What is assumed: gradients of one norm L; a cosine that is the same at all times, equal for all
-users, and zero between users, as near the optimum; no bias from clipping; noise that matters
-through its size alone. So it is a ranking, not a forecast of a loss.
-`udp_ray.experiments.mean_estimation` checks it and says where it errs: in its full study, told the
-dimension, the choice had at most 1.07 times the error of the best method; by noise alone, 1.16,
-erring most in the middle of the grid, where it takes too large a group.
+Assumptions: gradients of one norm L; a cosine that is the same at all times, equal for all users,
+and zero between users, as near the optimum; no bias from clipping; noise that matters through its
+size alone. So it is a ranking, not a forecast of a loss. `udp_ray.experiments.mean_estimation`
+checks it and says where it errs: in its full study, given the dimension, the recommendation had at
+most 1.07 times the error of the best method; by noise alone, 1.16, with the largest errors in the
+middle of the grid, where it selects too large a group.
 
-Source: the budget (B = M G) and the comparison of the two noises at a clip norm that does nothing
-follow Charles et al. 2024, arXiv:2407.07737, of which we know the structure but not the equations;
-choosing G for ULS by predicting its noise is reported of that paper too, as is the median number of
-examples per user for ELS. The formulas above, rho, the load, the share seen and the error are
-derived by us.
+Reference:
+    [1] Charles et al. 2024, arXiv:2407.07737: the budget (B = M G), the comparison of the two
+        noises at a clip norm without effect, selecting G for ULS by its predicted noise, and the
+        median number of examples per user for ELS. Departure: the formulas above, rho, the load,
+        the fraction seen and the error are derived here.
 """
 
 from __future__ import annotations
@@ -60,21 +61,21 @@ from udp_ray.errors import ConfigError
 Sampling = Literal["els", "uls"]
 
 TIE = 0.05
-"""Predictions that differ by less than this share are taken as equal."""
+"""Largest relative difference of predictions that count as equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is given before the choice between ELS and ULS."""
+    """The task for which ELS and ULS are compared: data, compute, budget. Public."""
 
     population: int
     """Public number of users N."""
     examples_per_user: Mapping[int, float]
-    """Number of examples -> share or number of users with so many. Only the shape counts."""
+    """Number of examples -> fraction or number of users with so many. Only ratios matter."""
     batch_size: int
     """Expected examples per step B: the compute budget."""
     num_steps: int
-    """Noisy releases T."""
+    """Number of noisy releases T."""
     epsilon: float
     """User-level target of the run."""
     delta: float
@@ -84,7 +85,7 @@ class Workload:
     gradient_norm: float = 1.0
     """Typical norm L of one example's gradient; 1 gives clip norms and noise in units of it."""
     dimension: int | None = None
-    """Dimension d of the gradient in which noise hurts. None: rank by noise alone."""
+    """Effective dimension d of the gradient. None: rank by noise alone."""
     averaged_steps: int | None = None
     """Steps S over which noise averages out. None: all of them."""
 
@@ -94,7 +95,11 @@ class Workload:
         return sum(share * of(n) for n, share in self.examples_per_user.items()) / users
 
     def median(self) -> int:
-        """Returns the (lower) median number of examples per user."""
+        """Returns the (lower) median number of examples per user.
+
+        Raises:
+            ValueError: If the histogram is empty.
+        """
         half, seen = sum(self.examples_per_user.values()) / 2, 0.0
         for n, share in sorted(self.examples_per_user.items()):
             seen += share
@@ -105,7 +110,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What one sampler with one group size is predicted to do."""
+    """Predicted noise, cost and error of one sampler with one group size."""
 
     sampling: Sampling
     group_size: int
@@ -118,19 +123,19 @@ class Prediction:
     noise: float
     """Standard deviation per coordinate of the noise on the averaged gradient."""
     load: float
-    """Expected examples of a full user in a step: what a user's data expose them to."""
+    """Expected examples of a user with at least group_size of them in a step."""
     examples_per_step: float
     """Expected gradients computed per step; below B under ULS where users have fewer than G."""
     data_kept: float
-    """Share of all examples that the run may ever visit."""
+    """Fraction of all examples that the run may ever visit."""
     data_seen: float
-    """Expected share of all examples that the run does visit."""
+    """Expected fraction of all examples that the run visits."""
     error: float | None
     """Predicted error of the mean gradient over the run; None without a dimension."""
 
     @property
     def score(self) -> float:
-        """What is ranked, smaller being better: the error, or without a dimension the noise."""
+        """The error, or without a dimension the noise; smaller is better."""
         return self.noise if self.error is None else self.error
 
 
@@ -145,16 +150,19 @@ def predict(
     uls_group_sizes: Iterable[int],
     calibrate: Calibrate | None = None,
 ) -> list[Prediction]:
-    """Returns a prediction for each sampler and group size that can be run at all.
+    """Returns a prediction for each sampler and group size that can run.
 
-    Left out are settings that would need more than everything in each step (B above the examples
+    Left out are settings that would need more than all data in each step (B above the examples
     kept, or M above N) or less than one user per step.
 
     Args:
-        workload: What is given.
+        workload: Data, compute and budget.
         els_group_sizes: Most examples kept of each user, to consider.
         uls_group_sizes: Examples drawn of each sampled user, to consider.
-        calibrate: Finds noise multipliers. None: `noise_multiplier`.
+        calibrate: Computes noise multipliers. None: `noise_multiplier`.
+
+    Raises:
+        ConfigError: If a target epsilon is out of reach.
     """
     calibrate = calibrate or noise_multiplier
     candidates = [_els(workload, group_size, calibrate) for group_size in els_group_sizes]
@@ -168,7 +176,10 @@ def ranked(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def recommend(predictions: Sequence[Prediction]) -> Prediction:
-    """Returns the prediction with the best score; among ties, the one that sees the most data.
+    """Returns the prediction with the best score; among ties, the one that visits the most data.
+
+    Args:
+        predictions: As `predict` gives them; scores within `TIE` of the best are ties.
 
     Raises:
         ConfigError: If there is none.
@@ -183,7 +194,7 @@ def recommend(predictions: Sequence[Prediction]) -> Prediction:
 
 
 def group_sizes(workload: Workload) -> list[int]:
-    """Returns the group sizes worth a look: powers of two, and the median, up to the largest n."""
+    """Returns group sizes to consider: powers of two, and the median, up to the largest n."""
     largest = min(max(workload.examples_per_user), workload.batch_size)
     powers = {2**power for power in range(largest.bit_length())}
     return sorted(size for size in powers | {workload.median()} if 1 <= size <= largest)
@@ -198,19 +209,19 @@ def noise_multiplier(
     epsilon: float,
     delta: float,
 ) -> float:
-    """Returns the noise multiplier that keeps a run within (epsilon, delta), and hardly below.
+    """Returns the noise multiplier at which a run costs (epsilon, delta), never more.
 
     Args:
         sampling: els or uls.
         sampling_probability: Of an example (els) or a user (uls).
         group_size: Most examples kept of a user (els); without effect under uls.
-        num_steps: Noisy releases.
+        num_steps: Number of noisy releases.
         epsilon: User-level target.
         delta: Target delta.
 
     Privacy:
-        Certified, as the noise of a `PrivacyPlan` is; here the rate need not be a quotient of whole
-        numbers.
+        Certified, as the noise of a `PrivacyPlan` is; here the probability need not be a quotient
+        of integers.
     """
     # Under ULS a user counts once, and under ELS with one example per user too.
     counted = group_size if sampling == "els" else 1

@@ -122,7 +122,7 @@ class PoissonUserSampler:
         if self._max_cohort_size is not None:
             users = users[_survivors(self._key, step, len(users), self._max_cohort_size)]
         sizes = (user_offsets[users + 1] - user_offsets[users]).astype(np.int64)
-        positions, offsets = choose(_Stream(self._key, "examples", step), sizes, self._group_size)
+        positions, offsets = subsets(_Stream(self._key, "examples", step), sizes, self._group_size)
         starts = np.repeat(user_offsets[users], np.diff(offsets))
         return Cohort(users, (starts + positions).astype(np.int64), offsets)
 
@@ -157,7 +157,7 @@ class PoissonExampleSampler:
         self._key = key
         self._probability = sampling_probability
         sizes = np.diff(user_offsets).astype(np.int64)
-        positions, offsets = choose(_Stream(key, "kept", 0), sizes, group_size)
+        positions, offsets = subsets(_Stream(key, "kept", 0), sizes, group_size)
         self._kept = np.repeat(user_offsets[:-1], np.diff(offsets)).astype(np.int64) + positions
 
     @property
@@ -227,7 +227,7 @@ def poisson(stream: _Stream, num_units: int, probability: float) -> Indices:
     return units[included].astype(np.int64)
 
 
-def choose(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indices]:
+def subsets(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indices]:
     """Returns a uniform subset of at most `limit` positions for each row, and the rows' offsets.
 
     Args:
@@ -294,7 +294,7 @@ def _below(words: NDArray[np.uint64], bounds: Indices) -> Indices:
 
 def _survivors(key: StreamKey, step: int, num_drawn: int, max_cohort_size: int) -> Indices:
     """Returns which of the drawn users stay under the cap: a uniform subset."""
-    kept, _ = choose(_Stream(key, "survivors", step), np.array([num_drawn]), max_cohort_size)
+    kept, _ = subsets(_Stream(key, "survivors", step), np.array([num_drawn]), max_cohort_size)
     return kept
 
 

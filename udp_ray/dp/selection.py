@@ -331,7 +331,7 @@ class SelectionDraws:
 def _check_mean(mean: float, *, smallest: float) -> None:
     if not (max(smallest, 1e-3) <= mean <= LARGEST_MEAN):
         raise ConfigError(
-            f"the expected number of trials is {mean:g}: choose between {smallest:g} and"
+            f"the expected number of trials is {mean:g}: give a number between {smallest:g} and"
             f" {LARGEST_MEAN:g}"
         )
 
@@ -422,7 +422,11 @@ class Profile:
         return cls(epsilons, np.max(curves, axis=0))
 
     def delta(self, epsilon: Floats) -> Floats:
-        """Returns upper bounds at any epsilons, also negative ones."""
+        """Returns upper bounds on delta.
+
+        Args:
+            epsilon: Any real numbers, also negative ones.
+        """
         size = np.abs(epsilon)
         scale = np.exp(np.minimum(epsilon, 0.0))
         positive = np.interp(np.exp(size), np.exp(self.epsilons), self.deltas)
@@ -443,7 +447,15 @@ class SelectionCurve:
 
     @classmethod
     def of(cls, profile: Profile, count: TrialCount) -> SelectionCurve:
-        """Returns the curve for the best of a random number of trials."""
+        """Returns the curve for the best of a random number of trials.
+
+        Args:
+            profile: That of one trial, the largest over all configurations.
+            count: Distribution of the number of trials.
+
+        Privacy:
+            Every rounding lies above psi of the theorem, so the curve is an upper bound.
+        """
         # Between two distances f'(1 - s) is largest at the nearer and f'(1 - g(s)) smallest at the
         # farther one, so these lines lie above those of the theorem.
         starts = count.slope(DISTANCES[:-1])
@@ -462,7 +474,11 @@ class SelectionCurve:
         return min(1.0, float(self.weights @ deltas))
 
     def epsilon(self, delta: float) -> float:
-        """Returns an upper bound on epsilon at a delta, infinity if there is none."""
+        """Returns an upper bound on epsilon at a delta.
+
+        Edge cases:
+            A delta that is met at no epsilon -> infinity; one that is met at 0 -> 0.
+        """
         low, high = 0.0, float(self.profile.epsilons[-1] + self.shifts[-1]) + 1.0
         if self.delta(low) <= delta:
             return low

@@ -438,6 +438,10 @@ class ReleasePublic:
 def release_of(name: ReleaseName, count: TrialCount | None) -> Release:
     """Returns the way to release a sweep, by its name.
 
+    Args:
+        name: all, best or public.
+        count: Distribution of the number of trials (best).
+
     Raises:
         GuaranteeError: If the number of trials of a best release has no distribution.
     """
@@ -574,7 +578,7 @@ class _NoiseCurve:
             delta=self._delta,
             sampling_probability=self._plan.sampling_probability,
             num_steps=self._plan.num_steps,
-            group_size=self._plan.group_size if self._plan.sampling == "els" else 1,
+            examples_at_risk=self._plan.examples_at_risk,
         )
 
     def _cost(self, noise_multiplier: float) -> float:

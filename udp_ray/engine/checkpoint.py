@@ -1,14 +1,14 @@
-"""Checkpoints: float32 tensors by parameter name, which load at any world size and ZeRO stage.
+"""Writes and reads checkpoints: float32 tensors by name, for any world size and ZeRO stage.
 
     checkpoint/
       checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
 
-One unit: the digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of
-the rest, so a file cut short, altered or taken from elsewhere is refused by name. It is written
-aside and renamed. The learning rate is a pure function of the step and needs no state of its own.
-The run key is named by its id; the key itself never comes here.
+The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
+files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
+checkpoint is written to a temporary folder and renamed. The learning rate is a function of the step
+and needs no state. The run key is named by its id; the key itself is never in a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from udp_ray.io import writing
 
 FORMAT = 1
 FROZEN = "frozen_weights"
-"""In the provenance: the fingerprint of the weights that do not train, where there are any."""
+"""In the provenance: the fingerprint of the weights that do not train, if there are any."""
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -42,14 +42,14 @@ OPTIMIZER = "optimizer.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found whole. Its tensors are in memory, on the CPU."""
+    """A checkpoint that was read and verified. Its tensors are in host memory."""
 
     directory: Path
     step: int
     """The last step that it holds."""
     key_id: str
     provenance: dict[str, Any]
-    """The public words that the caller had written in: ledger id, run id, and the like."""
+    """What the caller of `write` gave, public: ledger id, run id, and the like."""
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     """Kind of state, parameter name, whole tensor."""
@@ -59,9 +59,9 @@ class Checkpoint:
         expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         found = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         if expected != found:
-            odd = sorted(expected.items() ^ found.items())[0][0]
+            differing = sorted(expected.items() ^ found.items())[0][0]
             raise CheckpointError(
-                f"the checkpoint {self.directory} does not fit the model: parameter {odd} is"
+                f"the checkpoint {self.directory} does not fit the model: parameter {differing} is"
                 " missing on one side or has another shape; resume with the run's own model"
             )
         with torch.no_grad():
@@ -108,22 +108,22 @@ def write(
     weights, optimizer = engine.weights(), engine.optimizer_state()  # whole on rank 0 only
 
     def write_files() -> str:
-        aside = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(aside, ignore_errors=True)
+        temporary = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)  # left by an attempt that died before commit
-        aside.mkdir(parents=True)
-        save_file(weights, aside / WEIGHTS)
-        save_file(_flattened(optimizer), aside / OPTIMIZER)
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / WEIGHTS)
+        save_file(_flattened(optimizer), temporary / OPTIMIZER)
         manifest = {
             "format": FORMAT,
             "step": step,
             "key_id": key_id,
             "provenance": dict(provenance),
-            "files": {name: _file_digest(aside / name) for name in (WEIGHTS, OPTIMIZER)},
+            "files": {name: _file_digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
         }
         text = json.dumps(manifest, indent=2, sort_keys=True)
-        (aside / MANIFEST).write_text(text)
-        os.rename(aside, directory)
+        (temporary / MANIFEST).write_text(text)
+        os.rename(temporary, directory)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def write_or_refuse() -> str:
@@ -205,7 +205,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Own copies, because under ZeRO the parameters are views of one buffer."""
+    """Returns copies, because under ZeRO the parameters are views of one buffer."""
     return {name: t.detach().to("cpu", torch.float32, copy=True) for name, t in tensors.items()}
 
 

@@ -1,8 +1,4 @@
-"""The ranks that train together, and how they agree.
-
-A process group that is already there (Ray Train makes one) is used as it is; a process alone gets a
-group of one.
-"""
+"""The ranks of a run, on the process group that exists (as in Ray Train) or on a group of one."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks."""
+    """This process's rank, the number of ranks and the device."""
 
     rank: int
     size: int
@@ -34,11 +30,11 @@ class World:
         return self.rank == 0
 
     def from_first(self, action: Callable[[], T]) -> T:
-        """Runs `action` on rank 0 and returns its result on every rank.
+        """Runs `action` on rank 0 and returns its result on every rank. Collective.
 
-        If it raises, every rank raises, so that all stop together instead of waiting in a
-        collective for a rank that has left. Results and errors travel as pickles: they must be
-        public and small.
+        If it raises, every rank raises, so that no rank waits in a collective for one that has
+        left. Results and errors are pickled and broadcast: they must be small, and no rank's
+        secret.
         """
         box: list[Any] = [None, None]
         original: Exception | None = None
@@ -63,10 +59,10 @@ class World:
 
 
 def join_world() -> World:
-    """Returns this process's world, on the process group that exists or on a new one of its own.
+    """Returns this process's world, on the existing process group or on a new group of one.
 
-    A group of our own stays until the process ends: DeepSpeed keeps references to it, and a later
-    engine in the same process would meet a dead group.
+    A new group stays until the process ends: DeepSpeed keeps references to it, and a later engine
+    in the same process would use a destroyed group.
     """
     device = own_device()
     if not dist.is_initialized():
@@ -79,7 +75,7 @@ def join_world() -> World:
 
 
 def own_device() -> torch.device:
-    """Returns where this process computes."""
+    """Returns the device of this process."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -91,7 +87,7 @@ def _leave_world() -> None:
 
 
 def _rank_variables() -> dict[str, str]:
-    """What DeepSpeed looks for in the environment, also when the process group is already up."""
+    """Returns the variables that DeepSpeed reads, also when there is a process group already."""
     return {
         "RANK": str(dist.get_rank()),
         "WORLD_SIZE": str(dist.get_world_size()),

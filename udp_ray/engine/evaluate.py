@@ -1,7 +1,7 @@
-"""Loss on held-out users: per token, and per user. Never on the users whose text trains.
+"""Computes the loss on held-out users, per token and per user; never on users whose text trains.
 
-Users are divided among ranks by tokens, as cohorts are; the sums are joined in float64, so the
-result depends on the number of ranks by rounding only.
+Users are divided among ranks by tokens, as cohorts are. The sums are float64, so that the result
+depends on the number of ranks by rounding only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ USERS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class HeldoutMetrics:
-    """How well held-out users are predicted. They are not protected, so this is public."""
+    """Losses on held-out users. These users are not protected, so the losses are public."""
 
     token_loss: float
-    """Mean over all tokens, in nats: heavy users weigh more."""
+    """Mean over all tokens, in nats: users with more tokens weigh more."""
     user_loss: float
-    """Mean over users of each one's mean over tokens, in nats: all users weigh alike."""
+    """Mean over users of the mean over their tokens, in nats: all users weigh the same."""
     num_tokens: int
     """Tokens with loss."""
     num_users: int
@@ -50,7 +50,7 @@ class HeldoutMetrics:
         return _exponential(self.user_loss)
 
     def to_dict(self) -> dict[str, float]:
-        """Returns the numbers under the names that metrics have."""
+        """Returns the numbers by the names of metrics."""
         return {
             "heldout/token_loss": self.token_loss,
             "heldout/user_loss": self.user_loss,
@@ -80,10 +80,10 @@ def evaluate(
         microbatch_tokens: Most tokens, padding included, in one forward pass.
         autocast: "off" or "bfloat16".
         max_examples: Stop before the user whose examples would exceed this number, but take at
-            least one user. Users stand in the store by their keyed hash, in an order unrelated to
-            what they wrote, so the first ones are a fair sample. None takes all.
-        is_collective: Each pass through the model waits for the other ranks (ZeRO 3), so all make
-            equally many: those with less to do pass made-up tokens, which count nowhere.
+            least one user. Users are stored in the order of their keyed hash, which is unrelated to
+            their text, so the first ones are a fair sample. None takes all.
+        is_collective: Whether each pass through the model waits for the other ranks (ZeRO 3). All
+            ranks then make equally many passes, some with synthetic tokens that are not counted.
     """
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     num_users = _num_users_within(heldout.user_offsets, max_examples)
@@ -101,7 +101,7 @@ def evaluate(
         for chunk in range(chunks):
             users = reader.groups(chunk)
             num_passes = sum(len(user.microbatches) for user in users)
-            # Asked before the first pass, in which a rank already waits for the others.
+            # Before the first pass, in which ranks already wait for each other.
             num_missing = world.largest(num_passes) - num_passes if is_collective else 0
             for user in users:
                 totals += user_totals(model, user, world.device)
@@ -119,7 +119,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Draw:
-    """All examples of a run of users, one group per user."""
+    """All examples of consecutive users, one group per user."""
 
     examples: NDArray[np.int64]
     offsets: NDArray[np.int64]
@@ -152,7 +152,7 @@ def user_totals(model: nn.Module, user: Group, device: torch.device) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Lasts over an evaluation: no gradients, evaluation mode, and then the mode before."""
+    """Switches to evaluation mode without gradients for the block; restores the mode before."""
     was_training = model.training
     model.eval()
     try:
@@ -163,5 +163,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _exponential(loss: float) -> float:
-    """A perplexity too large for a float is infinite, not an error."""
+    """Returns the exponential; infinity if it is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf

@@ -1,14 +1,19 @@
-"""The sum of a step's clipped gradients under ZeRO 3: each rank holds one slice of each parameter.
+"""The sum of a step's clipped gradients: whole on each rank, or in slices under ZeRO 3.
 
-A gradient is whole only while its layer hands it over. It goes into a bucket with a row per rank;
-a full bucket is reduced over ranks and scattered, so that a rank holds its slices, one bucket and
-nothing else. Noise comes piece by piece too: rank 0 draws a chunk, sends each rank what of it falls
-into its slice, and draws the next. Layers come in the same order everywhere.
+`ClippedSum` is one flat float64 buffer with a view per parameter. Kernels add to its views, ranks
+reduce it in buckets to rank 0, and rank 0 adds the noise in place, all in float64. What one group
+adds is then the same to 1e-7 clip norms whichever other groups are there, and nothing private is
+rounded before the noise is in (`dp/clipping.py`). Only the mean, noise included, is rounded to the
+float32 that the optimizer takes.
 
-The gradients of one round of microbatches are float32, because they cross the network in each
-round; rounds add up in float64, as in `ClippedSum`, and only the mean with its noise is rounded.
+`SlicedSum` holds a whole gradient only while it is added. The gradient goes into a bucket with a
+row per rank; a full bucket is reduced over ranks and scattered, so that a rank holds its slices and
+one bucket. Noise arrives in pieces too: rank 0 draws a chunk, sends each rank the part that falls
+into its slice, and draws the next. Layers come in the same order on all ranks. The gradients of one
+round of microbatches are float32, because they cross the network in each round; rounds add up in
+float64.
 
-How ZeRO 3 cuts parameters: each rank holds a slice of each, equally long, padded at the end.
+ZeRO 3 gives each rank one slice of each parameter, of equal length, padded at the end:
 
     >>> slice_length(10, num_ranks=4)
     3
@@ -17,14 +22,8 @@ How ZeRO 3 cuts parameters: each rank holds a slice of each, equally long, padde
     >>> slice_range(2, 3, num_ranks=4)     # a slice may be padding only
     (2, 2)
 
-`engine/zero3.py` checks on each start that DeepSpeed cuts in the same way.
-
-The sum of a step's clipped gradients: one flat float64 buffer with a view per parameter.
-
-Kernels add to its views, ranks reduce it in buckets, rank 0 adds the noise in place, all in
-float64: what one group adds is then the same to 1e-7 clip norms whoever else is there, and nothing
-private is rounded before the noise is in (`dp/clipping.py`). Only the mean, noise included, is
-rounded to the float32 that the optimizer takes. Sensitive until the noise is in.
+`zero3.py` checks at each start that DeepSpeed slices in the same way. All sums are sensitive until
+the noise is in.
 """
 
 from __future__ import annotations
@@ -41,57 +40,24 @@ from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
 from udp_ray.engine.distributed import World
 from udp_ray.errors import GuaranteeError
 
-
-def slice_length(num_values: int, num_ranks: int) -> int:
-    """Returns the length of each rank's slice of a flattened parameter, padding included."""
-    return -(-num_values // num_ranks)
-
-
-def slice_range(num_values: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """Returns which values of a flattened parameter a rank's slice holds: start and stop."""
-    length = slice_length(num_values, num_ranks)
-    return min(rank * length, num_values), min((rank + 1) * length, num_values)
-
-
-def own_slice(whole: Tensor, rank: int, num_ranks: int) -> Tensor:
-    """Returns a rank's slice of a whole tensor, with zeros as padding; a copy."""
-    start, stop = slice_range(whole.numel(), rank, num_ranks)
-    piece = torch.zeros(slice_length(whole.numel(), num_ranks), dtype=whole.dtype)
-    piece[: stop - start] = whole.reshape(-1)[start:stop]
-    return piece
-
-
-def fill_columns(table: Tensor, whole: Tensor, first: int) -> None:
-    """Writes into row r of a table what rank r's slice of a tensor holds from position `first` on.
-
-    Three copies whatever the number of ranks: the rows that are full, the last one that is not,
-    and the padding.
-
-    Args:
-        table: Shape (num_ranks, columns), columns up to the length of a slice less `first`.
-        whole: The tensor that is cut.
-        first: Position in the slices.
-    """
-    num_ranks, columns = table.shape
-    flat = whole.reshape(-1)
-    length = slice_length(flat.numel(), num_ranks)
-    num_full = flat.numel() // length
-    table[:num_full] = flat[: num_full * length].view(num_full, length)[:, first : first + columns]
-    if num_full < num_ranks:
-        rest = flat[num_full * length :][first : first + columns]
-        table[num_full:] = 0
-        table[num_full, : rest.numel()] = rest
-
-
 BUCKET_VALUES = 2**24
 """Values reduced at once (128 MiB). Speed and memory only."""
 
 ROUNDED_VALUES = 2**20
 """Values rounded to float32 at once (4 MiB). Speed and memory only."""
 
+SLICED_BUCKET_VALUES = 2**23
+"""Values of all ranks that are reduced and scattered at once (32 MiB). Speed and memory only."""
+
+DRAWN_VALUES = 4 * CHUNK_VALUES
+"""Noise values that rank 0 draws at once (16 MiB, on several threads). Speed and memory only."""
+
+
+# ---- whole sums
+
 
 class SumBuffer:
-    """Float64 values by name in one flat buffer, whose last use rounds them to float32 in place."""
+    """Float64 values by name in one flat buffer, which `scaled` rounds to float32 in place."""
 
     def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Holds zeros."""
@@ -109,13 +75,13 @@ class SumBuffer:
         """
         for start in range(0, self.flat.numel(), ROUNDED_VALUES):
             stop = min(start + ROUNDED_VALUES, self.flat.numel())
-            # What is written ends before the bytes of any value that is still to be read.
+            # Each write ends before the bytes of any value that is still to be read.
             self._rounded[start:stop] = (self.flat[start:stop] * scale).float()
         return self._rounded_views
 
 
 class ClippedSum:
-    """The running sum on one rank."""
+    """The running sum on one rank, with whole parameters."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], world: World, *, fuse_reduce: bool = False
@@ -123,9 +89,9 @@ class ClippedSum:
         """Holds zeros.
 
         Args:
-            parameters: What is summed, by name, in the same order on all ranks.
+            parameters: The trainable parameters by name, in the same order on all ranks.
             world: The ranks.
-            fuse_reduce: `reduce` leaves each rank its own sum, for ZeRO to add them up.
+            fuse_reduce: `reduce` leaves each rank its own sum, which ZeRO adds up later.
         """
         self._world = world
         self._fuse_reduce = fuse_reduce
@@ -143,11 +109,11 @@ class ClippedSum:
         accumulate(self.views[name], gradient)
 
     def add_by(self, name: str, add_to: Callable[[Tensor], None]) -> None:
-        """Has `add_to` add clipped gradients to one parameter's part."""
+        """Calls `add_to`, which adds clipped gradients to one parameter's part."""
         add_to(self.views[name])
 
     def num_rounds(self, own: int) -> int:
-        """Returns `own`: ranks add to their sums without waiting for each other."""
+        """Returns `own`, because ranks add to their sums without waiting for each other."""
         return own
 
     def reduce(self) -> None:
@@ -160,7 +126,7 @@ class ClippedSum:
             self.clear()
 
     def add_noise(self, noise: GaussianNoise | None, step: int) -> None:
-        """Adds the noise of a step in place on the rank that has it; None elsewhere."""
+        """Adds the noise of a step in place on rank 0, which has it; it is None elsewhere."""
         if noise is None:
             return
         for name, view in self.views.items():
@@ -171,8 +137,8 @@ class ClippedSum:
     def mean(self, divisor: float) -> dict[str, Tensor]:
         """Returns the sum over a public number, float32, by parameter name.
 
-        Multiplied with the world size as well, because ZeRO will average over ranks. The result
-        takes the place of the sum: `clear` comes before the next addition.
+        It is multiplied by the world size, because the engine averages over ranks. The result
+        overwrites the sum: call `clear` before the next addition.
         """
         return self._buffer.scaled(self._world.size / divisor)
 
@@ -187,11 +153,47 @@ def _views(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     }
 
 
-SLICED_BUCKET_VALUES = 2**23
-"""Values of all ranks that are reduced and scattered at once (32 MiB). Speed and memory only."""
+# ---- sums in slices
 
-DRAWN_VALUES = 4 * CHUNK_VALUES
-"""Noise values that rank 0 draws at once (16 MiB, on several threads). Speed and memory only."""
+
+def slice_length(num_values: int, num_ranks: int) -> int:
+    """Returns the length of each rank's slice of a flattened parameter, padding included."""
+    return -(-num_values // num_ranks)
+
+
+def slice_range(num_values: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Returns start and stop of the values of a flattened parameter that a rank's slice holds."""
+    length = slice_length(num_values, num_ranks)
+    return min(rank * length, num_values), min((rank + 1) * length, num_values)
+
+
+def own_slice(whole: Tensor, rank: int, num_ranks: int) -> Tensor:
+    """Returns a copy of a rank's slice of a whole tensor, padded with zeros."""
+    start, stop = slice_range(whole.numel(), rank, num_ranks)
+    piece = torch.zeros(slice_length(whole.numel(), num_ranks), dtype=whole.dtype)
+    piece[: stop - start] = whole.reshape(-1)[start:stop]
+    return piece
+
+
+def fill_columns(table: Tensor, whole: Tensor, first: int) -> None:
+    """Writes into row r of a table the values of rank r's slice of a tensor, from `first` on.
+
+    It takes three copies for any number of ranks: the full rows, the last one and the padding.
+
+    Args:
+        table: Shape (num_ranks, columns), columns up to the length of a slice less `first`.
+        whole: The tensor that is sliced.
+        first: Position in the slices.
+    """
+    num_ranks, columns = table.shape
+    flat = whole.reshape(-1)
+    length = slice_length(flat.numel(), num_ranks)
+    num_full = flat.numel() // length
+    table[:num_full] = flat[: num_full * length].view(num_full, length)[:, first : first + columns]
+    if num_full < num_ranks:
+        rest = flat[num_full * length :][first : first + columns]
+        table[num_full:] = 0
+        table[num_full, : rest.numel()] = rest
 
 
 class SlicedSum:
@@ -228,16 +230,16 @@ class SlicedSum:
         columns = min(max(1, bucket_values // world.size), max(1, num_held))
         self._bucket = torch.zeros(world.size, columns, dtype=torch.float32, device=world.device)
         self._filled = 0
-        self._waiting: list[Tensor] = []  # parts of slices that the filled columns belong to
+        self._pending: list[Tensor] = []  # parts of slices of which the columns are filled
 
     def clear(self) -> None:
         """Sets the sum to zero."""
         self._buffer.flat.zero_()
 
     def num_rounds(self, own: int) -> int:
-        """Returns how often all ranks must hand over all parameters: the largest of their numbers.
+        """Returns how often each rank must add all parameters: the largest of the ranks' numbers.
 
-        Collective. How many groups came to which rank is sensitive: the number stays among ranks.
+        Collective. How many groups a rank has is sensitive: the number stays among ranks.
         """
         return self._world.largest(own)
 
@@ -252,7 +254,7 @@ class SlicedSum:
             taken = min(part.numel() - done, self._bucket.shape[1] - self._filled)
             columns = self._bucket[:, self._filled : self._filled + taken]
             fill_columns(columns, gradient, done)
-            self._waiting.append(part[done : done + taken])
+            self._pending.append(part[done : done + taken])
             self._filled += taken
             done += taken
             if self._filled == self._bucket.shape[1]:
@@ -265,7 +267,7 @@ class SlicedSum:
         self.add(name, gradient)
 
     def reduce(self) -> None:
-        """Has all that was added arrive in the slices. Collective."""
+        """Empties the bucket, so that all that was added is in the slices. Collective."""
         if self._filled:
             self._empty_bucket()
 
@@ -273,14 +275,16 @@ class SlicedSum:
         """Adds the noise of a step, drawn by rank 0 alone and sent in pieces. Collective.
 
         Args:
-            noise: On rank 0 the noise; None elsewhere.
+            noise: The noise on rank 0; None elsewhere.
             step: The step.
         """
         for name in self.views:
             for start, stop in _chunks(self._num_values[name]):
                 if self._world.is_first:
                     if noise is None or noise.dtype != self._noise_dtype:
-                        raise GuaranteeError("rank 0 lacks the noise that other ranks wait for")
+                        raise GuaranteeError(
+                            "rank 0 does not have the noise that other ranks wait for"
+                        )
                     self._send_noise(noise, step, name, start, stop)
                 elif (own := self._overlap(name, self._world.rank, start, stop)) is not None:
                     self._add_piece(name, own[0], self._received(own[1] - own[0]))
@@ -288,7 +292,7 @@ class SlicedSum:
     def mean(self, divisor: float) -> dict[str, Tensor]:
         """Returns this rank's slices of the sum over a public number, float32, by parameter name.
 
-        The result takes the place of the sum: `clear` comes before the next addition.
+        The result overwrites the sum: call `clear` before the next addition.
         """
         return self._buffer.scaled(1 / divisor)
 
@@ -298,16 +302,16 @@ class SlicedSum:
         if self._world.size > 1:
             mine = torch.empty_like(rows[0])
             dist.reduce_scatter(mine, rows)
-        arrived = mine.split([part.numel() for part in self._waiting])
-        for part, values in zip(self._waiting, arrived, strict=True):
+        arrived = mine.split([part.numel() for part in self._pending])
+        for part, values in zip(self._pending, arrived, strict=True):
             accumulate(part, values)
         self._filled = 0
-        self._waiting = []
+        self._pending = []
 
     def _send_noise(
         self, noise: GaussianNoise, step: int, name: str, start: int, stop: int
     ) -> None:
-        """Draws a chunk on rank 0, adds what is its own and sends the rest to its owners."""
+        """Draws a chunk on rank 0, adds the part of its own slice and sends the others theirs."""
         number = self._num_values[name]
         drawn = noise.slice(step, name, number, start=start, stop=stop).to(self._world.device)
         for rank in range(self._world.size):
@@ -326,7 +330,7 @@ class SlicedSum:
         return piece
 
     def _overlap(self, name: str, rank: int, start: int, stop: int) -> tuple[int, int] | None:
-        """Returns which of the values start to stop a rank's slice holds; None if it holds none."""
+        """Returns the part of the range that a rank's slice holds; None if it holds none."""
         first, last = slice_range(self._num_values[name], rank, self._world.size)
         first, last = max(first, start), min(last, stop)
         return (first, last) if first < last else None
@@ -338,6 +342,6 @@ class SlicedSum:
 
 
 def _chunks(num_values: int) -> Iterator[tuple[int, int]]:
-    """Yields start and stop of what rank 0 draws at once; the same on all ranks."""
+    """Yields start and stop of the values that rank 0 draws at once; the same on all ranks."""
     for start in range(0, num_values, DRAWN_VALUES):
         yield start, min(num_values, start + DRAWN_VALUES)

@@ -1,14 +1,15 @@
-"""Proves at start-up that what a user adds depends on that user's text alone.
+"""The invariance check: at the start of a run, a user's gradient depends on that user's data alone.
 
 A model can couple users without any sign of it in its weights: a layer with statistics over the
 batch, experts with a capacity, positions whose frequencies follow the longest text so far, a buffer
-that remembers. Then one user's absence changes what all others add, and the clipped sum moves by
-more than the clip norm. No list of such layers is complete, so the property itself is checked, on
-made-up tokens, before the first step and at every resume:
+that keeps what it has seen. Then one user's absence changes what all others add, and the clipped
+sum moves by more than the clip norm. No list of such layers is complete, so the property itself is
+checked, on synthetic data, before the first step and at every resume: `check_invariance` for
+language models, `check_module` for any other module.
 
     check_invariance(model, parameters, kernel="ghost", tokens_per_row=1024, ...)
 
-The names of known offenders in `models/load.py` are only an earlier refusal with clearer words.
+The list of known layers in `models/load.py` only refuses earlier and with a clearer message.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ sums in float32)."""
 
 ROUNDED_GRADIENT = 2.0**-4
 """The bound where equality holds up to bfloat16 rounding only (2e-2 at most was measured): a row
-with and without its padding under autocast; rows in company there under the direct kernel, which
+with and without its padding under autocast; rows with others there under the direct kernel, which
 never shares a forward pass; and all comparisons there on CUDA, where the number of rows may select
 another matrix product."""
 
 SHORT_TOKENS = 11
-"""Tokens of the short group. No multiple of LENGTH_GRID, so that padding is always there."""
+"""Tokens of the short group. No multiple of LENGTH_GRID, so that it is always padded."""
 
 _DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -69,41 +70,40 @@ def check_invariance(
     autocast: str = "off",
     trains_on: str = "cpu",
 ) -> None:
-    """Returns if a group's gradient is the same alone, in company, and after longer groups.
+    """Refuses a model unless a group's gradient is the same alone, with others, and after others.
 
-    It processes made-up groups of one row, short and of `tokens_per_row` tokens, with the kernel
-    that will train and with the model as it will train (training mode, autocast, activation
-    checkpointing, adapters), and as evaluation does. Costs about five forward
-    and backward passes of one full row, and two gradients in host memory.
+    It processes synthetic groups of one row, short and of `tokens_per_row` tokens, with the kernel
+    that will train, with the model as it will train (training mode, autocast, activation
+    checkpointing, adapters), and as evaluation does. It costs about five forward and backward
+    passes of one full row, and two gradients in host memory.
 
     Args:
         model: The model, whole, in training mode, with the weights that training starts from. It
             may still be in host memory (ZeRO 3).
-        parameters: The trainable ones by name.
-        kernel: The kernel that will train.
-        tokens_per_row: Most tokens that a row can have: `data.block_tokens`.
-        microbatch_tokens: `TrainConfig.microbatch_tokens`; no made-up microbatch is larger, except
+        parameters: The trainable ones by name. kernel: The kernel that will train. tokens_per_row:
+        Most tokens that a row can have: `data.block_tokens`. microbatch_tokens:
+        `TrainConfig.microbatch_tokens`; no synthetic microbatch is larger, except
             of a single row.
         autocast: `ModelConfig.autocast`.
         trains_on: The type of the device that will train, which decides the tolerance.
 
     Raises:
-        UnsupportedModelError: Something differs. It names the layer or the buffer where possible.
+        UnsupportedModelError: Something differs. The message names the layer or buffer if it can.
 
     Privacy:
         The sensitivity of the clipped sum is at most the clip norm only if adding or removing one
         user leaves the others' gradients as they are. Checked are: (a) a gradient alone, (b) in one
         forward pass with longer and shorter groups, first and last and in the middle, (c) after a
         longer group was trained on or evaluated, and (d) that no buffer, no parameter and no tensor
-        or number kept on a module has changed. Tolerances: `SAME_GRADIENT`, `ROUNDED_GRADIENT`.
-        Not covered: a coupling that made-up tokens do not trigger, or that is multiplied by weights
+        or number kept on a module has changed. Tolerances: `SAME_GRADIENT`, `ROUNDED_GRADIENT`. Not
+        covered: a coupling that synthetic tokens do not trigger, or that is multiplied by weights
         which are exactly zero at the start.
 
     Edge cases:
-        With dropout (direct kernel) rows in company are compared in evaluation mode, because masks
-        differ with the shape of a batch. A gradient that is not finite adds nothing in training,
-        and counts as equal. A constant that a layer makes on first use is accepted if each use
-        makes the same one.
+        With dropout (direct kernel) rows together with others are compared in evaluation mode,
+        because masks differ with the shape of a batch. A gradient that is not finite adds nothing
+        in training, and counts as equal. A constant that a layer creates on first use is accepted
+        if each use creates the same one.
     """
     probe = _Probe(
         model,
@@ -128,7 +128,7 @@ def check_module(
     *,
     autocast: str,
 ) -> None:
-    """Returns if the gradient of a synthetic group is the same before and after another group.
+    """Refuses a module unless a group's gradient is the same before and after another group.
 
     For modules other than language models, which the direct kernel trains one group at a time.
 
@@ -197,7 +197,7 @@ def _reseeded(group: Clippable) -> _Reseeded:
 
 
 class _Probe:
-    """The made-up groups, the kernels, and the checks one after the other."""
+    """The synthetic groups, the kernels, and the checks one after the other."""
 
     def __init__(
         self,
@@ -229,13 +229,13 @@ class _Probe:
         self._tolerance = ROUNDED_GRADIENT if is_rounded else SAME_GRADIENT
         is_rounded |= autocast != "off" and kernel == "direct"
         self._shared_tolerance = ROUNDED_GRADIENT if is_rounded else SAME_GRADIENT
-        # Two rows, with their padding, have to fit a microbatch for any group to have company.
+        # Groups only share a microbatch if two rows, with their padding, fit one.
         self._shared_tokens = min(tokens_per_row, self._on_grid(microbatch_tokens // 2))
         self._short = self._group(max(2, min(SHORT_TOKENS, self._shared_tokens - 1)), seed=0)
         self._full = self._group(tokens_per_row, seed=2)
 
     def run(self) -> None:
-        """Runs all checks; the short group comes first, last and in between."""
+        """Runs all checks; the short group is processed first, last and in between."""
         first = list(self._gradient(self._alone(self._short)))
         self._check_state(self._short, "trained on")
         is_random = self._is_random()
@@ -246,19 +246,19 @@ class _Probe:
         if self._shared_tokens >= 2:
             was_training = self._model.training
             self._model.train(was_training and not is_random)
-            self._check_company(self._group(self._shared_tokens, seed=2))
+            self._check_shared(self._group(self._shared_tokens, seed=2))
             self._model.train(was_training)
         self._check_evaluation()
         again = self._gradient(self._alone(self._short))
         if _distance(first, again) > self._tolerance:
             self._refuse(
-                f"gives a made-up text of {_length(self._short)} tokens another gradient after one"
-                f" of {_length(self._full)} tokens: something outside its modules remembers"
+                f"gives a synthetic text of {_length(self._short)} tokens another gradient after"
+                f" one of {_length(self._full)} tokens: something outside its modules keeps state"
             )
         self._check_state(self._short, "trained on")
         self._refuse_changed(self._state.changed_parameter(), self._full, "processed")
 
-    def _check_company(self, long: Group) -> None:
+    def _check_shared(self, long: Group) -> None:
         """Compares groups in one forward pass with the same groups alone."""
         if self._length_grid is None:
             self._check_orders(self._short, long, is_other_checked=True)
@@ -267,7 +267,7 @@ class _Probe:
         bare = join([self._short.microbatches[0]], _length(self._short))
         distance = _distance(padded, self._gradient(bare))
         if distance > ROUNDED_GRADIENT:
-            self._refuse_company([self._short], bare, distance)
+            self._refuse_shared([self._short], bare, distance)
         # Under autocast only groups of equal padded length ever share.
         shorter = self._group(max(2, _length(self._short) // 2), seed=1)
         self._check_orders(self._short, shorter)
@@ -301,8 +301,8 @@ class _Probe:
             together = join([group.microbatches[0] for group in groups], length)
             distance = _distance(expected, self._gradient(together, factors))
             if distance > self._shared_tolerance:
-                self._refuse_company(groups, together, distance)
-            self._check_state(max(groups, key=_length), "trained on in company")
+                self._refuse_shared(groups, together, distance)
+            self._check_state(max(groups, key=_length), "trained on together with others")
 
     def _check_evaluation(self) -> None:
         """Compares the loss of a user before and after a longer user was evaluated."""
@@ -314,9 +314,9 @@ class _Probe:
         before, _, after = losses
         if abs(after - before) > SAME_GRADIENT * abs(before):
             self._refuse(
-                f"gives a made-up text of {_length(self._short)} tokens another loss after one of"
+                f"gives a synthetic text of {_length(self._short)} tokens another loss after one of"
                 f" {_length(self._full)} tokens was evaluated: something outside its modules"
-                " remembers"
+                " keeps state"
             )
 
     def _check_state(self, group: Group, verb: str) -> None:
@@ -325,7 +325,7 @@ class _Probe:
     def _refuse_changed(self, changed: str | None, group: Group, verb: str) -> None:
         if changed is not None:
             self._refuse(
-                f"changed {changed} while a made-up text of {_length(group)} tokens was {verb}:"
+                f"changed {changed} while a synthetic text of {_length(group)} tokens was {verb}:"
                 " what one user leaves there reaches all others without noise"
             )
 
@@ -352,7 +352,7 @@ class _Probe:
         return synthetic_group(self._model, 1, num_tokens, seed=seed)
 
     def _alone(self, group: Group) -> SharedMicrobatch:
-        """Returns the group as the kernel packs it when no other is there."""
+        """Returns the group as the kernel packs it without other groups."""
         tokens = max(self._microbatch_tokens, group.microbatches[0].input_ids.numel())
         longest = getattr(self._config, "max_position_embeddings", None)
         (rows,) = pack_groups([group], tokens, Packing(self._length_grid, longest)).shared
@@ -377,23 +377,23 @@ class _Probe:
             first, second = (row_losses(self._model, rows, self.device)[0] for _ in range(2))
         return not torch.equal(first, second)
 
-    def _refuse_company(
+    def _refuse_shared(
         self, groups: Sequence[Group], together: SharedMicrobatch, distance: float
     ) -> None:
         lengths = " and ".join(str(n) for n in sorted({_length(group) for group in groups}))
         if self._autocast != "off" and distance <= ROUNDED_GRADIENT:
             self._refuse(
-                f"rounds to other {self._autocast} values on this machine when made-up texts of"
+                f"rounds to other {self._autocast} values on this machine when synthetic texts of"
                 f" {lengths} tokens share a forward pass",
                 "set model.autocast to off or train.kernel to direct",
             )
         layers = (self._coupled_layer(group, together, place) for place, group in enumerate(groups))
         layer = next((each for each in layers if each is not None), None)
-        when = f"made-up texts of {lengths} tokens share a forward pass: what one user adds would"
-        when += " depend on who else is there"
+        when = f"synthetic texts of {lengths} tokens share a forward pass: what one user adds would"
+        when += " depend on which other users are there"
         if len(groups) == 1:
             when = (
-                f"a made-up text of {lengths} tokens is padded on the right: it would need a mask"
+                f"a synthetic text of {lengths} tokens is padded on the right: it would need a mask"
             )
         has_layer = f"has a layer ({layer}) that computes" if layer else "computes"
         self._refuse(f"{has_layer} something else when {when}")
@@ -432,11 +432,11 @@ class _Probe:
                 f"its positions are of rope type {kind!r}: use data.block_tokens{limit}, or a model"
                 " with rope type default, linear, llama3 or yarn"
             )
-        return "use a model without layers that mix examples or remember them"
+        return "use a model without layers that mix examples or keep them"
 
 
 class _State:
-    """All that a model keeps between calls: parameters, buffers, tensors and numbers on modules."""
+    """What a model keeps between calls: parameters, buffers, tensors and numbers on modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -445,10 +445,10 @@ class _State:
         self._made: dict[str, list[_Kept]] = {}
 
     def changed(self) -> str | None:
-        """Returns the name of something that is not as it was, or None.
+        """Returns the name of something that has changed, or None.
 
-        What was not there before may be a constant made on first use. It is removed, so that the
-        next call makes it again, and has to make the same each time.
+        What was not there before may be a constant that is created on first use. It is removed, so
+        that the next call creates it again, and it must be the same each time.
         """
         now = dict(self._values())
         for name, values in self._before.items():
@@ -462,7 +462,7 @@ class _State:
         return None
 
     def changed_parameter(self) -> str | None:
-        """Returns the name of a parameter whose values changed unseen by autograd, or None."""
+        """Returns the name of a parameter whose values changed, also if autograd did not see it."""
         now = dict(self._parameter_sums())
         return next((name for name in now if not _is_equal(self._sums[name], now[name])), None)
 
@@ -474,7 +474,7 @@ class _State:
         for path, module in self._model.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in module.named_parameters(recurse=False):
-                yield prefix + name, [parameter._version]  # which counts what changes it in place
+                yield prefix + name, [parameter._version]  # counts changes in place
             for name, buffer in module.named_buffers(recurse=False):
                 yield prefix + name, _kept(buffer)
             for name, value in vars(module).items():
@@ -551,7 +551,7 @@ def _calls(
 
 
 def _are_near(rounding: float, one: _Tensors, other: _Tensors) -> bool:
-    """Whether all tensors are equal but for rounding; what cannot be compared counts as equal."""
+    """Whether all tensors are equal up to rounding; what cannot be compared counts as equal."""
     pairs = [(a.float(), b.float()) for a, b in zip(one, other, strict=False)
              if a is not None and b is not None and a.shape == b.shape]  # fmt: skip
     return all((a - b).norm() <= rounding * a.norm() for a, b in pairs)

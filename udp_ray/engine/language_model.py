@@ -1,8 +1,8 @@
-"""Fine-tunes a causal language model on a token store: what the loop trains when Ray runs it.
+"""Fine-tunes a causal language model on a token store with DeepSpeed, without Ray.
 
     result = train(model, store, plan, settings=config.train, autocast="off", keys=keys, ...)
 
-All ranks of a process group call `train` with equal arguments.
+All ranks of a process group call `train` with equal arguments. Ray Train's workers do so, too.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train(
     resume_from: Path | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Fine-tunes `model` in place under `plan`, and returns how far it came.
+    """Fine-tunes `model` in place under `plan`, and returns the outcome. Collective.
 
     Args:
         model: Float32 causal language model, the same initial weights on all ranks; on return it
@@ -68,12 +68,12 @@ def train(
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users. Never a time or a rate.
         on_phase: Called when training enters another phase, such as evaluating or writing.
-        workspace: Local scratch folder for checkpoints in the making (rank 0 writes).
+        workspace: Local temporary folder for checkpoints that are being written, by rank 0.
         attempt: Where the ledger says that training continues; None where no ledger is asked, and
             training starts from the model as given. Until `attempt.replay_until` is repeated, no
             checkpoint is committed: the reserved steps belong to one starting checkpoint, and with
             a commit between them the later ones would start from another (see `Ledger.commit`).
-            What `settings` asks for in between is made up for at this step.
+            The checkpoints and evaluations that `settings` asks for in between happen at this step.
         resume_from: Local folder with the checkpoint that `attempt` names, readable by this rank;
             None if it names none.
         provenance: Public words written into each checkpoint: ledger id, run id, and the like.

@@ -1,15 +1,15 @@
-"""The loss of a causal language model, per token: position t is predicted from those before it.
+"""The loss of a causal language model: each token is predicted from those before it.
 
-Logits are the largest tensor there is: one value per token and word. `chunk_logits` tells, before a
-run, whether a model's logits are its output head's on the last hidden states; then they are made
-piece by piece, for positions with loss alone, and made anew in the backward pass, so that never
-more than a piece of them is held. Other models' logits are made whole. Under ZeRO 3 ranks gather
-the head together, so all make equally many pieces, some of padding.
+Logits are the largest tensor: one value per token and word. Before a run, `chunk_logits` finds out
+whether a model's logits are its output head applied to the last hidden states. If so, they are
+computed in chunks, for positions with loss alone, and recomputed in the backward pass, so that only
+one chunk is in memory. Other models' logits are computed whole. Under ZeRO 3 ranks gather the head
+together, so that all compute equally many chunks, some of padding.
 
-How a row is cut into pieces depends on its padded length and on public numbers, never on the rows
-beside it: under bfloat16 a product of another shape may round otherwise, and what one user adds
-must not depend on who else is there. For the same reason positions without loss are dropped in
-float32 only, where it changes no more than a float32 rounding.
+How a row is divided into chunks depends on its padded length and on public numbers, never on the
+other rows: under bfloat16 a product of another shape may round otherwise, and what one user adds
+must not depend on other users. For the same reason positions without loss are dropped in float32
+only, where this changes no more than a float32 rounding.
 
 Shapes: rows R, tokens T, positions with loss K (at most T), width D, vocabulary V.
 """
@@ -32,9 +32,9 @@ NO_LOSS = -100
 """The label of a position that carries no loss: padding, a prompt, the first token."""
 
 CHUNK_LOGITS = 2**25
-"""Logits of a full microbatch that are held at once (128 MiB in float32): 667 tokens of GPT-2's
-50,257 words. Speed and memory only; smaller pieces are slower, since all but the last are computed
-twice."""
+"""Logits of a full microbatch that are in memory at once (128 MiB in float32): 667 tokens of
+GPT-2's 50,257 words. Speed and memory only; smaller chunks are slower, because all but the last are
+computed twice."""
 
 POSITIONS_GRID = 16
 """Positions are kept in multiples of this: few shapes, and no narrow products in bfloat16."""
@@ -44,7 +44,7 @@ SAME_LOGITS = 1e-5
 
 
 class Rows(Protocol):
-    """Padded examples, as `data.cohort.Microbatch` has them."""
+    """Padded examples, as in `data.batches.Microbatch`."""
 
     @property
     def input_ids(self) -> Tensor: ...
@@ -60,7 +60,7 @@ class WeightedRows(Rows, Protocol):
 
 
 def autocast_context(autocast: str, device: torch.device) -> AbstractContextManager[object]:
-    """Returns the number format for forward and backward: "off" or "bfloat16"."""
+    """Returns a context for forward and backward in the number format "off" or "bfloat16"."""
     if autocast == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -73,20 +73,20 @@ def chunk_logits(
     chunk_logits: int = CHUNK_LOGITS,
     even_for: int | None = None,
 ) -> bool:
-    """Has `row_losses` make this model's logits in chunks, if that gives the model's own.
+    """Makes `row_losses` compute this model's logits in chunks, if that gives the model's own.
 
-    Found out on made-up tokens, because some architectures scale, cap or change their logits in
-    ways unknown here. Call it while the parameters are whole, before kernels are built.
+    This is tested on synthetic tokens, because some architectures scale, cap or change their logits
+    in unknown ways. Call it while the parameters are whole, before kernels are created.
 
     Args:
         model: A causal language model, on its device.
-        microbatch_tokens: Most tokens of a microbatch; its logits are held in equal pieces.
-        chunk_logits: Most logits held at once.
+        microbatch_tokens: Most tokens of a microbatch, whose logits are divided into equal chunks.
+        chunk_logits: Most logits in memory at once.
         even_for: Most tokens of a row, if parameters will be in slices (ZeRO 3): ranks then gather
-            them together, and make equally many pieces of whatever rows each has.
+            them together, and compute equally many chunks whatever rows each has.
 
     Returns:
-        Whether it does; else this model's logits stay whole.
+        Whether logits are computed in chunks; else they are computed whole.
     """
     _heads.pop(model, None)
     if not isinstance(model, PreTrainedModel) or model.base_model is model:
@@ -101,7 +101,7 @@ def chunk_logits(
 def assume_chunks(
     model: PreTrainedModel, *, microbatch_tokens: int, even_for: int | None = None
 ) -> None:
-    """Does as `chunk_logits`, unchecked: for a model without values, whose memory is counted."""
+    """Does what `chunk_logits` does, without a test, for a fake model whose memory is counted."""
     head = _Head.of(model, microbatch_tokens, CHUNK_LOGITS)
     if head is not None:
         _heads[model] = replace(head, keeps_all=True, even_for=even_for)
@@ -112,10 +112,10 @@ def row_losses(model: nn.Module, rows: Rows, device: torch.device) -> tuple[Tens
 
     Args:
         model: A causal language model: called with ids alone, it returns logits. It gets no
-            attention mask, because a mask would depend on who shares the forward pass: the model
-            library drops a mask that hides nothing, and may then run another attention kernel.
-            With padding on the right and causal attention no token sees padding; models for which
-            this does not hold are refused before training (`invariance.py`).
+            attention mask, because a mask would depend on which rows share the forward pass: the
+            model library drops a mask that hides nothing, and may then run another attention
+            kernel. With padding on the right and causal attention no token sees padding; models for
+            which this does not hold are refused before training (`invariance.py`).
         rows: Padded examples; labels[t] is the token at t, or NO_LOSS.
         device: Where the model is.
 
@@ -145,9 +145,9 @@ def weighted_loss(model: nn.Module, rows: WeightedRows, device: torch.device) ->
 
 
 def _with_loss_only(hidden_RTD: Tensor, labels_RT: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves each row's positions with loss to its front, and cuts off what no row needs.
+    """Moves each row's positions with loss to the front, and drops what no row needs.
 
-    Labels come from the host, so their shapes are known there without waiting for the device.
+    Labels are in host memory, so that their shapes are known without waiting for the device.
     """
     has_loss_RT = labels_RT != NO_LOSS
     needed = max(1, int(has_loss_RT.sum(dim=1).max()))
@@ -172,20 +172,20 @@ def _summed_losses(logits_RKV: Tensor, labels_RK: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Head:
-    """What makes logits of the last hidden states, and in how many pieces."""
+    """The layer that computes logits of the last hidden states, and the number of chunks."""
 
     layer: nn.Module
-    """Called as a module on (R, K, D): kernels hook it, and count on rows to come first."""
+    """Called as a module on (R, K, D): kernels hook it, and expect rows in the first dimension."""
     scale: float
     cap: float | None
     num_chunks: int
     num_words: int
     is_random: bool
-    """Whether the layer draws random numbers, as an adapter with dropout does."""
+    """Whether the layer draws random numbers, as an adapter with dropout."""
     keeps_all: bool = False
-    """Whether positions without loss are kept, as they are under autocast in any case."""
+    """Whether positions without loss are kept, as always under autocast."""
     even_for: int | None = None
-    """Most tokens of a row, if the layer is to be called equally often whatever the rows are."""
+    """Most tokens of a row, if the layer must be called equally often for any rows; else None."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, microbatch_tokens: int, chunk_logits: int) -> _Head | None:
@@ -204,16 +204,16 @@ class _Head:
         )
 
     def logits(self, hidden_RKD: Tensor) -> Tensor:
-        """Returns logits, scaled and capped as the model's settings say."""
+        """Returns logits, scaled and capped by the model's settings."""
         logits_RKV: Tensor = self.layer(hidden_RKD)
         if self.scale != 1.0:
             logits_RKV = logits_RKV * self.scale
         return logits_RKV if self.cap is None else self.cap * torch.tanh(logits_RKV / self.cap)
 
     def summed_losses(self, hidden_RKD: Tensor, labels_RK: Tensor) -> Tensor:
-        """Returns each row's summed loss, from one chunk of logits after the other.
+        """Returns each row's summed loss, one chunk of logits at a time.
 
-        The backward pass begins with the last chunk, which is therefore kept and not made anew.
+        The backward pass begins with the last chunk, which is therefore kept and not recomputed.
         """
         num_chunks, grid = self.num_chunks, 1
         if torch.is_autocast_enabled(hidden_RKD.device.type):
@@ -233,7 +233,7 @@ class _Head:
             self._losses,
             use_reentrant=False,
             preserve_rng_state=self.is_random,
-            # A weight in slices is not whole when tensors would be compared, but when it is used.
+            # A weight in slices is whole when it is used, but not when tensors would be compared.
             determinism_check="default" if self.even_for is None else "none",
         )
         sums_R = [again(*chunk) for chunk in firsts]
@@ -244,7 +244,7 @@ class _Head:
 
 
 _heads: WeakKeyDictionary[nn.Module, _Head] = WeakKeyDictionary()
-"""The models whose logits are made in chunks; all others' are made whole."""
+"""The models whose logits are computed in chunks; those of others are computed whole."""
 
 
 def _gives_the_same_logits(model: PreTrainedModel, head: _Head) -> bool:

@@ -1,33 +1,29 @@
-"""A rough estimate of a run's time and memory, from public numbers, before anything is touched.
+"""Estimates a run's time and memory from public numbers, before anything is read or spent.
 
     print(estimate(config, plan).to_text())
 
-The time counts floating-point operations (6 per parameter and token for a forward and backward
-pass, attention on top) of the *expected* cohort at full blocks, over what such a machine sustains.
-Expect it to be off by a factor of three either way. The memory is closer: see `memory.py`.
+Memory is what rank 0 holds at its peak, for `jobs/price.py --memory` and dry runs. The kernel's
+part is counted: the kernel processes the largest microbatch of a run on fake tensors, which have
+shapes and no values, so that a model of any size is traced in a second. What autograd keeps, what a
+kernel stores and the largest temporary tensor are all seen. ZeRO's part is arithmetic, from what
+DeepSpeed 0.19.8 was measured to keep. Estimates are within 20 % of processes at every stage
+(`tests/engine/test_memory.py`).
 
-Counts the bytes that a computation holds at once, without carrying it out.
+Not included: Python, torch and the CUDA context (about 0.5 GiB), the memory-mapped store, and what
+an allocator keeps: glibc's up to a fifth on CPUs, unless MALLOC_MMAP_THRESHOLD_ is set.
 
-On fake tensors, which have shapes and no values, a model of any size is traced in a second: what
-autograd keeps, what a kernel stores, and the largest temporary are all seen, whatever the model
-looks like.
+Time counts floating-point operations (6 per parameter and token for a forward and backward pass,
+attention in addition) of the *expected* cohort at full blocks, over what such a machine sustains.
+It may be wrong by a factor of three either way.
 
-    with FakeTensorMode(), PeakMemory() as memory:
-        loss = model(**batch).loss
-    memory.peak_bytes
+Existing estimators that were tried:
 
-What a rank holds at its peak, worked out beforehand: for `jobs/price.py --memory` and dry runs.
-
-What the kernel needs is not estimated but counted: the very kernel goes over the largest microbatch
-of a run on fake tensors, which have shapes and no values. What ZeRO holds is arithmetic, from what
-DeepSpeed 0.19.8 was seen to keep. Nothing is read but the model's configuration. Checked against
-processes at every stage (`tests/engine/test_memory.py`).
-
-    memory = estimate_memory(config.model, config.train, plan, block_tokens, config.cluster)
-    memory.total_bytes, print(memory.to_text())
-
-Not in it: Python, torch and the CUDA context (some 0.5 GiB), the memory-mapped store, and what an
-allocator keeps back: glibc's up to a fifth on CPUs, unless MALLOC_MMAP_THRESHOLD_ is set.
+- `torch.distributed._tools.mem_tracker.MemTracker` (torch 2.13) fails with "cannot register a hook
+  on a tensor that doesn't require gradient" on the ghost kernel, in whose passes parameters require
+  none. `PeakMemory` below counts storages and needs no hooks.
+- `deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs` and its counterpart for
+  stages 1 and 2 assume mixed precision (18 bytes per parameter) and leave out activations, the
+  float64 sum and the noise. Weights here are float32, and there are no half-precision copies.
 """
 
 from __future__ import annotations
@@ -54,66 +50,96 @@ from udp_ray.engine.kernels.gradients import summed_squared_norms
 from udp_ray.engine.loss import assume_chunks
 from udp_ray.models.load import checkpoint_activations, model_without_weights, trainable_parameters
 
-
-class PeakMemory(TorchDispatchMode):
-    """Follows every storage that is made inside the block. Works on real tensors as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = 0
-        """Held now."""
-        self.peak_bytes = 0
-        """The most that was held at once."""
-        self._sizes: dict[int, int] = {}
-        self._older: set[int] = set()  # storages that were there before, as weights are
-
-    def __torch_dispatch__(
-        self,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        for storage in _storages((args, kwargs)):  # a view of a weight takes nothing
-            name = storage._cdata
-            if name not in self._sizes and name not in self._older:
-                self._older.add(name)
-                weakref.finalize(storage, self._older.discard, name)
-        result = function(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            self._note(storage)
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        name = storage._cdata
-        if name in self._sizes or name in self._older:
-            return
-        self._sizes[name] = storage.nbytes()
-        self.live_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._forget, name)
-
-    def _forget(self, name: int) -> None:
-        self.live_bytes -= self._sizes.pop(name, 0)
-
-
-def _storages(values: Any) -> list[torch.UntypedStorage]:
-    return [
-        leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
-    ]
-
-
 FLOAT_BYTES = 4
 GIB = 2**30
 LIVE_BYTES = FLOAT_BYTES * 2**27
-"""What ZeRO 3 keeps whole at most, unless a layer is larger; `zero_slices.LIVE_VALUES`."""
+"""Most bytes that ZeRO 3 keeps whole, unless a layer is larger; `zero3.LIVE_VALUES`."""
 ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
-"""What ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
+"""Bytes that ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
+
+SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
+FLOPS_PER_WEIGHT_AND_TOKEN = 6
+FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
+ANOTHER_FORWARD_PASS = 4 / 3  # beside one forward and one backward pass, which costs two
+ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
+
+
+# ---- time and memory of a run
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated size, work, time and memory of a run."""
+
+    num_parameters: int
+    num_trainable: int
+    examples_per_step: float
+    flops_per_step: float
+    seconds_per_step: float
+    num_steps: int
+    memory: MemoryEstimate
+
+    def to_text(self) -> str:
+        """Returns the estimate for a terminal."""
+        hours = self.seconds_per_step * self.num_steps / 3600
+        total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+        return "\n".join(
+            [
+                "Estimate (time: rough, within a factor of three)",
+                f"  parameters         {self.num_trainable:,} trained of {self.num_parameters:,}",
+                f"  examples per step  {self.examples_per_step:g} (at most, in expectation)",
+                f"  work per step      {self.flops_per_step:.2e} FLOPs",
+                f"  time               {total}: {self.seconds_per_step:.3g} s a step,"
+                f" {self.num_steps} steps",
+                f"  memory             {self.memory.total_bytes / GIB:.2f} GiB a worker",
+            ]
+        )
+
+
+def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
+    """Returns the estimated time and memory of a run.
+
+    Raises:
+        ConfigError: If there is no such model.
+    """
+    with torch.device("meta"):
+        model = model_without_weights(config.model)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
+    text = model.config.get_text_config()
+    tokens = config.data.block_tokens
+    per_unit = plan.group_size if plan.sampling == "uls" else 1
+    examples = plan.expected_size * per_unit
+    attention = ATTENTION_FLOPS * text.num_hidden_layers * text.hidden_size * tokens
+    frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (num_parameters - num_trainable)
+    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * num_trainable + frozen + attention
+    passes = ANOTHER_FORWARD_PASS if config.train.activation_checkpointing else 1.0
+    flops = float(examples * tokens * per_token * passes)
+    return Estimate(
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        examples_per_step=examples,
+        flops_per_step=flops,
+        seconds_per_step=flops / _speed(config),
+        num_steps=plan.num_steps,
+        memory=estimate_memory(config.model, config.train, plan, tokens, config.cluster),
+    )
+
+
+def _speed(config: ExperimentConfig) -> float:
+    cluster = config.cluster
+    if cluster.use_gpu:
+        is_fast = config.model.autocast == "bfloat16"
+        return cluster.num_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
+    return cluster.num_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
+
+
+# ---- memory
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on rank 0, which holds the most."""
+    """Estimated bytes on rank 0, which holds the most."""
 
     weights: int
     """The model in float32, its buffers too."""
@@ -122,10 +148,10 @@ class MemoryEstimate:
     optimizer: int
     """The optimizer's state, and the master weights that ZeRO partitions."""
     kernel: int
-    """Activations, and gradients on their way into the sum; gone before the update."""
+    """Activations, and gradients before they are summed; freed before the update."""
     update: int
-    """Noise, gradients on their way to the optimizer and ZeRO's buckets for them; not there while a
-    kernel works."""
+    """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
+    works."""
 
     @property
     def total_bytes(self) -> int:
@@ -158,7 +184,7 @@ def estimate_memory(
     block_tokens: int,
     cluster: ClusterConfig,
 ) -> MemoryEstimate:
-    """Returns what rank 0 holds.
+    """Returns what rank 0 holds at its peak.
 
     Args:
         model: The model's settings.
@@ -188,7 +214,7 @@ def estimate_memory(
     weights = _bytes([*fake.parameters(), *fake.buffers()])
     trained = _bytes(parameters.values())
     is_sliced = train.zero_stage == 3
-    if is_sliced:  # its own slices, and what is whole while layers are at work
+    if is_sliced:  # its own slices, and what is gathered for the layers in use
         weights = weights // num_workers + min(weights, LIVE_BYTES)
     return MemoryEstimate(
         weights=weights,
@@ -204,9 +230,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _put_on_cpu(model: nn.Module) -> None:
-    """Replaces tensors without values on the meta device by such on the CPU, whose kernels count.
+    """Replaces tensors on the meta device by fake ones on the CPU, in place.
 
-    Under a FakeTensorMode. Tied parameters stay tied.
+    Call it under a FakeTensorMode. Tied parameters stay tied. The CPU decides which operators run,
+    and with them the temporary tensors that are counted.
     """
     made: dict[int, Any] = {}
     for module in model.modules():
@@ -224,7 +251,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
-    """Returns the optimizer's state and ZeRO's master weights, of which a rank has its share."""
+    """Returns this rank's part of the optimizer's state and of ZeRO's master weights."""
     tensors = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
     if train.zero_stage == 0:
         return trained * tensors
@@ -232,9 +259,9 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
-    """Returns what handing a gradient over takes: autograd copies it, ZeRO reduces the copy.
+    """Returns what the update takes: autograd copies the gradient, ZeRO reduces the copy.
 
-    From stage 1 on it does so in buckets.
+    From stage 1 on ZeRO reduces in buckets.
     """
     noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
     if train.zero_stage == 3:
@@ -256,10 +283,10 @@ def _kernel_bytes(
 ) -> int:
     """Returns the most that a kernel holds over its largest microbatch. Under a FakeTensorMode.
 
-    Where the kernel is chosen at the start of a run, the larger of the two counts.
+    Where a run selects the kernel at startup, the larger of the two is returned.
     """
     group = _largest_group(rows, tokens, train.microbatch_tokens)
-    # A group that fills more than a microbatch is the direct kernel's in any case.
+    # The direct kernel always processes a group that needs more than one microbatch.
     fits = sum(part.input_ids.numel() for part in group.microbatches) <= train.microbatch_tokens
     is_large = len(group.microbatches) > 1 or not fits
     counts = []
@@ -280,8 +307,8 @@ def _ghost_bytes(
     train: TrainConfig,
     group: Group,
 ) -> int:
-    """Returns what the ghost kernel holds over a microbatch as full as it gets."""
-    # It looks at what layers compute, on made-up input, and copies some, which fake tensors bewail.
+    """Returns what the ghost kernel holds over a full microbatch."""
+    # It runs layers on synthetic input and copies some, which fake tensors warn about.
     with unset_fake_temporarily(), warnings.catch_warnings(action="ignore", category=UserWarning):
         kernel = GhostKernel(
             model,
@@ -320,75 +347,49 @@ def _microbatch(rows: int, tokens: int) -> Microbatch:
     return Microbatch(ids, ids, torch.ones(rows))
 
 
-SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
-FLOPS_PER_WEIGHT_AND_TOKEN = 6
-FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN = 4  # no gradient of its own
-ANOTHER_FORWARD_PASS = 4 / 3  # beside one forward and one backward pass, which costs two
-ATTENTION_FLOPS = 12  # per layer, width and pair of tokens
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of storages that are created inside the block, on fake or real tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = 0
+        """Bytes allocated now."""
+        self.peak_bytes = 0
+        """Most bytes allocated at once."""
+        self._sizes: dict[int, int] = {}
+        self._older: set[int] = set()  # storages from before the block, as weights
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        for storage in _storages((args, kwargs)):  # a view of a weight takes nothing
+            name = storage._cdata
+            if name not in self._sizes and name not in self._older:
+                self._older.add(name)
+                weakref.finalize(storage, self._older.discard, name)
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            self._note(storage)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name in self._sizes or name in self._older:
+            return
+        self._sizes[name] = storage.nbytes()
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, name)
+
+    def _forget(self, name: int) -> None:
+        self.live_bytes -= self._sizes.pop(name, 0)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a run may take. Rough."""
-
-    num_parameters: int
-    num_trainable: int
-    examples_per_step: float
-    flops_per_step: float
-    seconds_per_step: float
-    num_steps: int
-    memory: MemoryEstimate
-
-    def to_text(self) -> str:
-        """Returns the estimate for a terminal."""
-        hours = self.seconds_per_step * self.num_steps / 3600
-        total = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-        return "\n".join(
-            [
-                "Estimate (time: rough, within a factor of three)",
-                f"  parameters         {self.num_trainable:,} trained of {self.num_parameters:,}",
-                f"  examples per step  {self.examples_per_step:g} (at most, in expectation)",
-                f"  work per step      {self.flops_per_step:.2e} FLOPs",
-                f"  time               {total}: {self.seconds_per_step:.3g} s a step,"
-                f" {self.num_steps} steps",
-                f"  memory             {self.memory.total_bytes / GIB:.2f} GiB a worker",
-            ]
-        )
-
-
-def estimate(config: ExperimentConfig, plan: PrivacyPlan) -> Estimate:
-    """Returns what a run may take.
-
-    Raises:
-        ConfigError: If there is no such model.
-    """
-    with torch.device("meta"):
-        model = model_without_weights(config.model)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_trainable = sum(p.numel() for p in trainable_parameters(model).values())
-    text = model.config.get_text_config()
-    tokens = config.data.block_tokens
-    per_unit = plan.group_size if plan.sampling == "uls" else 1
-    examples = plan.expected_size * per_unit
-    attention = ATTENTION_FLOPS * text.num_hidden_layers * text.hidden_size * tokens
-    frozen = FLOPS_PER_FROZEN_WEIGHT_AND_TOKEN * (num_parameters - num_trainable)
-    per_token = FLOPS_PER_WEIGHT_AND_TOKEN * num_trainable + frozen + attention
-    passes = ANOTHER_FORWARD_PASS if config.train.activation_checkpointing else 1.0
-    flops = float(examples * tokens * per_token * passes)
-    return Estimate(
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
-        examples_per_step=examples,
-        flops_per_step=flops,
-        seconds_per_step=flops / _speed(config),
-        num_steps=plan.num_steps,
-        memory=estimate_memory(config.model, config.train, plan, tokens, config.cluster),
-    )
-
-
-def _speed(config: ExperimentConfig) -> float:
-    cluster = config.cluster
-    if cluster.use_gpu:
-        is_fast = config.model.autocast == "bfloat16"
-        return cluster.num_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
-    return cluster.num_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
+def _storages(values: Any) -> list[torch.UntypedStorage]:
+    return [
+        leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)
+    ]

@@ -1,11 +1,13 @@
-"""The run-time proof that noise arrives exactly once and at the right scale, on every rank.
+"""The noise check: at the start of a run, noise arrives exactly once and at the right scale.
 
-A step without groups is rehearsed through the very path of a real one, with noise from a key used
-for nothing else and the optimizer held still. Every rank then compares what its optimizer would
-have been given with the noise expected, drawn anew by rank 0 and told to all chunk by chunk, and
-its scale with the plan's. Noise on each rank, on none, twice, or in the wrong slice fails the
-first, a generator of the wrong scale the second. Runs at the start of every run, before anything
-private is touched.
+    1. Rehearse a step without groups through the code of a real one, with noise from a key that is
+       used for nothing else and with the optimizer frozen.
+    2. On every rank, compare what the optimizer would receive with the expected noise, which rank 0
+       draws again and broadcasts chunk by chunk. Noise on each rank, on none, twice, or in the
+       wrong slice fails here.
+    3. Compare its standard deviation with the plan's. A generator of the wrong scale fails here.
+
+It runs before anything private is read.
 """
 
 from __future__ import annotations
@@ -21,25 +23,25 @@ from udp_ray.engine.step import PrivateStep
 from udp_ray.errors import GuaranteeError, NoiseCheckError
 
 ROUNDING = 1e-5
-"""Largest accepted difference, in noise standard deviations. Three float32 products lie between,
-each off by at most 6e-8 of values that are rarely above 6 standard deviations."""
+"""Largest accepted difference, in noise standard deviations. There are three float32 products in
+between, each off by at most 6e-8 of values that are rarely above 6 standard deviations."""
 
-TOLD_VALUES = 2**22
-"""Values of the noise expected that ranks hold at once (16 MiB). Speed and memory only."""
+BROADCAST_VALUES = 2**22
+"""Values of the expected noise that are broadcast at once (16 MiB). Speed and memory only."""
 
 SCALE_DEVIATIONS = 7.0
-"""Accepted distance of the measured scale, in its own standard errors: a sound run fails with a
-probability below 1e-11."""
+"""Largest accepted distance of the measured scale, in its standard errors: a correct run fails with
+a probability below 1e-11."""
 
 
 def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
-    """Returns if the noise of a rehearsed step is right; leaves weights and state bit for bit.
+    """Raises if the noise of a rehearsed step is wrong; changes no weight and no state. Collective.
 
-    Collective, and all ranks come to the same verdict.
+    All ranks come to the same result.
 
     Args:
         step: The step that training will take.
-        noise: On rank 0 noise from the run key's self-check domain; None elsewhere.
+        noise: Noise from the run key's domain for this check, on rank 0; None elsewhere.
 
     Raises:
         NoiseCheckError: The noise is missing, doubled, misplaced or of the wrong scale.
@@ -63,15 +65,15 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
 def _largest_difference(
     step: PrivateStep, arrived: dict[str, Tensor], noise: GaussianNoise | None
 ) -> float:
-    """Returns the largest distance on this rank between what arrived and the noise of rank 0."""
+    """Returns the largest difference on this rank between what arrived and the noise of rank 0."""
     worst = 0.0
     for name, shape in step.engine.shapes.items():
         first, last = step.engine.slice_range(name)
         values = arrived[name].reshape(-1)
         if values.numel() != last - first:
             raise GuaranteeError(f"{values.numel()} values of {name} arrived, not {last - first}")
-        for start in range(0, shape.numel(), TOLD_VALUES):
-            stop = min(shape.numel(), start + TOLD_VALUES)
+        for start in range(0, shape.numel(), BROADCAST_VALUES):
+            stop = min(shape.numel(), start + BROADCAST_VALUES)
             expected = torch.zeros(stop - start, device=values.device)
             if noise is not None:
                 expected += noise.slice(0, name, shape.numel(), start=start, stop=stop).to(expected)
@@ -85,7 +87,7 @@ def _largest_difference(
 
 
 def _root_mean_square(step: PrivateStep, arrived: dict[str, Tensor]) -> float:
-    """Returns the scale of what arrived on all ranks together."""
+    """Returns the root mean square of what arrived on all ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=step.world.device)
     for values in arrived.values():
         totals[0] += values.double().square().sum()
@@ -95,7 +97,7 @@ def _root_mean_square(step: PrivateStep, arrived: dict[str, Tensor]) -> float:
 
 
 def _all_agree(step: PrivateStep, verdict: bool) -> bool:
-    """Returns whether all ranks found the noise right."""
+    """Returns whether all ranks found the noise correct."""
     votes = torch.tensor(float(verdict), device=step.world.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MIN)
     return bool(votes.item())

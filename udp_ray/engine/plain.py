@@ -27,11 +27,11 @@ class PlainEngine:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], settings: TrainConfig, *, num_steps: int
     ) -> None:
-        """Creates the optimizer and its state.
+        """Creates the optimizer and its state. Collective.
 
         Args:
-            parameters: The trainable ones by name, float32, on their device, equal on all ranks and
-                in the same order.
+            parameters: The trainable ones by name, float32, on their device, in the same order on
+                all ranks. Those of rank 0 are broadcast.
             settings: Optimizer and schedule.
             num_steps: Steps of the run, for the schedule.
         """
@@ -40,6 +40,9 @@ class PlainEngine:
         self.state_kinds = state_kinds(settings)
         self._settings = settings
         self._num_steps = num_steps
+        if dist.get_world_size() > 1:
+            for parameter in self.parameters.values():
+                dist.broadcast(parameter.detach(), src=0)
         self._optimizer = make_optimizer(list(self.parameters.values()), settings)
         self._optimizer.state_kinds = self.state_kinds
         self._frozen_step()

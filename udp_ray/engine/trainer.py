@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, Subset, default_collate
 
 from udp_ray.config.experiment import SPEED_ONLY, TrainConfig
+from udp_ray.config.privacy import require_delta_below_inverse_population
 from udp_ray.data.batches import assign
 from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
@@ -89,8 +91,8 @@ class Trainer:
             read on rank 0 only.
         key: The key of the run, `ledger.key(attempt)` with a `LedgerAccountant`; else for tests.
         attempt: With a `LedgerAccountant`: its attempt, which says where training continues.
-        checkpoints: Folder for checkpoints, which all ranks read; None writes none. Required with
-            an attempt.
+        checkpoints: Folder for checkpoints, which all ranks read; each run has a folder of its own
+            in it. None writes none. Required with an attempt.
         evaluate: Returns metrics of the model on public held-out data; called in evaluation mode,
             on all ranks, before the first step, at checkpoints and after the last step.
         on_metrics: Called on rank 0 with each set of metrics as it may leave.
@@ -124,7 +126,7 @@ class Trainer:
         evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
         on_metrics: Callable[[Metrics], None] | None = None,
         microbatch_rows: int = 64,
-        autocast: str = "off",
+        autocast: Literal["off", "bfloat16"] = "off",
         collate: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
         self.model = model
@@ -134,7 +136,7 @@ class Trainer:
         self._accountant = InMemoryAccountant() if accountant is None else accountant
         self._key = key
         self._attempt = attempt
-        self._checkpoints = None if checkpoints is None else Path(checkpoints)
+        self._checkpoints = None if checkpoints is None else Path(checkpoints).resolve()
         self._evaluate = evaluate
         self._on_metrics = on_metrics
         self._loss = PerExampleLoss(loss)
@@ -156,7 +158,18 @@ class Trainer:
             Other errors: As `TrainingLoop.run`.
         """
         world = join_world()
+        self._require_equal_users(world)
         key, keys, attempt = self._begin(world)
+        folder = None if self._checkpoints is None else self._checkpoints / _run_name(keys, attempt)
+        if world.is_first and folder is not None:
+            _remove_uncommitted(folder, attempt)
+        number = 1 if attempt is None else attempt.number
+
+        def publish(step: int, checkpoint: Path | None) -> str | None:
+            if checkpoint is None or folder is None:
+                return None
+            return str(checkpoint.rename(folder / f"step-{step:08d}-attempt-{number}"))
+
         history: list[Metrics] = []
 
         def note(metrics: Metrics) -> None:
@@ -174,10 +187,10 @@ class Trainer:
                 settings=self._settings,
                 keys=keys,
                 accountant=self._accountant if world.is_first else None,
-                publish=None if self._checkpoints is None else self._publish,
+                publish=None if folder is None else publish,
                 on_metrics=note if world.is_first else None,
                 on_phase=None,
-                workspace=(self._checkpoints or Path(temporary)) / "workspace",
+                workspace=(folder or Path(temporary)) / "workspace",
                 attempt=attempt,
                 resume_from=None if resume is None else Path(resume),
                 provenance=world.from_first(lambda: {INPUTS: self._inputs_digest(key)}),
@@ -207,8 +220,6 @@ class Trainer:
         def begin() -> tuple[RankKeys, Attempt | None]:
             nonlocal key
             key = self._admitted_key()
-            if self._checkpoints is not None:
-                self._remove_uncommitted(self._checkpoints)
             return key.of_rank(1), self._attempt  # the noise key stays on rank 0
 
         keys, attempt = world.from_first(begin)
@@ -235,20 +246,15 @@ class Trainer:
             )
         return self._key
 
-    def _publish(self, step: int, checkpoint: Path | None) -> str | None:
-        """Renames a finished checkpoint into the folder of checkpoints; see `types.Publish`."""
-        if checkpoint is None or self._checkpoints is None:
-            return None
-        number = 1 if self._attempt is None else self._attempt.number
-        return str(checkpoint.rename(self._checkpoints / f"step-{step:08d}-attempt-{number}"))
-
-    def _remove_uncommitted(self, folder: Path) -> None:
-        """Removes what earlier attempts wrote and did not commit: it is no release of the run."""
-        folder.mkdir(parents=True, exist_ok=True)
-        committed = () if self._attempt is None else self._attempt.committed
-        for old in folder.glob("step-*-attempt-*"):
-            if str(old) not in committed:
-                shutil.rmtree(old)
+    def _require_equal_users(self, world: World) -> None:
+        """Refuses ranks that number users differently: one user could then be on two ranks."""
+        digest = hashlib.sha256(self._users.user_offsets.tobytes()).digest()
+        own = int.from_bytes(digest[:7], "big")
+        largest, smallest = world.largest(own), -world.largest(-own)
+        if largest != smallest:
+            raise ConfigError(
+                "the ranks have different users: give all ranks the same ones, in the same order"
+            )
 
     def _inputs_digest(self, key: RunKey | None) -> str:
         """Returns a digest of plan, settings, loss and data, keyed so that it does not reveal them.
@@ -614,6 +620,20 @@ def synthetic_examples(users: UserExamples) -> list[Any]:
     return [tree_map(synthetic, like) for like in likes]
 
 
+def _run_name(keys: RankKeys, attempt: Attempt | None) -> str:
+    """Returns the name of a run's folder of checkpoints."""
+    return keys.key_id if attempt is None else quote(attempt.run_id, safe="")
+
+
+def _remove_uncommitted(folder: Path, attempt: Attempt | None) -> None:
+    """Removes what earlier attempts wrote and did not commit: it is no release of the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    committed = () if attempt is None else attempt.committed
+    for old in folder.glob("step-*-attempt-*"):
+        if str(old) not in committed:
+            shutil.rmtree(old)
+
+
 def _refuse_model(model: nn.Module) -> None:
     parameters = trainable_parameters(model)
     if not parameters:
@@ -641,11 +661,13 @@ def _refuse_users(plan: PrivacyPlan, users: UserExamples) -> None:
         raise ConfigError(
             "users holds no examples: give one entry per user, with that user's examples"
         )
-    if plan.delta >= 1 / num_users:
-        raise ConfigError(
-            f"the plan's delta is {plan.delta:g}, which is not below 1 / users: such a delta allows"
-            " publishing a user outright; lower it"
-        )
+    require_delta_below_inverse_population(
+        plan.delta,
+        num_users,
+        field="the plan's delta",
+        population_name="users",
+        population_is_public=False,
+    )
     if plan.max_cohort_size is not None and plan.population < num_users:
         raise ConfigError(
             f"the plan's population is {plan.population}, below the number of users: with"

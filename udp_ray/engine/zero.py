@@ -1,13 +1,13 @@
-"""DeepSpeed ZeRO as a place to put a gradient: with `zero_slices.py` all that knows DeepSpeed.
+"""DeepSpeed ZeRO as the engine of private training; with `zero3.py` all that imports DeepSpeed.
 
-The gradient of a private step does not come from a loss. So nothing is back-propagated here: in
-stages 0 to 2 an autograd function whose backward returns given tensors is passed through
-`engine.backward`, which then reduces and partitions them as it would any gradient. Ranks are
-averaged; a caller who has the whole sum on rank 0 and zeros elsewhere multiplies by the world size.
-In stage 3 each rank hands in the slices that its optimizer will use.
+The gradient of a private step does not come from a loss. In stages 0 to 2 an autograd function
+whose backward returns given tensors is passed through `engine.backward`, which reduces and
+partitions them as any gradient. DeepSpeed averages over ranks; a caller with the whole sum on rank
+0 and zeros elsewhere multiplies by the world size. In stage 3 each rank gives the slices that its
+optimizer uses.
 
-What DeepSpeed does by itself and must not here is switched off and read back: its gradient clipping
-(on by default), skipped steps (each was paid for), round-robin gradients. Optimizer state is made
+What DeepSpeed does by default and must not do here is switched off and read back: gradient
+clipping, skipped steps (each was paid for), round-robin gradients. Optimizer state is created
 eagerly, so that it can be read and set by parameter name before the first step.
 """
 
@@ -28,7 +28,7 @@ from udp_ray.engine.distributed import own_device
 from udp_ray.engine.optim import learning_rate, make_optimizer, set_step, state_kinds
 from udp_ray.errors import GuaranteeError
 
-if not torch.cuda.is_available():  # else DeepSpeed looks for compilers and other accelerators
+if not torch.cuda.is_available():  # else DeepSpeed searches for compilers and accelerators
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
@@ -41,11 +41,11 @@ from deepspeed.utils import (
 
 from udp_ray.engine.zero3 import SlicedParameters, slice_model, sliced_options
 
-logger.setLevel(logging.ERROR)  # it warns of any optimizer that is not its own
+logger.setLevel(logging.ERROR)  # DeepSpeed warns about optimizers that are not its own
 warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
 
-# On CPUs DeepSpeed would compile a shared-memory operator of its inference engine at every start,
-# and fail where there is no compiler. Marked as not compatible, it is left out.
+# On CPUs DeepSpeed compiles a shared-memory operator of its inference engine at every start, and
+# fails without a compiler. Marked as not compatible, the operator is left out.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 BUCKET_ELEMENTS = 2**25
@@ -53,7 +53,7 @@ BUCKET_ELEMENTS = 2**25
 
 
 class ZeroEngine:
-    """A model whose trainable parameters are moved by gradients handed in, in float32."""
+    """A model whose trainable parameters DeepSpeed moves by gradients that are given to it."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class ZeroEngine:
         """Wraps `model`, which must be float32 and equal on all ranks. Collective.
 
         Args:
-            model: The model, which stays usable by itself. In stages 0 to 2 it always holds the
-                whole weights. In stage 3 it comes in host memory and holds slices from now on, and
-                a forward or backward pass is collective.
+            model: The model, which can still be called directly. In stages 0 to 2 it always holds
+                the whole weights. In stage 3 it must be in host memory and holds slices from now
+                on, and a forward or backward pass is collective.
             parameters: The trainable ones by name, in the same order on all ranks.
             settings: Optimizer, schedule, ZeRO stage and offload.
             num_steps: Steps of the run, for the schedule.
@@ -94,11 +94,11 @@ class ZeroEngine:
             dist_init_required=False,
         )
         _check_switches(self._engine)
-        self._form: SlicedParameters | _WholeParameters
+        self._stage: SlicedParameters | _WholeParameters
         if self.is_sliced:
-            self._form = SlicedParameters(self._engine, self.parameters, self.shapes)
+            self._stage = SlicedParameters(self._engine, self.parameters, self.shapes)
         else:
-            self._form = _WholeParameters(self._engine, self.parameters)
+            self._stage = _WholeParameters(self._engine, self.parameters)
         self._create_optimizer_state()
 
     def apply(self, gradients: Mapping[str, Tensor], step: int) -> None:
@@ -109,13 +109,13 @@ class ZeroEngine:
                 this rank's slices.
             step: Fixes the learning rate.
         """
-        self._form.hand_over(gradients)
+        self._stage.set_gradients(gradients)
         self._step(step)
 
     def apply_losses(self, losses: Sequence[Callable[[], Tensor]], step: int) -> None:
         """Moves the weights by the mean over ranks of the gradient of the sum of `losses`.
 
-        Ordinary training, with no clipping and no noise: what a private step is compared with.
+        This is training without clipping and noise, with which private steps are compared.
 
         Args:
             losses: Each returns the loss of one microbatch, when its backward pass is due. There
@@ -123,20 +123,20 @@ class ZeroEngine:
             step: Fixes the learning rate.
         """
         for number, loss in enumerate(losses, start=1):
-            if self.is_sliced:  # or else each gradient takes the place of the one before
+            if self.is_sliced:  # else each gradient replaces the one before
                 self._engine.optimizer.clear_backward_seen_flag()
             self._engine.set_gradient_accumulation_boundary(number == len(losses))
             self._engine.backward(loss())
         self._step(step)
 
     def read_back(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns what the optimizer would have been given for `gradients`, and moves nothing.
+        """Returns what the optimizer would receive in `apply`, and changes nothing. Collective.
 
-        Collective. In stages 0 to 2 each rank's slice passes through the same reduction as in
-        `apply`, then all slices are put together on every rank. In stage 3 it is what the held
-        optimizer found: this rank's slices, padding left out, flat.
+        In stages 0 to 2 each rank's slice passes through the same reduction as in `apply`, and all
+        slices are gathered on every rank. In stage 3 it is what the frozen optimizer has seen: this
+        rank's slices, flat and without padding.
         """
-        self._form.hand_over(gradients)
+        self._stage.set_gradients(gradients)
         if not self.is_sliced:
             arrived = {name: safe_get_full_grad(p).clone() for name, p in self.parameters.items()}
             self._frozen_step()
@@ -150,22 +150,22 @@ class ZeroEngine:
         return {name: part[: self._num_local(name)] for name, part in slices.items()}
 
     def local(self, name: str) -> Tensor:
-        """Returns what this rank holds of a trainable parameter: all of it, or a flat slice."""
-        return self._form.local(name)
+        """Returns the values of a parameter that this rank holds: all of it, or a flat slice."""
+        return self._stage.local(name)
 
     def slice_range(self, name: str) -> tuple[int, int]:
-        """Returns which values of the flattened parameter those are: start and stop."""
-        return self._form.slice_range(name)
+        """Returns start and stop of those values in the flattened parameter."""
+        return self._stage.slice_range(name)
 
     def weights(self) -> dict[str, Tensor]:
         """Returns the whole weights by name, in host memory, on rank 0; else {}. Collective."""
-        wholes = {name: self._form.weight(name) for name in self.parameters}
+        wholes = {name: self._stage.weight(name) for name in self.parameters}
         return {name: whole for name, whole in wholes.items() if whole is not None}
 
     def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         """Returns the state as {kind: {parameter: whole tensor}} on rank 0 as `weights` does."""
         wholes = {
-            kind: {name: self._form.state(name, kind) for name in self.parameters}
+            kind: {name: self._stage.state(name, kind) for name in self.parameters}
             for kind in self.state_kinds
         }
         return {
@@ -177,15 +177,15 @@ class ZeroEngine:
         """Sets the state saved by `optimizer_state` after `step`, at any world size and stage."""
         for kind in self.state_kinds:
             for name in self.parameters:
-                self._form.set_state(name, kind, state[kind][name])
+                self._stage.set_state(name, kind, state[kind][name])
         set_step(self._optimizer, step)
 
     def close(self) -> None:
-        """Takes DeepSpeed off the model, whose parameters are whole and own their memory again.
+        """Removes DeepSpeed from the model, whose parameters are whole and own their memory again.
 
-        After stage 3 they lie in host memory.
+        After stage 3 they are in host memory.
         """
-        self._form.release()
+        self._stage.release()
 
     def _step(self, step: int) -> None:
         rate = learning_rate(self._settings, step, num_steps=self._num_steps)
@@ -196,15 +196,15 @@ class ZeroEngine:
             raise GuaranteeError("DeepSpeed skipped a step that was paid for")
 
     def _frozen_step(self) -> None:
-        """Lets DeepSpeed finish a step, its buffers emptied, while the optimizer stands still."""
+        """Completes a step of DeepSpeed, which empties its buffers, with a frozen optimizer."""
         self._optimizer.is_frozen = True
         self._engine.step()
         self._optimizer.is_frozen = False
 
     def _create_optimizer_state(self) -> None:
-        """Fills the state with zeros now, and has ZeRO link its slices to parameter names."""
+        """Creates state of zeros, and has ZeRO link its slices to parameter names."""
         self._optimizer.state_kinds = self.state_kinds
-        self._form.hand_over({name: self._form.zeros(name) for name in self.parameters})
+        self._stage.set_gradients({name: self._stage.zeros(name) for name in self.parameters})
         self._frozen_step()
 
     def _num_local(self, name: str) -> int:
@@ -213,13 +213,13 @@ class ZeroEngine:
 
 
 class _WholeParameters:
-    """Trainable parameters that every rank holds whole: ZeRO 0 to 2."""
+    """Trainable parameters in ZeRO 0 to 2, where every rank holds them whole."""
 
     def __init__(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
         self._engine = engine
         self._parameters = parameters
 
-    def hand_over(self, gradients: Mapping[str, Tensor]) -> None:
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Makes the mean over ranks of `gradients` the gradient of the coming step. Collective."""
         given = [gradients[name] for name in self._parameters]
         self._engine.backward(_GivenGradients.apply(given, *self._parameters.values()))
@@ -276,11 +276,11 @@ class _GivenGradients(torch.autograd.Function):
 def _deepspeed_config(model: nn.Module, settings: TrainConfig) -> dict[str, Any]:
     stage = settings.zero_stage
     return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; it sees no batch of ours
+        "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, which sees no batch
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1.0, which would clip the noisy mean
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # ours, which can be held, also on the host
+        "zero_force_ds_cpu_optimizer": False,  # ours can be frozen, also in host memory
         "steps_per_print": None,
         "fp16": {"enabled": False},
         "bf16": {"enabled": False},
@@ -296,7 +296,7 @@ def _deepspeed_config(model: nn.Module, settings: TrainConfig) -> dict[str, Any]
 
 
 def _check_switches(engine: Any) -> None:
-    """Reads back what a change of DeepSpeed's defaults could silently turn on."""
+    """Reads back what a change of DeepSpeed's defaults could turn on unnoticed."""
     if engine.gradient_clipping() != 0.0:
         raise GuaranteeError("DeepSpeed would clip the noisy gradient")
     if engine.gradient_accumulation_steps() != 1:

@@ -1,9 +1,8 @@
-"""What ZeRO 3 does otherwise: parameters, gradients and optimizer state exist in slices only.
+"""The part of `ZeroEngine` for ZeRO 3, where parameters, gradients and state exist in slices only.
 
-`ZeroEngine` asks `SlicedParameters` here where stages 0 to 2 have whole tensors. A rank sets its
-slices of the gradient itself, so no gradient passes through DeepSpeed's own reduction. Whatever has
-to be whole, for a checkpoint or at the end, is put together parameter by parameter, in memory of
-the host.
+A rank sets its slices of the gradient itself, so that no gradient passes through DeepSpeed's
+reduction. What must be whole, for a checkpoint or at the end, is gathered parameter by parameter in
+host memory.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from udp_ray.errors import GuaranteeError
 
 PERSISTENT_SHARE = 1e-4
 """Parameters of at most this share of the model's values stay whole on every rank: norms and
-biases, for which a gather costs more time than it saves memory."""
+biases, whose gathering costs more time than slicing saves memory."""
 
 PREFETCHED_VALUES = 2**24
 """Float32 values of the next layers that are gathered ahead (64 MiB). Speed and memory only."""
 
 LIVE_VALUES = 2**27
-"""Most values whole at once, unless one layer has more (512 MiB). Speed and memory only."""
+"""Most values that are whole at once, unless a layer has more (512 MiB). Speed and memory only."""
 
 
 def sliced_options(model: nn.Module, offload: str) -> dict[str, Any]:
-    """Returns what DeepSpeed is told of stage 3 beyond what it is told of every stage."""
+    """Returns DeepSpeed's options for stage 3 alone."""
     num_values = sum(parameter.numel() for parameter in model.parameters())
     options: dict[str, Any] = {
         "overlap_comm": True,  # gathers ahead on a stream of its own
@@ -56,14 +55,14 @@ def sliced_options(model: nn.Module, offload: str) -> dict[str, Any]:
 
 
 def slice_model(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:
-    """Cuts the parameters of a model in host memory, one after the other; buffers are moved."""
+    """Slices the parameters of a model in host memory, one by one; moves its buffers."""
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
 
 
 class SlicedParameters:
-    """Trainable parameters of which this rank holds one slice each."""
+    """Trainable parameters in ZeRO 3, of each of which this rank holds a slice."""
 
     def __init__(
         self,
@@ -78,26 +77,28 @@ class SlicedParameters:
         for name, shape in shapes.items():
             expected = slice_length(shape.numel(), self._num_ranks)
             if self._slice(name).numel() != expected:
-                raise GuaranteeError("DeepSpeed cuts parameters in another way than noise is cut")
+                raise GuaranteeError(
+                    "DeepSpeed slices parameters in another way than noise is sliced"
+                )
 
-    def hand_over(self, gradients: Mapping[str, Tensor]) -> None:
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Makes this rank's slices the gradient of the coming step."""
-        # DeepSpeed makes room for gradients at the end of a backward pass, be it through nothing.
+        # DeepSpeed allocates gradients at the end of a backward pass, even of an empty one.
         self._engine.backward(torch.zeros((), device=self._engine.device, requires_grad=True) * 1)
         for name, parameter in self._parameters.items():
             safe_set_local_grad(parameter, gradients[name])
 
     def zeros(self, name: str) -> Tensor:
-        """Returns a gradient of zeros as `hand_over` takes it, padding included."""
+        """Returns a gradient of zeros for `set_gradients`, padding included."""
         return torch.zeros_like(self._slice(name), requires_grad=False)
 
     def local(self, name: str) -> Tensor:
-        """Returns this rank's slice of a parameter without padding, which may hold anything."""
+        """Returns this rank's slice of a parameter without its padding, which is arbitrary."""
         start, stop = self.slice_range(name)
         return self._slice(name).detach()[: stop - start]
 
     def slice_range(self, name: str) -> tuple[int, int]:
-        """Returns which values of the flattened parameter this rank's slice holds."""
+        """Returns start and stop of this rank's slice in the flattened parameter."""
         return slice_range(self._shapes[name].numel(), self._rank, self._num_ranks)
 
     def weight(self, name: str) -> Tensor | None:
@@ -115,8 +116,8 @@ class SlicedParameters:
         safe_set_local_optimizer_state(self._parameters[name], held, kind)
 
     def release(self) -> None:
-        """Takes DeepSpeed off the model, which is whole again on every rank, in host memory."""
-        self._engine.empty_partition_cache()  # whatever was still being gathered ahead
+        """Removes DeepSpeed from the model, which is whole again on every rank, in host memory."""
+        self._engine.empty_partition_cache()  # what is still being gathered ahead
         wholes = {}
         for name, parameter in self._parameters.items():
             with deepspeed.zero.GatheredParameters([parameter]):

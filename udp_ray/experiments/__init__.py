@@ -1,1 +1,1 @@
-"""Studies and recipes as library functions: the demo, its base model, the paper's experiments."""
+"""Experiments as library functions: demo, pretraining, planner, mean estimation, benchmark."""

@@ -1,16 +1,16 @@
-"""How alike a user's gradients are: rho and L, measured with a model on public or proxy text.
+"""Mean cosine rho and norm L of gradients of one user, measured with a model on public text.
 
-Plain measurement without privacy: the text must not be that of the people to be protected. Users
-with two examples or more are drawn, and of each some examples; the gradient of each example's mean
-token loss at the model's present weights is taken alone. Only sums of unit gradients are kept, so
-memory is that of a few gradients: with s_u the sum of a user's m unit gradients, the mean cosine of
-the user's pairs is (|s_u|^2 - m) / (m (m - 1)).
+The measurement is not private, so the text must not be that of the users to be protected. Some
+users with at least two examples are drawn, and some examples of each. The gradient of the mean
+token loss is taken example by example, at the current weights of the model. Only sums of unit
+gradients are kept, so memory is that of a few gradients: with s_u the sum of the m unit gradients
+of user u, the mean cosine over the user's pairs is (|s_u|^2 - m) / (m (m - 1)).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from udp_ray.config.planner import EstimateConfig
+from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.planner import EstimateConfig
 from udp_ray.models.load import load_model, load_tokenizer, trainable_parameters
 
 
@@ -37,7 +37,7 @@ class GradientEstimate:
     standard_error: float
     """Of the cosine, over users."""
     cosine_between: float
-    """Mean cosine between examples of different users, which the planner takes as zero."""
+    """Mean cosine between examples of different users, which the planner assumes to be zero."""
     norm: float
     """Root mean square norm of one example's gradient."""
     num_users: int
@@ -65,7 +65,9 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
         raise DataError(
             f"--estimate-on {file} has fewer than two users with two examples: give more text"
         )
+    display = current()
     try:
+        display.phase("loading the model")
         tokenizer = load_tokenizer(config.model)
         model = load_model(config.model, dropout=0.0).eval()
     except ConfigError as error:
@@ -86,8 +88,14 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
     encoded = [[encode(text) for text in user] for user in texts]
     users = [[tokens for tokens in user if len(tokens) >= 2] for user in encoded]
     users = [user for user in users if len(user) >= 2]
-    bar = tqdm(users, desc="measuring gradients", unit="user", dynamic_ncols=True)
-    return summarize([gradient(tokens) for tokens in user] for user in bar)
+    display.phase("measuring gradients", total=len(users), unit="user")
+
+    def gradients() -> Iterator[list[list[Tensor]]]:
+        for number, user in enumerate(users):
+            display.advance(number)
+            yield [gradient(tokens) for tokens in user]
+
+    return summarize(gradients())
 
 
 def summarize(users: Iterable[Iterable[Sequence[Tensor]]]) -> GradientEstimate:
@@ -100,7 +108,7 @@ def summarize(users: Iterable[Iterable[Sequence[Tensor]]]) -> GradientEstimate:
     Raises:
         DataError: If there are fewer than two users, or a gradient is zero or not finite.
     """
-    everything: list[Tensor] = []
+    all_users: list[Tensor] = []
     cosines, squared_norms, sizes, squared_sums = [], [], [], []
     for user in users:
         total: list[Tensor] = []
@@ -116,14 +124,14 @@ def summarize(users: Iterable[Iterable[Sequence[Tensor]]]) -> GradientEstimate:
         cosines.append((squared_sum - size) / (size * (size - 1)))
         sizes.append(size)
         squared_sums.append(squared_sum)
-        _add(everything, total, 1.0)
+        _add(all_users, total, 1.0)
     if len(cosines) < 2:
         raise DataError("--estimate-on has fewer than two users with two examples: give more text")
     pairs = sum(sizes) ** 2 - sum(size**2 for size in sizes)
     return GradientEstimate(
         cosine=float(np.mean(cosines)),
         standard_error=float(np.std(cosines, ddof=1) / math.sqrt(len(cosines))),
-        cosine_between=(_norm(everything) ** 2 - sum(squared_sums)) / pairs,
+        cosine_between=(_norm(all_users) ** 2 - sum(squared_sums)) / pairs,
         norm=math.sqrt(float(np.mean(squared_norms))),
         num_users=len(sizes),
         num_examples=sum(sizes),

@@ -1,8 +1,8 @@
-"""Pretrain a small GPT-2 and its tokenizer on public text: the base model of the demo.
+"""Pretraining of a small GPT-2 and its tokenizer on public text: the base model of the demo.
 
-Plain training in one process, without any privacy: whatever text goes in here must be public, for
-neither the weights nor the tokenizer of a base model are covered by a later run's guarantee. It is
-a recipe, not a part of the private path; fine-tuning under a budget is `jobs/train.py`.
+Trains in one process, without privacy. All text must be public, because neither the weights nor the
+tokenizer of a base model are covered by the guarantee of a later run. Private fine-tuning is
+`jobs/train.py`.
 
     report = pretrain(PretrainConfig(input=["public.parquet"], output="build/model"))
     report.heldout_loss
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,23 +25,24 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as functional
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from udp_ray.config.pretrain import PretrainConfig
+from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import OutputFolder
+from udp_ray.runs.provenance import processor_name
 
 END_OF_TEXT = "<|endoftext|>"
 _ADAM_BETAS = (0.9, 0.95)
-_GRADIENT_BOUND = 1.0  # against the spikes of early training; nothing to do with privacy
+_GRADIENT_BOUND = 1.0  # against spikes early in training; unrelated to privacy
 _FINAL_LEARNING_RATE = 0.05  # of the peak
 _EVALUATED_BLOCKS = 512
 
 
 @dataclass(frozen=True)
 class PretrainReport:
-    """What made a checkpoint, for its model card. All of it is public."""
+    """How a checkpoint was made, for its model card. All of it is public."""
 
     num_parameters: int
     num_texts: int
@@ -59,10 +59,15 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
     """Trains tokenizer and model on the public text and writes both, with a model card."""
     start = time.monotonic()
     require_usable(config)
+    display = current()
+    display.phase("reading text")
     texts = [text for file in config.input for text in read_texts(file, config.text_column)]
-    tokenizer = train_tokenizer(texts, vocab_size=config.vocab_size, context=config.context_tokens)
-    rng = np.random.default_rng(config.seed)
-    blocks = pack([texts[i] for i in rng.permutation(len(texts))], tokenizer, config.context_tokens)
+    vocabulary, context = config.vocab_size, config.context_tokens
+    display.phase(f"training the tokenizer on {len(texts):,} texts")
+    tokenizer = train_tokenizer(texts, vocab_size=vocabulary, context=context)
+    display.phase("packing tokens")
+    order = np.random.default_rng(config.seed).permutation(len(texts))
+    blocks = pack([texts[i] for i in order], tokenizer, context)
     model = build_model(config, tokenizer)
 
     def save() -> None:
@@ -74,8 +79,9 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
             save()
     heldout_loss = None
     if config.heldout is not None:
+        display.phase("evaluating")
         heldout = read_texts(config.heldout, config.text_column)
-        heldout_loss = mean_token_loss(model, pack(heldout, tokenizer, config.context_tokens))
+        heldout_loss = mean_token_loss(model, pack(heldout, tokenizer, context))
     report = PretrainReport(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_texts=len(texts),
@@ -85,7 +91,7 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
         seconds=time.monotonic() - start,
         inputs={Path(file).name: _sha256(file) for file in config.input},
         versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
-        hardware=f"{_processor()}, {torch.get_num_threads()} threads",
+        hardware=f"{processor_name()}, {torch.get_num_threads()} threads",
     )
     (Path(config.output) / "README.md").write_text(model_card(config, report))
     return report
@@ -130,7 +136,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        # All bytes, so that no text is beyond the tokenizer, whatever the public text lacks.
+        # All bytes, so that the tokenizer can encode any text.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -186,24 +192,25 @@ def build_model(config: PretrainConfig, tokenizer: PreTrainedTokenizerFast) -> G
 def train_steps(
     model: GPT2LMHeadModel, blocks: np.ndarray, config: PretrainConfig
 ) -> Iterator[int]:
-    """Trains on the blocks in turn, starting over when they are used up; yields each step done."""
+    """Trains on the blocks in order, again from the first after the last; yields each step done."""
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=_ADAM_BETAS
     )
     model.train()
     smoothed = None
-    bar = tqdm(range(1, config.steps_taken + 1), desc="pretrain", unit="step", mininterval=1.0)
-    for step in bar:
+    display = current()
+    display.phase("training", total=config.steps_taken)
+    for step in range(1, config.steps_taken + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config)
-        chosen = np.arange((step - 1) * config.batch_blocks, step * config.batch_blocks)
-        loss = _loss(model, blocks[chosen % len(blocks)], autocast=config.autocast == "bfloat16")
+        indices = np.arange((step - 1) * config.batch_blocks, step * config.batch_blocks)
+        loss = _loss(model, blocks[indices % len(blocks)], autocast=config.autocast == "bfloat16")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), _GRADIENT_BOUND)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         smoothed = loss.item() if smoothed is None else 0.95 * smoothed + 0.05 * loss.item()
-        bar.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
+        display.advance(step, loss=f"{smoothed:.3f}")
         yield step
 
 
@@ -220,9 +227,9 @@ def learning_rate_at(step: int, config: PretrainConfig) -> float:
 def mean_token_loss(model: GPT2LMHeadModel, blocks: np.ndarray) -> float:
     """Returns the mean loss per predicted token on the first blocks, in nats."""
     model.eval()
-    chosen = blocks[:_EVALUATED_BLOCKS]
     # Blocks are equally long, so the mean over blocks is the mean over tokens.
-    losses = [_loss(model, block[None], autocast=False).item() for block in chosen]
+    evaluated = blocks[:_EVALUATED_BLOCKS]
+    losses = [_loss(model, block[None], autocast=False).item() for block in evaluated]
     return sum(losses) / len(losses)
 
 
@@ -243,7 +250,7 @@ def _parameter_groups(model: GPT2LMHeadModel, weight_decay: float) -> list[dict[
 
 
 def model_card(config: PretrainConfig, report: PretrainReport) -> str:
-    """Returns the README of a checkpoint: what made it, from which text, with what result."""
+    """Returns the README of a checkpoint: its text, its training, its held-out loss."""
     inputs = "\n".join(f"- `{name}`, sha256 `{digest}`" for name, digest in report.inputs.items())
     heldout = ""
     if report.heldout_loss is not None and config.heldout is not None:
@@ -281,7 +288,7 @@ Settings: `{json.dumps(settings)}`
 
 
 def require_usable(config: PretrainConfig) -> None:
-    """Refuses files that cannot be read and a folder that cannot be written, before any work.
+    """Checks that all files can be read and the output folder can be written, before any work.
 
     Raises:
         ConfigError: If a file is missing, or the output folder holds something.
@@ -296,14 +303,15 @@ def require_usable(config: PretrainConfig) -> None:
 
 
 def dry_run(config: PretrainConfig) -> str:
-    """Returns what a run would do, having only looked at its files."""
+    """Returns what a run would do; only looks at its files."""
     require_usable(config)
     embeddings = (config.vocab_size + config.context_tokens) * config.width
     parameters = embeddings + config.num_layers * 12 * config.width**2
     tokens = config.steps_taken * config.tokens_per_step
     return (
-        f"pretrain about {parameters:,} parameters ({parameters * 4 / 1e6:.1f} MB) on {tokens:,}"
-        f" tokens in {config.steps_taken:,} steps, about {6 * parameters * tokens:.1e} operations,"
+        f"Would pretrain about {parameters:,} parameters ({parameters * 4 / 1e6:.1f} MB) on"
+        f" {tokens:,} tokens in {config.steps_taken:,} steps, about"
+        f" {6 * parameters * tokens:.1e} operations,"
         f" into {config.output}"
     )
 
@@ -311,16 +319,6 @@ def dry_run(config: PretrainConfig) -> str:
 def _sha256(file: str) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _processor() -> str:
-    """Returns the model name of the processor, as Linux tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def report_json(report: PretrainReport) -> str:

@@ -1,12 +1,12 @@
-"""The ledger's database: where it may lie, how it is opened, and transactions that last.
+"""The ledger's database: where it may be kept, how it is opened, and durable transactions.
 
-Here belongs all that differs between SQLite and PostgreSQL. Either way a `write` transaction is
+Everything that differs between SQLite and PostgreSQL is here. With either, a `write` transaction is
 durable when it returns, and two of them that touch the same dataset or run exclude each other.
 
-SQLite runs in WAL mode with synchronous=FULL: a transaction costs one flush of the disk instead
-of three or four with a rollback journal (each step of a run is one transaction), and a reader, as
-`jobs/ledger.py show`, never holds up a running job. The price are two side files, -wal and -shm,
-that belong to the ledger: who copies it while a run is on copies all three.
+SQLite runs in WAL mode with synchronous=FULL: a transaction costs one flush of the disk instead of
+three or four with a rollback journal (each step of a run is one transaction), and a reader, such as
+`jobs/ledger.py show`, never blocks a running job. WAL mode needs two side files, -wal and -shm,
+that belong to the ledger: a copy made during a run must include all three.
 
     database = Database.at("sqlite:////data/ledger.sqlite")
     with database.write() as connection:
@@ -55,7 +55,7 @@ class Database:
     def __init__(self, url: URL, engine: Engine):
         """Use `at`."""
         self.url = public_url(url)
-        """The URL without password; sufficient where the password comes from ~/.pgpass."""
+        """The URL without password; sufficient if the password comes from ~/.pgpass."""
         self._path = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
         self._identity: tuple[int, int] | None = None
         self._engine = engine
@@ -66,7 +66,7 @@ class Database:
 
         Raises:
             LedgerError: If the URL is malformed, of another kind of database, or names a place
-                where a ledger would not last.
+                where a ledger would not be durable.
         """
         parsed = parse_url(url)
         if parsed.get_backend_name() == "sqlite":
@@ -78,10 +78,12 @@ class Database:
         self._engine.dispose()
 
     def require(self) -> None:
-        """Sees to it that the database is there, is the owner's alone, and stays the same file.
+        """Checks that the database exists and that only its owner can read it.
+
+        Later transactions check that it is still the same file.
 
         Raises:
-            LedgerError: Otherwise.
+            LedgerError: If a check fails, or a PostgreSQL server does not flush to its disk.
         """
         if self._path is None:
             self._require_durable_server()
@@ -98,58 +100,58 @@ class Database:
         self._identity = (status.st_dev, status.st_ino)
 
     def missing(self) -> LedgerError:
-        """Returns the error that says that there is no ledger here."""
+        """Returns the error for a ledger that does not exist."""
         return LedgerError(
-            f"there is no ledger at {self.url}, which does not mean that nothing was spent: mend"
+            f"there is no ledger at {self.url}, which does not mean that nothing was spent: fix"
             " data.ledger or restore the ledger; only jobs/prepare.py makes a new one"
         )
 
     @contextlib.contextmanager
     def create(self) -> Iterator[Connection]:
-        """Gives a transaction in which a ledger is made; it appears whole or not at all.
+        """Yields a transaction that creates a ledger, which then exists completely or not at all.
 
         Raises:
-            LedgerError: If there is a file already, or the place cannot be written.
+            LedgerError: If there is a file already, or the folder cannot be written.
         """
         if self._path is None:
             with self.write() as connection:
-                self.take_turns(connection)
+                self.lock_schema(connection)
                 yield connection
             return
-        aside = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
+        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, OWNER_ONLY))
-            with contextlib.closing(sqlite3.connect(aside)) as connection:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, OWNER_ONLY))
+            with contextlib.closing(sqlite3.connect(temporary)) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")  # a property of the file
-            engine = _sqlite_engine(aside)
+            engine = _sqlite_engine(temporary)
             with engine.begin() as connection:
                 yield connection
             engine.dispose()  # moves the side files' content into the file
-            give_name(aside, self._path)
+            give_name(temporary, self._path)
         except OSError as error:
             raise LedgerError(
                 f"a ledger cannot be made at {self._path}: {error.strerror}; give data.ledger a"
                 " place that can be written"
             ) from None
         finally:
-            for leftover in aside.parent.glob(f"{aside.name}*"):
+            for leftover in temporary.parent.glob(f"{temporary.name}*"):
                 leftover.unlink()
 
-    def take_turns(self, connection: Connection) -> None:
-        """Waits, within a transaction, for all others that change the tables themselves."""
-        if self._path is None:  # SQLite's writers take turns anyway
+    def lock_schema(self, connection: Connection) -> None:
+        """Waits, within a transaction, for other transactions that create or migrate tables."""
+        if self._path is None:  # SQLite's writers exclude each other anyway
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_SCHEMA_LOCK})")
 
     @contextlib.contextmanager
     def write(self, *, dry_run: bool = False) -> Iterator[Connection]:
-        """Gives a transaction that is durable once the block has ended.
+        """Yields a transaction that is durable once the block has ended.
 
         Args:
-            dry_run: Undo everything at the end instead.
+            dry_run: Roll everything back at the end instead.
 
         Raises:
-            LedgerUnavailableError: If the database did not answer; the whole may be tried again.
+            LedgerUnavailableError: If the database did not answer; the block may be retried.
             LedgerError: If it refused.
         """
         with self._translated(), self._engine.begin() as connection:
@@ -159,19 +161,19 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """Gives a consistent view that waits for no writer."""
+        """Yields a consistent view, without waiting for writers."""
         with self._translated(), self._engine.connect() as connection:
             connection.execution_options(reads_only=True)
-            if self._path is None:  # SQLite's readers see one moment anyway
+            if self._path is None:  # a SQLite reader has a consistent view anyway
                 connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
                 yield connection
 
     def scrub(self, table: str) -> None:
-        """Clears what overwritten rows left behind, as far as the database can.
+        """Clears the remains of overwritten rows, as far as the database can.
 
         Edge cases:
-            Another program may be reading: SQLite then clears the rest at a later close.
+            If another program reads at the time, SQLite clears the rest at a later close.
         """
         if self._path is not None:
             with self._translated(), self._engine.connect() as connection:
@@ -183,14 +185,14 @@ class Database:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Checks that the file is still ours, and turns the database's errors into ours."""
+        """Checks that the file is the one opened, and translates the driver's errors."""
         self._require_same_file()
         try:
             yield
         except (OperationalError, InterfaceError) as error:
             raise LedgerUnavailableError(
-                f"the ledger at {self.url} does not answer ({_reason(error)}): see to its database,"
-                " then try again"
+                f"the ledger at {self.url} does not answer ({_reason(error)}): check its database,"
+                " then retry"
             ) from None
         except IntegrityError:
             raise
@@ -210,7 +212,7 @@ class Database:
         if (status.st_dev, status.st_ino) != self._identity:
             raise LedgerError(
                 f"{self._path} was replaced while it was open: what this process would write now"
-                " could be lost; put the ledger back and resume"
+                " could be lost; restore the ledger and resume"
             )
 
     def _require_durable_server(self) -> None:
@@ -218,15 +220,15 @@ class Database:
             if connection.exec_driver_sql("SHOW fsync").scalar() == "off":
                 raise LedgerError(
                     f"the server of {self.url} runs with fsync = off, so a reserved step could be"
-                    " forgotten: switch it on"
+                    " lost: switch it on"
                 )
 
 
-def give_name(aside: Path, path: Path) -> None:
-    """Gives a ledger that was made aside its name; refuses a name that is taken.
+def give_name(temporary: Path, path: Path) -> None:
+    """Links a temporary ledger to its final path; refuses a path that is taken.
 
     Raises:
-        LedgerError: If there is a file, or what a lost ledger left behind.
+        LedgerError: If there is a file, or a side file of a lost ledger.
     """
     for suffix in SIDE_FILES:
         if path.with_name(path.name + suffix).exists() and not path.exists():
@@ -235,10 +237,10 @@ def give_name(aside: Path, path: Path) -> None:
                 " restore that ledger, or move the file away"
             )
     try:
-        os.link(aside, path)  # unlike a rename, refuses what is there
+        os.link(temporary, path)  # unlike a rename, fails if the path exists
     except FileExistsError:
         raise LedgerError(f"there is a file at {path} already: it is left alone") from None
-    flush(path.parent)  # or a power cut could lose the file's name
+    flush(path.parent)  # otherwise a power failure could lose the file's name
 
 
 def parse_url(url: str) -> URL:
@@ -258,13 +260,13 @@ def parse_url(url: str) -> URL:
     if kind == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
-        raise LedgerError(f"data.ledger is a {kind} URL: only sqlite and postgresql are known")
+        raise LedgerError(f"data.ledger is a {kind} URL: use sqlite or postgresql")
     if parsed.query or parsed.host or parsed.database in (None, "", ":memory:"):
         raise LedgerError(
             f"data.ledger is {url}: a SQLite ledger is a plain file, sqlite:////folder/ledger.sqlite"
         )
     path = Path(str(parsed.database)).expanduser().absolute()
-    _refuse_fleeting(path)
+    _refuse_job_directory(path)
     _refuse_network_disk(path)
     return parsed.set(drivername="sqlite", database=str(path))
 
@@ -280,21 +282,21 @@ def public_url(url: str | URL) -> str:
     return shown.render_as_string(hide_password=True)
 
 
-def _refuse_fleeting(path: Path) -> None:
-    """Refuses the copy of the working directory that Ray makes for a job and throws away."""
+def _refuse_job_directory(path: Path) -> None:
+    """Refuses the copy of the working directory that Ray makes for a job and deletes after it."""
     if vanishes_with_job(path):
         raise LedgerError(
-            f"the ledger would lie in {path.parent}, which is a job's temporary package directory"
-            " and vanishes with the job: give data.ledger an absolute path"
+            f"the ledger would be in {path.parent}, which is a job's temporary package directory"
+            " and is deleted with the job: give data.ledger an absolute path"
         )
 
 
 def _refuse_network_disk(path: Path) -> None:
-    """Refuses network file systems, whose locks and flushes SQLite cannot rely on."""
+    """Refuses network file systems, on whose locks and flushes SQLite cannot rely."""
     try:
         mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
     except OSError:
-        return  # not Linux: nothing to be learnt
+        return  # not Linux: the kind of file system is unknown
     resolved = path.resolve()
     best = ("", "")
     for _, folder, kind, *_ in mounts:
@@ -303,26 +305,26 @@ def _refuse_network_disk(path: Path) -> None:
             best = (folder, kind)
     if best[1] in NETWORK_DISKS:
         raise LedgerError(
-            f"the ledger would lie on {best[0]}, a network disk ({best[1]}), where SQLite loses"
+            f"the ledger would be on {best[0]}, a network disk ({best[1]}), where SQLite loses"
             " writes: give data.ledger a local path, or a postgresql:// URL"
         )
 
 
 def _sqlite_engine(path: Path) -> Engine:
     def connect() -> sqlite3.Connection:
-        # mode=rw: opening never makes a file, so a lost ledger cannot come back empty.
+        # mode=rw: opening never creates a file, so a lost ledger cannot come back empty.
         connection = sqlite3.connect(
             f"file:{quote(str(path))}?mode=rw",
             uri=True,
             timeout=BUSY_TIMEOUT_S,
-            isolation_level=None,  # we say BEGIN ourselves
+            isolation_level=None,  # `begin` below executes BEGIN
             check_same_thread=False,
         )
         for pragma in ("synchronous=FULL", "fullfsync=ON", "secure_delete=ON", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
-    # hide_parameters: an error's text would otherwise show the values, keys among them.
+    # hide_parameters: an error's text would otherwise show the values, including keys.
     engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, hide_parameters=True)
 
     @event.listens_for(engine, "begin")

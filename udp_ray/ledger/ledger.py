@@ -1,8 +1,8 @@
-"""The ledger: the durable record of what was spent on people's data, which refuses to overspend.
+"""The ledger: decides whether a run may begin and whether a step may draw its noise.
 
-Here belongs every decision about a budget: may this run begin, may this step draw its noise, is a
-repeated step the same release. What a budget means for a mechanism stands in `accounting.py`; how
-the record is kept durable in `ledger_database.py`.
+Every rule about budgets is here. `tables.py` reads and writes the rows, `database.py` makes
+transactions durable, `records.py` holds the values that go in and come out, and
+`udp_ray/dp/accounting.py` says what a mechanism costs.
 
     ledger = Ledger.create("sqlite:////data/ledger.sqlite")
     ledger.register_dataset("chats")
@@ -10,60 +10,44 @@ the record is kept durable in `ledger_database.py`.
     ledger.admit("run-1", "chats", epsilon=2.0, delta=1e-7, num_steps=100, plan=plan,
                  digests=digests, key=RunKey.generate())
     attempt = ledger.begin_attempt("run-1", digests, on_mismatch="refuse")
-    ledger.authorize(attempt, 1, starting_checkpoint=digest)   # then, and only then, noise is drawn
+    keys = ledger.key(attempt).of_rank(0)
+    ledger.authorize(attempt, 1, starting_checkpoint=digest)   # only then is the noise drawn
     ledger.commit(attempt, 1, checkpoint="s3://...", digest=other_digest)
     ledger.finish(attempt)
 
 Two rules carry the guarantee:
 
-1. Across runs, whole budgets add up. A run's settings are chosen after seeing earlier runs, so a
-   tighter composition is no valid stopping rule [1]; each admission reserves its whole (epsilon,
-   delta) and keeps it, however far the run came.
+1. Across runs, whole budgets add up. The settings of a run are chosen after seeing earlier runs, so
+   a tighter composition is not a valid stopping rule [1]. Each admission reserves its whole
+   (epsilon, delta) and keeps it, however many steps the run takes.
 2. Within a run, at most `num_steps` noisy releases exist. A step is reserved before its noise is
-   drawn. Repeating it is the same release, and free, only if everything that enters it is equal;
-   otherwise the same noise on two sums would reveal their difference, so the repetition is refused
-   or gets a new key and is charged anew.
+   drawn. Repeating a step is the same release, and free, only if everything that enters it is
+   equal. Otherwise the same noise on two sums would reveal their difference, so the repetition is
+   refused, or gets a new key and is charged again.
 
-Every call is one transaction, and repeating a call whose answer was lost charges nothing twice.
+Every call is one transaction, except that `finish` and `abandon` drop the overwritten keys in a
+second one. A call whose answer was lost may be repeated: nothing is charged twice.
 
 Reference:
     [1] Rogers, Roth, Ullman and Vadhan 2016, "Privacy odometers and filters", arXiv:1605.08294.
-
-The decisions of the ledger, each made inside its caller's transaction and under its lock.
-
-Here stand the rules; `ledger.py` says when each applies and what it means for the guarantee.
-
-The rows of a sweep's trials, inside the transactions of the ledger.
-
-A sweep is one charged row; its trials are runs that point to it. They are entered in the sweep's
-own transaction and none can be added later, so what was priced beforehand is what can be released,
-and how many there are and what they try survives any crash. Each trial has a key, attempts, steps
-and commits of its own, like every run.
-
-The part of the ledger that is about people's data: their names, keys and totals.
-
-Also how a ledger comes to be and is found again. What runs may do with the totals stands in
-`ledger.py`, which extends this.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, Self
-
-from sqlalchemy import Connection, bindparam, insert, select, update
 
 from udp_ray.dp.keys import SECRET_BYTES, RunKey
 from udp_ray.errors import (
+    FencedError,
+    GuaranteeError,
     LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
 )
-from udp_ray.ledger import tables as rows
-from udp_ray.ledger import tables as schema
+from udp_ray.ledger import tables
 from udp_ray.ledger.database import Database
 from udp_ray.ledger.records import (
     Attempt,
@@ -81,247 +65,20 @@ from udp_ray.ledger.records import (
     plan_to_json,
     total_of,
 )
-from udp_ray.ledger.tables import AnyRow
-
-# Statements of `authorize`, which each step waits for: built once, since building one takes as long
-# as running it.
-_RESERVED = select(schema.STEPS.c.attempt, schema.STEPS.c.start_digest).where(
-    schema.STEPS.c.run_id == bindparam("run_id"),
-    schema.STEPS.c.key_id == bindparam("key_id"),
-    schema.STEPS.c.step == bindparam("step"),
-)
-_RESERVE = insert(schema.STEPS)
-_CHARGE = (
-    update(schema.RUNS)
-    .where(schema.RUNS.c.run_id == bindparam("charged_run"))
-    .values(charged_steps=bindparam("charged_steps"), start_digest=bindparam("start_digest"))
-)
+from udp_ray.ledger.tables import AnyRow, Rows
 
 
-def finite_total(epsilon: float, delta: float) -> Budget:
-    """Returns a total that promises something; refuses any other."""
-    if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
-        raise LedgerError(
-            f"a total of epsilon = {epsilon}, delta = {delta} promises nothing: epsilon is positive"
-            " and finite, delta lies in (0, 1)"
-        )
-    return Budget(epsilon, delta)
+class Ledger:
+    """An open ledger. Safe to use from several threads and processes at once.
 
-
-def is_admitted(
-    connection: Connection, run: Mapping[str, Any], key: RunKey, digests: Digests
-) -> bool:
-    """Returns whether the very same admission stands in the ledger; refuses another one."""
-    query = select(schema.RUNS).where(schema.RUNS.c.run_id == run["run_id"])
-    row = connection.execute(query).first()
-    if row is None:
-        return False
-    equal = all(getattr(row, name) == value for name, value in run.items())
-    present = (row.key_id, rows.attempt_digests(connection, row.run_id, 0))
-    if not equal or present != (key.id, digests) or row.state != "admitted":
-        raise LedgerError(
-            f"run {row.run_id!r} is in the ledger already ({row.state}): resume it, or give a new"
-            " run another output folder"
-        )
-    return True
-
-
-def refuse_overspending(
-    connection: Connection, dataset: AnyRow, run_id: str, charge: Budget
-) -> None:
-    """Refuses a charge that does not fit in what is left of a dataset's total."""
-    total = rows.dataset_total(dataset)
-    charges = rows.charges_of(connection, dataset.name)
-    if total is None or fits([*charges, charge], total):
-        return
-    left = left_of(total, total_of(charges))
-    raise PrivacyBudgetExceededError(
-        f"run {run_id!r} asks for {charge}, but {left} is left of the total {total} of dataset"
-        f" {dataset.name!r}: ask for less, or raise the total with jobs/ledger.py set-budget"
-    )
-
-
-def refuse_mismatch(run_id: str, differing: list[str], on_mismatch: str) -> None:
-    """Refuses an attempt that is not what the run was, unless the user asked for a new key."""
-    if "plan" in differing:
-        raise ReplayRefusedError(
-            f"the privacy plan of run {run_id!r} is not the one that it was admitted with, and it"
-            " cannot change within a run: restore it, or start a new run in another output folder"
-        )
-    if differing and on_mismatch != "rekey":
-        raise ReplayRefusedError(
-            f"run {run_id!r} cannot go on with another {' and '.join(differing)}: restore what it"
-            " began with, or set privacy.on_mismatch to rekey, which charges repeated steps again"
-        )
-
-
-def begin(
-    connection: Connection,
-    run: AnyRow,
-    key: RunKey,
-    digests: Digests,
-    starting_checkpoint: str | None,
-) -> Attempt:
-    """Makes an attempt the run's present one."""
-    is_rekeyed = key.id != run.key_id
-    commit = rows.last_commit(connection, run.run_id)
-    # Initial weights may differ under other settings or code; a commit stays where we start.
-    kept = None if is_rekeyed and commit is None else run.start_digest
-    start = starting_checkpoint or kept
-    number = run.attempt + 1
-    rows.add_attempt(connection, run.run_id, number, key, digests)
-    update_run(connection, run.run_id, attempt=number, key_id=key.id, start_digest=start)
-    resume_step = replay_until = commit.step if commit else 0
-    waiting = 0
-    if not is_rekeyed:
-        waiting = rows.num_reserved(connection, run, after=resume_step, up_to=None)
-        replay_until = max(replay_until, rows.last_reserved(connection, run))
-    return Attempt(
-        run_id=run.run_id,
-        number=number,
-        key_id=key.id,
-        resume_step=resume_step,
-        resume_checkpoint=commit.checkpoint if commit else None,
-        resume_digest=start if commit else None,
-        last_step=resume_step + waiting + run.num_steps - run.charged_steps,
-        is_rekeyed=is_rekeyed,
-        replay_until=replay_until,
-        committed=rows.committed_checkpoints(connection, run.run_id),
-    )
-
-
-def is_same_release(
-    connection: Connection, run: AnyRow, attempt: Attempt, step: int, starting_checkpoint: str
-) -> bool:
-    """Returns whether the step is reserved as the same release; refuses another release."""
-    key = {"run_id": run.run_id, "key_id": run.key_id, "step": step}
-    reserved = connection.execute(_RESERVED, key).first()
-    if reserved is None:
-        return False
-    differing = ["starting checkpoint"] * (reserved.start_digest != starting_checkpoint)
-    if reserved.attempt != attempt.number:
-        present = rows.attempt_digests(connection, run.run_id, attempt.number)
-        before = rows.attempt_digests(connection, run.run_id, reserved.attempt)
-        differing += present.differing(before)
-    if differing:
-        raise ReplayRefusedError(
-            f"step {step} of run {run.run_id!r} was reserved with another"
-            f" {' and '.join(differing)}: repeating it would reveal the difference; restore what"
-            " the run began with, or set privacy.on_mismatch to rekey"
-        )
-    return True
-
-
-def reserve(
-    connection: Connection, run: AnyRow, attempt: Attempt, step: int, starting_checkpoint: str
-) -> None:
-    """Writes a reservation and charges the run with it."""
-    key = {"run_id": run.run_id, "key_id": run.key_id, "step": step}
-    connection.execute(
-        _RESERVE, key | {"attempt": attempt.number, "start_digest": starting_checkpoint}
-    )
-    charged = {"charged_steps": run.charged_steps + 1, "start_digest": starting_checkpoint}
-    connection.execute(_CHARGE, charged | {"charged_run": run.run_id})
-
-
-def is_committed(connection: Connection, run_id: str, step: int, digest: str) -> bool:
-    """Returns whether this very checkpoint is committed; refuses another one of its step."""
-    table = schema.COMMITS
-    query = select(table.c.digest).where(table.c.run_id == run_id, table.c.step == step)
-    present = connection.execute(query).scalar_one_or_none()
-    if present not in (None, digest):
-        raise LedgerError(
-            f"step {step} of run {run_id!r} is committed with another checkpoint: two checkpoints"
-            " of one step are two releases"
-        )
-    return present is not None
-
-
-def refuse_commit_between_reserved(connection: Connection, run: AnyRow, step: int) -> None:
-    """Refuses a commit before the last step that is reserved under the run's present key."""
-    reserved = rows.last_reserved(connection, run)
-    if step < reserved:
-        raise LedgerError(
-            f"a checkpoint of step {step} of run {run.run_id!r} cannot be committed before step"
-            f" {reserved} is repeated: both are reserved from the same starting checkpoint"
-        )
-
-
-def update_run(connection: Connection, run_id: str, **values: Any) -> None:
-    """Changes columns of a run."""
-    connection.execute(update(schema.RUNS).where(schema.RUNS.c.run_id == run_id).values(**values))
-
-
-def enter(connection: Connection, run: Mapping[str, Any], key: RunKey, digests: Digests) -> None:
-    """Enters a run that has been paid for, with its key and the digests of its admission."""
-    start = {"state": "admitted", "attempt": 0, "key_id": key.id, "charged_steps": 0}
-    values = {**run, **start, "admitted_at": rows.now()}
-    connection.execute(insert(schema.RUNS).values(values))
-    rows.add_key(connection, run["run_id"], key)
-    rows.add_attempt(connection, run["run_id"], 0, key, digests)
-
-
-def enter_trials(
-    connection: Connection, sweep: str, dataset: str, trials: Sequence[TrialAdmission]
-) -> None:
-    """Enters the trials of a sweep."""
-    for number, trial in enumerate(trials, start=1):
-        run = {
-            "run_id": trial.run_id,
-            "dataset": dataset,
-            "epsilon": trial.charge.epsilon,
-            "delta": trial.charge.delta,
-            "num_steps": trial.num_steps,
-            "plan": plan_to_json(trial.plan),
-        }
-        enter(connection, run, trial.key, trial.digests)
-        place = {"run_id": trial.run_id, "sweep": sweep, "number": number}
-        place |= {"configuration": trial.configuration}
-        connection.execute(insert(schema.TRIALS).values(place))
-
-
-def trial_records(connection: Connection, sweep: str) -> tuple[TrialRecord, ...]:
-    """Returns the trials of a sweep, in the order of their numbers."""
-    query = select(schema.TRIALS).where(schema.TRIALS.c.sweep == sweep)
-    found = connection.execute(query.order_by(schema.TRIALS.c.number)).all()
-    return tuple(
-        TrialRecord(
-            number=row.number,
-            configuration=row.configuration,
-            run=rows.run_record(connection, rows.run_row(connection, row.run_id)),
-        )
-        for row in found
-    )
-
-
-def family(connection: Connection, run: AnyRow) -> list[AnyRow]:
-    """Returns the locked rows of a sweep's trials; none for a run."""
-    query = select(schema.TRIALS.c.run_id).where(schema.TRIALS.c.sweep == run.run_id)
-    names = connection.execute(query.order_by(schema.TRIALS.c.number)).scalars().all()
-    return [rows.run_row(connection, name, lock=True) for name in names]
-
-
-def refuse_trial(connection: Connection, run_id: str) -> None:
-    """Refuses what may be done with a whole sweep only."""
-    query = select(schema.TRIALS.c.sweep).where(schema.TRIALS.c.run_id == run_id)
-    sweep = connection.execute(query).scalar_one_or_none()
-    if sweep is not None:
-        raise LedgerError(
-            f"run {run_id!r} is a trial of sweep {sweep!r}, which has paid for it: name the sweep"
-        )
-
-
-USER_HASH_KEY_BYTES = 16
-
-
-class LedgerBook:
-    """A ledger that is open, as far as people's data and their totals go."""
+    Make one by `create` or `open`. After a fork, open it anew by its `url` and `id`.
+    """
 
     def __init__(self, database: Database, ledger_id: str):
         """Use `create` or `open`."""
         self._database = database
         self.id = ledger_id
-        """Names this ledger for ever; stores keep it."""
+        """Identifies this ledger; stores keep it."""
         self.url = database.url
         """Where the ledger is, without a password. Public."""
 
@@ -334,57 +91,52 @@ class LedgerBook:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Closes the connections."""
-        self._database.close()
-
-    # ---- opening
+    # ---- opening and closing
 
     @classmethod
     def create(cls, url: str) -> Self:
         """Returns a new, empty ledger.
 
         Raises:
-            LedgerError: If something is there already, or no ledger may be kept there.
+            LedgerError: If a file or ledger exists there, or no ledger may be kept there.
         """
         database = Database.at(url)
         with database.create() as connection:
-            if schema.has_ledger(connection):
+            if tables.has_ledger(connection):
                 raise LedgerError(f"there is a ledger at {database.url} already: it is left alone")
-            schema.migrate(connection)
-            values = {"id": uuid.uuid4().hex, "created_at": rows.now()}
-            connection.execute(insert(schema.LEDGER).values(values))
+            tables.migrate(connection)
+            ledger_id = Rows(connection).add_ledger()
         database.close()
-        return cls.open(url, expected_id=values["id"])
+        return cls.open(url, expected_id=ledger_id)
 
     @classmethod
     def open(cls, url: str, expected_id: str | None = None) -> Self:
-        """Returns the ledger at a URL; brings older tables up to date and never makes a ledger.
+        """Returns the ledger at a URL; migrates older tables, and never makes a ledger.
 
         Args:
             url: SQLAlchemy URL of a SQLite file or a PostgreSQL database.
             expected_id: The id that a store's manifest names.
 
         Raises:
-            LedgerError: If it is missing, another one, or of a newer version.
+            LedgerError: If it is missing, is another ledger, or is of a newer version.
         """
         database = Database.at(url)
         database.require()
         with database.read() as connection:
-            if not schema.has_ledger(connection):
+            if not tables.has_ledger(connection):
                 raise database.missing()
-            is_current = schema.is_current(connection)
-            ledger_id = connection.execute(select(schema.LEDGER.c.id)).scalar_one()
+            is_current = tables.is_current(connection)
+            ledger_id = Rows(connection).ledger_id()
         if expected_id is not None and ledger_id != expected_id:
             raise LedgerError(
                 f"the ledger at {database.url} is {ledger_id}, but the store was prepared with"
-                f" {expected_id}: mend data.ledger, since another ledger does not know what was"
+                f" {expected_id}: fix data.ledger, since another ledger does not know what was"
                 " spent"
             )
         if not is_current:
             with database.write() as connection:
-                database.take_turns(connection)
-                schema.migrate(connection)
+                database.lock_schema(connection)
+                tables.migrate(connection)
         return cls(database, ledger_id)
 
     @classmethod
@@ -393,58 +145,44 @@ class LedgerBook:
         try:
             return cls.create(url)
         except LedgerError:
-            return cls.open(url)  # its error is the one to show
+            return cls.open(url)  # if this fails too, its error is the one to show
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._database.close()
 
     # ---- datasets and their totals
-
-    def dataset_names(self) -> list[str]:
-        """Returns the names of all datasets."""
-        table = schema.DATASETS
-        with self._database.read() as connection:
-            return list(connection.execute(select(table.c.name).order_by(table.c.name)).scalars())
 
     def register_dataset(self, name: str, fingerprint: str | None = None) -> DatasetRecord:
         """Returns a dataset, entered with a new user hash key if it is not known yet.
 
         Args:
             name: `data.name`.
-            fingerprint: Digest of a store made of it, to be noted. Budgets do not depend on it.
+            fingerprint: Digest of a store of the dataset, noted with it. Budgets do not depend on
+                it.
         """
-        with self._database.write() as connection:
-            known = select(schema.DATASETS.c.name).where(schema.DATASETS.c.name == name)
-            if connection.execute(known).first() is None:
-                key = secrets.token_bytes(USER_HASH_KEY_BYTES)
-                values = {"name": name, "user_hash_key": key, "created_at": rows.now()}
-                connection.execute(insert(schema.DATASETS).values(values))
-            row = rows.dataset_row(connection, name, lock=True)
+        with self._writing() as rows:
+            rows.add_dataset(name)
+            row = rows.dataset(name, lock=True)
             if fingerprint is not None:
-                rows.add_fingerprint(connection, name, fingerprint)
-            return rows.dataset_record(connection, row)
-
-    def dataset(self, name: str) -> DatasetRecord:
-        """Returns a dataset.
-
-        Raises:
-            LedgerError: If it is not known.
-        """
-        with self._database.read() as connection:
-            return rows.dataset_record(connection, rows.dataset_row(connection, name))
+                rows.add_fingerprint(name, fingerprint)
+            return rows.dataset_record(row)
 
     def set_budget(self, name: str, *, epsilon: float, delta: float, dry_run: bool = False) -> None:
         """Sets what all runs on a dataset may spend together; each change is logged for good.
 
         Args:
             name: Of the dataset.
-            epsilon: Total of all runs.
-            delta: Total of all runs.
-            dry_run: Only find out whether that would be refused.
+            epsilon: Total of all runs, positive and finite.
+            delta: Total of all runs, in (0, 1).
+            dry_run: Only check whether the change would be refused.
 
         Raises:
-            LedgerError: If more than that was spent already, or the total is not finite.
+            LedgerError: If more than that was spent already, or the total promises nothing.
         """
-        with self._database.write(dry_run=dry_run) as connection:
-            row = rows.dataset_row(connection, name, lock=True)
-            self._set_total(connection, row, finite_total(epsilon, delta))
+        with self._writing(dry_run=dry_run) as rows:
+            row = rows.dataset(name, lock=True)
+            self._set_total(rows, row, _total(epsilon, delta))
 
     def declare_budget(self, name: str, *, epsilon: float, delta: float) -> None:
         """Sets a dataset's total if it has none, and refuses if it has another.
@@ -452,10 +190,10 @@ class LedgerBook:
         Raises:
             LedgerError: As `set_budget`, or if the total is another one.
         """
-        total = finite_total(epsilon, delta)
-        with self._database.write() as connection:
-            row = rows.dataset_row(connection, name, lock=True)
-            present = rows.dataset_total(row)
+        total = _total(epsilon, delta)
+        with self._writing() as rows:
+            row = rows.dataset(name, lock=True)
+            present = tables.total_of_dataset(row)
             if present == total:
                 return
             if present is not None:
@@ -464,86 +202,9 @@ class LedgerBook:
                     f" ledger's total for {name!r} is {present}: drop them, or change the total"
                     " with jobs/ledger.py set-budget"
                 )
-            self._set_total(connection, row, total)
+            self._set_total(rows, row, total)
 
-    def _set_total(self, connection: Connection, row: AnyRow, total: Budget) -> None:
-        charges = rows.charges_of(connection, row.name)
-        spent = total_of(charges)
-        if not fits(charges, total):
-            raise LedgerError(
-                f"{spent} was spent on {row.name!r} already, so a total of {total} cannot be kept:"
-                " give at least what was spent"
-            )
-        change = {
-            "dataset": row.name,
-            "total_epsilon": total.epsilon,
-            "total_delta": total.delta,
-            "spent_epsilon": spent.epsilon,
-            "spent_delta": spent.delta,
-            "changed_at": rows.now(),
-        }
-        connection.execute(insert(schema.BUDGET_CHANGES).values(change))
-        table = schema.DATASETS
-        connection.execute(
-            update(table)
-            .where(table.c.name == row.name)
-            .values(total_epsilon=total.epsilon, total_delta=total.delta)
-        )
-
-    def spent(self, name: str) -> Spending:
-        """Returns what was spent on a dataset, by which run, and what is left."""
-        table = schema.RUNS
-        with self._database.read() as connection:
-            row = rows.dataset_row(connection, name)
-            is_trial = table.c.run_id.in_(select(schema.TRIALS.c.run_id))
-            runs = select(table).where(table.c.dataset == name, ~is_trial).order_by(table.c.number)
-            found = connection.execute(runs).all()
-            return Spending(
-                dataset=rows.dataset_record(connection, row),
-                runs=tuple(rows.run_record(connection, run) for run in found),
-                changes=rows.budget_changes(connection, name),
-            )
-
-    def unknown_runs(self, run_ids: Iterable[str]) -> list[str]:
-        """Returns which of these runs this ledger never admitted, in order of their names."""
-        with self._database.read() as connection:
-            known = set(connection.execute(select(schema.RUNS.c.run_id)).scalars())
-        return sorted(set(run_ids) - known)
-
-    def run(self, run_id: str) -> RunRecord:
-        """Returns a run.
-
-        Raises:
-            LedgerError: If it was never admitted.
-        """
-        with self._database.read() as connection:
-            return rows.run_record(connection, rows.run_row(connection, run_id))
-
-    def committed_checkpoints(self, run_id: str) -> tuple[str, ...]:
-        """Returns where the committed checkpoints of a run were written, oldest first.
-
-        They are the only ones that may be taken for releases of the run.
-        """
-        with self._database.read() as connection:
-            return rows.committed_checkpoints(connection, run_id)
-
-    def trials(self, sweep: str) -> tuple[TrialRecord, ...]:
-        """Returns the trials of a sweep; none for a run.
-
-        Privacy:
-            Where only the best is released, that there are trials, how many, and what they try is
-            as secret as the key: none of it may be shown.
-        """
-        with self._database.read() as connection:
-            return trial_records(connection, sweep)
-
-
-class Ledger(LedgerBook):
-    """A ledger that is open. Safe to use from several threads and processes at once.
-
-    Not to be carried over a fork: open it anew by its `url` and `id`. How it is made, and what it
-    knows of people's data and their totals, stands in `LedgerBook`.
-    """
+    # ---- the life of a run
 
     def admit(
         self,
@@ -564,13 +225,13 @@ class Ledger(LedgerBook):
             run_id: Name of the run, unique in the ledger.
             dataset: Name of the dataset.
             epsilon: What the run may spend; infinite for a run without noise.
-            delta: Likewise.
+            delta: What the run may spend, in [0, 1].
             num_steps: Most noisy releases that this budget pays for.
-            plan: The privacy plan's plain values; `digests.plan` is their digest.
+            plan: Plain values of the privacy plan; `digests.plan` is their digest.
             digests: What the run starts with.
-            key: The run's key, kept here and nowhere else.
-            trials: The trials of a sweep, for all of which this budget pays. They are runs from
-                then on; none can be added later.
+            key: The run's key, kept only here.
+            trials: The trials of a sweep, for all of which this budget pays. They become runs;
+                none can be added later.
 
         Raises:
             PrivacyBudgetExceededError: If it does not fit in what is left of the total.
@@ -578,7 +239,8 @@ class Ledger(LedgerBook):
 
         Privacy:
             Two drivers at once cannot both take what is left: the sum is read and the charge
-            written under one lock.
+            written under one lock. The trials are written in the same transaction, so what was
+            priced beforehand is what can be released, and their number survives a crash.
 
         Edge cases:
             No total -> any run is admitted. Infinite epsilon -> only without a total. The very
@@ -595,14 +257,14 @@ class Ledger(LedgerBook):
             "num_steps": num_steps,
             "plan": plan_to_json(plan),
         }
-        with self._database.write() as connection:
-            row = rows.dataset_row(connection, dataset, lock=True)
-            if is_admitted(connection, run, key, digests):
+        with self._writing() as rows:
+            row = rows.dataset(dataset, lock=True)
+            if self._is_admitted(rows, run, key, digests):
                 return
-            refuse_overspending(connection, row, run_id, charge)
-            enter(connection, run, key, digests)
-            enter_trials(connection, run_id, dataset, trials)
-            rows.add_fingerprint(connection, dataset, digests.store)
+            self._refuse_overspending(rows, row, run_id, charge)
+            rows.add_run(run, key, digests)
+            rows.add_trials(run_id, dataset, trials)
+            rows.add_fingerprint(dataset, digests.store)
 
     def begin_attempt(
         self,
@@ -615,17 +277,17 @@ class Ledger(LedgerBook):
         """Returns the only right to train a run, and where to continue; fences older attempts.
 
         A resumed run must be what it was: equal config, code, store and starting checkpoint. This
-        holds also when no reserved step is waiting to be repeated. The accounting would be right
-        then, but the statement names one config, one code and one store for all the steps of a
-        run, so going on with others needs the user's word ("rekey"), costs nothing in that case,
-        and is on record. The plan never changes within a run: its numbers are what was paid for.
+        holds also if no reserved step waits to be repeated. The accounting would be right then,
+        but the statement names one config, one code and one store for all steps of a run. So
+        continuing with others needs the user's consent ("rekey"), costs nothing in that case, and
+        is recorded. The plan never changes within a run: its numbers are what was paid for.
 
         Args:
             run_id: Name of the run.
             digests: What this attempt runs with.
             on_mismatch: refuse, or rekey: draw a new key; uncommitted steps stay charged.
-            starting_checkpoint: Digest of the weights that it will start from, where known
-                already. `authorize` compares it in any case.
+            starting_checkpoint: Digest of the weights that it will start from, if known already.
+                `authorize` compares it in any case.
 
         Raises:
             ReplayRefusedError: If something differs and on_mismatch is refuse, or the plan does.
@@ -634,28 +296,40 @@ class Ledger(LedgerBook):
         Edge cases:
             The key was lost -> a new one, whatever on_mismatch says: nothing can be repeated.
         """
-        with self._database.write() as connection:
-            run = rows.run_row(connection, run_id, lock=True)
-            rows.refuse_ended(run)
-            differing = digests.differing(rows.attempt_digests(connection, run_id, run.attempt))
+        with self._writing() as rows:
+            run = rows.run(run_id, lock=True)
+            self._refuse_ended(run)
+            differing = digests.differing(rows.attempt_digests(run_id, run.attempt))
             if starting_checkpoint is not None and run.start_digest is not None:
                 differing += ["starting checkpoint"] * (starting_checkpoint != run.start_digest)
-            refuse_mismatch(run_id, differing, on_mismatch)
-            stored = rows.stored_key(connection, run)
-            key = RunKey.generate() if differing or stored is None else stored
-            if key is not stored:
-                rows.add_key(connection, run_id, key)
-            return begin(connection, run, key, digests, starting_checkpoint)
+            self._refuse_mismatch(run_id, differing, on_mismatch)
+            kept = rows.key(run)
+            key = RunKey.generate() if differing or kept is None else kept
+            if key is not kept:
+                rows.add_key(run_id, key)
+            return self._begin(rows, run, key, digests, starting_checkpoint)
+
+    def check_digests(
+        self, run_id: str, digests: Digests, *, on_mismatch: Literal["refuse", "rekey"] = "refuse"
+    ) -> None:
+        """Refuses what `begin_attempt` would refuse for its digests, and changes nothing.
+
+        Raises:
+            ReplayRefusedError: If something differs and on_mismatch is refuse, or the plan does.
+            LedgerError: If the run is unknown.
+        """
+        differing = digests.differing(self.run(run_id).digests)
+        self._refuse_mismatch(run_id, differing, on_mismatch)
 
     def key(self, attempt: Attempt) -> RunKey:
         """Returns the key of an attempt. Sensitive: never broadcast, log or write it.
 
         Raises:
             FencedError: If a newer attempt has begun, which may use another key.
-            LedgerError: If the run has ended, so that its key is destroyed.
+            LedgerError: If the run has ended, so that its key is destroyed, or the key is lost.
         """
-        with self._database.read() as connection:
-            key = rows.stored_key(connection, rows.held_run(connection, attempt, lock=False))
+        with self._reading() as rows:
+            key = rows.key(self._run_of(rows, attempt, lock=False))
         if key is None:
             raise LedgerError(
                 f"the key of attempt {attempt.number} of run {attempt.run_id!r} is lost: resume the"
@@ -677,7 +351,7 @@ class Ledger(LedgerBook):
             ReplayRefusedError: If the step was reserved under other circumstances, or starts from
                 other weights than the run's.
             FencedError: If a newer attempt has begun.
-            LedgerError: If the run has ended or the database is away.
+            LedgerError: If the run has ended or the database is unavailable.
 
         Privacy:
             The reservation is durable on return: a crash at any later moment leaves the step
@@ -688,14 +362,14 @@ class Ledger(LedgerBook):
         """
         if step < 1:
             raise ValueError(f"step is {step}: steps are numbered from 1")
-        with self._database.write() as connection:
-            run = rows.held_run(connection, attempt)
-            if is_same_release(connection, run, attempt, step, starting_checkpoint):
+        with self._writing() as rows:
+            run = self._run_of(rows, attempt)
+            if self._is_same_release(rows, run, attempt, step, starting_checkpoint):
                 return
             if run.start_digest not in (None, starting_checkpoint):
                 raise ReplayRefusedError(
                     f"step {step} of run {run.run_id!r} would start from checkpoint"
-                    f" {starting_checkpoint[:16]}, but the run stands at {run.start_digest[:16]}:"
+                    f" {starting_checkpoint[:16]}, but the run is at {run.start_digest[:16]}:"
                     " resume from the checkpoint that the ledger names"
                 )
             if run.charged_steps >= run.num_steps or step > run.num_steps:
@@ -703,13 +377,13 @@ class Ledger(LedgerBook):
                     f"step {step} of run {run.run_id!r} is one too many: the run was admitted for"
                     f" {run.num_steps} noisy steps, and {run.charged_steps} are charged"
                 )
-            reserve(connection, run, attempt, step, starting_checkpoint)
+            rows.reserve(run, step, attempt=attempt.number, start_digest=starting_checkpoint)
 
     def commit(self, attempt: Attempt, step: int, *, checkpoint: str, digest: str) -> None:
         """Records that a durable checkpoint holds all steps up to this one.
 
         Args:
-            attempt: The attempt that made it.
+            attempt: The attempt that wrote it.
             step: Its last step; 0 for the initial weights.
             checkpoint: Where it is.
             digest: Of its content; the following steps name it as their starting checkpoint.
@@ -732,43 +406,40 @@ class Ledger(LedgerBook):
         Edge cases:
             The same step and digest again -> nothing happens.
         """
-        with self._database.write() as connection:
-            run = rows.held_run(connection, attempt)
-            if is_committed(connection, run.run_id, step, digest):
+        with self._writing() as rows:
+            run = self._run_of(rows, attempt)
+            if self._is_committed(rows, run, step, digest):
                 return
-            last = rows.last_commit(connection, run.run_id)
+            last = rows.last_commit(run.run_id)
             before = last.step if last else 0
-            granted = rows.num_reserved(connection, run, after=before, up_to=step)
+            granted = rows.num_reserved(run, after=before, up_to=step)
             if step < before or granted != step - before:
                 raise LedgerError(
                     f"a checkpoint of step {step} of run {run.run_id!r} cannot follow that of step"
                     f" {before}: {granted} steps in between were authorized"
                 )
-            refuse_commit_between_reserved(connection, run, step)
-            values = {"run_id": run.run_id, "step": step, "key_id": run.key_id}
-            values |= {"attempt": attempt.number, "checkpoint": checkpoint, "digest": digest}
-            connection.execute(insert(schema.COMMITS).values(values))
-            update_run(connection, run.run_id, start_digest=digest)
+            self._refuse_commit_between_reserved(rows, run, step)
+            rows.add_commit(run, step, attempt=attempt.number, checkpoint=checkpoint, digest=digest)
 
     def finish(self, attempt: Attempt) -> None:
         """Ends a run and destroys its keys: they are overwritten, then dropped. Repeatable.
 
-        A sweep ends with all of its trials, also those that did not come to their end.
+        A sweep ends with all of its trials, also those that did not complete.
 
         Raises:
             FencedError: If a newer attempt has begun, which needs the key.
 
         Privacy:
-            Without the key nobody can subtract the noise, not even with the ledger in hand. Old
-            copies are beyond reach: backups, replicas, the write-ahead log of a PostgreSQL server
+            Without the key no one can subtract the noise, even with access to the ledger. Old
+            copies are out of reach: backups, replicas, the write-ahead log of a PostgreSQL server
             and worn blocks of a disk.
         """
-        with self._database.write() as connection:
-            run = rows.held_run(connection, attempt, may_have_ended=True)
-            trials = family(connection, run)
+        with self._writing() as rows:
+            run = self._run_of(rows, attempt, may_have_ended=True)
+            trials = rows.trial_runs(run.run_id, lock=True)
             for trial in trials:
-                self._end(connection, trial, "finished", attempt=trial.attempt + 1)
-            self._end(connection, run, "finished", attempt=run.attempt)
+                self._end(rows, trial, "finished", attempt=trial.attempt + 1)
+            self._end(rows, run, "finished", attempt=run.attempt)
         self._drop_keys([run, *trials])
 
     def abandon(self, run_id: str, *, dry_run: bool = False) -> None:
@@ -776,7 +447,7 @@ class Ledger(LedgerBook):
 
         Args:
             run_id: Name of the run.
-            dry_run: Only find out whether that would be refused.
+            dry_run: Only check whether that would be refused.
 
         Raises:
             LedgerError: If a step was reserved, or the run is a sweep of which only the best trial
@@ -794,36 +465,274 @@ class Ledger(LedgerBook):
             mean m the outcome costs delta / (1 - exp(-m)) instead of delta, and each further
             sweep would be free.
         """
-        with self._database.write(dry_run=dry_run) as connection:
-            run = rows.run_row(connection, run_id, lock=True)
-            refuse_trial(connection, run_id)
-            if is_secret_sweep(rows.plan_of(run)):
+        with self._writing(dry_run=dry_run) as rows:
+            run = rows.run(run_id, lock=True)
+            self._refuse_trial(rows, run_id)
+            if is_secret_sweep(tables.plan_of(run)):
                 raise LedgerError(
                     f"run {run_id!r} is a sweep that releases only its best trial: it stays charged"
-                    " whole from its admission on, because a refund would depend on its secret"
-                    " number of trials; go on with it (--resume)"
+                    " whole after its admission, because a refund would depend on its secret"
+                    " number of trials; resume it with --resume"
                 )
-            ended = [run, *family(connection, run)]
+            ended = [run, *rows.trial_runs(run_id, lock=True)]
             if any(each.charged_steps > 0 or each.state == "finished" for each in ended):
                 raise LedgerError(
                     f"run {run_id!r} has reserved steps, so something may have been released: it"
                     " stays charged whole"
                 )
             for each in ended:
-                self._end(connection, each, "abandoned", attempt=each.attempt + 1)
+                self._end(rows, each, "abandoned", attempt=each.attempt + 1)
         if not dry_run:
             self._drop_keys(ended)
 
-    def _end(self, connection: Connection, run: AnyRow, state: str, *, attempt: int) -> None:
+    # ---- what the ledger knows
+
+    def dataset_names(self) -> list[str]:
+        """Returns the names of all datasets, sorted."""
+        with self._reading() as rows:
+            return rows.dataset_names()
+
+    def dataset(self, name: str) -> DatasetRecord:
+        """Returns a dataset.
+
+        Raises:
+            LedgerError: If it is not known.
+        """
+        with self._reading() as rows:
+            return rows.dataset_record(rows.dataset(name))
+
+    def spent(self, name: str) -> Spending:
+        """Returns what was spent on a dataset, by which run, and what is left."""
+        with self._reading() as rows:
+            return Spending(
+                dataset=rows.dataset_record(rows.dataset(name)),
+                runs=tuple(rows.run_record(run) for run in rows.runs_of(name)),
+                changes=rows.budget_changes(name),
+            )
+
+    def run(self, run_id: str) -> RunRecord:
+        """Returns a run.
+
+        Raises:
+            LedgerError: If it was never admitted.
+        """
+        with self._reading() as rows:
+            return rows.run_record(rows.run(run_id))
+
+    def trials(self, sweep: str) -> tuple[TrialRecord, ...]:
+        """Returns the trials of a sweep; none for a run.
+
+        Privacy:
+            Where only the best is released, that there are trials, how many, and what they try is
+            as secret as the key: none of it may be shown.
+        """
+        with self._reading() as rows:
+            return rows.trial_records(sweep)
+
+    def committed_checkpoints(self, run_id: str) -> tuple[str, ...]:
+        """Returns the locations of the committed checkpoints of a run, oldest first.
+
+        Only these are releases of the run.
+        """
+        with self._reading() as rows:
+            return rows.committed_checkpoints(run_id)
+
+    def unknown_runs(self, run_ids: Iterable[str]) -> list[str]:
+        """Returns which of these runs this ledger never admitted, sorted."""
+        with self._reading() as rows:
+            return sorted(set(run_ids) - rows.run_ids())
+
+    # ---- the rules, each inside the transaction of its caller and under its lock
+
+    @contextmanager
+    def _reading(self) -> Iterator[Rows]:
+        with self._database.read() as connection:
+            yield Rows(connection)
+
+    @contextmanager
+    def _writing(self, *, dry_run: bool = False) -> Iterator[Rows]:
+        with self._database.write(dry_run=dry_run) as connection:
+            yield Rows(connection)
+
+    def _set_total(self, rows: Rows, dataset: AnyRow, total: Budget) -> None:
+        """Sets a total, unless more than that was spent already."""
+        charges = rows.charges(dataset.name)
+        spent = total_of(charges)
+        if not fits(charges, total):
+            raise LedgerError(
+                f"{spent} was spent on {dataset.name!r} already, so a total of {total} cannot be"
+                " kept: give at least what was spent"
+            )
+        rows.set_total(dataset.name, total, spent=spent)
+
+    def _is_admitted(
+        self, rows: Rows, run: Mapping[str, Any], key: RunKey, digests: Digests
+    ) -> bool:
+        """Returns whether the very same admission is in the ledger; refuses another of its name."""
+        row = rows.find_run(run["run_id"])
+        if row is None:
+            return False
+        equal = all(getattr(row, name) == value for name, value in run.items())
+        present = (row.key_id, rows.attempt_digests(row.run_id, 0))
+        if not equal or present != (key.id, digests) or row.state != "admitted":
+            raise LedgerError(
+                f"run {row.run_id!r} is in the ledger already ({row.state}): resume it, or give a"
+                " new run another output folder"
+            )
+        return True
+
+    def _refuse_overspending(
+        self, rows: Rows, dataset: AnyRow, run_id: str, charge: Budget
+    ) -> None:
+        """Refuses a charge that does not fit in what is left of a dataset's total."""
+        total = tables.total_of_dataset(dataset)
+        charges = rows.charges(dataset.name)
+        if total is None or fits([*charges, charge], total):
+            return
+        left = left_of(total, total_of(charges))
+        raise PrivacyBudgetExceededError(
+            f"run {run_id!r} asks for {charge}, but {left} is left of the total {total} of dataset"
+            f" {dataset.name!r}: ask for less, or raise the total with jobs/ledger.py set-budget"
+        )
+
+    def _refuse_mismatch(self, run_id: str, differing: list[str], on_mismatch: str) -> None:
+        """Refuses an attempt that is not what the run was, unless the user asked for a new key."""
+        if "plan" in differing:
+            raise ReplayRefusedError(
+                f"the privacy plan of run {run_id!r} is not the one that it was admitted with, and"
+                " it cannot change within a run: restore it, or start a new run in another output"
+                " folder"
+            )
+        if differing and on_mismatch != "rekey":
+            raise ReplayRefusedError(
+                f"run {run_id!r} cannot continue with another {' and '.join(differing)}: restore"
+                " what it began with, or set privacy.on_mismatch to rekey, which charges repeated"
+                " steps again"
+            )
+
+    def _begin(
+        self, rows: Rows, run: AnyRow, key: RunKey, digests: Digests, start: str | None
+    ) -> Attempt:
+        """Makes a new attempt the run's present one."""
+        is_rekeyed = key.id != run.key_id
+        commit = rows.last_commit(run.run_id)
+        # Initial weights may differ under other settings or code; a commit stays where we start.
+        kept = None if is_rekeyed and commit is None else run.start_digest
+        start = start or kept
+        number = run.attempt + 1
+        rows.add_attempt(run.run_id, number, key, digests)
+        rows.update_run(run.run_id, attempt=number, key_id=key.id, start_digest=start)
+        resume_step = replay_until = commit.step if commit else 0
+        waiting = 0
+        if not is_rekeyed:
+            waiting = rows.num_reserved(run, after=resume_step, up_to=None)
+            replay_until = max(replay_until, rows.last_reserved(run))
+        return Attempt(
+            run_id=run.run_id,
+            number=number,
+            key_id=key.id,
+            resume_step=resume_step,
+            resume_checkpoint=commit.checkpoint if commit else None,
+            resume_digest=start if commit else None,
+            last_step=resume_step + waiting + run.num_steps - run.charged_steps,
+            is_rekeyed=is_rekeyed,
+            replay_until=replay_until,
+            committed=rows.committed_checkpoints(run.run_id),
+        )
+
+    def _run_of(
+        self, rows: Rows, attempt: Attempt, *, may_have_ended: bool = False, lock: bool = True
+    ) -> AnyRow:
+        """Returns the row of an attempt's run, if the attempt is the run's present one.
+
+        Raises:
+            FencedError: If a newer attempt has begun.
+            LedgerError: If the run has ended.
+        """
+        run = rows.run(attempt.run_id, lock=lock)
+        if run.attempt != attempt.number:
+            raise FencedError(
+                f"attempt {attempt.number} of run {attempt.run_id!r} is over: attempt {run.attempt}"
+                " has taken the run over"
+            )
+        if not may_have_ended:
+            self._refuse_ended(run)
+        if run.key_id != attempt.key_id:
+            raise GuaranteeError(
+                f"attempt {attempt.number} of run {attempt.run_id!r} holds another key than the"
+                " ledger: a new key must always come with a new attempt"
+            )
+        return run
+
+    def _refuse_ended(self, run: AnyRow) -> None:
+        """Refuses a run that is finished or abandoned."""
+        if run.state != "admitted":
+            raise LedgerError(
+                f"run {run.run_id!r} is {run.state} and its key is destroyed: give a new run"
+                " another output folder"
+            )
+
+    def _is_same_release(
+        self, rows: Rows, run: AnyRow, attempt: Attempt, step: int, starting_checkpoint: str
+    ) -> bool:
+        """Returns whether the step is reserved as the same release; refuses another release."""
+        reserved = rows.reservation(run, step)
+        if reserved is None:
+            return False
+        differing = ["starting checkpoint"] * (reserved.start_digest != starting_checkpoint)
+        if reserved.attempt != attempt.number:
+            present = rows.attempt_digests(run.run_id, attempt.number)
+            before = rows.attempt_digests(run.run_id, reserved.attempt)
+            differing += present.differing(before)
+        if differing:
+            raise ReplayRefusedError(
+                f"step {step} of run {run.run_id!r} was reserved with another"
+                f" {' and '.join(differing)}: repeating it would reveal the difference; restore"
+                " what the run began with, or set privacy.on_mismatch to rekey"
+            )
+        return True
+
+    def _is_committed(self, rows: Rows, run: AnyRow, step: int, digest: str) -> bool:
+        """Returns whether this very checkpoint is committed; refuses another one of its step."""
+        present = rows.committed_digest(run.run_id, step)
+        if present not in (None, digest):
+            raise LedgerError(
+                f"step {step} of run {run.run_id!r} is committed with another checkpoint: two"
+                " checkpoints of one step are two releases"
+            )
+        return present is not None
+
+    def _refuse_commit_between_reserved(self, rows: Rows, run: AnyRow, step: int) -> None:
+        """Refuses a commit before the last step that is reserved under the run's present key."""
+        reserved = rows.last_reserved(run)
+        if step < reserved:
+            raise LedgerError(
+                f"a checkpoint of step {step} of run {run.run_id!r} cannot be committed before step"
+                f" {reserved} is repeated: both are reserved from the same starting checkpoint"
+            )
+
+    def _refuse_trial(self, rows: Rows, run_id: str) -> None:
+        """Refuses what may be done with a whole sweep only."""
+        sweep = rows.sweep_of(run_id)
+        if sweep is not None:
+            raise LedgerError(
+                f"run {run_id!r} is a trial of sweep {sweep!r}, which has paid for it: name the"
+                " sweep"
+            )
+
+    def _end(self, rows: Rows, run: AnyRow, state: str, *, attempt: int) -> None:
+        """Ends a run and overwrites its keys; a higher attempt number fences a live attempt."""
         if run.state == "admitted":
-            update_run(connection, run.run_id, state=state, attempt=attempt, ended_at=rows.now())
-        rows.set_secrets(connection, run.run_id, bytes(SECRET_BYTES))
+            ended = {"state": state, "attempt": attempt, "ended_at": tables.now()}
+            rows.update_run(run.run_id, **ended)
+        rows.overwrite_keys(run.run_id, bytes(SECRET_BYTES))
 
     def _drop_keys(self, ended: Sequence[AnyRow]) -> None:
-        with self._database.write() as connection:
+        """Drops the overwritten keys, and clears what they left in the database's files."""
+        with self._writing() as rows:
             for run in ended:
-                rows.set_secrets(connection, run.run_id, None)
-        self._database.scrub(schema.KEYS.name)
+                rows.overwrite_keys(run.run_id, None)
+        self._database.scrub(tables.KEYS.name)
 
 
 class LedgerAccountant:
@@ -847,3 +756,13 @@ class LedgerAccountant:
     def commit(self, step: int, location: str, digest: str) -> None:
         """Records durably that the checkpoint holds all steps; see `Ledger.commit`."""
         self._ledger.commit(self._attempt, step, checkpoint=location, digest=digest)
+
+
+def _total(epsilon: float, delta: float) -> Budget:
+    """Returns a dataset's total; refuses one that promises nothing."""
+    if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
+        raise LedgerError(
+            f"a total of epsilon = {epsilon}, delta = {delta} promises nothing: give a positive and"
+            " finite epsilon, and a delta in (0, 1)"
+        )
+    return Budget(epsilon, delta)

@@ -1,7 +1,7 @@
-"""What the ledger takes and gives: plain frozen values, without a database behind them.
+"""The values that the ledger takes and returns: frozen dataclasses without a database.
 
-All fields are public except the two that hide in `repr`: the key of an attempt and the key of a
-dataset's user hashes.
+All fields are public except two, which `repr` hides: the key of a dataset's user hashes and the key
+of a trial that is to be admitted.
 
     digests = Digests(plan=plan_digest(plan), config="c0ffee", code="5eed", store="da7a")
 """
@@ -27,7 +27,10 @@ COUNTED_RELEASES = ("all", "public")
 
 @dataclass(frozen=True)
 class Digests:
-    """What must be equal for a repeated step to be the same release. World size may differ."""
+    """Digests that must be equal for a repeated step to be the same release.
+
+    The number of workers may differ.
+    """
 
     plan: str
     """Of the privacy plan, by `plan_digest`; it never changes within a run."""
@@ -44,7 +47,7 @@ class Digests:
 
 
 def plan_digest(plan: Mapping[str, Any]) -> str:
-    """Returns a SHA-256 over a privacy plan's plain values, in whatever order they stand."""
+    """Returns a SHA-256 of a privacy plan's plain values, whatever their order."""
     return hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
 
 
@@ -73,7 +76,7 @@ class Attempt:
     resume_digest: str | None
     """The digest that the ledger recorded for that checkpoint; None at the start."""
     last_step: int
-    """The last step that will be granted: num_steps, or fewer once a re-keyed run has paid for
+    """The last step that will be granted: num_steps, or fewer after a re-keyed run has paid for
     repeated steps."""
     is_rekeyed: bool
     """Whether this attempt drew a new key, so that repeated steps are charged again."""
@@ -81,13 +84,13 @@ class Attempt:
     """The last step reserved under this key by earlier attempts, or resume_step: before it, no
     checkpoint may be committed (see `Ledger.commit`)."""
     committed: tuple[str, ...]
-    """Where the run's committed checkpoints were written, oldest first. Any other checkpoint in
-    the run's storage is uncommitted."""
+    """Locations of the run's committed checkpoints, oldest first. Any other checkpoint in the
+    run's storage is uncommitted."""
 
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """One body of people's data, whatever stores were made of it."""
+    """One body of users' data, whatever stores were made of it."""
 
     name: str
     user_hash_key: bytes = field(repr=False)
@@ -105,7 +108,7 @@ class RunRecord:
     run_id: str
     dataset: str
     charge: Budget
-    """What the run was admitted with; spent whole, however far the run came."""
+    """What the run was admitted with; spent whole, however many steps the run took."""
     num_steps: int
     charged_steps: int
     """Distinct (key, step) reservations: the noisy releases that may have happened."""
@@ -150,7 +153,7 @@ def is_secret_sweep(plan: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class TrialAdmission:
-    """One trial of a sweep, entered together with it. Sensitive where only the best is released."""
+    """One trial of a sweep, admitted together with it. Sensitive if only the best is released."""
 
     run_id: str
     configuration: int
@@ -165,13 +168,13 @@ class TrialAdmission:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial of a sweep. That it exists is sensitive where only the best is released."""
+    """One trial of a sweep. That it exists is sensitive if only the best is released."""
 
     number: int
     """From 1, in the order of the admission."""
     configuration: int
     run: RunRecord
-    """Its charge is what it would cost alone, and counts nowhere: the sweep's row has paid."""
+    """Its charge is what it would cost alone, and counts nowhere: the sweep has paid."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class BudgetChange:
     dataset: str
     total: Budget
     spent: Budget
-    """By then."""
+    """What was spent when the total changed."""
     changed_at: str
 
 
@@ -211,7 +214,7 @@ def total_of(charges: list[Budget]) -> Budget:
     Privacy:
         Basic composition: mechanisms that are (epsilon_i, delta_i)-private, each chosen after
         seeing the earlier ones, are together (sum epsilon_i, sum delta_i)-private. A delta above
-        1 says nothing and is shown as 1.
+        1 promises nothing and is shown as 1.
 
     Reference:
         Dwork, Rothblum and Vadhan 2010, "Boosting and differential privacy", Section III; Rogers
@@ -251,7 +254,7 @@ def fits(charges: list[Budget], total: Budget) -> bool:
 def exact(number: float) -> Fraction:
     """Returns the decimal number that a finite float prints as, exactly.
 
-    Budgets are stated in decimals, and 0.1 means one tenth: summing the binary values instead
-    would refuse the tenth run of 0.1 in 1.0, or need a tolerance that lets a little too much in.
+    Budgets are stated in decimals, and 0.1 means one tenth. Summing the binary values instead would
+    refuse the tenth run of 0.1 in 1.0, or need a tolerance that admits slightly too much.
     """
     return Fraction(repr(float(number)))

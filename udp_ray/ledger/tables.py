@@ -1,9 +1,14 @@
-"""Rows of the ledger's tables, read under lock or not, and turned into records.
+"""The tables of the ledger, their migrations, and the rows of one transaction.
 
-The tables of the ledger, and how an older ledger becomes a present one (Alembic).
+Three parts: the schema (SQLAlchemy), the migration of an older ledger to it (Alembic), and `Rows`,
+which reads and writes rows within one transaction. The rules that decide on them are in
+`ledger.py`.
 
-Table names carry a prefix, so that a ledger can share a PostgreSQL database with other programs.
-No table holds the time of a step or of a checkpoint: durations follow the realized cohorts, which
+    with database.write() as connection:
+        run = Rows(connection).run("run-1", lock=True)
+
+Table names have a prefix, so that a ledger can share a PostgreSQL database with other programs. No
+table holds the time of a step or of a checkpoint: durations depend on the realized cohorts, which
 are private.
 
 A change of the tables is a new file in `migrations/versions` with the next number, and the same
@@ -13,7 +18,10 @@ change below; a test compares the two.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,6 +41,7 @@ from sqlalchemy import (
     LargeBinary,
     MetaData,
     Row,
+    Select,
     String,
     Table,
     Text,
@@ -46,14 +55,16 @@ from sqlalchemy import (
 )
 
 from udp_ray.dp.keys import RunKey
-from udp_ray.errors import FencedError, GuaranteeError, LedgerError
+from udp_ray.errors import LedgerError
 from udp_ray.ledger.records import (
-    Attempt,
     Budget,
     BudgetChange,
     DatasetRecord,
     Digests,
     RunRecord,
+    TrialAdmission,
+    TrialRecord,
+    plan_to_json,
 )
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -61,11 +72,12 @@ PREFIX = "udp_ray_"
 VERSION_TABLE = f"{PREFIX}schema_version"
 
 METADATA = MetaData()
-_ALEMBIC = threading.Lock()  # its migrations speak to module-wide state
+USER_HASH_KEY_BYTES = 16
+_ALEMBIC = threading.Lock()  # Alembic keeps the migration in progress in module-wide state
 
 
 class HiddenBytes(bytes):
-    """Bytes that do not show: SQLAlchemy's debug log holds the rows that were read."""
+    """Bytes without a readable `repr`: SQLAlchemy's debug log holds the rows that were read."""
 
     def __repr__(self) -> str:
         return "HiddenBytes(hidden)"
@@ -80,7 +92,7 @@ class Secret(TypeDecorator[bytes]):
     cache_ok = True
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> bytes | None:
-        """Hides what was read."""
+        """Wraps the value that was read in `HiddenBytes`."""
         return None if value is None else HiddenBytes(value)
 
 
@@ -132,11 +144,11 @@ RUNS = Table(
     Column("attempt", Integer, nullable=False),  # the present one; 0 before the first
     Column("key_id", String(16), nullable=False),  # the present one
     Column("charged_steps", BigInteger, nullable=False),  # = number of rows in steps
-    Column("start_digest", String(255)),  # of the checkpoint that a new step starts from
+    Column("start_digest", String(255)),  # of the checkpoint that new steps start from
     Column("admitted_at", String(32), nullable=False),
     Column("ended_at", String(32)),
 )
-TRIALS = Table(  # runs that a sweep's row has paid for; entered with it, none is added later
+TRIALS = Table(  # runs that a sweep pays for; written with the sweep, none is added later
     f"{PREFIX}trials",
     METADATA,
     Column("run_id", ForeignKey(RUNS.c.run_id), primary_key=True),
@@ -186,7 +198,7 @@ COMMITS = Table(
 
 
 def has_ledger(connection: Connection) -> bool:
-    """Returns whether the database holds a ledger, of whatever version."""
+    """Returns whether the database holds a ledger, of any version."""
     return inspect(connection).has_table(LEDGER.name)
 
 
@@ -224,9 +236,21 @@ def _config() -> Config:
 
 AnyRow = Row[Any]
 
-# Built once: each step reads a run's row, and building the statement takes as long as running it.
+# Statements of `Ledger.authorize`, which each step waits for. They are built once, because building
+# one takes as long as executing it.
 _RUN = select(RUNS).where(RUNS.c.run_id == bindparam("run_id"))
-_RUN_LOCKED = _RUN.with_for_update()  # SQLite has no such lock, its writers exclude each other
+_RUN_LOCKED = _RUN.with_for_update()  # without effect on SQLite, whose writers exclude each other
+_RESERVED: Select[Any] = select(STEPS.c.attempt, STEPS.c.start_digest).where(
+    STEPS.c.run_id == bindparam("run_id"),
+    STEPS.c.key_id == bindparam("key_id"),
+    STEPS.c.step == bindparam("step"),
+)
+_RESERVE = insert(STEPS)
+_CHARGE = (
+    update(RUNS)
+    .where(RUNS.c.run_id == bindparam("charged_run"))
+    .values(charged_steps=bindparam("charged_steps"), start_digest=bindparam("start_digest"))
+)
 
 
 def now() -> str:
@@ -234,236 +258,326 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-# ---- datasets
-
-
-def dataset_row(connection: Connection, name: str, *, lock: bool = False) -> AnyRow:
-    """Returns a dataset's row; under lock, no other transaction can admit or set a total."""
-    query = select(DATASETS).where(DATASETS.c.name == name)
-    row = connection.execute(query.with_for_update() if lock else query).first()
-    if row is None:
-        raise LedgerError(
-            f"the ledger holds no dataset named {name!r}: mend data.name, or prepare its data first"
-        )
-    return row
-
-
-def dataset_total(row: AnyRow) -> Budget | None:
-    """Returns the total budget in a dataset's row."""
-    return None if row.total_epsilon is None else Budget(row.total_epsilon, row.total_delta)
-
-
-def dataset_record(connection: Connection, row: AnyRow) -> DatasetRecord:
-    """Returns the record of a dataset's row."""
-    table = FINGERPRINTS
-    seen = select(table.c.digest).where(table.c.dataset == row.name).order_by(table.c.number)
-    return DatasetRecord(
-        name=row.name,
-        user_hash_key=bytes(row.user_hash_key),
-        total=dataset_total(row),
-        fingerprints=tuple(connection.execute(seen).scalars()),
-    )
-
-
-def add_fingerprint(connection: Connection, name: str, digest: str) -> None:
-    """Notes that a store of this digest was seen under a dataset's name, once."""
-    table = FINGERPRINTS
-    seen = select(table.c.number).where(table.c.dataset == name, table.c.digest == digest)
-    if connection.execute(seen).first() is None:
-        connection.execute(insert(table).values(dataset=name, digest=digest, seen_at=now()))
-
-
-def charges_of(connection: Connection, dataset: str) -> list[Budget]:
-    """Returns what each run of a dataset is charged with; a sweep pays for its trials."""
-    table = RUNS
-    query = select(table.c.epsilon, table.c.delta).where(
-        table.c.dataset == dataset,
-        table.c.state != "abandoned",
-        table.c.run_id.not_in(select(TRIALS.c.run_id)),
-    )
-    return [Budget(row.epsilon, row.delta) for row in connection.execute(query)]
-
-
-def budget_changes(connection: Connection, dataset: str) -> tuple[BudgetChange, ...]:
-    """Returns the log of a dataset's totals, oldest first."""
-    table = BUDGET_CHANGES
-    query = select(table).where(table.c.dataset == dataset).order_by(table.c.number)
-    return tuple(
-        BudgetChange(
-            dataset=row.dataset,
-            total=Budget(row.total_epsilon, row.total_delta),
-            spent=Budget(row.spent_epsilon, row.spent_delta),
-            changed_at=row.changed_at,
-        )
-        for row in connection.execute(query)
-    )
-
-
-# ---- runs
-
-
-def run_row(connection: Connection, run_id: str, *, lock: bool = False) -> AnyRow:
-    """Returns a run's row; under lock, no other transaction can change the run."""
-    row = connection.execute(_RUN_LOCKED if lock else _RUN, {"run_id": run_id}).first()
-    if row is None:
-        raise LedgerError(
-            f"the ledger holds no run named {run_id!r}: it was never admitted there, so correct the"
-            " run or the ledger; jobs/ledger.py show lists its runs"
-        )
-    return row
-
-
-def held_run(
-    connection: Connection, attempt: Attempt, *, may_have_ended: bool = False, lock: bool = True
-) -> AnyRow:
-    """Returns the row of an attempt's run, if the attempt is the present one.
-
-    Raises:
-        FencedError: If a newer attempt has begun.
-        LedgerError: If the run has ended.
-    """
-    run = run_row(connection, attempt.run_id, lock=lock)
-    if run.attempt != attempt.number:
-        raise FencedError(
-            f"attempt {attempt.number} of run {attempt.run_id!r} is over: attempt {run.attempt} has"
-            " taken the run over"
-        )
-    if not may_have_ended:
-        refuse_ended(run)
-    if run.key_id != attempt.key_id:
-        raise GuaranteeError(
-            f"attempt {attempt.number} of run {attempt.run_id!r} holds another key than the ledger:"
-            " a new key must always come with a new attempt"
-        )
-    return run
-
-
-def refuse_ended(run: AnyRow) -> None:
-    """Refuses a run that is finished or abandoned."""
-    if run.state != "admitted":
-        raise LedgerError(
-            f"run {run.run_id!r} is {run.state} and its key is destroyed: give a new run another"
-            " output folder"
-        )
-
-
-def last_commit(connection: Connection, run_id: str) -> AnyRow | None:
-    """Returns the newest commit of a run."""
-    table = COMMITS
-    query = select(table).where(table.c.run_id == run_id).order_by(table.c.step.desc()).limit(1)
-    return connection.execute(query).first()
-
-
-def attempt_digests(connection: Connection, run_id: str, number: int) -> Digests:
-    """Returns the digests that an attempt began with; number 0 is the admission."""
-    table = ATTEMPTS
-    query = select(table).where(table.c.run_id == run_id, table.c.number == number)
-    row = connection.execute(query).one()
-    return Digests(row.plan_digest, row.config_digest, row.code_digest, row.store_digest)
-
-
-def add_attempt(
-    connection: Connection, run_id: str, number: int, key: RunKey, digests: Digests
-) -> None:
-    """Notes an attempt; number 0 is the admission."""
-    values = {
-        "run_id": run_id,
-        "number": number,
-        "key_id": key.id,
-        "plan_digest": digests.plan,
-        "config_digest": digests.config,
-        "code_digest": digests.code,
-        "store_digest": digests.store,
-        "begun_at": now(),
-    }
-    connection.execute(insert(ATTEMPTS).values(values))
-
-
-def num_reserved(connection: Connection, run: AnyRow, *, after: int, up_to: int | None) -> int:
-    """Returns how many steps in (after, up_to] are reserved under the run's present key."""
-    table = STEPS
-    query = select(func.count()).where(
-        table.c.run_id == run.run_id, table.c.key_id == run.key_id, table.c.step > after
-    )
-    if up_to is not None:
-        query = query.where(table.c.step <= up_to)
-    return connection.execute(query).scalar_one()
-
-
-def last_reserved(connection: Connection, run: AnyRow) -> int:
-    """Returns the last step that is reserved under the run's present key; 0 if none is."""
-    table = STEPS
-    query = select(func.max(table.c.step)).where(
-        table.c.run_id == run.run_id, table.c.key_id == run.key_id
-    )
-    return connection.execute(query).scalar_one() or 0
-
-
-def committed_checkpoints(connection: Connection, run_id: str) -> tuple[str, ...]:
-    """Returns where the committed checkpoints of a run were written, oldest first."""
-    table = COMMITS
-    query = select(table.c.checkpoint).where(table.c.run_id == run_id).order_by(table.c.step)
-    return tuple(connection.execute(query).scalars())
-
-
-def run_record(connection: Connection, run: AnyRow) -> RunRecord:
-    """Returns the record of a run's row; its steps are counted anew."""
-    commit = last_commit(connection, run.run_id)
-    keys = select(func.count()).where(KEYS.c.run_id == run.run_id)
-    charged = select(func.count()).where(STEPS.c.run_id == run.run_id)
-    return RunRecord(
-        run_id=run.run_id,
-        dataset=run.dataset,
-        charge=Budget(run.epsilon, run.delta),
-        num_steps=run.num_steps,
-        charged_steps=connection.execute(charged).scalar_one(),
-        committed_step=commit.step if commit else 0,
-        checkpoint=commit.checkpoint if commit else None,
-        checkpoint_digest=commit.digest if commit else None,
-        plan=plan_of(run),
-        digests=attempt_digests(connection, run.run_id, last_attempt(connection, run.run_id)),
-        state=run.state,
-        num_attempts=last_attempt(connection, run.run_id),
-        num_keys=connection.execute(keys).scalar_one(),
-        key_id=run.key_id,
-        admitted_at=run.admitted_at,
-        ended_at=run.ended_at,
-    )
-
-
 def plan_of(run: AnyRow) -> dict[str, Any]:
-    """Returns the plan in a run's row."""
+    """Returns the privacy plan in a run's row."""
     plan: dict[str, Any] = json.loads(run.plan)
     return plan
 
 
-def last_attempt(connection: Connection, run_id: str) -> int:
-    """Returns the number of the last attempt that began; 0 before the first."""
-    table = ATTEMPTS
-    return connection.execute(
-        select(func.max(table.c.number)).where(table.c.run_id == run_id)
-    ).scalar_one()
+def total_of_dataset(dataset: AnyRow) -> Budget | None:
+    """Returns the total budget in a dataset's row; None if it has none."""
+    return (
+        None
+        if dataset.total_epsilon is None
+        else Budget(dataset.total_epsilon, dataset.total_delta)
+    )
 
 
-# ---- keys
+class Rows:
+    """The rows of the ledger, read and written within one transaction."""
 
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
-def stored_key(connection: Connection, run: AnyRow) -> RunKey | None:
-    """Returns the present key of a run; None if it was destroyed."""
-    table = KEYS
-    query = select(table.c.secret).where(table.c.run_id == run.run_id, table.c.key_id == run.key_id)
-    secret = connection.execute(query).scalar_one_or_none()
-    key = None if secret is None else RunKey(bytes(secret))
-    return key if key is not None and key.id == run.key_id else None
+    # ---- the ledger
 
+    def add_ledger(self) -> str:
+        """Writes the row that identifies a new ledger; returns its id."""
+        ledger_id = uuid.uuid4().hex
+        self._connection.execute(insert(LEDGER).values(id=ledger_id, created_at=now()))
+        return ledger_id
 
-def add_key(connection: Connection, run_id: str, key: RunKey) -> None:
-    """Stores a key of a run."""
-    values = {"run_id": run_id, "key_id": key.id, "secret": key.secret}
-    connection.execute(insert(KEYS).values(values))
+    def ledger_id(self) -> str:
+        """Returns the id of the ledger."""
+        return self._connection.execute(select(LEDGER.c.id)).scalar_one()
 
+    # ---- datasets
 
-def set_secrets(connection: Connection, run_id: str, secret: bytes | None) -> None:
-    """Overwrites all keys of a run."""
-    table = KEYS
-    connection.execute(update(table).where(table.c.run_id == run_id).values(secret=secret))
+    def dataset_names(self) -> list[str]:
+        """Returns the names of all datasets, sorted."""
+        query = select(DATASETS.c.name).order_by(DATASETS.c.name)
+        return list(self._connection.execute(query).scalars())
+
+    def add_dataset(self, name: str) -> None:
+        """Writes a dataset with a new key for the hashes of user ids, if it is not known yet."""
+        known = select(DATASETS.c.name).where(DATASETS.c.name == name)
+        if self._connection.execute(known).first() is None:
+            key = secrets.token_bytes(USER_HASH_KEY_BYTES)
+            values = {"name": name, "user_hash_key": key, "created_at": now()}
+            self._connection.execute(insert(DATASETS).values(values))
+
+    def dataset(self, name: str, *, lock: bool = False) -> AnyRow:
+        """Returns a dataset's row; under lock, no other transaction can admit or set a total.
+
+        Raises:
+            LedgerError: If the dataset is not known.
+        """
+        query = select(DATASETS).where(DATASETS.c.name == name)
+        row = self._connection.execute(query.with_for_update() if lock else query).first()
+        if row is None:
+            raise LedgerError(
+                f"the ledger holds no dataset named {name!r}: fix data.name, or prepare its data"
+                " first"
+            )
+        return row
+
+    def dataset_record(self, dataset: AnyRow) -> DatasetRecord:
+        """Returns the record of a dataset's row."""
+        table = FINGERPRINTS
+        seen = (
+            select(table.c.digest).where(table.c.dataset == dataset.name).order_by(table.c.number)
+        )
+        return DatasetRecord(
+            name=dataset.name,
+            user_hash_key=bytes(dataset.user_hash_key),
+            total=total_of_dataset(dataset),
+            fingerprints=tuple(self._connection.execute(seen).scalars()),
+        )
+
+    def add_fingerprint(self, dataset: str, digest: str) -> None:
+        """Notes, once, that a store of this digest was seen under a dataset's name."""
+        table = FINGERPRINTS
+        seen = select(table.c.number).where(table.c.dataset == dataset, table.c.digest == digest)
+        if self._connection.execute(seen).first() is None:
+            values = {"dataset": dataset, "digest": digest, "seen_at": now()}
+            self._connection.execute(insert(table).values(values))
+
+    def charges(self, dataset: str) -> list[Budget]:
+        """Returns what each run of a dataset is charged with; a sweep pays for its trials."""
+        table = RUNS
+        query = select(table.c.epsilon, table.c.delta).where(
+            table.c.dataset == dataset,
+            table.c.state != "abandoned",
+            table.c.run_id.not_in(select(TRIALS.c.run_id)),
+        )
+        return [Budget(row.epsilon, row.delta) for row in self._connection.execute(query)]
+
+    def set_total(self, dataset: str, total: Budget, *, spent: Budget) -> None:
+        """Changes a dataset's total, and logs the change with what was spent by then."""
+        values = {"total_epsilon": total.epsilon, "total_delta": total.delta}
+        change = {"dataset": dataset, "spent_epsilon": spent.epsilon, "spent_delta": spent.delta}
+        change |= {**values, "changed_at": now()}
+        self._connection.execute(insert(BUDGET_CHANGES).values(change))
+        self._connection.execute(update(DATASETS).where(DATASETS.c.name == dataset).values(values))
+
+    def budget_changes(self, dataset: str) -> tuple[BudgetChange, ...]:
+        """Returns the log of a dataset's totals, oldest first."""
+        table = BUDGET_CHANGES
+        query = select(table).where(table.c.dataset == dataset).order_by(table.c.number)
+        return tuple(
+            BudgetChange(
+                dataset=row.dataset,
+                total=Budget(row.total_epsilon, row.total_delta),
+                spent=Budget(row.spent_epsilon, row.spent_delta),
+                changed_at=row.changed_at,
+            )
+            for row in self._connection.execute(query)
+        )
+
+    # ---- runs
+
+    def add_run(self, run: Mapping[str, Any], key: RunKey, digests: Digests) -> None:
+        """Writes a run that has been paid for, with its key and the digests of its admission."""
+        start = {"state": "admitted", "attempt": 0, "key_id": key.id, "charged_steps": 0}
+        values = {**run, **start, "admitted_at": now()}
+        self._connection.execute(insert(RUNS).values(values))
+        self.add_key(run["run_id"], key)
+        self.add_attempt(run["run_id"], 0, key, digests)
+
+    def find_run(self, run_id: str, *, lock: bool = False) -> AnyRow | None:
+        """Returns a run's row, or None; under lock, no other transaction can change the run."""
+        query = _RUN_LOCKED if lock else _RUN
+        return self._connection.execute(query, {"run_id": run_id}).first()
+
+    def run(self, run_id: str, *, lock: bool = False) -> AnyRow:
+        """Returns a run's row, as `find_run`.
+
+        Raises:
+            LedgerError: If the run was never admitted.
+        """
+        row = self.find_run(run_id, lock=lock)
+        if row is None:
+            raise LedgerError(
+                f"the ledger holds no run named {run_id!r}: it was never admitted there, so correct"
+                " the run or the ledger; jobs/ledger.py show lists its runs"
+            )
+        return row
+
+    def run_ids(self) -> set[str]:
+        """Returns the ids of all runs, sweeps and trials."""
+        return set(self._connection.execute(select(RUNS.c.run_id)).scalars())
+
+    def runs_of(self, dataset: str) -> list[AnyRow]:
+        """Returns the runs and sweeps of a dataset without trials, oldest first."""
+        is_trial = RUNS.c.run_id.in_(select(TRIALS.c.run_id))
+        query = select(RUNS).where(RUNS.c.dataset == dataset, ~is_trial).order_by(RUNS.c.number)
+        return list(self._connection.execute(query))
+
+    def update_run(self, run_id: str, **values: Any) -> None:
+        """Changes columns of a run."""
+        self._connection.execute(update(RUNS).where(RUNS.c.run_id == run_id).values(**values))
+
+    def run_record(self, run: AnyRow) -> RunRecord:
+        """Returns the record of a run's row; its steps are counted anew."""
+        commit = self.last_commit(run.run_id)
+        keys = select(func.count()).where(KEYS.c.run_id == run.run_id)
+        charged = select(func.count()).where(STEPS.c.run_id == run.run_id)
+        last_attempt = select(func.max(ATTEMPTS.c.number)).where(ATTEMPTS.c.run_id == run.run_id)
+        num_attempts = self._connection.execute(last_attempt).scalar_one()
+        return RunRecord(
+            run_id=run.run_id,
+            dataset=run.dataset,
+            charge=Budget(run.epsilon, run.delta),
+            num_steps=run.num_steps,
+            charged_steps=self._connection.execute(charged).scalar_one(),
+            committed_step=commit.step if commit else 0,
+            checkpoint=commit.checkpoint if commit else None,
+            checkpoint_digest=commit.digest if commit else None,
+            plan=plan_of(run),
+            digests=self.attempt_digests(run.run_id, num_attempts),
+            state=run.state,
+            num_attempts=num_attempts,
+            num_keys=self._connection.execute(keys).scalar_one(),
+            key_id=run.key_id,
+            admitted_at=run.admitted_at,
+            ended_at=run.ended_at,
+        )
+
+    # ---- trials of sweeps
+
+    def add_trials(self, sweep: str, dataset: str, trials: Sequence[TrialAdmission]) -> None:
+        """Writes the trials of a sweep, which are runs that the sweep pays for."""
+        for number, trial in enumerate(trials, start=1):
+            run = {
+                "run_id": trial.run_id,
+                "dataset": dataset,
+                "epsilon": trial.charge.epsilon,
+                "delta": trial.charge.delta,
+                "num_steps": trial.num_steps,
+                "plan": plan_to_json(trial.plan),
+            }
+            self.add_run(run, trial.key, trial.digests)
+            place = {"run_id": trial.run_id, "sweep": sweep, "number": number}
+            place |= {"configuration": trial.configuration}
+            self._connection.execute(insert(TRIALS).values(place))
+
+    def trial_runs(self, sweep: str, *, lock: bool = False) -> list[AnyRow]:
+        """Returns the run rows of a sweep's trials, by number; none for a run."""
+        query = select(TRIALS.c.run_id).where(TRIALS.c.sweep == sweep).order_by(TRIALS.c.number)
+        run_ids = self._connection.execute(query).scalars().all()
+        return [self.run(run_id, lock=lock) for run_id in run_ids]
+
+    def trial_records(self, sweep: str) -> tuple[TrialRecord, ...]:
+        """Returns the records of a sweep's trials, in the order of their numbers."""
+        query = select(TRIALS).where(TRIALS.c.sweep == sweep).order_by(TRIALS.c.number)
+        return tuple(
+            TrialRecord(
+                number=row.number,
+                configuration=row.configuration,
+                run=self.run_record(self.run(row.run_id)),
+            )
+            for row in self._connection.execute(query).all()
+        )
+
+    def sweep_of(self, run_id: str) -> str | None:
+        """Returns the sweep that a run is a trial of; None if it is no trial."""
+        query = select(TRIALS.c.sweep).where(TRIALS.c.run_id == run_id)
+        return self._connection.execute(query).scalar_one_or_none()
+
+    # ---- attempts
+
+    def add_attempt(self, run_id: str, number: int, key: RunKey, digests: Digests) -> None:
+        """Writes an attempt; number 0 is the admission."""
+        values = {
+            "run_id": run_id,
+            "number": number,
+            "key_id": key.id,
+            "plan_digest": digests.plan,
+            "config_digest": digests.config,
+            "code_digest": digests.code,
+            "store_digest": digests.store,
+            "begun_at": now(),
+        }
+        self._connection.execute(insert(ATTEMPTS).values(values))
+
+    def attempt_digests(self, run_id: str, number: int) -> Digests:
+        """Returns the digests that an attempt began with; number 0 is the admission."""
+        query = select(ATTEMPTS).where(ATTEMPTS.c.run_id == run_id, ATTEMPTS.c.number == number)
+        row = self._connection.execute(query).one()
+        return Digests(row.plan_digest, row.config_digest, row.code_digest, row.store_digest)
+
+    # ---- steps
+
+    def reservation(self, run: AnyRow, step: int) -> AnyRow | None:
+        """Returns the reservation of a step under the run's present key; None if there is none."""
+        key = {"run_id": run.run_id, "key_id": run.key_id, "step": step}
+        return self._connection.execute(_RESERVED, key).first()
+
+    def reserve(self, run: AnyRow, step: int, *, attempt: int, start_digest: str) -> None:
+        """Writes the reservation of a step and charges the run with it."""
+        key = {"run_id": run.run_id, "key_id": run.key_id, "step": step}
+        self._connection.execute(_RESERVE, key | {"attempt": attempt, "start_digest": start_digest})
+        charged = {"charged_steps": run.charged_steps + 1, "start_digest": start_digest}
+        self._connection.execute(_CHARGE, charged | {"charged_run": run.run_id})
+
+    def num_reserved(self, run: AnyRow, *, after: int, up_to: int | None) -> int:
+        """Returns how many steps in (after, up_to] are reserved under the run's present key."""
+        query = select(func.count()).where(
+            STEPS.c.run_id == run.run_id, STEPS.c.key_id == run.key_id, STEPS.c.step > after
+        )
+        if up_to is not None:
+            query = query.where(STEPS.c.step <= up_to)
+        return self._connection.execute(query).scalar_one()
+
+    def last_reserved(self, run: AnyRow) -> int:
+        """Returns the last step that is reserved under the run's present key; 0 if none is."""
+        query = select(func.max(STEPS.c.step)).where(
+            STEPS.c.run_id == run.run_id, STEPS.c.key_id == run.key_id
+        )
+        return self._connection.execute(query).scalar_one() or 0
+
+    # ---- commits
+
+    def add_commit(
+        self, run: AnyRow, step: int, *, attempt: int, checkpoint: str, digest: str
+    ) -> None:
+        """Writes the commit of a checkpoint, which the run's next steps start from."""
+        values = {"run_id": run.run_id, "step": step, "key_id": run.key_id, "attempt": attempt}
+        values |= {"checkpoint": checkpoint, "digest": digest}
+        self._connection.execute(insert(COMMITS).values(values))
+        self.update_run(run.run_id, start_digest=digest)
+
+    def committed_digest(self, run_id: str, step: int) -> str | None:
+        """Returns the digest of the checkpoint that is committed for a step; None if none is."""
+        query = select(COMMITS.c.digest).where(COMMITS.c.run_id == run_id, COMMITS.c.step == step)
+        return self._connection.execute(query).scalar_one_or_none()
+
+    def last_commit(self, run_id: str) -> AnyRow | None:
+        """Returns the newest commit of a run."""
+        query = select(COMMITS).where(COMMITS.c.run_id == run_id)
+        return self._connection.execute(query.order_by(COMMITS.c.step.desc()).limit(1)).first()
+
+    def committed_checkpoints(self, run_id: str) -> tuple[str, ...]:
+        """Returns the locations of the committed checkpoints of a run, oldest first."""
+        query = select(COMMITS.c.checkpoint).where(COMMITS.c.run_id == run_id)
+        return tuple(self._connection.execute(query.order_by(COMMITS.c.step)).scalars())
+
+    # ---- keys
+
+    def add_key(self, run_id: str, key: RunKey) -> None:
+        """Writes a key of a run."""
+        values = {"run_id": run_id, "key_id": key.id, "secret": key.secret}
+        self._connection.execute(insert(KEYS).values(values))
+
+    def key(self, run: AnyRow) -> RunKey | None:
+        """Returns the present key of a run; None if it was destroyed or lost."""
+        query = select(KEYS.c.secret).where(
+            KEYS.c.run_id == run.run_id, KEYS.c.key_id == run.key_id
+        )
+        secret = self._connection.execute(query).scalar_one_or_none()
+        key = None if secret is None else RunKey(bytes(secret))
+        return key if key is not None and key.id == run.key_id else None
+
+    def overwrite_keys(self, run_id: str, secret: bytes | None) -> None:
+        """Overwrites all keys of a run."""
+        self._connection.execute(update(KEYS).where(KEYS.c.run_id == run_id).values(secret=secret))

@@ -1,10 +1,10 @@
-"""Load a causal language model for private training, or refuse it and say why.
+"""Loads causal language models and tokenizers for private training; refuses unsuitable ones.
 
-The guarantee needs one user's gradient to depend on that user's text alone, in float32. So weights
-become float32, every dropout gets one stated value, and models with layers that are known to couple
-the examples of a batch, or to carry statistics of private text past the noise, are refused at once.
-The guarantee does not rest on that list: before each run `engine/invariance.py` checks the property
-itself on made-up tokens.
+The guarantee requires that a user's gradient depends on that user's text alone, in float32. So
+weights become float32, every dropout gets one stated probability, and models with layers that are
+known to couple the examples of a batch, or to keep statistics of private text without noise, are
+refused. The guarantee does not rest on that list: before each run `engine/invariance.py` checks the
+property itself on synthetic tokens.
 
     model = load_model("demo/model", dropout=0.0)
     list(trainable_parameters(model))[0]     # 'transformer.wte.weight', once, though it is tied
@@ -65,7 +65,7 @@ def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> 
     _set_dropout(config, dropout)
     model, report = _from_cache_or_hub("model.name", name, _weights_loader(name, config))
     if report["missing_keys"]:
-        # They would be drawn at random, and differently on each worker.
+        # They would be drawn at random, and be different on each worker.
         missing = sorted(report["missing_keys"])
         raise ConfigError(
             f"model.name is {name!r}, whose checkpoint lacks {len(missing)} weights of"
@@ -81,7 +81,7 @@ def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> 
 
 
 def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
-    """Returns the model that `load_model` would, its shapes at least: no weights are read or drawn.
+    """Returns the model of `load_model` with shapes only: no weights are read or drawn.
 
     Call it under `torch.device("meta")`.
 
@@ -113,7 +113,7 @@ def model_config(name: str) -> PretrainedConfig:
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
     """Raises UnsupportedModelError if a layer's name says that it couples examples.
 
-    An early refusal in clear words; what it does not know, `engine/invariance.py` finds out.
+    It refuses early and with a clear message; `engine/invariance.py` finds layers it does not know.
     """
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -128,10 +128,10 @@ def refuse_coupled_examples(name: str, model: nn.Module) -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Has the model compute its layers' activations anew in the backward pass, in training mode.
+    """Makes the model recompute its layers' activations in the backward pass, in training mode.
 
-    Non-reentrant, so that it also works where gradients are asked for by `torch.autograd.grad`, and
-    of a frozen model's adapters.
+    It is non-reentrant, so that it also works with `torch.autograd.grad` and with the adapters of a
+    frozen model.
 
     Raises:
         ConfigError: If the architecture does not support it.
@@ -145,7 +145,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that train by name, a shared tensor once, in the model's own order.
+    """Returns the trainable parameters by name, a shared tensor once, in the model's order.
 
     The order and the names are those of the model's definition, so every worker and every restart
     agrees on them.
@@ -163,9 +163,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def frozen_fingerprint(model: nn.Module) -> str | None:
-    """Returns a SHA-256 over what a step's sum depends on and does not train; None if nothing is.
+    """Returns a SHA-256 over weights and buffers that do not train; None if there are none.
 
-    A checkpoint of adapters does not hold the model that they belong to.
+    A step's sum depends on them, and a checkpoint of adapters does not hold them.
     """
     state = model.state_dict(keep_vars=True)
     frozen = {name: tensor for name, tensor in state.items() if not tensor.requires_grad}
@@ -185,7 +185,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Returns a fast tokenizer by its Hugging Face name or folder.
 
     Raises:
-        ConfigError: If there is none of that name, it is a slow one, or it cannot end a text.
+        ConfigError: If there is none of that name, it is a slow one, or it has no end-of-text
+        token.
     """
 
     def load(local_files_only: bool) -> PreTrainedTokenizerBase:
@@ -204,7 +205,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a SHA-256 over all that decides how a fast tokenizer maps text to ids."""
+    """Returns a SHA-256 over everything that decides how a fast tokenizer maps text to ids."""
     backend: str = tokenizer.backend_tokenizer.to_str()
     special = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {tokenizer.pad_token_id}"
     return hashlib.sha256(f"{special}\n{backend}".encode()).hexdigest()

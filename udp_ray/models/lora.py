@@ -4,9 +4,9 @@
     list(trainable_parameters(model))[0]   # 'transformer.h.0.attn.c_attn.lora_A.default.weight'
 
 Only the adapters train, so only they are clipped, noised, sent and saved. Their initial weights are
-a pure function of their names and shapes: every worker, every restart and every world size begins
-alike, whatever was drawn before from torch's generator. Plain LoRA on linear layers and nothing
-else: what peft can make trainable besides (biases, whole modules, rows of embeddings) is left out.
+a pure function of their names and shapes: every worker, every restart and every world size starts
+with the same ones, whatever was drawn before from torch's generator. Only LoRA on linear layers is
+supported. What else peft can make trainable (biases, whole modules, rows of embeddings) is not.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, dropout: float
         lora_alpha=settings.alpha,
         lora_dropout=dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        # GPT-2 stores its linear layers transposed; peft sees that too, but warns at each of them.
+        # GPT-2 stores its linear layers transposed; peft sees that too, but warns about each.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
-        with torch.random.fork_rng(devices=[]):  # peft draws a start of its own, from torch's state
+        with torch.random.fork_rng(devices=[]):  # peft draws initial weights from torch's state
             model.add_adapter(adapters)
     except ValueError:
         raise ConfigError(
@@ -66,7 +66,7 @@ def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, dropout: float
 
 
 def _check_target(model: nn.Module, target: str) -> None:
-    """Refuses what peft would skip in silence, or adapt in a way that cannot be clipped exactly."""
+    """Refuses what peft would skip silently, or adapt in a way that cannot be clipped exactly."""
     named = [
         module
         for name, module in model.named_modules()
@@ -81,7 +81,7 @@ def _check_target(model: nn.Module, target: str) -> None:
 
 
 def _some_linear(model: nn.Module) -> str:
-    """Returns the names that linear layers of this model have, without their place in it."""
+    """Returns the last part of the names of this model's linear layers."""
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
@@ -91,7 +91,7 @@ def _some_linear(model: nn.Module) -> str:
 
 
 def _initialize(name: str, parameter: nn.Parameter) -> None:
-    """Gives an adapter's matrix the distribution that it has in peft: A uniform, B zero."""
+    """Sets an adapter's matrix as peft distributes it: A uniform, B zero."""
     with torch.no_grad():
         if ".lora_B." in name:
             parameter.zero_()

@@ -1,10 +1,12 @@
-"""How many positions a model has, from its configuration alone; no weights, no torch.
+"""The number of positions of a model, from its configuration alone.
 
-An example that is longer than the model's positions fails inside the forward pass (learnt
+An example that is longer than the model's positions fails inside the forward pass (learned
 positions) or is extrapolated to where the model was never trained (rotary positions). Both are
 refused before anything is spent.
 
     require_positions("gpt2", AutoConfig.from_pretrained("gpt2"), block_tokens=1024)
+
+It is a module of its own because drivers use it, which must start without torch and transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_p
 
 
 def num_positions(config: PretrainedConfig) -> int | None:
-    """Returns the most tokens of one example that a model is made for, or None without a bound.
+    """Returns the most tokens of one example that a model supports, or None without a bound.
 
     Args:
         config: The model's configuration; of a multimodal one, the text decoder's part counts.

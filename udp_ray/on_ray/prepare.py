@@ -315,7 +315,7 @@ def prepare(
         else:
             display.phase("uploading the manifest")
             put_store(folder, settings.url)
-    return PrepareResult(data.store, manifest, counts, registration.aside is not None)
+    return PrepareResult(data.store, manifest, counts, registration.is_new_ledger)
 
 
 # ---- the stages, on Ray

@@ -34,7 +34,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ from udp_ray.errors import (
     CheckpointError,
     DataError,
     DivergedError,
-    GuaranteeError,
     UdpRayError,
 )
 from udp_ray.io import (
@@ -82,20 +80,13 @@ from udp_ray.on_ray.accountant import (
 )
 from udp_ray.on_ray.checkpoints import open_checkpoint, remove_uncommitted
 from udp_ray.on_ray.progress import EpsilonCurve
-from udp_ray.reports.figures import draw_curves, write_event_file
-from udp_ray.reports.statement import DatasetTotal, SweepStatement, describe_point
-from udp_ray.reports.tables import (
-    TrialResult,
-    best_of,
-    draw_heat_map,
-    to_table,
-    winner_yaml,
-)
-from udp_ray.runs.admission import Run, without_secrets
-from udp_ray.runs.result import RunResult
-from udp_ray.runs.sweep import Sweep
+from udp_ray.reports.figures import draw_curves, draw_heat_map, write_event_file
+from udp_ray.reports.statement import DatasetTotal
+from udp_ray.reports.tables import trials_to_text
+from udp_ray.runs.admission import Run, without_ledger_url
+from udp_ray.runs.result import BEST_FILE, RunResult, SweepResult, TrialResult, best_of
+from udp_ray.runs.sweep import Sweep, winner_yaml
 
-BEST_FILE = "best.yaml"
 TRIALS_FILE = "trials.json"
 TABLE_FILE = "trials.txt"
 HEAT_MAP_FILE = "heatmap.png"
@@ -103,6 +94,7 @@ OF_ONE_TRIAL = {
     RUN_FILE, CONFIG_FILE, PRIVACY_FILE, STATEMENT_FILE, METRICS_FILE, CURVES_FILE, ERROR_FILE,
 }  # fmt: skip
 """Files of a trial that tell which one it was, or what it would cost alone."""
+
 
 # ---- runs
 
@@ -144,18 +136,14 @@ def publish_run(
     evaluations = read_evaluations(folder.path / METRICS_FILE)
     divergence = _divergence(record, evaluations, stopped_by, has_weights=has_weights)
     metrics = _with_epsilon(record, evaluations, curve)
-    folder.write_json(METRICS_FILE, [to_strict_json(row) for row in metrics])
-    write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
-    points = curve.points(record.charged_steps)
-    title = f"{run.run_id}: {record.committed_step} steps"
-    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
-    write_atomic(folder.path / CONFIG_FILE, without_secrets(run.config).to_yaml())
-    total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
+    _write_curves(run, record, metrics, curve)
+    write_atomic(folder.path / CONFIG_FILE, without_ledger_url(run.config).to_yaml())
     statement = run.statement.with_spent(num_steps=record.charged_steps)
     if divergence is not None:
         statement = statement.of_diverged(divergence, has_weights=has_weights)
         # Written before the end, since a sweep tells by it that the trial counts as the worst.
         folder.write_json(ERROR_FILE, {"error": _advice(run, divergence), "diverged": True})
+    total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
     folder.forget_start()
@@ -248,6 +236,18 @@ def _without_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _write_curves(
+    run: Run, record: RunRecord, metrics: list[dict[str, Any]], curve: EpsilonCurve
+) -> None:
+    """Writes metrics.json, the file for TensorBoard, and the figure of both over steps."""
+    folder = run.folder
+    folder.write_json(METRICS_FILE, [to_strict_json(row) for row in metrics])
+    write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
+    points = curve.points(record.charged_steps)
+    title = f"{run.run_id}: {record.committed_step} steps"
+    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
+
+
 def _with_epsilon(
     record: RunRecord, evaluations: list[dict[str, float]], curve: EpsilonCurve
 ) -> list[dict[str, Any]]:
@@ -292,42 +292,6 @@ def _scalars(
 
 
 # ---- sweeps
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """What a sweep released. Public."""
-
-    sweep_id: str
-    output: Path
-    model: Path | None
-    """Folder of the chosen model in Hugging Face format; None if no model is released."""
-    statement: SweepStatement
-    loss: float | None
-    """Held-out loss of the chosen trial; None if there is none."""
-    trials: tuple[TrialResult, ...]
-    """Empty for a secret sweep."""
-    is_complete: bool
-    """Whether nothing is left to be resumed."""
-    failure: UdpRayError | None = None
-    """Why no model is released though the sweep has ended."""
-
-    def to_text(self) -> str:
-        """Returns the statement, the trials if they are public, and the chosen settings."""
-        if self.statement.winner is None or self.loss is None:
-            raise GuaranteeError("a published sweep must state which configuration was chosen")
-        num_open = sum(trial.loss is None for trial in self.trials)
-        return "\n".join(
-            [
-                self.statement.to_text(),
-                *(["", to_table(self.trials)] if self.trials else []),
-                "",
-                f"Chosen: {describe_point(self.statement.winner)}",
-                f"  held-out loss {self.loss:.4f}; weights in {self.model}",
-                f"  settings for jobs/train.py in {self.output / BEST_FILE}",
-                *([f"{num_open} trials have not ended: continue with --resume"] * (num_open > 0)),
-            ]
-        )
 
 
 def result_of(sweep: Sweep, trial: TrialRecord) -> TrialResult:
@@ -396,7 +360,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         dataset=total,
     )
     output = sweep.folder.path
-    write_atomic(output / CONFIG_FILE, _settings(sweep))
+    write_atomic(output / CONFIG_FILE, without_ledger_url(sweep.config).to_yaml())
     if best is not None:
         write_atomic(output / BEST_FILE, winner_yaml(sweep.config, best.configuration))
     if not sweep.is_secret:
@@ -450,11 +414,6 @@ def _nothing_released(sweep: Sweep, results: list[TrialResult]) -> str:
     )
 
 
-def _settings(sweep: Sweep) -> str:
-    data = sweep.config.data.model_copy(update={"ledger": None})  # its URL may hold a password
-    return sweep.config.model_copy(update={"data": data}).to_yaml()
-
-
 def _release_best(folder: Path, output: Path) -> None:
     """Copies the best trial's model and losses, and nothing that says which trial it was."""
     for file in sorted(folder.iterdir()):
@@ -475,9 +434,10 @@ def _rewrite(file: Path) -> None:
 def _write_trials(sweep: Sweep, results: list[TrialResult]) -> None:
     output = sweep.folder.path
     sweep.folder.write_json(TRIALS_FILE, [result.to_dict() for result in results])
-    write_atomic(output / TABLE_FILE, to_table(results) + "\n")
+    best = best_of(results)
+    write_atomic(output / TABLE_FILE, trials_to_text(results, best=best) + "\n")
     title = f"{sweep.sweep_id}: held-out loss of {len(results)} trials"
-    write_atomic(output / HEAT_MAP_FILE, draw_heat_map(results, title=title))
+    write_atomic(output / HEAT_MAP_FILE, draw_heat_map(results, best=best, title=title))
     if sweep.planned.release == "public":
         # A trial's own statement would promise what was not charged.
         for result in results:

@@ -11,7 +11,6 @@ what is published is made from that one alone.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.console import COLUMNS, current, progress
+from udp_ray.console import current, progress
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
 from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
@@ -29,7 +28,8 @@ from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, following
 from udp_ray.on_ray.worker import WorkerJob, run_worker
 from udp_ray.reports.statement import PrivacyStatement
-from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_secrets
+from udp_ray.reports.tables import wrap
+from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_ledger_url
 from udp_ray.runs.result import RunResult
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -79,7 +79,7 @@ def _promise_text(statement: PrivacyStatement) -> str:
     promised = f"{statement.promised}-differential privacy of each user with all their examples"
     return "\n".join(
         [
-            *(textwrap.fill(warning, COLUMNS) for warning in statement.warnings()),
+            *map(wrap, statement.warnings()),
             f"Promise: {promised if statement.is_guarantee else 'none'}",
             f"  sampling  {plan.expected_size:g} {drawn}; {plan.num_steps} steps",
             f"  noise     multiplier {plan.noise_multiplier:.4g}, on sums of gradients {clipped}",
@@ -166,7 +166,7 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
 def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
     cluster = run.config.cluster
     job = WorkerJob(
-        config=without_secrets(run.config),  # Ray may write the job to disk
+        config=without_ledger_url(run.config),  # Ray may write the job to disk
         plan=run.plan,
         run_folder=run.run_folder,
         provenance={"run_id": run.run_id, "ledger_id": run.ledger.id},

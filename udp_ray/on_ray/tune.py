@@ -31,10 +31,11 @@ from udp_ray.io import ERROR_FILE, OutputFolder, require_storage
 from udp_ray.ledger.records import TrialRecord
 from udp_ray.on_ray.checkpoints import require_writable
 from udp_ray.on_ray.cluster import connected, max_concurrent_runs, require_capacity
-from udp_ray.on_ray.publish import SweepResult, publish_sweep, result_of
+from udp_ray.on_ray.publish import publish_sweep, result_of
 from udp_ray.on_ray.trial import TRIAL, TrialJob, run_trial
 from udp_ray.reports.statement import describe_point
-from udp_ray.reports.tables import loss_text
+from udp_ray.reports.tables import loss_to_text
+from udp_ray.runs.result import SweepResult
 from udp_ray.runs.sweep import Sweep, admit_sweep, has_ended, prepare_sweep
 
 TUNE_FOLDER = "tune"
@@ -208,7 +209,7 @@ def _follow(sweep: Sweep, task: ray.ObjectRef, announce: Callable[[str], None]) 
         for trial in trials:
             if trial.number not in ended and not _is_open(trial):
                 ended.add(trial.number)
-                loss = loss_text(result_of(sweep, trial).loss)
+                loss = loss_to_text(result_of(sweep, trial).loss)
                 point = describe_point(sweep.planned.configurations[trial.configuration])
                 announce(
                     f"trial {trial.number} ({len(ended)} of {len(trials)} ended):"

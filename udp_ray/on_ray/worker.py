@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.train import Checkpoint
@@ -37,9 +37,6 @@ from udp_ray.on_ray.checkpoints import (
     require_stored,
 )
 from udp_ray.runs.provenance import code_digest
-
-if TYPE_CHECKING:
-    from udp_ray.engine.types import TrainResult
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
     keys = client.keys(rank, code=code_digest(), store=store.digest)
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     with tempfile.TemporaryDirectory() as workspace, _local_checkpoint(attempt) as folder:
-        result: TrainResult = train(
+        result = train(
             model,
             store,
             job.plan,

@@ -1,13 +1,10 @@
-"""TensorBoard's event file of a run, written in one go from numbers that are known by then.
+"""Figures of a run and of a sweep as PNG, and the TensorBoard event file of a run.
 
-torch's and TensorBoard's own writers stamp each event, and the name of the file, with the time at
-which they write. The time between two steps depends on who is in the cohorts, so it is private.
-Here the wall time of an event is its step: TensorBoard's "relative" and "wall" axes then show
-steps as if they were seconds.
-
+    write_atomic(output / "curves.png", draw_curves(metrics, epsilons, title="chats-1f"))
     write_event_file(output / "tensorboard", {50: {"heldout/token_loss": 4.2}})
 
-The figure of a run: held-out loss and epsilon over steps.
+Each figure states its message above it and is readable at half its size. Neither figures nor event
+files hold a time: the time between two steps depends on who is in the cohorts, so it is private.
 """
 
 from __future__ import annotations
@@ -17,63 +14,225 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from udp_ray.io import write_atomic, writing
 
-LOSS_COLOUR, EPSILON_COLOUR = "#1f5a96", "#b3541e"
+if TYPE_CHECKING:
+    from udp_ray.runs.result import TrialResult
+
+TITLE, LABEL, SMALL = 14, 12, 10
+"""Sizes of text in points, for figures of 7 inches that are shown at half their size."""
+LOSS_COLOUR, EPSILON_COLOUR, BEST_COLOUR = "#1f5a96", "#b3541e", "#d1372c"
+LOSS_COLOURS = "viridis"  # darker is lower, and lower is better
+DPI = 150
+
+# ---- a run
 
 
 def draw_curves(
-    evaluations: Sequence[dict[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
     epsilons: Sequence[tuple[int, float]],
     *,
     title: str,
 ) -> bytes:
-    """Returns a PNG with the held-out loss on the left axis and epsilon on the right one.
+    """Returns a PNG of held-out loss and, below it, epsilon spent over the steps of a run.
 
     Args:
-        evaluations: Rows with step, token_loss and user_loss; may be empty. Losses that are not
-            finite are left out.
-        epsilons: (steps taken, epsilon spent) by step; infinite values are left out. Drawn as
-            steps: between two points the later value holds, which is never too low.
-        title: Shown above.
+        evaluations: Rows with step, token_loss and user_loss in nats per token; may be empty.
+            Losses that are not finite are left out.
+        epsilons: (steps taken, epsilon spent) by step; infinite values are left out. Drawn as a
+            staircase: between two points the later value holds, which is never too low.
+        title: Names the run; stands below the figure.
     """
-    figure = Figure(figsize=(7.0, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state
-    loss, epsilon = figure.subplots(), None
-    if evaluations:
-        at = [row["step"] for row in evaluations]
-        per_token = [_finite(row["token_loss"]) for row in evaluations]
-        per_user = [_finite(row["user_loss"]) for row in evaluations]
-        loss.plot(at, per_token, "o-", color=LOSS_COLOUR, markersize=3, label="loss per token")
-        loss.plot(at, per_user, "o:", color=LOSS_COLOUR, markersize=3, label="mean over users")
+    losses = [row["token_loss"] for row in evaluations if math.isfinite(row["token_loss"])]
+    spent = [point for point in epsilons if math.isfinite(point[1])]
+    has_guarantee = len(spent) == len(epsilons)
+    figure = _figure(7.0, 5.4)
+    loss, epsilon = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    _draw_losses(loss, evaluations, is_empty=not losses)
+    if spent and has_guarantee:
+        steps, values = zip(*spent, strict=True)
+        epsilon.step(steps, values, where="pre", color=EPSILON_COLOUR, lw=2)
+        epsilon.set_ylim(bottom=0)
     else:
-        loss.text(0.5, 0.5, "no held-out people", ha="center", transform=loss.transAxes)
-    loss.set_xlabel("step")
-    loss.set_ylabel("held-out loss (nats per token)", color=LOSS_COLOUR)
-    epsilon = loss.twinx()
-    finite = [(step, value) for step, value in epsilons if math.isfinite(value)]
-    if finite:
-        steps, values = zip(*finite, strict=True)
-        epsilon.step(steps, values, where="pre", color=EPSILON_COLOUR, label="epsilon")
-    epsilon.set_ylabel("epsilon spent" if finite else "no guarantee", color=EPSILON_COLOUR)
-    epsilon.set_ylim(bottom=0)
-    loss.set_title(title)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+        _say(epsilon, "nothing spent" if has_guarantee else "no guarantee: no noise was added")
+    last = max([1, *(row["step"] for row in evaluations), *(step for step, _ in epsilons)])
+    epsilon.set_xlim(-0.03 * last, 1.03 * last)
+    epsilon.set_ylabel("epsilon spent\nper user", fontsize=LABEL)
+    epsilon.set_xlabel("step", fontsize=LABEL)
+    epsilon.xaxis.set_major_locator(MaxNLocator(integer=True))
+    has_diverged = bool(evaluations) and not math.isfinite(evaluations[-1]["token_loss"])
+    total = spent[-1][1] if spent and has_guarantee else None
+    _head(figure, "Training diverged" if has_diverged else _message(losses, total), title)
+    return _png(figure)
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+def _draw_losses(
+    panel: Axes, evaluations: Sequence[Mapping[str, float]], *, is_empty: bool
+) -> None:
+    panel.set_ylabel("held-out loss\n(nats per token)", fontsize=LABEL)
+    if is_empty:
+        _say(panel, "no held-out users" if not evaluations else "no finite loss")
+        return
+    steps = [row["step"] for row in evaluations]
+    for name, style, label in (
+        ("token_loss", "o-", "mean over tokens"),
+        ("user_loss", "s--", "mean over users"),
+    ):
+        values = [_finite(row[name]) for row in evaluations]
+        size = 5 if len(steps) <= 40 else 0
+        colour = LOSS_COLOUR if name == "token_loss" else "0.45"
+        panel.plot(steps, values, style, color=colour, markersize=size, label=label)
+    panel.legend(fontsize=SMALL, frameon=False)
 
+
+def _message(losses: Sequence[float], spent: float | None) -> str:
+    """Returns what the figure of a run shows, in one line; `spent` is None without a guarantee."""
+    price = "without a guarantee" if spent is None else f"for epsilon {spent:.3g}"
+    if not losses:
+        return f"Training {price}"
+    first, last = losses[0], losses[-1]
+    if len(losses) == 1:
+        return f"Held-out loss {last:.3f} {price}"
+    verb = "fell" if last < first else "rose" if last > first else "stayed"
+    return f"Held-out loss {verb} from {first:.3f} to {last:.3f} {price}"
+
+
+# ---- a sweep
+
+
+def draw_heat_map(trials: Sequence[TrialResult], *, best: TrialResult | None, title: str) -> bytes:
+    """Returns a PNG of the held-out loss by clip norm and group size, one panel per sampling.
+
+    Where several trials share a cell (learning rates, epsilons) the lowest loss is shown.
+
+    Args:
+        trials: All trials; never those of a secret sweep.
+        best: The trial whose cell is framed, or None.
+        title: Names the sweep; stands below the figure.
+    """
+    plans = [trial.configuration.plan for trial in trials]
+    samplings = sorted({plan.sampling for plan in plans}, reverse=True)
+    groups = sorted({plan.group_size for plan in plans})
+    clips = sorted({plan.clip_norm for plan in plans})
+    losses = [loss for trial in trials if math.isfinite(loss := _finite(trial.loss))]
+    limits = (min(losses), max(losses)) if losses else (0.0, 1.0)
+    width = 1.8 + len(samplings) * max(2.8, 0.85 * len(groups) + 0.6)
+    figure = _figure(max(6.0, width), max(3.4, 0.6 * len(clips) + 2.2))
+    panels = figure.subplots(1, len(samplings), squeeze=False, sharey=True)[0]
+    for panel, sampling in zip(panels, samplings, strict=True):
+        mine = [trial for trial in trials if trial.configuration.plan.sampling == sampling]
+        image = _draw_cells(panel, mine, groups, clips, limits)
+        panel.set_title(sampling.upper(), fontsize=LABEL)
+        if best is not None and best.configuration.plan.sampling == sampling:
+            _frame(panel, _cell(best, groups, clips))
+    panels[0].set_ylabel("clip norm C", fontsize=LABEL)
+    if losses:
+        bar = figure.colorbar(image, ax=list(panels))
+        bar.set_label("held-out loss\n(nats per token)", fontsize=LABEL)
+    _head(figure, _best_message(best), title)
+    return _png(figure)
+
+
+def _best_message(best: TrialResult | None) -> str:
+    """Returns what the heat map shows, in one line."""
+    if best is None:
+        return "No trial ended with a finite loss"
+    plan = best.configuration.plan
+    return (
+        f"Lowest held-out loss {best.loss:.3f}: {plan.sampling.upper()}, C = {plan.clip_norm:g},"
+        f" G = {plan.group_size}"
+    )
+
+
+def _draw_cells(
+    panel: Axes,
+    trials: Sequence[TrialResult],
+    groups: Sequence[int],
+    clips: Sequence[float],
+    limits: tuple[float, float],
+) -> Any:
+    values = np.full((len(clips), len(groups)), np.nan)
+    notes = np.full(values.shape, "", dtype=object)
+    for trial in trials:
+        cell = _cell(trial, groups, clips)
+        values[cell] = np.fmin(values[cell], _finite(trial.loss))  # not-a-number loses
+        notes[cell] = "diverged" if trial.has_diverged else "not\nended"
+    panel.set_facecolor("0.92")  # of cells without a finite loss
+    image = panel.imshow(
+        values, origin="lower", aspect="auto", cmap=LOSS_COLOURS, vmin=limits[0], vmax=limits[1]
+    )
+    for (row, column), value in np.ndenumerate(values):
+        text = f"{value:.3f}" if math.isfinite(value) else str(notes[row, column])
+        colour = "white" if value < sum(limits) / 2 else "black"
+        panel.text(column, row, text, ha="center", va="center", color=colour, size=SMALL)
+    panel.set_xticks(range(len(groups)), [str(group) for group in groups])
+    panel.set_yticks(range(len(clips)), [f"{clip:g}" for clip in clips])
+    panel.set_xlabel("group size G (examples per user)", fontsize=LABEL)
+    return image
+
+
+def _cell(trial: TrialResult, groups: Sequence[int], clips: Sequence[float]) -> tuple[int, int]:
+    """Returns the row and the column of a trial."""
+    plan = trial.configuration.plan
+    return clips.index(plan.clip_norm), groups.index(plan.group_size)
+
+
+def _frame(panel: Axes, cell: tuple[int, int]) -> None:
+    """Draws a frame around a cell."""
+    row, column = cell
+    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=BEST_COLOUR, lw=3)
+    frame.set_clip_on(False)
+    panel.add_patch(frame)
+
+
+# ---- both
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of a size in inches, without a window or global state."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _head(figure: Figure, message: str, title: str) -> None:
+    """Writes the message above a figure, and what it is about below the figure in small print."""
+    figure.suptitle(message, fontsize=TITLE, fontweight="bold")
+    figure.supxlabel(title, fontsize=SMALL, color="0.35")
+
+
+def _say(panel: Axes, text: str) -> None:
+    """Writes a text in the middle of a panel that has no data."""
+    panel.text(0.5, 0.5, text, ha="center", va="center", fontsize=LABEL, transform=panel.transAxes)
+    panel.set_yticks([])
+
+
+def _finite(loss: float | None) -> float:
+    """Returns a loss; not-a-number, which is not drawn, if there is none or it is infinite."""
+    return math.nan if loss is None or not math.isfinite(loss) else loss
+
+
+def _png(figure: Figure) -> bytes:
+    for panel in figure.axes:
+        panel.tick_params(labelsize=SMALL)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+# ---- TensorBoard
 
 EVENT_FILE = "events.out.tfevents.0000000000.udp-ray"
 """TensorBoard reads files with "tfevents" in their names; usually time, host and process follow."""
@@ -83,8 +242,12 @@ FILE_VERSION = "brain.Event:2"
 def write_event_file(folder: Path, values: Mapping[int, Mapping[str, float]]) -> Path:
     """Writes the folder's only event file; an older one is replaced.
 
+    torch's and TensorBoard's own writers stamp each event, and the file's name, with the time.
+    Here the wall time of an event is its step, so that TensorBoard's "relative" and "wall" axes
+    show steps as if they were seconds.
+
     Args:
-        folder: Made anew. Whatever is in it is removed, since times of files would tell how long
+        folder: Created anew. Its content is removed, since times of files would tell how long
             steps took.
         values: Scalars by name, by step.
 

@@ -1,121 +1,44 @@
-"""What `jobs/price.py` takes and does: asks for nothing that the price does not depend on.
+"""The price of a run: what `jobs/price.py` asks for and prints. No cluster, no torch.
 
-privacy: {sampling: els, epsilon: 8, delta: 1e-6, batch_size: 64, num_steps: 9, num_examples: 1e5}
+    config = PriceConfig(privacy={"sampling": "els", "epsilon": 8, "delta": 1e-6, ...})
+    price = price_of(config, compare=True)
+    price.plan.noise_multiplier, print(price.to_text())
 
-plan = plan_to_price(config)
-plan.noise_multiplier, plan.epsilon()
-
-The price of a plan, for people and for scripts.
+Only what the price depends on is required: no clip norm, no name of a dataset, and no population
+under els. Training requires more (`ExperimentConfig`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from udp_ray.config.base import AbsolutePath, Section
-from udp_ray.config.experiment import (
-    ClusterConfig,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from udp_ray.config.experiment import ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from udp_ray.config.privacy import PricingConfig
 from udp_ray.data.remote import users_and_examples
 from udp_ray.dp.comparison import Comparison
+from udp_ray.dp.comparison import compare as compare_accountants
 from udp_ray.dp.plan import PricedPlan, json_number
 from udp_ray.errors import ConfigError
+from udp_ray.reports.tables import wrap
 
 if TYPE_CHECKING:
     from udp_ray.engine.memory import MemoryEstimate
 
-UNITS = {"uls": "users", "els": "examples"}
-
-
-def price_to_json(
-    plan: PricedPlan,
-    comparison: Comparison | None = None,
-    *,
-    memory_bytes: Mapping[str, int] | None = None,
-) -> str:
-    """Returns the price of a plan as one JSON object, flat but for the comparison.
-
-    Keys that do not apply to the sampler, or were not given, are null, so that scripts find the
-    same keys always.
-    """
-    values = {
-        "sampling": plan.sampling,
-        "epsilon": plan.epsilon(),
-        "delta": plan.delta,
-        "target_epsilon": plan.target_epsilon,
-        "noise_multiplier": plan.noise_multiplier,
-        "noise_stddev": plan.noise_stddev,
-        "clip_norm": plan.clip_norm,
-        "sampling_probability": plan.sampling_probability,
-        "group_size": plan.group_size,
-        "cohort_size": plan.expected_size if plan.sampling == "uls" else None,
-        "batch_size": plan.expected_size if plan.sampling == "els" else None,
-        "max_cohort_size": plan.max_cohort_size,
-        "num_steps": plan.num_steps,
-        "population": plan.population,
-        "population_is_declared": (
-            None if plan.population is None else plan.population_is_declared
-        ),
-        "num_examples": plan.num_examples,
-        "adjacency": plan.adjacency,
-        "privacy_unit": "user",
-    }
-    found: dict[str, Any] = {name: json_number(value) for name, value in values.items()}
-    if comparison is not None:
-        found["comparison"] = comparison.to_dict()
-    if memory_bytes is not None:
-        found["memory_bytes"] = dict(memory_bytes)
-    return json.dumps(found, allow_nan=False)
-
-
-def price_to_text(plan: PricedPlan, comparison: Comparison | None = None) -> str:
-    """Returns the price of a plan as a few lines for people."""
-    unit = UNITS[plan.sampling]
-    origin = "as given" if plan.target_epsilon is None else "worked out from epsilon"
-    rows = [
-        ("epsilon", f"{plan.epsilon():.4f}, at delta {plan.delta:g}, per user"),
-        ("noise multiplier", f"{plan.noise_multiplier:.6g}, {origin}"),
-        ("noise on the sum", f"{_noise(plan)}, then divided by {plan.divisor:,}"),
-        (
-            "each step",
-            f"{plan.expected_size:,} {unit} expected, each with probability"
-            f" {plan.sampling_probability:.6g}",
-        ),
-        ("group size", f"{plan.group_size}"),
-        ("steps", f"{plan.num_steps:,}"),
-    ]
-    if plan.max_cohort_size is not None:
-        rows.append(("cap", f"{plan.max_cohort_size:,} users in a step at most"))
-    table = "\n".join(f"  {name:<17} {text}" for name, text in rows)
-    title = f"{plan.sampling.upper()}: the price of this run"
-    warnings = [f"warning: {warning}" for warning in plan.warnings()]
-    beside = [] if comparison is None else ["", comparison.to_text()]
-    return "\n".join([title, table, *plan.assumptions(), *warnings, *beside])
-
-
-def _noise(plan: PricedPlan) -> str:
-    if plan.noise_stddev is None:
-        return f"stddev {plan.noise_multiplier:.6g} times the clip norm, which was not given"
-    return f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g})"
-
 
 class PricingDataConfig(DataConfig):
-    """The data, of which a price needs no name, and a store only for what is not declared."""
+    """The data section of a price: only the two fields below are read, and both may be left out."""
 
-    name: str | None = None  # type: ignore[assignment]  # only the two fields below are read
+    name: str | None = None  # type: ignore[assignment]
     """Name of the users' data. Not used."""
     store: AbsolutePath | None = None  # type: ignore[assignment]
     """Folder or URL of a prepared store, whose counts are used where privacy declares none."""
 
 
 class PriceConfig(Section):
-    """What a price may depend on."""
+    """The settings that a price may depend on."""
 
     privacy: PricingConfig
     data: PricingDataConfig | None = None
@@ -124,13 +47,100 @@ class PriceConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
 
 
-def plan_to_price(config: PriceConfig) -> PricedPlan:
-    """Returns the plan, with counts from the store where none are declared.
+@dataclass(frozen=True)
+class Price:
+    """What a run costs, and what else was asked for."""
 
-    A store that is not at hand is asked only for a number that the price depends on.
+    plan: PricedPlan
+    """The run, with its noise multiplier; `plan.epsilon()` is its price per user."""
+    comparison: Comparison | None = None
+    """ELS by three accountants, and ULS at equal compute."""
+    memory: MemoryEstimate | None = None
+    """What a worker holds in memory, in bytes."""
+
+    def to_json(self) -> str:
+        """Returns the price as one JSON object, flat except for the comparison and the memory.
+
+        Keys that do not apply to the sampler, or were not given, are null, so that scripts always
+        find the same keys.
+        """
+        plan = self.plan
+        values = {
+            "sampling": plan.sampling,
+            "epsilon": plan.epsilon(),
+            "delta": plan.delta,
+            "target_epsilon": plan.target_epsilon,
+            "noise_multiplier": plan.noise_multiplier,
+            "noise_stddev": plan.noise_stddev,
+            "clip_norm": plan.clip_norm,
+            "sampling_probability": plan.sampling_probability,
+            "group_size": plan.group_size,
+            "cohort_size": plan.expected_size if plan.sampling == "uls" else None,
+            "batch_size": plan.expected_size if plan.sampling == "els" else None,
+            "max_cohort_size": plan.max_cohort_size,
+            "num_steps": plan.num_steps,
+            "population": plan.population,
+            "population_is_declared": (
+                None if plan.population is None else plan.population_is_declared
+            ),
+            "num_examples": plan.num_examples,
+            "adjacency": plan.adjacency,
+            "privacy_unit": "user",
+        }
+        found: dict[str, Any] = {name: json_number(value) for name, value in values.items()}
+        if self.comparison is not None:
+            found["comparison"] = self.comparison.to_dict()
+        if self.memory is not None:
+            found["memory_bytes"] = self.memory.to_dict()
+        return json.dumps(found, allow_nan=False)
+
+    def to_text(self) -> str:
+        """Returns the price as a few lines, then the comparison and the memory if asked for."""
+        rows = "\n".join(f"  {name:<17} {text}" for name, text in self._rows())
+        title = f"{self.plan.sampling.upper()}: the price of this run"
+        assumptions = map(wrap, self.plan.assumptions())
+        warnings = [wrap(f"warning: {warning}") for warning in self.plan.warnings()]
+        parts = ["\n".join([title, rows, *assumptions, *warnings])]
+        if self.comparison is not None:
+            parts.append(self.comparison.to_text())
+        if self.memory is not None:
+            parts.append(self.memory.to_text())
+        return "\n\n".join(parts)
+
+    def _rows(self) -> list[tuple[str, str]]:
+        plan = self.plan
+        unit = "users" if plan.sampling == "uls" else "examples"
+        origin = "as given" if plan.target_epsilon is None else "calibrated to epsilon"
+        rows = [
+            ("epsilon", f"{plan.epsilon():.4f}, at delta {plan.delta:g}, per user"),
+            ("noise multiplier", f"{plan.noise_multiplier:.6g}, {origin}"),
+            ("noise on the sum", f"{_noise(plan)}, then divided by {plan.divisor:,}"),
+            (
+                "each step",
+                f"{plan.expected_size:,} {unit} expected, each with probability"
+                f" {plan.sampling_probability:.6g}",
+            ),
+            ("group size", f"{plan.group_size}"),
+            ("steps", f"{plan.num_steps:,}"),
+        ]
+        if plan.max_cohort_size is not None:
+            rows.append(("largest cohort", f"{plan.max_cohort_size:,} users in a step"))
+        return rows
+
+
+def price_of(config: PriceConfig, *, compare: bool = False, memory: bool = False) -> Price:
+    """Returns the price of a run.
+
+    Counts that the settings do not declare come from data.store. A store that is not in a local
+    folder is read only for a number that the price depends on.
+
+    Args:
+        config: The settings.
+        compare: Also price ELS by three accountants, and ULS at equal compute.
+        memory: Also predict the memory of a worker, from the model's configuration.
 
     Raises:
-        ConfigError: If a number is missing.
+        ConfigError: If a setting that the price depends on is missing, or out of reach.
         DataError: If the store cannot be read.
     """
     privacy = config.privacy
@@ -140,15 +150,15 @@ def plan_to_price(config: PriceConfig) -> PricedPlan:
         most_per_user=privacy.group_size,
         is_needed=declared is None,
     )
-    return PricedPlan.from_config(privacy, num_users=num_users, num_examples=num_examples)
+    plan = PricedPlan.from_config(privacy, num_users=num_users, num_examples=num_examples)
+    return Price(
+        plan=plan,
+        comparison=compare_accountants(plan) if compare else None,
+        memory=_memory_of(config, plan) if memory else None,
+    )
 
 
-def memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
-    """Returns what a worker holds.
-
-    Raises:
-        ConfigError: If there is no such model, or a setting is missing.
-    """
+def _memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
     # A price alone must not wait for torch.
     from udp_ray.engine.memory import estimate_memory
     from udp_ray.models.load import model_config
@@ -161,3 +171,9 @@ def memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
     tokens = config.data.block_tokens
     require_positions(config.model.name, model_config(config.model.name), tokens)
     return estimate_memory(config.model, config.train, plan, tokens, config.cluster)
+
+
+def _noise(plan: PricedPlan) -> str:
+    if plan.noise_stddev is None:
+        return f"stddev {plan.noise_multiplier:.6g} times the clip norm, which was not given"
+    return f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g})"

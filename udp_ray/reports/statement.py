@@ -1,59 +1,141 @@
-"""The privacy statement of a sweep: what was declared, what it cost, and what leaves.
+"""Privacy statements of runs and of sweeps: what was promised, what was spent, what is not covered.
 
-One statement covers whatever the sweep releases. For release best it says nothing of trials: how
-many there were, what they tried and how long they took is what the price was paid to hide.
-
-    statement = SweepStatement(planned=planned, is_seeded=False)
-    print(statement.to_text())
-
-What statements of runs and of sweeps share: which run it is, and the total of the data.
-
-The privacy statement of a run: what was promised, what was spent, and what is not covered.
-
-Here belongs how a guarantee is *said*: as text for the terminal, JSON for programs and auditors,
-markdown for readers. Every number comes from the plan and the ledger; nothing is computed from
-private data, and all fields are public.
+A statement is the guarantee in words: as text for the terminal, as JSON for programs and auditors
+(`privacy.json`), as markdown for readers (`statement.md`). Every number comes from the plan and the
+ledger; nothing is computed from private data, and all fields are public.
 
     statement = PrivacyStatement.promise(config.privacy, plan)
     print(statement.to_text())
-    spent = statement.with_spent(num_steps=ledger_run.charged_steps)
-    spent.save(output)                 # privacy.json and statement.md
+    statement.with_spent(num_steps=record.charged_steps).of_run(identity, total).save(output)
+
+One statement covers all that a sweep releases. With release best it tells nothing of the trials:
+the price was paid to hide how many there were, what they tried and how long they took.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from jinja2 import Environment, StrictUndefined
+
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan, json_number
+from udp_ray.dp.selection import PoissonTrials, TrialCount, TruncatedNegativeBinomial
 from udp_ray.dp.sweep import Configuration, PlannedSweep
 from udp_ray.errors import DataError
 from udp_ray.io import PRIVACY_FILE, STATEMENT_FILE, write_atomic
-from udp_ray.ledger.records import Budget, Digests, Spending
-from udp_ray.runs.provenance import git_commit, versions
+from udp_ray.ledger.records import Budget, Spending
+from udp_ray.reports.tables import wrap
+from udp_ray.runs.provenance import versions
 
-PUBLISHED = (
+# ---- templates
+
+_TEMPLATES = Environment(
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+)
+_TEMPLATES.filters["wrap"] = wrap
+
+TEXT = _TEMPLATES.from_string(
+    """\
+{{ title }}{{ "" if statement.spent else " (promised)" }}
+{% for warning in statement.warnings() %}
+{{ warning | wrap }}
+{% endfor %}
+{% for label, value in rows %}
+{{ "  %-*s  %s" | format(width, label, value) | wrap(indent=" " * (width + 4)) }}
+{% endfor %}
+{% for note in notes %}
+{{ ("  " ~ note) | wrap(indent="  ") }}
+{% endfor %}
+"""
+)
+
+MARKDOWN = _TEMPLATES.from_string(
+    """\
+# {{ title }}
+
+{% for warning in statement.warnings() %}
+**{{ warning }}**
+
+{% endfor %}
+{{ statement.sentence() }}
+
+| | |
+| --- | --- |
+{% for label, value in rows %}
+| {{ label }} | {{ value }} |
+{% endfor %}
+
+{% for heading, lines in sections.items() %}
+## {{ heading }}
+
+{% for line in lines %}
+- {{ line }}
+{% endfor %}
+
+{% endfor %}
+## Versions
+
+{% for package, version in statement.versions.items() %}
+- {{ package }} {{ version }}
+{% endfor %}
+"""
+)
+
+# ---- what both kinds of statements say
+
+SEEDED = (
+    "NO GUARANTEE: the keys come from privacy.seed, so whoever knows it can subtract the noise."
+    " Seeds are for tests."
+)
+USER_IDS = "All text of a user carries the same user id, and no user writes under another's id."
+OUTPUTS = (
     "What is published are the weights and this folder, once the run has ended, and of checkpoints"
     " only those that the ledger has committed. For the operator only are the store, the ledger,"
     " the storage of checkpoints (times of its files tell how long steps took), the terminal, and"
     " the logs of jobs and of Ray."
 )
-"""What statements assume of whoever publishes."""
+SECRET_TRIALS = (
+    "How many trials there were and what they tried stays secret: no one outside reads the ledger,"
+    " Ray's logs or the sweep's working folder, or times the sweep.",
+    "Where a sweep had to be resumed, the cause of the interruption did not depend on any user's"
+    " text.",
+)
 RUNNING_TIME = (
     "running time (nothing in this folder tells how long a step took; the ledger and the terminal"
     " tell how long all of them took)"
 )
-"""What statements say of time, among side channels."""
+PRETRAINING = (
+    "The text that the base model was pretrained on, and what its weights reveal of that text."
+)
+TEXT_OF_OTHERS = "Facts about a user that appear in the text of other users."
+RUN_NOT_COVERED = (
+    "Held-out users: the losses and perplexities are computed on their text without noise.",
+    PRETRAINING,
+    "Choices made after looking at several runs: each run is charged whole, the choice is not.",
+    f"Side channels: {RUNNING_TIME}, memory, traffic, and anyone who can read the store, the ledger"
+    " or a worker's memory.",
+    TEXT_OF_OTHERS,
+)
+SWEEP_NOT_COVERED = (
+    "Held-out users: the losses that the trials are compared by are computed on their text without"
+    " noise.",
+    PRETRAINING,
+    f"Side channels: {RUNNING_TIME}, memory, traffic, Ray's internal logs and dashboard, and anyone"
+    " who can read the store, the ledger or a worker's memory.",
+    TEXT_OF_OTHERS,
+)
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What says which run this is, and what it ran on."""
+    """Identifies a run or a sweep, and what it ran on."""
 
     run_id: str
     config_digest: str
@@ -64,29 +146,7 @@ class RunIdentity:
     """Without its password."""
     git_commit: str | None = None
     is_recorded: bool = False
-    """Whether its admission is recorded beside the store, by which a copied ledger is noticed."""
-
-    @classmethod
-    def of(
-        cls,
-        run_id: str,
-        digests: Digests,
-        *,
-        ledger_id: str,
-        ledger_url: str,
-        is_recorded: bool = False,
-    ) -> Self:
-        """Returns the identity of a run, or of a sweep, that runs from this repository."""
-        return cls(
-            run_id=run_id,
-            config_digest=digests.config,
-            code_digest=digests.code,
-            store_digest=digests.store,
-            ledger_id=ledger_id,
-            ledger_url=ledger_url,
-            git_commit=git_commit(),
-            is_recorded=is_recorded,
-        )
+    """Whether its admission is recorded beside the store, which detects a copied ledger."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -105,7 +165,11 @@ class RunIdentity:
         return run
 
     def rows(self, kind: str) -> list[tuple[str, str]]:
-        """Returns what a statement shows of it, under the name of what it is."""
+        """Returns the rows of a statement that identify it.
+
+        Args:
+            kind: What the first row is labelled with: run or sweep.
+        """
         return [
             (kind, self.run_id),
             ("ledger", f"{self.ledger_id} at {self.ledger_url}"),
@@ -116,7 +180,63 @@ class RunIdentity:
         ]
 
 
-def ledger_assumptions(run: RunIdentity | None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class DatasetTotal:
+    """The sum of the budgets of all runs on the same users' data, each run counted whole."""
+
+    name: str
+    num_runs: int
+    spent: Budget
+    total: Budget | None = None
+    """The most that all runs together may spend; None if no total was set."""
+
+    @classmethod
+    def of(cls, spending: Spending) -> Self:
+        """Returns the sum that a ledger holds."""
+        return cls(
+            name=spending.dataset.name,
+            num_runs=sum(run.is_charged for run in spending.runs),
+            spent=spending.spent,
+            total=spending.dataset.total,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values."""
+        return {
+            "name": self.name,
+            "num_runs": self.num_runs,
+            "spent": budget_to_dict(self.spent),
+            "total": self.total and budget_to_dict(self.total),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the sum that `to_dict` gave."""
+        return cls(
+            name=values["name"],
+            num_runs=values["num_runs"],
+            spent=budget_from_dict(values["spent"]),
+            total=budget_from_dict(values["total"]) if values["total"] else None,
+        )
+
+    def to_text(self, what: str = "runs") -> str:
+        """Returns the sum in words."""
+        runs = "1 run" if self.num_runs == 1 and what == "runs" else f"{self.num_runs} {what}"
+        limit = f"of a total of {self.total}" if self.total else "no total is set"
+        return f"{self.spent} over {runs} so far, added up whole; {limit}"
+
+
+def budget_to_dict(budget: Budget) -> dict[str, Any]:
+    """Returns a budget as JSON-ready values; infinity becomes "inf"."""
+    return {"epsilon": json_number(budget.epsilon), "delta": budget.delta}
+
+
+def budget_from_dict(values: Mapping[str, Any]) -> Budget:
+    """Returns the budget that `budget_to_dict` gave."""
+    return Budget(float(values["epsilon"]), float(values["delta"]))
+
+
+def _ledger_assumptions(run: RunIdentity | None) -> tuple[str, ...]:
     """Returns what must hold for the ledger to count all that was spent on the same users.
 
     Args:
@@ -126,7 +246,7 @@ def ledger_assumptions(run: RunIdentity | None) -> tuple[str, ...]:
         "The same users are not also registered under another data.name: each name has a budget of"
         " its own.",
         "No other store of the same data was used with a copy of the ledger, the ledger was not"
-        " restored from a backup together with the store, and no copy went on with a run that both"
+        " restored from a backup together with the store, and no copy continued a run that both"
         " have admitted: these are not detected.",
     )
     if run is None or run.is_recorded:
@@ -138,64 +258,8 @@ def ledger_assumptions(run: RunIdentity | None) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True)
-class DatasetTotal:
-    """What all runs on the same people's data add up to, as whole (epsilon, delta) pairs."""
-
-    name: str
-    num_runs: int
-    spent: Budget
-    total: Budget | None = None
-    """The most that may ever be spent; None where nobody has set it."""
-
-    @classmethod
-    def of(cls, spending: Spending) -> Self:
-        """Returns the total that a ledger holds."""
-        return cls(
-            name=spending.dataset.name,
-            num_runs=sum(run.is_charged for run in spending.runs),
-            spent=spending.spent,
-            total=spending.dataset.total,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the total as plain values."""
-        return {
-            "name": self.name,
-            "num_runs": self.num_runs,
-            "spent": budget_to_dict(self.spent),
-            "total": self.total and budget_to_dict(self.total),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Returns the total that `to_dict` gave."""
-        return cls(
-            name=values["name"],
-            num_runs=values["num_runs"],
-            spent=budget_from_dict(values["spent"]),
-            total=budget_from_dict(values["total"]) if values["total"] else None,
-        )
-
-    def to_text(self, what: str = "runs") -> str:
-        """Returns the total in words."""
-        runs = "1 run" if self.num_runs == 1 and what == "runs" else f"{self.num_runs} {what}"
-        limit = f"of a total of {self.total}" if self.total else "no total is set"
-        return f"{self.spent} over {runs} so far, added up whole; {limit}"
-
-
-def budget_to_dict(budget: Budget) -> dict[str, Any]:
-    """Returns a budget as plain values; infinity becomes "inf"."""
-    return {"epsilon": json_number(budget.epsilon), "delta": budget.delta}
-
-
-def budget_from_dict(values: Mapping[str, Any]) -> Budget:
-    """Returns the budget that `budget_to_dict` gave."""
-    return Budget(float(values["epsilon"]), float(values["delta"]))
-
-
-def floating_point(*, is_secure: bool) -> str:
-    """Returns what a guarantee over the real numbers leaves open on a machine."""
+def _floating_point(*, is_secure: bool) -> str:
+    """Returns what a guarantee over the real numbers leaves open in floating point."""
     if is_secure:
         return (
             "Unknown floating-point attacks: the proof is over the real numbers. The known ones are"
@@ -207,26 +271,117 @@ def floating_point(*, is_secure: bool) -> str:
     )
 
 
-def section(title: str, lines: Sequence[str]) -> list[str]:
-    """Returns the lines of a part of a page: a title and a list."""
-    return [f"## {title}", "", *[f"- {line}" for line in lines], ""]
+class Statement(ABC):
+    """What the statements of runs and of sweeps have in common: rendering, saving and loading."""
 
+    title: str
+    spent: Budget | None
+    versions: dict[str, str]
+
+    @property
+    @abstractmethod
+    def is_guarantee(self) -> bool:
+        """Whether this promises anything to the users whose text was trained on."""
+
+    @abstractmethod
+    def warnings(self) -> list[str]:
+        """Returns what voids the guarantee, most serious first."""
+
+    @abstractmethod
+    def sentence(self) -> str:
+        """Returns the guarantee in one sentence."""
+
+    @abstractmethod
+    def assumptions(self) -> tuple[str, ...]:
+        """Returns what must hold outside this program for the guarantee to hold."""
+
+    @abstractmethod
+    def not_covered(self) -> tuple[str, ...]:
+        """Returns what the guarantee does not cover."""
+
+    @abstractmethod
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns all numbers and facts of the statement as (label, value)."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the statement as JSON-ready values; infinity becomes "inf"."""
+
+    def notes(self) -> Sequence[str]:
+        """Returns sentences that stand below the rows."""
+        return ()
+
+    def sections(self) -> dict[str, Sequence[str]]:
+        """Returns the lists of the page, by their headings."""
+        return {"What is assumed": self.assumptions(), "What is not covered": self.not_covered()}
+
+    def to_text(self) -> str:
+        """Returns the statement for a terminal."""
+        rows = self.rows()
+        width = max(len(label) for label, _ in rows)
+        return TEXT.render(
+            title=self.title, statement=self, rows=rows, width=width, notes=self.notes()
+        ).rstrip("\n")
+
+    def to_markdown(self) -> str:
+        """Returns the statement as a page."""
+        return MARKDOWN.render(
+            title=self.title, statement=self, rows=self.rows(), sections=self.sections()
+        )
+
+    def to_json(self) -> str:
+        """Returns the statement as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Writes privacy.json and statement.md.
+
+        Raises:
+            StorageError: If one of them cannot be written.
+        """
+        write_atomic(folder / PRIVACY_FILE, self.to_json())
+        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
+
+
+def load_statement(file: Path) -> PrivacyStatement | SweepStatement:
+    """Returns the statement of a run or of a sweep, whichever a privacy.json holds.
+
+    Raises:
+        DataError: If the file cannot be read, or holds no statement.
+    """
+    values = _read_json(file)
+    if isinstance(values, dict) and "sweep_schema_version" in values:
+        return SweepStatement.from_dict(values, source=str(file))
+    return PrivacyStatement.from_dict(values, source=str(file))
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise DataError(
+            f"{file} cannot be read ({error.strerror}): give the output folder of a run"
+        ) from None
+    except ValueError:  # not UTF-8, or not JSON
+        raise DataError(
+            f"{file} is not valid JSON: it was truncated or edited, so restore it from a copy"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+# ---- the statement of a run
 
 SCHEMA_VERSION = 1
 
-NOT_COVERED = (
-    "Held-out people: the losses and perplexities are computed on their text without noise.",
-    "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
-    "Choices made after looking at several runs: each run is charged whole, the choice is not.",
-    f"Side channels: {RUNNING_TIME}, memory, traffic, and whoever can read the store, the ledger or"
-    " a worker's memory.",
-    "Facts about a person that stand in other people's text.",
-)
-
 
 @dataclass(frozen=True)
-class PrivacyStatement:
+class PrivacyStatement(Statement):
     """The guarantee of one run, as promised before it and as spent after it."""
+
+    title = "Privacy statement"
 
     plan: PrivacyPlan
     promised: Budget
@@ -239,7 +394,7 @@ class PrivacyStatement:
     has_weights: bool = True
     """Whether the run released weights. One that diverged may have none that are finite."""
     is_seeded: bool = False
-    """The keys came from a seed, so whoever knows it can subtract the noise."""
+    """Whether the keys came from a seed, with which the noise can be subtracted."""
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -261,7 +416,8 @@ class PrivacyStatement:
 
         Privacy:
             All that the run was admitted for counts as spent. It ended at a step that its own
-            outputs chose, and the price of a number of steps holds if that is fixed beforehand.
+            outputs determined, and the price of a number of steps holds only if that number is
+            fixed beforehand.
         """
         return replace(self, spent=self.promised, divergence=divergence, has_weights=has_weights)
 
@@ -271,33 +427,83 @@ class PrivacyStatement:
 
     @property
     def is_guarantee(self) -> bool:
-        """Whether this promises anything at all."""
+        """Whether this promises anything to the users whose text was trained on."""
         return not self.is_seeded and math.isfinite(self.promised.epsilon)
+
+    def warnings(self) -> list[str]:
+        """Returns what voids the guarantee, most serious first; before a run also plan warnings."""
+        found: list[str] = []
+        if not math.isfinite(self.promised.epsilon):
+            found.append(
+                "NO GUARANTEE: this run adds no noise (privacy.accept_no_guarantee), so users' text"
+                " can be extracted from its weights."
+            )
+        if self.is_seeded:
+            found.append(SEEDED)
+        if self.dataset and not math.isfinite(self.dataset.spent.epsilon):
+            found.append(
+                f"NO GUARANTEE LEFT on dataset {self.dataset.name}: a run without noise was made"
+                " on it."
+            )
+        return found if self.spent else found + self.plan.warnings()
+
+    def sentence(self) -> str:
+        """Returns the guarantee in one sentence."""
+        if not self.is_guarantee:
+            return "This run makes no promise to the users whose text it was trained on."
+        budget = self.spent or self.promised
+        epsilon = f"{budget.epsilon:.6g}" if math.isfinite(budget.epsilon) else "infinite"
+        return (
+            "Whether all text of any one user was in the training set or none of it, the weights"
+            f" released by this run are nearly equally likely: they are ({epsilon},"
+            f" {budget.delta:.3g})-differentially private with one user, with all their examples,"
+            " as the unit."
+        )
 
     def assumptions(self) -> tuple[str, ...]:
         """Returns what must hold outside this program for the guarantee to hold."""
         return (
             *self.plan.assumptions(),
-            "All of a person's text carries the same user id, and nobody writes under another's.",
-            *ledger_assumptions(self.run),
+            USER_IDS,
+            *_ledger_assumptions(self.run),
             "The run's key stayed secret; it was drawn from the operating system and destroyed at"
             " the end of the run.",
-            PUBLISHED,
+            OUTPUTS,
         )
 
     def not_covered(self) -> tuple[str, ...]:
-        """Returns what the guarantee does not speak of."""
-        return (*NOT_COVERED, floating_point(is_secure=self.plan.secure_noise))
+        """Returns what the guarantee does not cover."""
+        return (*RUN_NOT_COVERED, _floating_point(is_secure=self.plan.secure_noise))
 
-    # ---- as JSON
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns all numbers and facts of the statement as (label, value)."""
+        rows = [
+            ("privacy unit", "user: all examples of one user"),
+            ("adjacency", self.plan.adjacency.replace("_", " ") + " user"),
+            ("mechanism", _mechanism(self.plan)),
+            ("promised", str(self.promised)),
+        ]
+        if self.spent:
+            steps = f" ({self.num_steps_spent} of {self.plan.num_steps} steps charged)"
+            rows.append(("spent", str(self.spent) + steps))
+        if self.divergence:
+            kept = "the weights are released" if self.has_weights else "no weights are released"
+            rows.append(("outcome", f"TRAINING DIVERGED: {self.divergence}; {kept}"))
+        rows += _plan_rows(self.plan)
+        rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
+        if self.dataset:
+            rows.append((f"dataset {self.dataset.name}", self.dataset.to_text()))
+        if self.run:
+            rows += self.run.rows("run")
+        return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the statement as plain values; infinity becomes "inf"."""
+        """Returns the statement as JSON-ready values; infinity becomes "inf"."""
         return {
             "schema_version": SCHEMA_VERSION,
             "is_guarantee": self.is_guarantee,
             "unit": "user",
-            "unit_meaning": "all examples of one person",
+            "unit_meaning": "all examples of one user",
             "adjacency": self.plan.adjacency,
             "mechanism": _mechanism(self.plan),
             "accountant": "privacy loss distribution (dp_accounting)",
@@ -316,12 +522,12 @@ class PrivacyStatement:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], *, source: str = PRIVACY_FILE) -> Self:
+    def from_dict(cls, values: Any, *, source: str = PRIVACY_FILE) -> Self:
         """Returns the statement that `to_dict` gave.
 
         Args:
-            values: The plain values.
-            source: Where they come from, for the message.
+            values: What the JSON holds.
+            source: Where it comes from, for the message.
 
         Raises:
             DataError: If the values are not those of a statement.
@@ -345,120 +551,19 @@ class PrivacyStatement:
                 versions=values["versions"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise DataError(
-                f"{source} is not a privacy statement ({reason}): give the output folder of a"
-                " finished run, or restore it from a copy"
+                f"{source} is not a privacy statement ({_reason(error)}): give the output folder of"
+                " a finished run, or restore it from a copy"
             ) from None
-
-    def to_json(self) -> str:
-        """Returns the statement as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Returns the statement in a privacy.json.
+        """Returns the statement of a run in a privacy.json.
 
         Raises:
             DataError: If there is none, or it is damaged.
         """
-        try:
-            values = json.loads(file.read_text())
-        except OSError as error:
-            raise DataError(
-                f"{file} cannot be read ({error.strerror}): give the output folder of a run"
-            ) from None
-        except ValueError:  # not UTF-8, or not JSON
-            raise DataError(
-                f"{file} is not valid JSON: it was cut short or edited, so restore it from a copy"
-            ) from None
-        return cls.from_dict(values, source=str(file))
-
-    def save(self, folder: Path) -> None:
-        """Writes privacy.json and statement.md, each aside and renamed."""
-        write_atomic(folder / PRIVACY_FILE, self.to_json())
-        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
-
-    # ---- for people
-
-    def to_text(self) -> str:
-        """Returns the statement for a terminal."""
-        title = "Privacy statement" + ("" if self.spent else " (promised)")
-        width = max(len(label) for label, _ in self._rows())
-        rows = [f"  {label:<{width}}  {value}" for label, value in self._rows()]
-        return "\n".join([title, *self.warnings(), *rows])
-
-    def to_markdown(self) -> str:
-        """Returns the statement as a page."""
-        table = [f"| {label} | {value} |" for label, value in self._rows()]
-        return "\n".join(
-            [
-                "# Privacy statement",
-                "",
-                *[f"**{warning}**\n" for warning in self.warnings()],
-                self._sentence(),
-                "",
-                "| | |",
-                "| --- | --- |",
-                *table,
-                "",
-                *section("What is assumed", self.assumptions()),
-                *section("What is not covered", self.not_covered()),
-                *section("Versions", [f"{name} {text}" for name, text in self.versions.items()]),
-            ]
-        )
-
-    def _sentence(self) -> str:
-        if not self.is_guarantee:
-            return "This run makes no promise to anybody whose text it was trained on."
-        budget = self.spent or self.promised
-        return (
-            "Whether all text of any one person was in the training set or none of it, the weights"
-            f" released by this run are nearly equally likely: they are ({_number(budget.epsilon)},"
-            f" {budget.delta:.3g})-differentially private with one person, with all their"
-            " examples, as the unit."
-        )
-
-    def warnings(self) -> list[str]:
-        """Returns what voids the guarantee, loudest first, and before a run what to think over."""
-        found: list[str] = []
-        if not math.isfinite(self.promised.epsilon):
-            found.append(
-                "NO GUARANTEE: this run adds no noise (privacy.accept_no_guarantee), so people's"
-                " text can be read out of its weights."
-            )
-        if self.is_seeded:
-            found.append(
-                "NO GUARANTEE: the keys come from privacy.seed, so whoever knows it can subtract"
-                " the noise. Seeds are for tests."
-            )
-        if self.dataset and not math.isfinite(self.dataset.spent.epsilon):
-            found.append(
-                f"NO GUARANTEE LEFT on dataset {self.dataset.name}: a run without noise was made"
-                " on it."
-            )
-        return found if self.spent else found + self.plan.warnings()
-
-    def _rows(self) -> list[tuple[str, str]]:
-        rows = [
-            ("privacy unit", "user: all examples of one person"),
-            ("adjacency", self.plan.adjacency.replace("_", " ") + " user"),
-            ("mechanism", _mechanism(self.plan)),
-            ("promised", str(self.promised)),
-        ]
-        if self.spent:
-            steps = f" ({self.num_steps_spent} of {self.plan.num_steps} steps charged)"
-            rows.append(("spent", str(self.spent) + steps))
-        if self.divergence:
-            kept = "the weights are released" if self.has_weights else "no weights are released"
-            rows.append(("outcome", f"TRAINING DIVERGED: {self.divergence}; {kept}"))
-        rows += _plan_rows(self.plan)
-        rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
-        if self.dataset:
-            rows.append((f"dataset {self.dataset.name}", self.dataset.to_text()))
-        if self.run:
-            rows += self.run.rows("run")
-        return rows
+        return cls.from_dict(_read_json(file), source=str(file))
 
 
 def _mechanism(plan: PrivacyPlan) -> str:
@@ -470,24 +575,24 @@ def _mechanism(plan: PrivacyPlan) -> str:
 
 
 def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
-    size = ("cohort size M (expected)", "batch size B (expected)")[plan.sampling == "els"]
+    generator = "ChaCha20, four draws averaged, float64" if plan.secure_noise else "Philox, float32"
+    size = "cohort size M (expected)" if plan.sampling == "uls" else "batch size B (expected)"
+    population = f"{plan.population} users ({_origin(plan.population_is_declared)})"
     rows = [
         ("noise multiplier z", f"{plan.noise_multiplier:.6g}"),
+        ("noise generator", generator),
         ("clip norm C", _clip_norm(plan)),
         ("group size G", str(plan.group_size)),
         (size, f"{plan.expected_size}"),
         ("sampling probability", f"{plan.sampling_probability:.6g}"),
-        ("population", f"{plan.population} users ({_origin(plan.population_is_declared)})"),
-        ("steps T", str(plan.num_steps)),
+        ("population", population),
     ]
     if plan.num_examples is not None:
         origin = _origin(plan.num_examples_is_declared)
-        rows.insert(-1, ("examples kept", f"{plan.num_examples} ({origin})"))
-    generator = "ChaCha20, four draws averaged, float64" if plan.secure_noise else "Philox, float32"
-    rows.insert(1, ("noise generator", generator))
+        rows.append(("examples kept", f"{plan.num_examples} ({origin})"))
     if plan.max_cohort_size is not None:
-        rows.insert(-1, ("largest cohort", f"{plan.max_cohort_size} users, accounted"))
-    return rows
+        rows.append(("largest cohort", f"{plan.max_cohort_size} users, accounted"))
+    return [*rows, ("steps T", str(plan.num_steps))]
 
 
 def _clip_norm(plan: PrivacyPlan) -> str:
@@ -501,34 +606,24 @@ def _origin(is_declared: bool) -> str:
     return "declared" if is_declared else "counted, taken as public"
 
 
-def _number(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else "infinite"
-
+# ---- the statement of a sweep
 
 SWEEP_SCHEMA_VERSION = 1
-
-SWEEP_NOT_COVERED = (
-    "Held-out people: the losses that the trials are compared by are computed on their text without"
-    " noise.",
-    "The text that the base model was pretrained on, and whatever its checkpoint remembers of it.",
-    f"Side channels: {RUNNING_TIME}, memory, traffic, Ray's internal logs and dashboard, and"
-    " whoever can read the store, the ledger or a worker's memory.",
-    "Facts about a person that stand in other people's text.",
-)
-SECRET_TRIALS = (
-    "How many trials there were and what they tried stays secret: nobody outside reads the ledger,"
-    " Ray's logs or the sweep's working folder, or times the sweep.",
-    "Where a sweep had to be resumed, what interrupted it had nothing to do with anybody's text.",
-)
+TRIAL_COUNTS: dict[str, type[TrialCount]] = {
+    "TruncatedNegativeBinomial": TruncatedNegativeBinomial,
+    "PoissonTrials": PoissonTrials,
+}
 
 
 @dataclass(frozen=True)
-class SweepStatement:
+class SweepStatement(Statement):
     """The guarantee of a sweep, as promised before it and as spent after it."""
+
+    title = "Privacy statement of a sweep"
 
     planned: PlannedSweep
     is_seeded: bool
-    """The keys came from a seed, so whoever knows it can subtract the noise."""
+    """Whether the keys came from a seed, with which the noise can be subtracted."""
     spent: Budget | None = None
     """None until the sweep has ended, then what it was admitted with, also if trials failed."""
     winner: Configuration | None = None
@@ -552,32 +647,26 @@ class SweepStatement:
 
     @property
     def is_guarantee(self) -> bool:
-        """Whether this promises anything to those whose text was trained on."""
-        charge = self.planned.charge
+        """Whether this promises anything to the users whose text was trained on."""
         is_private = self.planned.release != "public"
-        return is_private and not self.is_seeded and math.isfinite(charge.epsilon)
+        return is_private and not self.is_seeded and math.isfinite(self.planned.charge.epsilon)
 
     def warnings(self) -> list[str]:
-        """Returns what voids the guarantee, loudest first."""
+        """Returns what voids the guarantee, most serious first."""
         found = []
         if self.planned.release == "public":
             found.append(
                 "NO GUARANTEE: the sweep was declared to run on public data, so nothing was charged"
-                " and nothing is promised to the people in it."
+                " and nothing is promised to the users in it."
             )
         if not math.isfinite(self.planned.charge.epsilon):
             found.append("NO GUARANTEE: trials add no noise (privacy.accept_no_guarantee).")
-        if self.is_seeded:
-            found.append(
-                "NO GUARANTEE: the keys come from privacy.seed, so whoever knows it can subtract"
-                " the noise. Seeds are for tests."
-            )
-        return found
+        return [*found, SEEDED] if self.is_seeded else found
 
     def sentence(self) -> str:
-        """Returns the guarantee in words."""
+        """Returns the guarantee in one sentence."""
         if not self.is_guarantee:
-            return "This sweep makes no promise to anybody whose text it was trained on."
+            return "This sweep makes no promise to the users whose text it was trained on."
         charge = self.planned.charge
         released = {
             "all": "the weights, losses and choices of all trials of this sweep taken together",
@@ -585,98 +674,46 @@ class SweepStatement:
             " releases,",
         }[self.planned.release]
         return (
-            "Whether all text of any one person was in the training set or none of it, what is"
+            "Whether all text of any one user was in the training set or none of it, what is"
             f" released is nearly equally likely: {released} are ({charge.epsilon:.6g},"
-            f" {charge.delta:.3g})-differentially private with one person, with all their"
-            " examples, as the unit."
+            f" {charge.delta:.3g})-differentially private with one user, with all their examples,"
+            " as the unit."
         )
 
     def assumptions(self) -> tuple[str, ...]:
         """Returns what must hold outside this program for the guarantee to hold."""
         plans = [configuration.plan for configuration in self.planned.configurations]
-        public = [sentence for plan in plans for sentence in plan.assumptions()]
+        of_plans = dict.fromkeys(sentence for plan in plans for sentence in plan.assumptions())
         return (
-            *dict.fromkeys(public),
-            "All of a person's text carries the same user id, and nobody writes under another's.",
-            *ledger_assumptions(self.run),
-            "Held-out people are not in the training set.",
+            *of_plans,
+            USER_IDS,
+            *_ledger_assumptions(self.run),
+            "Held-out users are not in the training set.",
             "The keys stayed secret; they were drawn from the operating system and destroyed at the"
             " end of the sweep.",
-            PUBLISHED,
+            OUTPUTS,
             *(SECRET_TRIALS if self.planned.release == "best" else ()),
         )
 
     def not_covered(self) -> tuple[str, ...]:
-        """Returns what the guarantee does not speak of."""
+        """Returns what the guarantee does not cover."""
         plan = self.planned.configurations[0].plan  # all have the noise of the same generator
-        return (*SWEEP_NOT_COVERED, floating_point(is_secure=plan.secure_noise))
+        return (*SWEEP_NOT_COVERED, _floating_point(is_secure=plan.secure_noise))
 
-    # ---- as JSON
+    def notes(self) -> Sequence[str]:
+        """Returns the configurations that were left out of the sweep, and why."""
+        return self.planned.left_out
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the statement as plain values; infinity becomes "inf"."""
-        charge = self.planned.charge
-        return {
-            "sweep_schema_version": SWEEP_SCHEMA_VERSION,
-            "is_guarantee": self.is_guarantee,
-            "unit": "user",
-            "unit_meaning": "all examples of one person",
-            "adjacency": "add_or_remove_one",
-            "heldout_users_are_covered": False,
-            "accountant": "privacy loss distribution (dp_accounting)",
-            "promised": budget_to_dict(charge),
-            "spent": self.spent and budget_to_dict(self.spent),
-            "is_seeded": self.is_seeded,
-            "sweep": self.planned.to_dict(),
-            "winner": self.winner and self.winner.to_dict(),
-            "outcome": self.outcome,
-            "run": self.run and asdict(self.run),
-            "dataset": self.dataset and self.dataset.to_dict(),
-            "assumptions": list(self.assumptions()),
-            "not_covered": list(self.not_covered()),
-            "versions": self.versions,
-        }
+    def sections(self) -> dict[str, Sequence[str]]:
+        """Returns the lists of the page, by their headings."""
+        left_out = self.planned.left_out or ("Nothing.",)
+        return {**super().sections(), "Left out of the sweep": left_out}
 
-    def save(self, folder: Path) -> None:
-        """Writes privacy.json and statement.md, each aside and renamed."""
-        content = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        write_atomic(folder / PRIVACY_FILE, content)
-        write_atomic(folder / STATEMENT_FILE, self.to_markdown())
-
-    # ---- for people
-
-    def to_text(self) -> str:
-        """Returns the statement for a terminal."""
-        title = "Privacy statement of a sweep" + ("" if self.spent else " (promised)")
-        width = max(len(label) for label, _ in self._rows())
-        rows = [f"  {label:<{width}}  {value}" for label, value in self._rows()]
-        left_out = [f"  {sentence}" for sentence in self.planned.left_out]
-        return "\n".join([title, *self.warnings(), *rows, *left_out])
-
-    def to_markdown(self) -> str:
-        """Returns the statement as a page."""
-        return "\n".join(
-            [
-                "# Privacy statement of a sweep",
-                "",
-                *[f"**{warning}**\n" for warning in self.warnings()],
-                self.sentence(),
-                "",
-                "| | |",
-                "| --- | --- |",
-                *[f"| {label} | {value} |" for label, value in self._rows()],
-                "",
-                *section("What is assumed", self.assumptions()),
-                *section("What is not covered", self.not_covered()),
-                *section("Left out of the sweep", self.planned.left_out or ("Nothing.",)),
-                *section("Versions", [f"{name} {text}" for name, text in self.versions.items()]),
-            ]
-        )
-
-    def _rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns all numbers and facts of the statement as (label, value)."""
         planned = self.planned
         rows = [
-            ("privacy unit", "user: all examples of one person"),
+            ("privacy unit", "user: all examples of one user"),
             ("adjacency", "add or remove one user"),
             ("released", _released(planned)),
             ("configurations", f"{len(planned.configurations)}, fixed beforehand"),
@@ -684,7 +721,7 @@ class SweepStatement:
         ]
         if self.spent and planned.release != "public":
             rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
-        rows.append(("held-out people", "not covered: their losses decide, without noise"))
+        rows.append(("held-out users", "not covered: their losses decide, without noise"))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.winner:
             rows.append(("chosen", describe_point(self.winner)))
@@ -697,9 +734,75 @@ class SweepStatement:
             rows += self.run.rows("sweep")
         return rows
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the statement as JSON-ready values; infinity becomes "inf"."""
+        return {
+            "sweep_schema_version": SWEEP_SCHEMA_VERSION,
+            "is_guarantee": self.is_guarantee,
+            "unit": "user",
+            "unit_meaning": "all examples of one user",
+            "adjacency": "add_or_remove_one",
+            "heldout_users_are_covered": False,
+            "accountant": "privacy loss distribution (dp_accounting)",
+            "promised": budget_to_dict(self.planned.charge),
+            "spent": self.spent and budget_to_dict(self.spent),
+            "is_seeded": self.is_seeded,
+            "sweep": self.planned.to_dict(),
+            "winner": self.winner and self.winner.to_dict(),
+            "outcome": self.outcome,
+            "run": self.run and asdict(self.run),
+            "dataset": self.dataset and self.dataset.to_dict(),
+            "assumptions": list(self.assumptions()),
+            "not_covered": list(self.not_covered()),
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = PRIVACY_FILE) -> Self:
+        """Returns the statement that `to_dict` gave.
+
+        Args:
+            values: What the JSON holds.
+            source: Where it comes from, for the message.
+
+        Raises:
+            DataError: If the values are not those of a statement of a sweep.
+        """
+        try:
+            if values["sweep_schema_version"] != SWEEP_SCHEMA_VERSION:
+                raise ValueError(f"schema version {values['sweep_schema_version']} is not known")
+            sweep, dataset, winner = values["sweep"], values["dataset"], values["winner"]
+            charge = budget_from_dict(values["promised"])
+            count = _trial_count(sweep["trial_count"])
+            if count is None and sweep["sweep"] == "best":
+                raise ValueError("the distribution of the number of trials is missing")
+            return cls(
+                planned=PlannedSweep.from_dict(sweep, charge=charge, count=count),
+                is_seeded=values["is_seeded"],
+                spent=budget_from_dict(values["spent"]) if values["spent"] else None,
+                winner=Configuration.from_dict(winner) if winner else None,
+                outcome=values.get("outcome"),
+                run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
+                dataset=DatasetTotal.from_dict(dataset) if dataset else None,
+                versions=values["versions"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(
+                f"{source} is not the statement of a sweep ({_reason(error)}): it was edited or"
+                " damaged, so restore it from a copy"
+            ) from None
+
+
+def _trial_count(values: Mapping[str, Any] | None) -> TrialCount | None:
+    """Returns the distribution of a secret number of trials; None if the number is fixed."""
+    if values is None:
+        return None
+    parameters = dict(values)
+    return TRIAL_COUNTS[parameters.pop("name")](**parameters)
+
 
 def describe_point(configuration: Configuration) -> str:
-    """Returns a configuration in one line."""
+    """Returns a configuration of a sweep in one line."""
     plan = configuration.plan
     size = "M" if plan.sampling == "uls" else "B"
     return (
@@ -725,6 +828,6 @@ def _released(planned: PlannedSweep) -> str:
 def _price(planned: PlannedSweep) -> str:
     if planned.release == "public":
         return "nothing is charged"
-    given = "the noise was chosen so that the whole costs this"
-    output = "worked out from the trials' own noise"
-    return f"{planned.charge}: {output if planned.target_epsilon is None else given}"
+    if planned.target_epsilon is None:
+        return f"{planned.charge}: computed from the trials' own noise"
+    return f"{planned.charge}: the noise is calibrated so that the whole sweep costs this"

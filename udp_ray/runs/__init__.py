@@ -1,1 +1,1 @@
-"""Runs and sweeps outside of training: admission, registration, result, provenance. No Ray."""
+"""Admission, registration and results of runs and sweeps, and provenance. No Ray."""

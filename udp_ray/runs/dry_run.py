@@ -11,7 +11,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.engine.memory import estimate
 from udp_ray.reports.statement import PrivacyStatement, SweepStatement, describe_point
-from udp_ray.runs.admission import plan_of, without_secrets
+from udp_ray.runs.admission import plan_of, without_ledger_url
 from udp_ray.runs.sweep import plan_of_sweep
 
 NOTHING_DONE = "Nothing was started, written or charged."
@@ -27,7 +27,7 @@ def describe_run(config: ExperimentConfig) -> str:
     return "\n\n".join(
         [
             statement.to_text(),
-            "Settings\n" + textwrap.indent(without_secrets(config).to_yaml().rstrip(), "  "),
+            "Settings\n" + textwrap.indent(without_ledger_url(config).to_yaml().rstrip(), "  "),
             estimate(config, plan).to_text(),
             NOTHING_DONE,
         ]

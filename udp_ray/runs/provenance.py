@@ -1,6 +1,6 @@
-"""Where a run's numbers come from: the code, the versions and the commit, as public text.
+"""Provenance of a run's numbers: digest of the code, versions of packages, commit. All public.
 
-A repeated step is the same release only if the code is the same, so the code has a digest like the
+A repeated step is the same release only if the code is the same, so the code has a digest as the
 settings and the data have.
 """
 
@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import platform
 import subprocess
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parent
-
-# What the bits of a step depend on.
+ROOT = Path(__file__).parent.parent
+"""Folder of the package udp_ray."""
 NUMERIC_PACKAGES = ("torch", "numpy", "deepspeed", "transformers", "peft")
+"""Packages that the bits of a step depend on."""
 SHOWN_PACKAGES = ("udp-ray", "dp-accounting", *NUMERIC_PACKAGES, "ray", "sqlalchemy")
+"""Packages whose versions a statement names."""
 
 
 @cache
@@ -45,13 +47,24 @@ def _version(package: str) -> str:
 
 @cache
 def git_commit() -> str | None:
-    """Returns the commit that the sources stand at, marked when they differ from it."""
+    """Returns the commit of the sources, marked if they differ from it; None without a repository.
+
+    A job's working directory and an installed package have no repository.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT))
     except (OSError, subprocess.CalledProcessError):
-        return None  # a job's working directory, or an installed package: no repository here
+        return None
     return f"{commit} (with local changes)" if changed else commit
+
+
+def processor_name() -> str:
+    """Returns the model name of the processor where Linux reports it, else its architecture."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git(*arguments: str) -> str:

@@ -1,15 +1,18 @@
-"""A sweep before its first trial: checked, priced, and admitted by the ledger as one charge.
+"""Admission of a sweep: its checks, its price, and the one charge that covers all its trials.
 
-No Ray here: all of it happens on the driver, and nothing is written or charged until `admit_sweep`.
-The trials are entered in the ledger with the sweep, so that a resumed sweep has the same ones.
+All of it happens on the driver, without Ray. Nothing is written or charged before `admit_sweep`.
+The trials enter the ledger together with the sweep, so that a resumed sweep has the same ones.
+
+    sweep = prepare_sweep(config, folder, resume=False)     # checked and priced
+    print(sweep.statement.to_text())
+    attempt = admit_sweep(sweep, resume=False)              # charged
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepConfig, SweepJobConfig
@@ -18,47 +21,48 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.selection import TrialCount, trial_count
 from udp_ray.dp.sweep import Configuration, KeptExamples, PlannedSweep, SearchSpace, plan_sweep
-from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below
-from udp_ray.ledger.ledger import Ledger, refuse_mismatch
-from udp_ray.ledger.records import (
-    Attempt,
-    Budget,
-    Digests,
-    TrialAdmission,
-    plan_digest,
-)
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.ledger.records import Attempt, Budget, Digests, TrialAdmission, plan_digest
 from udp_ray.reports.statement import RunIdentity, SweepStatement
 from udp_ray.runs.admission import (
+    charge,
     check_store,
+    count_kept_examples,
+    digests_of,
+    identity_of,
+    new_key,
     new_run_id,
+    open_guarding_ledger,
     record_admission,
     record_run,
-    refuse_copied_ledger,
+    without_ledger_url,
 )
-from udp_ray.runs.provenance import code_digest
 
 TRIALS_FOLDER = "trials"
 SECRET_FOLDER = ".trials"
-"""Where the trials of a secret sweep stand while it runs; only its owner may look into it."""
+"""Folder of the trials of a secret sweep while it runs; only its owner may read it."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep, checked and priced; nothing is written or charged yet."""
+    """A sweep that was checked and priced; what its driver works with until it ends."""
 
     sweep_id: str
     config: SweepJobConfig
     folder: OutputFolder
     ledger: Ledger
     ledger_url: str
+    """May hold a password."""
     planned: PlannedSweep
     digests: Digests
     statement: SweepStatement
+    """The promise."""
 
     @property
     def is_secret(self) -> bool:
-        """Whether nothing may be seen of the trials but the best one."""
+        """Whether only the best trial may be seen, and nothing of the others."""
         return self.planned.release == "best"
 
     @property
@@ -86,39 +90,31 @@ class Sweep:
             output=str(self.trial_folder(number)),
         )
         cluster = config.cluster.model_copy(update={"storage": self.storage})
-        data = config.data.model_copy(update={"ledger": None})
-        return config.model_copy(update={"cluster": cluster, "data": data})
+        return without_ledger_url(config.model_copy(update={"cluster": cluster}))
 
     def identity(self) -> RunIdentity:
-        """Returns what the statement says of which sweep this is."""
-        return RunIdentity.of(
-            self.sweep_id,
-            self.digests,
-            ledger_id=self.ledger.id,
-            ledger_url=self.ledger.url,
-            is_recorded=record_run(self.config.data.store, self.sweep_id),
-        )
+        """Records the sweep beside its store, and returns what its statement identifies it by."""
+        is_recorded = record_run(self.config.data.store, self.sweep_id)
+        return identity_of(self.sweep_id, self.digests, self.ledger, is_recorded=is_recorded)
 
 
 def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool) -> Sweep:
-    """Returns a sweep with its trials priced, after all checks that need no cluster.
+    """Checks and prices a sweep: the store, the model, the ledger, and the plan of each trial.
 
-    A resumed sweep takes its trials and their noise from the ledger instead of pricing them anew.
+    A resumed sweep takes its trials and their noise from the ledger instead of pricing them again.
 
     Raises:
-        ConfigError: No trial can be run, or there is none to resume.
-        DataError: The store is damaged, is another one, or has no held-out people.
-        LedgerError: The ledger that guards the store is missing, or another one, or a copy of it
-            that does not know all runs, is there.
+        ConfigError: No trial can be run, or there is no sweep to resume.
+        DataError: The store is damaged, is another one, or has no held-out users.
+        LedgerError: The ledger that guards the store is missing, is another one, or is a copy that
+            lacks runs.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     _check_data(config, store)
-    ledger_url = config.data.ledger or store.manifest.ledger_url
-    ledger = Ledger.open(ledger_url, expected_id=store.manifest.ledger_id)
-    refuse_copied_ledger(ledger, config.data.store)
+    ledger, ledger_url = open_guarding_ledger(config.data, store)
     if config.sweep.release == "public":
         _refuse_protected(config, ledger)
-    sweep_id = folder.run_id() if resume else new_run_id(_base(config))
+    sweep_id = folder.run_id() if resume else new_run_id(_as_run(config))
     planned = _declared(config, ledger, sweep_id) if resume else _plan_on(config, store)
     return Sweep(
         sweep_id=sweep_id,
@@ -127,18 +123,16 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
         ledger=ledger,
         ledger_url=ledger_url,
         planned=planned,
-        digests=Digests(
-            plan=plan_digest(planned.to_dict()),
-            config=config.digest(),
-            code=code_digest(),
-            store=store.digest,
-        ),
+        digests=digests_of(planned.to_dict(), config, store),
         statement=SweepStatement(planned, is_seeded=config.privacy.seed is not None),
     )
 
 
 def plan_of_sweep(config: SweepJobConfig) -> PlannedSweep:
-    """Returns a sweep that is not to be started, with a store or declared numbers."""
+    """Returns the configurations of a sweep and its price without preparing it; needs no ledger.
+
+    The store is opened if it is in a local folder, or if privacy.population is not declared.
+    """
     if config.privacy.population is None or is_at_hand(config.data.store):
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
         _check_data(config, store)
@@ -196,56 +190,63 @@ def trial_count_of(sweep: SweepConfig) -> TrialCount | None:
 
 
 def admit_sweep(sweep: Sweep, *, resume: bool) -> Attempt:
-    """Has the ledger charge the whole sweep and enter its trials; a resumed one has paid already.
+    """Has the ledger charge the whole sweep and enter its trials; a resumed one was charged before.
 
     Returns:
-        The sole right to end the sweep; a driver that resumed it earlier is fenced.
+        The right to end the sweep. A driver that held it before has lost it.
 
     Raises:
-        PrivacyBudgetExceededError: It does not fit in what the dataset has left.
+        PrivacyBudgetExceededError: The charge does not fit in what the dataset has left.
         ConfigError: The sweep to resume has ended.
-        ReplayRefusedError: It was begun with other settings, code or data.
+        ReplayRefusedError: The sweep to resume began with other settings, code or data.
+        StorageError: The output folder cannot be written.
+        LedgerError: Another copy of the ledger has admitted a run on the store meanwhile.
     """
     on_mismatch = sweep.config.privacy.on_mismatch
     if resume:
-        record = sweep.ledger.run(sweep.sweep_id)
-        refuse_mismatch(sweep.sweep_id, sweep.digests.differing(record.digests), on_mismatch)
+        sweep.ledger.check_digests(sweep.sweep_id, sweep.digests, on_mismatch=on_mismatch)
     else:
-        sweep.folder.claim(sweep.sweep_id)
-        try:
-            _enter(sweep)
-        except UdpRayError:
-            sweep.folder.release()
-            raise
+        key = new_key(sweep.config.privacy)
+        charge(
+            sweep.config,
+            sweep.folder,
+            sweep.ledger,
+            run_id=sweep.sweep_id,
+            budget=sweep.planned.charge,
+            num_steps=sweep.planned.num_steps,
+            plan=sweep.planned.to_dict(),
+            digests=sweep.digests,
+            key=key,
+            trials=[
+                _trial(sweep, number, place, key)
+                for number, place in enumerate(sweep.planned.places(key), start=1)
+            ],
+        )
     record_admission(sweep.ledger, sweep.config.data.store, sweep.sweep_id)
     return sweep.ledger.begin_attempt(sweep.sweep_id, sweep.digests, on_mismatch=on_mismatch)
 
 
 def has_ended(sweep: Sweep) -> bool:
-    """Returns whether the ledger has ended the sweep."""
+    """Returns whether the sweep has ended by its ledger."""
     return sweep.ledger.run(sweep.sweep_id).state != "admitted"
 
 
-def _enter(sweep: Sweep) -> None:
-    privacy, charge = sweep.config.privacy, sweep.planned.charge
-    if privacy.dataset_epsilon is not None and privacy.dataset_delta is not None:
-        sweep.ledger.declare_budget(
-            sweep.config.data.name, epsilon=privacy.dataset_epsilon, delta=privacy.dataset_delta
+def winner_yaml(config: SweepJobConfig, winner: Configuration) -> str:
+    """Returns the chosen settings as a file for jobs/train.py, with a comment on their price."""
+    privacy = winner.privacy(config.privacy).model_copy(update={"seed": None})
+    if config.sweep.release == "public" and math.isfinite(winner.epsilon):
+        privacy = privacy.model_copy(update={"epsilon": winner.epsilon, "noise_multiplier": None})
+        advice = "Set the data section and privacy.population to the users to be protected."
+    else:
+        advice = (
+            f"On the same users it is one more run, which adds {winner.epsilon:.6g} to epsilon."
         )
-    key = RunKey.generate() if privacy.seed is None else RunKey.from_seed(privacy.seed)
-    sweep.ledger.admit(
-        sweep.sweep_id,
-        sweep.config.data.name,
-        epsilon=charge.epsilon,
-        delta=charge.delta,
-        num_steps=sweep.planned.num_steps,
-        plan=sweep.planned.to_dict(),
-        digests=sweep.digests,
-        key=key,
-        trials=[
-            _trial(sweep, number, place, key)
-            for number, place in enumerate(sweep.planned.places(key), start=1)
-        ],
+    settings = config.trial(
+        privacy, learning_rate=winner.learning_rate, output=f"{config.output}-chosen"
+    )
+    return (
+        "# The chosen settings of a sweep, for jobs/train.py.\n"
+        f"# {advice}\n{without_ledger_url(settings).to_yaml()}"
     )
 
 
@@ -259,11 +260,10 @@ def _trial(sweep: Sweep, number: int, place: int, key: RunKey) -> TrialAdmission
         charge=Budget(configuration.epsilon, plan.delta),
         num_steps=plan.num_steps,
         plan=plan.to_dict(),
-        digests=Digests(
+        digests=replace(
+            sweep.digests,
             plan=plan_digest(plan.to_dict()),
             config=sweep.trial_config(number, configuration).digest(),
-            code=sweep.digests.code,
-            store=sweep.digests.store,
         ),
         key=_seeded_key(key, number) if is_seeded else RunKey.generate(),
     )
@@ -273,28 +273,27 @@ def _seeded_key(key: RunKey, number: int) -> RunKey:
     return RunKey(key.derive("trial", number, 0) + key.derive("trial", number, 1))
 
 
-def _base(config: SweepJobConfig) -> ExperimentConfig:
-    """Returns the settings as those of one training run, for checks of data and model."""
+def _as_run(config: SweepJobConfig) -> ExperimentConfig:
+    """Returns the settings as those of one training run, for the checks of data and model."""
     return config.trial(
         config.privacy, learning_rate=config.train.learning_rate, output=config.output
     )
 
 
 def _check_data(config: SweepJobConfig, store: TokenStore) -> None:
-    check_store(_base(config), store)
+    check_store(_as_run(config), store)
     if store.heldout is None:
         raise DataError(
-            f"data.store {config.data.store} has no held-out people, and a sweep compares trials by"
+            f"data.store {config.data.store} has no held-out users, and a sweep compares trials by"
             " their loss on them: set data.heldout and prepare it again"
         )
 
 
 def _plan_on(config: SweepJobConfig, store: TokenStore) -> PlannedSweep:
-    counts = np.diff(store.user_offsets)
     return plan_of_settings(
         config,
         num_users=store.num_users,
-        kept_examples=lambda group_size: int(np.minimum(counts, group_size).sum()),
+        kept_examples=lambda group_size: count_kept_examples(store, group_size),
     )
 
 
@@ -306,9 +305,9 @@ def _declared(config: SweepJobConfig, ledger: Ledger, sweep_id: str) -> PlannedS
 
 
 def _refuse_protected(config: SweepJobConfig, ledger: Ledger) -> None:
-    """Refuses to treat as public what somebody has given a budget."""
+    """Refuses to treat as public a dataset that has a budget."""
     if ledger.dataset(config.data.name).total is not None:
         raise ConfigError(
             f"sweep.release is public, but dataset {config.data.name!r} has a budget in the ledger,"
-            " so its people are to be protected: use all or best, or public data of another name"
+            " so its users are to be protected: use all or best, or public data of another name"
         )

@@ -1,17 +1,20 @@
-"""The ghost kernel: many groups per backward pass, none of whose gradients is formed by backward.
+"""The ghost kernel: computes and clips the gradients of many groups per backward pass.
 
-    rows of many groups -> forward, backward: each layer's input and output gradient (capture.py)
-      -> each group's norm over all parameters (group_gradients.py) -> clip factors (dp/clipping.py)
-      -> layer by layer the sum over groups, factors inside, in float32 -> the clipped sum
+    1. One forward and backward pass over the rows of many groups captures each layer's input and
+       output gradient (`hooks.py`).
+    2. Each group's norm over all parameters is computed from these (`layers.py`, `gradients.py`).
+    3. The norms give the clip factors (`dp/clipping.py`).
+    4. Layer by layer, the sum over groups, with the factors inside, is computed in float32 and
+       added to the clipped sum.
 
-One backward pass, and no parameter's gradient in it: what a weight's gradient would have cost goes
-into the clipped sum instead. Parameters are handed over in the model's order, each exactly once per
-microbatch. A group that fills more than one microbatch goes through the direct kernel,
-which ZeRO 3 cannot run: there each group must fit (`choose.py`).
+Backward computes no gradient of a parameter: the work that a weight's gradient costs is done in 4
+instead. Parameters are added in the model's order, each exactly once per microbatch. A group that
+needs more than one microbatch goes through the direct kernel, which cannot run under ZeRO 3: there
+each group must fit (`select.py`).
 
-What a group adds must not depend on who shares its microbatch, or one user's absence would move
-what others add. The model gets no attention mask, which would depend on the company, and before
-each run `invariance.py` checks on made-up tokens that company changes nothing. In float32 the
+What a group adds must not depend on which groups share its microbatch, or one user's absence would
+change what others add. The model gets no attention mask, which would depend on the other rows, and
+before each run `invariance.py` checks on synthetic tokens that they change nothing. In float32 the
 padded length changes a gradient by float32 rounding; in bfloat16 by some 5e-3 of it, which is why
 under autocast the length is a function of the group alone (see `data.batches.Packing`). The number
 of rows and their order change nothing, bit for bit, as tested on a CPU. On CUDA under autocast the
@@ -54,8 +57,8 @@ LENGTH_GRID = 16
 class GhostKernel:
     """Adds up the clipped gradients of groups, many per backward pass.
 
-    Build it while the parameters are whole: layers are recognized by what they compute. Later they
-    may be in slices (ZeRO 3): only the model's own forward and backward pass reads them.
+    Create it while parameters are whole, because layers are recognized by what they compute. Later
+    parameters may be in slices (ZeRO 3): only the model's forward and backward pass reads them.
     """
 
     def __init__(
@@ -69,10 +72,10 @@ class GhostKernel:
         device: torch.device | str = "cpu",
         is_sliced: bool = False,
     ) -> None:
-        """Looks at the model's layers.
+        """Finds the rule for each of the model's layers.
 
         Args:
-            model: The model, which may still be elsewhere than on `device`.
+            model: The model, which may still be on another device.
             parameters: The trainable ones by name.
             clip_norm: The plan's.
             microbatch_tokens: Most tokens, padding included, of a microbatch.
@@ -121,7 +124,7 @@ class GhostKernel:
         )
 
     def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
-        """Adds each group's gradient, clipped, to `sums`; see `ports.Kernel`."""
+        """Adds each group's gradient, clipped, to `sums`; see `types.Kernel`."""
         packed = groups if isinstance(groups, PackedGroups) else self.pack(groups)
         if packed.packing != self.packing:
             raise GuaranteeError(f"the groups were packed with {packed.packing}, not the kernel's")
@@ -141,12 +144,12 @@ class GhostKernel:
         is_rejected = ~torch.isfinite(squared)
         self._num_rejected += is_rejected.sum()
         factors = clip_factor(squared.sqrt(), self._clip_norm)
-        # 0 * NaN is NaN: what is not finite has to be masked; on a CPU, where looking costs
-        # nothing, only where there is any.
+        # 0 * NaN is NaN, so that what is not finite must be masked. On a CPU, where reading the
+        # flags costs nothing, this is done only where there are any.
         must_mask = self._device.type != "cpu" or bool(is_rejected.any())
         for name in self._parameters:
             gradient = gradients.pop(name, None)
-            if gradient is None:  # without influence on the loss; other ranks wait all the same
+            if gradient is None:  # no influence on the loss; other ranks wait for it all the same
                 sums.add_by(name, _add_nothing)
                 continue
             kept = gradient.without(is_rejected) if must_mask else gradient
@@ -173,4 +176,4 @@ class GhostKernel:
 
 
 def _add_nothing(total: Tensor) -> None:
-    """Leaves a running sum as it is."""
+    """Adds nothing to a running sum."""

@@ -1,4 +1,4 @@
-"""The gradients of many groups for one parameter: their norms and weighted sums, seldom whole.
+"""The gradients of many groups for one parameter: their norms and their weighted sums.
 
 A linear layer's gradient for one group is the sum over the group's tokens of an outer product: an
 output gradient times an input. Its norm is computed in one of two ways. *Materialized*: form the
@@ -65,7 +65,7 @@ class GroupGradients(Protocol):
     """The gradients of U groups for one parameter. Sensitive."""
 
     def squared_norms(self) -> Tensor:
-        """Returns the squared L2 norm of each group's gradient, float64 (U,), not too small."""
+        """Returns each group's squared L2 norm, float64 (U,), rounded up as the module says."""
         ...
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
@@ -80,17 +80,17 @@ class GroupGradients(Protocol):
         ...
 
     def without(self, is_rejected_U: Tensor) -> GroupGradients:
-        """Returns these gradients, those of rejected groups zero whatever they held."""
+        """Returns these gradients with zeros for rejected groups, also instead of NaN."""
         ...
 
     def materialized(self) -> Materialized:
-        """Returns the same gradients, formed."""
+        """Returns the same gradients as one tensor per group."""
         ...
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Materialized:
-    """Gradients as they are, float32, (U, *shape of the parameter)."""
+    """Gradients as tensors, float32, (U, *shape of the parameter)."""
 
     gradients: Tensor
 
@@ -125,7 +125,7 @@ class Products:
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
         inputs, outputs = self.inputs.float(), self.outputs.float()
-        if inputs.shape[2] < outputs.shape[2]:  # the factor goes where it costs less
+        if inputs.shape[2] < outputs.shape[2]:  # scale the smaller tensor
             inputs = inputs * factors_U[:, None, None]
         else:
             outputs = outputs * factors_U[:, None, None]
@@ -152,7 +152,7 @@ class Products:
 
     @property
     def is_better_materialized(self) -> bool:
-        """Whether the formed gradients are not much larger than what they are formed from."""
+        """Whether materialized gradients are not much larger than what they are formed from."""
         (_, tokens, size_in), size_out = self.inputs.shape, self.outputs.shape[2]
         return size_in * size_out <= MATERIALIZED_PER_STORED * tokens * (size_in + size_out)
 
@@ -167,7 +167,7 @@ class Lookups:
     num_rows: int
 
     def squared_norms(self) -> Tensor:
-        # What a group adds to one row is gathered at the first token that looked it up.
+        # Gather what a group adds to one row at the first token that looked it up.
         is_same = self.rows[:, :, None] == self.rows[:, None, :]
         first = is_same.to(torch.uint8).argmax(dim=2)
         outputs = self.outputs.float()
@@ -224,7 +224,7 @@ class Tied:
 
 
 def total(uses: Sequence[GroupGradients]) -> GroupGradients:
-    """Returns the gradients of a parameter that was used several times, in whatever ways."""
+    """Returns the gradients of a parameter that may be used several times, in several ways."""
     kinds: dict[object, GroupGradients] = {}
     for use in uses:
         key = (type(use), getattr(use, "is_transposed", None))
@@ -243,7 +243,7 @@ def total(uses: Sequence[GroupGradients]) -> GroupGradients:
 
 
 def _sum(one: GroupGradients, other: GroupGradients) -> GroupGradients:
-    """Joins two of a kind: their tokens follow one another, so that cross terms are counted."""
+    """Joins two of a kind by appending their tokens, so that cross terms are counted."""
     if isinstance(one, Products) and isinstance(other, Products):
         return replace(
             one,

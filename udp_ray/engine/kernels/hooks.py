@@ -1,10 +1,10 @@
-"""A backward pass that leaves, instead of gradients of parameters, what they are made of.
+"""Hooks that capture per-group gradients in a backward pass, instead of gradients of parameters.
 
-While a capture lasts, the model's parameters want no gradient, so backward yields gradients of
-outputs only; and each layer's output passes through an identity that, when backward comes by, hands
-the layer's input and the gradient of its output to the layer. Exactly once per call, also where a
-checkpoint recomputes the forward pass within the backward pass: the recomputed identities are used
-for what they saved and never run backward.
+During a capture the model's parameters require no gradient, so that backward computes gradients of
+outputs only. Each layer's output passes through an identity function. When backward reaches it, it
+gives the layer's input and output gradient to the layer's rule (`layers.py`). This happens exactly
+once per call, also where activation checkpointing recomputes the forward pass within the backward
+pass: the recomputed identities only supply the tensors that they saved and never run backward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from udp_ray.errors import UnsupportedModelError
 
 
 class Capture:
-    """What backward left behind: per parameter the group gradients of each of its uses."""
+    """The group gradients that a backward pass leaves, per parameter and use of it."""
 
     def __init__(self, layout: RowLayout, device: torch.device) -> None:
         self.uses: dict[str, list[GroupGradients]] = {}
@@ -32,7 +32,7 @@ class Capture:
         self._is_recording = False
 
     def backward(self, loss: Tensor) -> None:
-        """Goes from the loss back to the first layer with trainable parameters."""
+        """Runs backward from the loss to the first layer with trainable parameters."""
         torch.autograd.grad(loss, self._anchor, allow_unused=True)
 
     def hook(
@@ -44,8 +44,8 @@ class Capture:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Tensor | None:
-        """Returns the layer's output, watched. A forward hook once path and layer are given."""
-        if self._is_recording:  # a layer that computes something again for its gradients
+        """Returns the layer's output through the identity. A forward hook of the module."""
+        if self._is_recording:  # a rule runs its layer again to compute gradients
             return None
         if not isinstance(output, Tensor):
             raise UnsupportedModelError(
@@ -53,7 +53,7 @@ class Capture:
                 " tensor, which the ghost kernel cannot follow: set train.kernel to direct"
             )
         if output.shape[0] == 1 and self._layout.num_rows > 1:
-            # Computed once for all rows, as positions are: each row gets a gradient of its own.
+            # Computed once for all rows, as position embeddings: give each row its own gradient.
             output = output.expand(self._layout.num_rows, *output.shape[1:])
         if not self._layout.has_rows(output):
             raise UnsupportedModelError(
@@ -74,7 +74,7 @@ class Capture:
 
 
 class _Watch(torch.autograd.Function):
-    """The identity; when backward comes by, it hands on what was saved and the gradient."""
+    """The identity, whose backward also passes the saved tensors and the gradient to `record`."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ def capturing(
     layout: RowLayout,
     device: torch.device,
 ) -> Iterator[Capture]:
-    """Lasts over one forward and backward pass, and leaves the model as it was."""
+    """Captures within the block, which is one forward and backward pass; restores the model."""
     capture = Capture(layout, device)
     handles = []
     try:

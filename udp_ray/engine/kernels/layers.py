@@ -1,13 +1,14 @@
-"""From a layer's input and output gradient to the gradients of its own parameters, per group.
+"""Per-group gradients of a layer's parameters, from the layer's input and output gradient.
 
-Every module that directly owns trainable parameters is met here once, when the kernel is built, and
-gets the form that fits: a linear layer, a lookup table, a layer that multiplies each feature by a
-weight (LayerNorm, RMSNorm, whatever its class, recognized by what it computes on made-up input), or
-else the slow one, which runs the module again for each group. None is left out.
+`make_layer` gives every module that directly owns trainable parameters the rule that fits: a linear
+layer, a lookup table, a layer that multiplies each feature by a weight (LayerNorm and RMSNorm of
+any class, recognized by what they compute on synthetic input), or the general and slow rule, which
+runs the module again for each group. None is left out.
+
+A rule gets a `Call`, the arguments of the layer without their tensors. Autograd keeps the tensors,
+so that activation checkpointing may recompute them.
 
 Shapes: groups U, tokens L of a group, features in P and out Q.
-
-A call of a module whose tensors are kept elsewhere, so that autograd may recompute them.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from udp_ray.engine.kernels.gradients import (
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Call:
-    """The arguments of a call, its tensors apart: they may be recomputed before they are used."""
+    """The arguments of a call of a module, with its tensors in a list of their own."""
 
     tensors: Sequence[Tensor]
     _rest: Any
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Takes the tensors out of the arguments."""
+        """Separates the tensors from the other arguments."""
         tensors: list[Tensor] = []
         rest = _taken((args, kwargs), tensors)
         return cls(tensors, rest)
@@ -49,7 +50,7 @@ class Call:
         return replace(self, tensors=tensors)
 
     def without_tensors(self) -> Call:
-        """Returns the call for later: it keeps no tensor alive."""
+        """Returns the call without its tensors, which it then does not keep alive."""
         return self.with_tensors(())
 
     @property
@@ -64,11 +65,11 @@ class Call:
 
 
 class _Slot(int):
-    """The number of a tensor that was taken out of a call."""
+    """The position in `Call.tensors` of a tensor of the arguments."""
 
 
 def _taken(value: Any, tensors: list[Tensor]) -> Any:
-    """Returns a call's arguments with numbers in place of tensors, which are moved to the list."""
+    """Returns the arguments with slots in place of tensors, which are appended to the list."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Slot(len(tensors) - 1)
@@ -80,7 +81,7 @@ def _taken(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _given(value: Any, tensors: Sequence[Tensor]) -> Any:
-    """Puts tensors back in the places that `_taken` took them from."""
+    """Returns the arguments with tensors in place of slots; undoes `_taken`."""
     if isinstance(value, _Slot):
         return tensors[value]
     if type(value) in (tuple, list):
@@ -91,11 +92,11 @@ def _given(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 Uses = dict[str, GroupGradients]
-"""By parameter name, what one call of a layer adds to the gradients."""
+"""What one call of a layer adds to the group gradients, by parameter name."""
 
 
 class RowLayout:
-    """Which rows of a microbatch are whose, and how a group's tokens become one sequence."""
+    """Which rows of a microbatch belong to which group."""
 
     def __init__(self, rows_of_groups: Sequence[int], device: torch.device) -> None:
         self.rows_of_groups = rows_of_groups
@@ -111,7 +112,7 @@ class RowLayout:
             self._places = torch.tensor(places).to(device, non_blocking=True)
 
     def by_group(self, values: Tensor) -> Tensor:
-        """Returns (rows, ..., D) as (U, L, D), rows that a group lacks filled with zeros."""
+        """Returns (rows, ..., D) as (U, L, D), with zeros for the rows that a group lacks."""
         rows = values.reshape(self.num_rows, -1, values.shape[-1])
         num_groups = len(self.rows_of_groups)
         if self._places is not None:
@@ -130,10 +131,10 @@ class RowLayout:
 
 
 class Layer(Protocol):
-    """What a kind of layer does with one of its calls."""
+    """The rule for the gradients of one kind of layer."""
 
     def saved(self, call: Call, output: Tensor) -> list[Tensor]:
-        """Returns what of the call's tensors is needed once the output's gradient is there."""
+        """Returns the tensors that `uses` needs besides the output's gradient."""
         ...
 
     def uses(self, call: Call, saved: Sequence[Tensor], grad: Tensor, layout: RowLayout) -> Uses:
@@ -143,7 +144,7 @@ class Layer(Protocol):
             call: The call, without its tensors.
             saved: What `saved` returned, or the same recomputed.
             grad: Gradient of the output.
-            layout: Which rows are whose.
+            layout: Which rows belong to which group.
         """
         ...
 
@@ -170,7 +171,7 @@ def make_layer(module: nn.Module, names: Mapping[nn.Parameter, str]) -> Layer | 
 
 
 def needs_parameters(layer: Layer) -> bool:
-    """Whether a layer reads its parameters outside of the model's own forward and backward pass."""
+    """Whether a rule reads the parameters outside of the model's forward and backward pass."""
     return isinstance(layer, _Other)
 
 
@@ -218,11 +219,11 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Scaling:
-    """A layer that computes weight * h(x) + bias feature by feature, as LayerNorm and RMSNorm."""
+    """A layer that computes weight * h(x) + bias per feature, as LayerNorm and RMSNorm."""
 
     own: Mapping[str, str]
     module: nn.Module
-    """A copy, which no hooks of the model's are on."""
+    """A copy, which does not have the model's hooks."""
     neutral: Mapping[str, Tensor]
     """Parameters with which it computes h(x)."""
 
@@ -234,7 +235,7 @@ class _Scaling:
         uses: Uses = {}
         if "weight" in self.own:
             with torch.no_grad():
-                # They were made where the model then was.
+                # They were created on the device on which the model was then.
                 neutral = {name: value.to(grad.device) for name, value in self.neutral.items()}
                 bare = functional_call(self.module, neutral, (saved[0].float(),))
                 scaled = layout.by_group(bare)
@@ -245,7 +246,7 @@ class _Scaling:
 
 
 class _Other:
-    """Any other module: run again for each group by itself, with its own parameters."""
+    """Any other module: it is run again for each group, with its own parameters."""
 
     def __init__(self, module: nn.Module, own: Mapping[str, str]) -> None:
         self._module = module
@@ -293,13 +294,13 @@ def _is_plain(table: nn.Embedding) -> bool:
 
 @torch.no_grad()
 def _scaling(module: nn.Module, own: Mapping[str, str]) -> _Scaling | None:
-    """Returns the module as a scaling, if on made-up input it computes as one."""
+    """Returns the rule of a scaling layer, if the module computes as one on synthetic input."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     if not parameters.keys() <= {"weight", "bias"} or weight is None or weight.dim() != 1:
         return None
     random = torch.Generator().manual_seed(0)
-    made_up = torch.randn(3, 5, len(weight), generator=random).to(weight.device)
+    synthetic = torch.randn(3, 5, len(weight), generator=random).to(weight.device)
     trial = {
         name: torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
         for name, parameter in parameters.items()
@@ -307,11 +308,11 @@ def _scaling(module: nn.Module, own: Mapping[str, str]) -> _Scaling | None:
     for neutral in (1.0, 0.0):  # 0 where the layer multiplies by 1 + weight
         plain = {n: torch.full_like(p, neutral if n == "weight" else 0.0) for n, p in trial.items()}
         try:
-            found = functional_call(module, trial, (made_up,))
-            scaled = functional_call(module, plain, (made_up,))
+            found = functional_call(module, trial, (synthetic,))
+            scaled = functional_call(module, plain, (synthetic,))
         except (TypeError, RuntimeError, ValueError):
             return None
-        if not isinstance(found, Tensor) or found.shape != made_up.shape:
+        if not isinstance(found, Tensor) or found.shape != synthetic.shape:
             return None
         expected = (trial["weight"] + 1 - neutral) * scaled + trial.get("bias", 0.0)
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-5):

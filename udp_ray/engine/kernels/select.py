@@ -1,18 +1,17 @@
-"""Which kernel clips: the one asked for, or the faster one, measured on made-up tokens.
+"""Selects the clipping kernel: the one asked for, or the faster one.
 
-The measurement sees public numbers alone: the model, the group size, the longest example that the
-store may hold, the microbatch. Rank 0 measures and all ranks do as it says. What comes out differs
-by float32 rounding only, so that a resumed run may choose anew. Under autocast kernels round
-gradients differently, by far more, and a repeated step must be the same release: there the choice
-follows from the numbers alone, ghost where a microbatch holds several groups. Under ZeRO 3 there is
-no choice: gradients exist layer by layer only, as the ghost kernel makes them, and each group has
-to fit a microbatch.
+Selection. Rank 0 measures both kernels on synthetic tokens, and all ranks use its choice. It
+depends on public numbers alone: the model, the group size, the longest example that the store may
+hold and the microbatch. In float32 the kernels differ by rounding only, so that a resumed run may
+select again. Under autocast they round gradients differently, by far more, and a repeated step must
+be the same release: there the choice follows from the numbers, ghost where a microbatch holds
+several groups. Under ZeRO 3 only the ghost kernel works, because gradients exist layer by layer,
+and each group must fit a microbatch.
 
-The proof, before a run, that the ghost kernel sees every use of every weight.
-
-On made-up tokens the kernel has to give the gradients of plain autograd, parameter by parameter,
-norms and sums. So a weight that is used in a way which the kernel cannot follow (a function that
-takes the weight of another module, say) is refused by name, and never left out of a norm.
+Completeness check. Before the ghost kernel is used, it must give the gradients of plain autograd on
+synthetic tokens, parameter by parameter, norms and sums. So a weight that is used in a way which
+the kernel cannot follow (for example by a function that takes the weight of another module) is
+refused by name, and never left out of a norm.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ from udp_ray.errors import ConfigError, UnsupportedModelError
 
 AGREEMENT = 1e-3
 """Largest accepted difference, relative to the parameter's gradient: far above the roundings of
-float32, far below what a forgotten use of a weight makes."""
+float32, far below what a missing use of a weight causes."""
 
 NEGLIGIBLE = 1e-6
-"""A gradient below this share of the whole one is rounding: a key's bias has none in theory."""
+"""A gradient below this share of the whole one is rounding: in theory a key's bias has none."""
 
 
 def synthetic_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -> Group:
@@ -64,7 +63,7 @@ def synthetic_group(model: Any, num_rows: int, num_tokens: int, seed: int = 0) -
 def check_complete(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], device: torch.device
 ) -> None:
-    """Returns if on made-up tokens the ghost kernel gives the gradients of plain autograd.
+    """Checks on synthetic tokens that the ghost kernel gives the gradients of plain autograd.
 
     Raises:
         ConfigError: The model has dropout.
@@ -113,7 +112,7 @@ def _gradients(
     parameters: Mapping[str, nn.Parameter],
     factors_U: Tensor,
 ) -> Sequence[Tensor]:
-    """Returns what autograd says of the weighted sum of the groups' losses."""
+    """Returns the gradients of the weighted sum of the groups' losses by autograd."""
     sums_R, counts_R = row_losses(model, microbatch, factors_U.device)
     counts = torch.tensor(microbatch.rows_of_groups, device=factors_U.device)
     weights_R = microbatch.row_weight.to(factors_U.device) * factors_U.repeat_interleave(counts)
@@ -124,13 +123,13 @@ def _gradients(
 
 
 MEASURED_TOKENS = 1024
-"""Most tokens of a measured microbatch: enough to tell, and over in a moment."""
+"""Most tokens of a measured microbatch: enough for a comparison that takes a moment."""
 
 MEASURED_GROUPS = 4
-"""Most groups that the direct kernel is measured on; each takes it a pass of its own."""
+"""Most groups that the direct kernel is measured on, each in a pass of its own."""
 
 REPEATS = 3
-"""The fastest counts; the first also pays for what happens once."""
+"""Measurements, of which the fastest counts: the first includes one-time work."""
 
 CLEAR_LEAD = 2.0
 """A kernel that is faster by this factor is not measured again."""
@@ -149,11 +148,11 @@ def select_kernel(
     world: World,
     is_sliced: bool = False,
 ) -> Kernel:
-    """Returns the kernel, the same on all ranks. Collective; call it while parameters are whole.
+    """Returns the same kernel on all ranks. Collective; call it while parameters are whole.
 
     Args:
         wanted: `TrainConfig.kernel`.
-        model: On its device, as it will train; before it is cut it may be in host memory.
+        model: On its device, as it will train; under ZeRO 3 it may still be in host memory.
         parameters: The trainable ones by name.
         clip_norm: The plan's.
         rows_per_group: Most examples of a group: the group size under uls, 1 under els.
@@ -161,7 +160,7 @@ def select_kernel(
         microbatch_tokens: Most tokens of a microbatch.
         autocast: `ModelConfig.autocast`.
         world: The ranks.
-        is_sliced: Parameters will be in slices (ZeRO 3), so that only the ghost kernel can work.
+        is_sliced: Whether parameters will be in slices (ZeRO 3), where only ghost works.
 
     Raises:
         UnsupportedModelError: The ghost kernel was asked for and cannot clip this model.
@@ -218,7 +217,7 @@ def _synthetic_groups(
 def _is_faster(
     ghost: GhostKernel, direct: DirectKernel, sums: ClippedSum, groups: Sequence[Group]
 ) -> bool:
-    """Returns whether the ghost kernel takes less time per group, in turn with the direct one."""
+    """Returns whether the ghost kernel takes less time per group than the direct one."""
     few, packed = groups[:MEASURED_GROUPS], ghost.pack(groups)
     shared = alone = math.inf
     for _ in range(REPEATS):
@@ -231,7 +230,7 @@ def _is_faster(
 
 
 def _seconds(kernel: Kernel, sums: ClippedSum, groups: Sequence[Group]) -> float:
-    """Returns how long the kernel takes for the groups; what it adds is forgotten."""
+    """Returns how long the kernel takes for the groups; what it adds is not used."""
     _wait_for_device()
     start = time.perf_counter()
     kernel.add_clipped(sums, groups)

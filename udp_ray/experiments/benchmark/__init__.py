@@ -1,1 +1,1 @@
-"""The benchmark: speed, memory and overhead of private training beside its peers."""
+"""The benchmark: speed, memory and overhead of private training over non-private training."""

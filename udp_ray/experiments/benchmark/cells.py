@@ -1,32 +1,22 @@
-"""The cells of a benchmark, one after the other; in each, all contestants in turn.
+"""The cells of a benchmark: processes that wait for their turns, and what their turns took.
 
-for result in run_cells(study, study.cells): ...     # rows and what was left out
+    for result in run_cells(study, study.cells):
+        rows += result.rows                                # one for each contestant
 
-The processes of a contestant, which wait for its turns and then tell their peak memory.
-
-    team = Team(task)                    # one process per worker
-    team.ready()                         # built, its sums checked, warmed up
-    seconds = team.turn().seconds        # of each step
-    team.finish()
-    team.peak_bytes                      # above what a process held before it built anything
-    team.stop()
-
-All contestants of a cell are there at once and take turns, so that whatever else the machine does
-hits all alike. On a GPU a contestant gives its cache back after its turn and takes one untimed step
-before it.
+All contestants of a cell are up at the same time and take turns, so that whatever else the machine
+does affects all of them. On a GPU a contestant returns its cache after its turn and takes one
+untimed step before the next.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
-import importlib.util
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -36,24 +26,27 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from udp_ray.console import current
+from udp_ray.data.batches import CohortReader
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.distributed import World, join_world
 from udp_ray.errors import BenchmarkError, UdpRayError
-from udp_ray.experiments.benchmark import contestants
 from udp_ray.experiments.benchmark.contestants import (
     CHECKED_GROUPS,
     Contestant,
-    Task,
+    Entry,
+    build_contestant,
+    open_reader,
     step_tokens,
-    write_people,
+    write_synthetic_store,
 )
 from udp_ray.experiments.benchmark.settings import (
-    CEILING,
+    BASELINE,
     OPACUS,
     Cell,
     Study,
+    missing_contestants,
 )
 
 PRELOAD = [
@@ -62,14 +55,148 @@ PRELOAD = [
     "transformers.models.llama.modeling_llama",
     "udp_ray.experiments.benchmark.cells",
 ]
-PATIENCE_S = 600.0
-"""How long a turn may last."""
-
+TURN_TIMEOUT_S = 600.0
 KIBIBYTE = 1024
+Row = dict[str, Any]
 
 
-class LeftOutError(BenchmarkError):
-    """A peer cannot take part in a cell, and this says why."""
+@dataclass(frozen=True)
+class CellResult:
+    """What one cell measured."""
+
+    rows: list[Row]
+    """One for each contestant, the baseline first."""
+    skipped: list[str]
+    """A sentence for each external contestant that cannot run this cell."""
+
+
+@dataclass(frozen=True)
+class ContestantInfo:
+    """What a contestant reports when it is ready."""
+
+    num_parameters: int
+    kernel: str | None
+    """The clipping kernel, if it is one of ours."""
+
+
+@dataclass
+class Times:
+    """What the turns of a contestant took."""
+
+    info: ContestantInfo
+    seconds: list[float] = field(default_factory=list)
+    """Of the step of each round."""
+    processor_seconds: list[float] = field(default_factory=list)
+    """The same on the processor's cores, added up."""
+    peak_bytes: int | None = None
+
+
+def run_cells(study: Study, cells: Sequence[Cell], what: str = "cell") -> Iterator[CellResult]:
+    """Yields what each cell measured; each is a phase of the progress shown.
+
+    Raises:
+        BenchmarkError: A contestant of ours failed, or computes another sum than the reference.
+    """
+    for number, cell in enumerate(cells, start=1):
+        yield run_cell(study, cell, f"{what} {number} of {len(cells)}: {cell}")
+
+
+def run_cell(study: Study, cell: Cell, phase: str = "cell") -> CellResult:
+    """Returns the rows of one cell, whose turns are shown as progress of a phase."""
+    names = [name for name in study.contestants_of(cell) if name not in missing_contestants()]
+    with tempfile.TemporaryDirectory() as folder:
+        store = write_synthetic_store(Path(folder), cell, study.model(cell.model).vocabulary)
+        num_tokens = step_tokens(TokenStore.open(store, verify=False))
+        entries = [Entry(name, cell, study, str(store)) for name in names]
+        times, skipped = _take_turns(entries, cell.rounds or study.rounds, phase)
+    baseline = times[BASELINE]
+    rows = [
+        {
+            "cell": str(cell),
+            "model": cell.model,
+            "family": study.model(cell.model).family,
+            "num_parameters": times[name].info.num_parameters,
+            "sampling": cell.sampling,
+            "group_size": cell.group_size,
+            "sequence_tokens": cell.sequence_tokens,
+            "lengths": cell.lengths,
+            "zero_stage": cell.zero_stage,
+            "num_workers": cell.num_workers,
+            "autocast": study.autocast,
+            "microbatch_tokens": study.microbatch_tokens,
+            "step_tokens": num_tokens,
+            "contestant": name,
+            "kernel": times[name].info.kernel,
+            **measured(times[name], baseline, num_tokens),
+        }
+        for name in times
+    ]
+    return CellResult(rows, skipped)
+
+
+def measured(times: Times, baseline: Times, num_tokens: int) -> Row:
+    """Returns a contestant's medians, and their ratios to those of the baseline.
+
+    ratio_low and ratio_high are the extremes over rounds, each compared with the baseline in the
+    same round: they show how noisy the machine was. processor_ratio compares seconds spent on
+    cores, which other work on a shared machine hardly changes; on a GPU it covers the host only.
+    """
+    paired = [theirs / ours for ours, theirs in zip(times.seconds, baseline.seconds, strict=True)]
+    memory_ratio = None
+    if times.peak_bytes is not None and baseline.peak_bytes is not None:
+        memory_ratio = times.peak_bytes / baseline.peak_bytes
+    step_s, processor_s = median(times.seconds), median(times.processor_seconds)
+    return {
+        "step_s": step_s,
+        "tokens_per_s": num_tokens / step_s,
+        "ratio": median(baseline.seconds) / step_s,
+        "ratio_low": min(paired),
+        "ratio_high": max(paired),
+        "processor_s": processor_s,
+        "processor_ratio": median(baseline.processor_seconds) / processor_s,
+        "peak_bytes": times.peak_bytes,
+        "memory_ratio": memory_ratio,
+    }
+
+
+def _take_turns(
+    entries: list[Entry], rounds: int, phase: str
+) -> tuple[dict[str, Times], list[str]]:
+    """Returns the times of each contestant by name, and a sentence for each that was skipped."""
+    times: dict[str, Times] = {}
+    running: dict[str, ContestantProcesses] = {}
+    skipped: list[str] = []
+    display = current()
+    display.phase(phase, total=rounds * len(entries), unit="turn")
+    with ExitStack() as stack:
+        for entry in entries:
+            display.advance(0, starting=entry.name)
+            processes = ContestantProcesses(entry)
+            stack.callback(processes.stop)
+            try:
+                times[entry.name] = Times(processes.ready())
+                running[entry.name] = processes
+            except SkippedError as reason:
+                skipped.append(str(reason))
+        for number in range(rounds):
+            shift = number % len(running)  # so that no contestant always follows the same one
+            names = list(running)
+            for place, name in enumerate(names[shift:] + names[:shift]):
+                display.advance(number * len(running) + place, timing=name)
+                turn = running[name].turn()
+                times[name].seconds += turn.seconds
+                times[name].processor_seconds += turn.processor_seconds
+        for name, processes in running.items():
+            processes.finish()
+            times[name].peak_bytes = processes.peak_bytes
+    return times, skipped
+
+
+# ---- processes
+
+
+class SkippedError(BenchmarkError):
+    """An external contestant cannot run a cell, for the reason given."""
 
 
 @dataclass(frozen=True)
@@ -78,64 +205,63 @@ class Turn:
 
     seconds: list[float]
     """Of each step on the slowest worker, reading included."""
-    waits: list[float]
-    """The part of each step that was waiting for the reader."""
+    data_waits: list[float]
+    """The part of each step that waited for the reader."""
     processor_seconds: list[float]
     """Of each step, on the processor's cores, added up over threads and workers."""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a contestant says when it is ready."""
+class ContestantProcesses:
+    """The processes of one contestant, one for each worker.
 
-    num_parameters: int
-    chosen: str | None
-    """Which kernel of ours clips; None for others."""
+    processes = ContestantProcesses(entry)
+    processes.ready()                             # built, sums checked, warmed up
+    seconds = processes.turn().seconds            # of each step
+    processes.finish()
+    processes.peak_bytes                          # above what a process held before building
+    processes.stop()
+    """
 
-
-class Team:
-    """The processes of one contestant."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
         self.peak_bytes: int | None = None
         """Peak memory of the worker that needed most; None where it cannot be measured."""
         self._folder = tempfile.TemporaryDirectory()
         context = _context()
         self._connections: list[Connection] = []
         self._processes = []
-        for rank in range(task.cell.num_workers):
+        for rank in range(entry.cell.num_workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(rank, task, self._folder.name, theirs))
+            process = context.Process(target=_main, args=(rank, entry, self._folder.name, theirs))
             process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
 
-    def ready(self) -> Facts:
+    def ready(self) -> ContestantInfo:
         """Waits until all is built and checked.
 
         Raises:
-            LeftOutError: A peer cannot take part.
-            BenchmarkError: Anything else went wrong.
+            SkippedError: An external contestant cannot run this cell.
+            BenchmarkError: Any other failure.
         """
         return self._answers()[0]
 
     def turn(self, *, steps: int = 1) -> Turn:
-        """Has all workers take some steps one after the other."""
+        """Has all workers take some steps, one after another."""
         self._ask(("turn", steps))
         answers = self._answers()
         seconds, waits, processor = (zip(*each, strict=True) for each in zip(*answers, strict=True))
         return Turn(list(map(max, seconds)), list(map(max, waits)), list(map(sum, processor)))
 
     def finish(self) -> None:
-        """Ends the workers, who tell their peak memory."""
+        """Ends the workers, which report their peak memory."""
         self._ask(("end", 0))
         peaks = self._answers()
         self.peak_bytes = None if None in peaks else max(peaks)
 
     def stop(self) -> None:
-        """Makes an end of the processes, whatever they are at."""
+        """Kills the processes and removes their folder."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -150,13 +276,16 @@ class Team:
 
     def _answer(self, connection: Connection) -> Any:
         try:
-            if not connection.poll(PATIENCE_S):
-                raise BenchmarkError(f"contestant {self.task.name!r} gave no sign of life")
+            if not connection.poll(TURN_TIMEOUT_S):
+                raise BenchmarkError(
+                    f"contestant {self.entry.name!r} did not answer for {TURN_TIMEOUT_S:g} s in the"
+                    f" cell {self.entry.cell}: lower its step_tokens"
+                )
             answer = connection.recv()
         except EOFError:
             raise BenchmarkError(
-                f"a process of contestant {self.task.name!r} died in the cell {self.task.cell}: it"
-                " may have been out of memory; lower study.microbatch_tokens or step_tokens"
+                f"a process of contestant {self.entry.name!r} died in the cell {self.entry.cell}:"
+                " it may have been out of memory; lower study.microbatch_tokens or step_tokens"
             ) from None
         if isinstance(answer, UdpRayError):
             raise answer
@@ -164,7 +293,7 @@ class Team:
 
 
 def _context() -> Any:
-    """Returns how processes start: CUDA allows no forks, and without it forks are far quicker."""
+    """Returns how processes start: CUDA does not survive a fork; without it, forks are faster."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -173,30 +302,30 @@ def _context() -> Any:
     return context
 
 
-def _main(rank: int, task: Task, folder: str, connection: Connection) -> None:
-    """What a process does: build, check, warm up, take turns, tell the peak."""
+def _main(rank: int, entry: Entry, folder: str, connection: Connection) -> None:
+    """Runs in each process: builds, checks, warms up, takes turns, reports peak memory."""
     try:
-        world = _join(rank, task, folder)
-        _serve(task, world, connection)
+        world = _join(rank, entry, folder)
+        _serve(entry, world, connection)
     except UdpRayError as error:
         connection.send(error)
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if task.name in OPACUS:
-            connection.send(LeftOutError(f"{task.name} is left out of {task.cell}: {words}"))
+        if entry.name in OPACUS:
+            connection.send(SkippedError(f"{entry.name} is skipped in {entry.cell}: {words}"))
         else:
             traceback.print_exc()
             connection.send(
-                BenchmarkError(f"contestant {task.name!r} failed in {task.cell}: {words}")
+                BenchmarkError(f"contestant {entry.name!r} failed in {entry.cell}: {words}")
             )
     finally:
         connection.close()
-        os._exit(0)  # others may be waiting in a collective, and so would a clean exit
+        os._exit(0)  # a clean exit would wait for other ranks, which may be in a collective
 
 
-def _join(rank: int, task: Task, folder: str) -> World:
-    num_workers = task.cell.num_workers
-    threads = task.study.num_threads or len(os.sched_getaffinity(0))
+def _join(rank: int, entry: Entry, folder: str) -> World:
+    num_workers = entry.cell.num_workers
+    threads = entry.study.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, threads // num_workers))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -211,61 +340,49 @@ def _join(rank: int, task: Task, folder: str) -> World:
     return join_world()
 
 
-def _serve(task: Task, world: World, connection: Connection) -> None:
+def _serve(entry: Entry, world: World, connection: Connection) -> None:
     memory = _Memory(world.device)
-    contestant = build(task, world)
-    with contestants.open_reader(task, contestant.draw, world) as reader:
+    contestant = build_contestant(entry, world)
+    with open_reader(entry, contestant.draw, world) as reader:
         contestant.check(reader.groups(1)[:CHECKED_GROUPS])
-    packing = contestant.packing  # known once it has its kernel
-    with contestants.open_reader(task, contestant.draw, world, packing) as reader:
+    # The check has built the kernel, which decides the packing.
+    with open_reader(entry, contestant.draw, world, contestant.packing) as reader:
         memory.restart()
         step = 1
-        for _ in range(task.study.warmup_steps):
+        for _ in range(entry.study.warmup_steps):
             contestant.take(step, reader.groups(step))
             step += 1
-        _give_back(world)
-        connection.send(Facts(_num_parameters(task), contestant.chosen))
+        _release_cache(world)
+        connection.send(ContestantInfo(_num_parameters(entry), contestant.kernel))
         while (question := connection.recv())[0] == "turn":
             if world.device.type == "cuda":
                 contestant.take(step, reader.groups(step))
                 step += 1
             turn = _timed_steps(contestant, reader, step, question[1], world)
             step += question[1]
-            _give_back(world)
+            _release_cache(world)
             connection.send(turn)
         connection.send(memory.peak())
 
 
-def build(task: Task, world: World) -> Contestant:
-    """Returns a contestant, ready to be checked."""
-    if task.name == CEILING:
-        return contestants.CeilingContestant(task, world)
-    if task.name == "torch":
-        return contestants.TorchContestant(task, world)
-    if task.name in OPACUS:  # installed on request only
-        opacus = importlib.import_module("udp_ray.experiments.benchmark.opacus")
-        return opacus.OpacusContestant(task, world, is_ghost=task.name == "opacus-ghost")
-    return contestants.PrivateContestant(task, world)
-
-
 def _timed_steps(
-    contestant: Contestant, reader: Any, first: int, steps: int, world: World
+    contestant: Contestant, reader: CohortReader, first: int, steps: int, world: World
 ) -> tuple[list[float], list[float], list[float]]:
     seconds, waits, processor = [], [], []
     for step in range(first, first + steps):
         _synchronize(world)
-        start, begun = time.perf_counter(), time.process_time()
+        start, processor_start = time.perf_counter(), time.process_time()
         groups = reader.groups(step)
         waits.append(time.perf_counter() - start)
         contestant.take(step, groups)
         _synchronize(world)
         seconds.append(time.perf_counter() - start)
-        processor.append(time.process_time() - begun)
+        processor.append(time.process_time() - processor_start)
     return seconds, waits, processor
 
 
-def _give_back(world: World) -> None:
-    """Leaves a GPU's free memory to the contestant whose turn comes next."""
+def _release_cache(world: World) -> None:
+    """Returns unused GPU memory to the contestant whose turn is next."""
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -277,13 +394,13 @@ def _synchronize(world: World) -> None:
         dist.barrier()
 
 
-def _num_parameters(task: Task) -> int:
+def _num_parameters(entry: Entry) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in task.model().parameters())
+        return sum(p.numel() for p in entry.model().parameters())
 
 
 class _Memory:
-    """The peak memory of this process above what it holds now."""
+    """Peak memory of this process, above what it holds at construction."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -291,7 +408,7 @@ class _Memory:
         self._is_known = True
 
     def restart(self) -> None:
-        """Forgets the peak so far: what building and checking took is no part of training."""
+        """Discards the peak so far, because building and checking are not part of training."""
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -302,7 +419,7 @@ class _Memory:
             self._is_known = False
 
     def peak(self) -> int | None:
-        """Returns the peak in bytes, or None where this system does not tell."""
+        """Returns the peak in bytes, or None where the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated()
         return _status_bytes("VmHWM") - self._baseline if self._is_known else None
@@ -313,136 +430,3 @@ def _status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * KIBIBYTE
     return 0
-
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """What one cell came to."""
-
-    rows: list[Row]
-    """One for each contestant, the ceiling first."""
-    left_out: list[str]
-    """A sentence for each peer that could not take part."""
-
-
-@dataclass
-class Times:
-    """What a contestant's turns took."""
-
-    facts: Facts
-    seconds: list[float] = field(default_factory=list)
-    """Of the step of each round."""
-    processor_seconds: list[float] = field(default_factory=list)
-    """The same on the processor's cores, added up."""
-    peak_bytes: int | None = None
-
-
-def run_cells(study: Study, cells: Iterable[Cell]) -> Iterator[CellResult]:
-    """Yields what each cell came to, with a progress bar.
-
-    Raises:
-        BenchmarkError: A contestant of ours failed, or computes another sum than a plain loop.
-    """
-    for cell in tqdm(list(cells), desc="cells", unit="cell", dynamic_ncols=True):
-        yield run_cell(study, cell)
-
-
-def run_cell(study: Study, cell: Cell) -> CellResult:
-    """Returns the rows of one cell."""
-    names = [name for name in study.contestants_of(cell) if name not in missing_peers()]
-    with tempfile.TemporaryDirectory() as folder:
-        store = write_people(Path(folder), cell, study.model(cell.model).vocabulary)
-        num_tokens = step_tokens(TokenStore.open(store, verify=False))
-        times, left_out = _take_turns(
-            [Task(name, cell, study, str(store)) for name in names], cell.rounds or study.rounds
-        )
-    ceiling = times[CEILING]
-    rows = [
-        {
-            **_about(study, cell, times[name].facts.num_parameters, num_tokens),
-            "kernel": name,
-            "chosen": times[name].facts.chosen,
-            **measured(times[name], ceiling, num_tokens),
-        }
-        for name in times
-    ]
-    return CellResult(rows, left_out)
-
-
-def missing_peers() -> list[str]:
-    """Returns the peers that are not installed."""
-    return [] if importlib.util.find_spec("opacus") else list(OPACUS)
-
-
-def measured(times: Times, ceiling: Times, num_tokens: int) -> Row:
-    """Returns what a contestant's times say, beside the ceiling's of the same rounds.
-
-    The ratio is that of the medians; low and high are the extremes over rounds, each round by
-    itself, and show how noisy the machine was. The processor's ratio is that of the seconds spent
-    on its cores, which other work on a shared machine hardly changes; on a GPU it is the host's
-    part alone.
-    """
-    paired = [theirs / ours for ours, theirs in zip(times.seconds, ceiling.seconds, strict=True)]
-    memory_ratio = None
-    if times.peak_bytes is not None and ceiling.peak_bytes is not None:
-        memory_ratio = times.peak_bytes / ceiling.peak_bytes
-    return {
-        "step_s": median(times.seconds),
-        "tokens_per_s": num_tokens / median(times.seconds),
-        "ratio": median(ceiling.seconds) / median(times.seconds),
-        "ratio_low": min(paired),
-        "ratio_high": max(paired),
-        "processor_s": median(times.processor_seconds),
-        "processor_ratio": median(ceiling.processor_seconds) / median(times.processor_seconds),
-        "peak_bytes": times.peak_bytes,
-        "memory_ratio": memory_ratio,
-    }
-
-
-def _take_turns(tasks: list[Task], rounds: int) -> tuple[dict[str, Times], list[str]]:
-    """Returns each contestant's times by name, and a sentence for each peer that gave up."""
-    times: dict[str, Times] = {}
-    teams: dict[str, Team] = {}
-    left_out: list[str] = []
-    with ExitStack() as stack:
-        for task in tasks:
-            team = Team(task)
-            stack.callback(team.stop)
-            try:
-                times[task.name] = Times(team.ready())
-                teams[task.name] = team
-            except LeftOutError as reason:
-                left_out.append(str(reason))
-        for number in range(rounds):
-            shift = number % len(teams)  # nobody always follows the same neighbour
-            names = list(teams)
-            for name in names[shift:] + names[:shift]:
-                turn = teams[name].turn()
-                times[name].seconds += turn.seconds
-                times[name].processor_seconds += turn.processor_seconds
-        for name, team in teams.items():
-            team.finish()
-            times[name].peak_bytes = team.peak_bytes
-    return times, left_out
-
-
-def _about(study: Study, cell: Cell, num_parameters: int, num_tokens: int) -> Row:
-    shape = study.model(cell.model)
-    return {
-        "cell": str(cell),
-        "model": cell.model,
-        "family": shape.family,
-        "num_parameters": num_parameters,
-        "sampling": cell.sampling,
-        "group_size": cell.group_size,
-        "sequence_tokens": cell.sequence_tokens,
-        "lengths": cell.lengths,
-        "zero_stage": cell.zero_stage,
-        "num_workers": cell.num_workers,
-        "autocast": study.autocast,
-        "microbatch_tokens": study.microbatch_tokens,
-        "step_tokens": num_tokens,
-    }

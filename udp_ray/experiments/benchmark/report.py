@@ -1,45 +1,123 @@
-"""The figure of a benchmark: speed and memory by cell, and cost as the work grows.
+"""What a benchmark reports: the results as JSON, the aims, the tables and the figures.
 
-The aims of the engine, held against what a benchmark measured.
+    results = Results.load(Path("docs/benchmark"))      # or one that `run_benchmark` yields
+    print(results.to_text())
+    results.save(Path("runs/benchmark"))                # benchmark.json, benchmark.txt and figures
 
-An aim that was not measured says so; none is called met for want of a measurement.
-
-What a benchmark says in words: tables of cells, parts and growth, and the aims.
-
-print(to_text(json.loads(Path("docs/benchmark/benchmark.json").read_text())))
+An aim that was not measured says so; it never counts as met.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
+import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from udp_ray.experiments.benchmark.settings import CEILING, OPACUS
+from udp_ray.experiments.benchmark.settings import BASELINE, OPACUS
+from udp_ray.experiments.plotting import large_text, new_figure, to_png, use_plain_numbers
+from udp_ray.io import write_atomic
+
+JSON_FILE, TEXT_FILE = "benchmark.json", "benchmark.txt"
+CELLS_FIGURE, SCALING_FIGURE = "benchmark.png", "scaling.png"
 
 LEAST_RATIO = 0.90
 LEAST_RATIO_FILLED = 0.95
 """Where one user fills a microbatch."""
 MOST_MEMORY = 1.2
-MOST_STALL = 0.01
+MOST_DATA_WAIT = 0.01
 MOST_OVERHEAD = 0.02
 OVERHEAD_PARAMETERS = 100_000_000
-"""The size of model at which noise and accountant are held against a step."""
+"""The size of model from which noise and accountant are compared with a step."""
+EVALUATED = ("auto", "direct")
+"""The contestant that is evaluated: the first of these that ran in a cell."""
 
-SUBJECTS = ("auto", "direct")
-"""The contestant that is judged: the first of these that took part in a cell."""
+PROPORTIONAL = 1.05
+"""Slope up to which time counts as proportional, since timings are noisy."""
+
+MILLION = 1_000_000
+MEBIBYTE = 2**20
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a benchmark measured, where, and whether it meets the aims."""
+
+    cells: list[dict[str, Any]]
+    """One row for each contestant of each cell."""
+    scaling: list[dict[str, Any]]
+    """One for each curve: quantity, what, points and slope."""
+    parts: dict[str, Any]
+    """noise, float64_sums, data_wait, balance and accounting; empty if not measured."""
+    skipped: list[str]
+    """A sentence for each contestant that was skipped somewhere."""
+    hardware: dict[str, Any]
+    versions: dict[str, str]
+    commit: str | None
+    seconds: float
+    """Wall-clock time since the benchmark began."""
+    is_complete: bool
+    """Whether all of the study was measured."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads what `save` wrote."""
+        values = json.loads((folder / JSON_FILE).read_text())
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    @property
+    def aims(self) -> list[Aim]:
+        """The aims, each with what was measured."""
+        return evaluate_aims(self.cells, self.parts)
+
+    def save(self, folder: Path) -> None:
+        """Writes JSON, tables and figures into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        values = asdict(self) | {"aims": [asdict(aim) for aim in self.aims]}
+        write_atomic(folder / JSON_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")
+        write_atomic(folder / TEXT_FILE, self.to_text())
+        with large_text():
+            write_atomic(folder / CELLS_FIGURE, draw_cells(self.cells))
+            curves = [*self.scaling, *self.parts.get("noise", [])]
+            if curves:
+                write_atomic(folder / SCALING_FIGURE, draw_scaling(curves))
+
+    def to_text(self) -> str:
+        """Returns the whole report as text."""
+        parts = [
+            self._heading(),
+            "" if self.is_complete else "UNFINISHED: this is what was measured until it ended",
+            _cells_text(self.cells),
+            *self.skipped,
+            _scaling_text(self.scaling) if self.scaling else "",
+            _parts_text(self.cells, self.parts) if self.parts else "",
+            _aims_text(self.aims),
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def _heading(self) -> str:
+        hardware = self.hardware
+        gpus = f"{hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else "no GPU"
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"{hardware['cores']} cores of {hardware['processor']},"
+            f" {hardware['threads_used']} threads per contestant, {hardware['memory_gib']} GiB,"
+            f" {gpus}\n{packages}\ncommit {self.commit}; {self.seconds:.0f} s in total"
+        )
+
+
+# ---- aims
 
 
 @dataclass(frozen=True)
 class Aim:
-    """One aim."""
+    """One aim, and the worst value that was measured for it."""
 
     text: str
     measured: float | None
@@ -49,63 +127,83 @@ class Aim:
     where: str = ""
     """The cell of the worst."""
 
+    @classmethod
+    def at_least(cls, text: str, values: pd.Series, limit: float) -> Self:
+        """Returns an aim whose worst value, of those by cell, is the smallest."""
+        if values.empty:
+            return cls(text, None, limit, None)
+        worst = float(values.min())
+        return cls(text, worst, limit, worst >= limit, str(values.idxmin()))
 
-def judge(rows: Sequence[dict[str, Any]], parts: dict[str, Any]) -> list[Aim]:
+    @classmethod
+    def at_most(cls, text: str, values: pd.Series, limit: float) -> Self:
+        """Returns an aim whose worst value, of those by cell, is the largest."""
+        if values.empty:
+            return cls(text, None, limit, None)
+        worst = float(values.max())
+        return cls(text, worst, limit, worst <= limit, str(values.idxmax()))
+
+
+def evaluate_aims(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
     """Returns all aims, each with the worst that was measured."""
-    ours = subjects(rows)
-    filled = [row for row in ours if fills_a_microbatch(row)]
+    table = pd.DataFrame(rows)
+    ours = evaluated_rows(table).set_index("cell")
+    tokens = ours["group_size"] * ours["sequence_tokens"]
+    fills = (ours["sampling"] == "uls") & (tokens >= ours["microbatch_tokens"])
+    opacus = table[table["contestant"].isin(OPACUS)].groupby("cell")["tokens_per_s"].max()
+    wait = parts.get("data_wait")
+    waits = pd.Series({wait["cell"]: wait["share"]} if wait else {}, dtype=float)
+    large = ours[ours["num_parameters"] >= OVERHEAD_PARAMETERS]
+    costs = {
+        f"{cell}, {row['step_tokens']:,} tokens per step": cost["share"]
+        for cell, row in large.iterrows()
+        if (cost := overhead(row, parts))
+    }
     return [
-        _lowest("share of the ceiling, every cell", ours, lambda row: row["ratio"], LEAST_RATIO),
-        _lowest(
-            "share of the ceiling, one user fills a microbatch",
-            filled,
-            lambda row: row["ratio"],
+        Aim.at_least("speed over non-private, every cell", ours["ratio"], LEAST_RATIO),
+        Aim.at_least(
+            "speed over non-private, one user fills a microbatch",
+            ours["ratio"][fills],
             LEAST_RATIO_FILLED,
         ),
-        _lowest(
+        Aim.at_least(
             "speed over the faster Opacus, every cell it runs",
-            [row for row in ours if _best_peer(row, rows)],
-            lambda row: row["tokens_per_s"] / _best_peer(row, rows),
+            (ours["tokens_per_s"] / opacus).dropna(),
             1.0,
         ),
-        _highest(
-            "memory over the ceiling's, every cell",
-            [row for row in ours if row["memory_ratio"] is not None],
-            lambda row: row["memory_ratio"],
+        Aim.at_most(
+            "memory over non-private, every cell",
+            ours["memory_ratio"].dropna().astype(float),
             MOST_MEMORY,
         ),
-        _stall(parts),
-        _overhead(ours, parts),
+        Aim.at_most("waiting for data, share of a step", waits, MOST_DATA_WAIT),
+        Aim.at_most(
+            "noise and accountant, share of a step, from 100 million parameters",
+            pd.Series(costs, dtype=float),
+            MOST_OVERHEAD,
+        ),
     ]
 
 
-def subjects(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns, for each cell, the row of the contestant that is judged."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for name in reversed(SUBJECTS):
-        chosen.update({row["cell"]: row for row in rows if row["kernel"] == name})
-    return list(chosen.values())
+def evaluated_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns, for each cell, the row of the contestant that is evaluated."""
+    parts = [table[table["contestant"] == name] for name in EVALUATED]
+    return pd.concat(parts).drop_duplicates("cell")
 
 
-def fills_a_microbatch(row: dict[str, Any]) -> bool:
-    """Returns whether one user's examples fill a microbatch."""
-    tokens = row["group_size"] * row["sequence_tokens"]
-    return row["sampling"] == "uls" and tokens >= row["microbatch_tokens"]
+def overhead(row: Row, parts: dict[str, Any]) -> dict[str, float] | None:
+    """Returns the cost of noise and accountant in a step of a measured contestant.
 
-
-def overhead(row: dict[str, Any], parts: dict[str, Any]) -> dict[str, float] | None:
-    """Returns what noise and accountant cost beside a step of a measured contestant.
-
-    Noise is taken at the row's own number of parameters, from the measured curve in proportion.
+    Noise is taken at the row's own number of parameters, in proportion to the measured curve.
 
     Returns:
-        seconds, share of the measured step, and tokens from which a step is so long that the share
-        is below the aim; None where the parts were not measured.
+        seconds, share of the measured step, and the tokens from which a step is so long that the
+        share is below the aim; None where the parts were not measured.
     """
-    if "noise" not in parts or "accountant" not in parts:
+    if "noise" not in parts or "accounting" not in parts:
         return None
     count, seconds = max(next(c for c in parts["noise"] if c["what"] == "noise")["points"])
-    cost = seconds * row["num_parameters"] / count + parts["accountant"]["round_trip_s"]
+    cost = seconds * row["num_parameters"] / count + parts["accounting"]["latency_s"]
     return {
         "seconds": cost,
         "share": cost / row["step_s"],
@@ -113,122 +211,45 @@ def overhead(row: dict[str, Any], parts: dict[str, Any]) -> dict[str, float] | N
     }
 
 
-def _stall(parts: dict[str, Any]) -> Aim:
-    text = "waiting for data, share of a step"
-    if "stall" not in parts:
-        return Aim(text, None, MOST_STALL, None)
-    share = parts["stall"]["share"]
-    return Aim(text, share, MOST_STALL, share <= MOST_STALL, parts["stall"]["cell"])
+# ---- tables
 
 
-def _overhead(ours: Sequence[dict[str, Any]], parts: dict[str, Any]) -> Aim:
-    text = "noise and accountant, share of a step, from 100 million parameters"
-    costs = [
-        (cost["share"], row)
-        for row in ours
-        if row["num_parameters"] >= OVERHEAD_PARAMETERS and (cost := overhead(row, parts))
-    ]
-    if not costs:
-        return Aim(text, None, MOST_OVERHEAD, None)
-    share, row = max(costs, key=lambda pair: pair[0])
-    where = f"{row['cell']}, {row['step_tokens']:,} tokens a step"
-    return Aim(text, share, MOST_OVERHEAD, share <= MOST_OVERHEAD, where)
-
-
-def _best_peer(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float:
-    """Returns the tokens per second of the faster Opacus in the row's cell, or 0."""
-    peers = [r for r in rows if r["kernel"] in OPACUS and r["cell"] == row["cell"]]
-    return max((peer["tokens_per_s"] for peer in peers), default=0.0)
-
-
-def _lowest(
-    text: str,
-    rows: Sequence[dict[str, Any]],
-    value: Callable[[dict[str, Any]], float],
-    limit: float,
-) -> Aim:
-    if not rows:
-        return Aim(text, None, limit, None)
-    worst = min(rows, key=value)
-    return Aim(text, value(worst), limit, value(worst) >= limit, worst["cell"])
-
-
-def _highest(
-    text: str,
-    rows: Sequence[dict[str, Any]],
-    value: Callable[[dict[str, Any]], float],
-    limit: float,
-) -> Aim:
-    if not rows:
-        return Aim(text, None, limit, None)
-    worst = max(rows, key=value)
-    return Aim(text, value(worst), limit, value(worst) <= limit, worst["cell"])
-
-
-MEBIBYTE = 2**20
-
-
-def to_text(results: dict[str, Any]) -> str:
-    """Returns the whole report of results, as `Results.to_dict` gives them."""
-    parts = [
-        _heading(results),
-        "" if results["is_complete"] else "UNFINISHED: this is what was measured until it ended",
-        _cells(results["cells"]),
-        *results["left_out"],
-        _growth(results["growth"]) if results["growth"] else "",
-        _parts(results) if results["parts"] else "",
-        _aims(results["aims"]),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _heading(results: dict[str, Any]) -> str:
-    hardware, versions = results["hardware"], results["versions"]
-    gpus = f", {hardware['num_gpus']} x {hardware['gpu']}" if hardware["gpu"] else ", no GPU"
-    machine = (
-        f"{hardware['cores']} cores of {hardware['processor']}, {hardware['threads_used']} threads"
-        f" per contestant, {hardware['memory_gib']} GiB{gpus}"
-    )
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{machine}\n{packages}\ncommit {results['commit']}; {results['seconds']:.0f} s in all"
-
-
-def _cells(rows: Iterable[dict[str, Any]]) -> str:
-    head = (
-        f"{'':24} {'tokens/s':>10} {'of ceiling':>10} {'(rounds)':>13} {'cores':>6}"
-        f" {'MiB':>7} {'memory':>7}"
-    )
+def _cells_text(rows: Sequence[Row]) -> str:
     lines = [
         "All contestants of a cell in turn, medians; cores: the ratio by seconds on the processor",
-        head,
+        f"{'':24} {'tokens/s':>10} {'of base':>10} {'(rounds)':>13} {'cores':>6} {'MiB':>7}"
+        f" {'memory':>7}",
     ]
     cell = None
     for row in rows:
         if row["cell"] != cell:
             cell = row["cell"]
             lines.append(
-                f"{cell}: {row['num_parameters'] / 1e6:.3g} million parameters,"
-                f" {row['step_tokens']:,} tokens a step"
+                f"{cell}: {row['num_parameters'] / MILLION:.3g} million parameters,"
+                f" {row['step_tokens']:,} tokens per step"
             )
+        name = row["contestant"]
+        name = f"auto ({row['kernel']})" if name == "auto" else name
+        memory, memory_ratio = row["peak_bytes"], row["memory_ratio"]
         lines.append(
-            f"  {_kernel(row):22} {row['tokens_per_s']:10,.0f} {row['ratio']:10.2f}"
+            f"  {name:22} {row['tokens_per_s']:10,.0f} {row['ratio']:10.2f}"
             f" {row['ratio_low']:6.2f}-{row['ratio_high']:<6.2f} {row['processor_ratio']:6.2f}"
-            f" {_mebibytes(row):>7} {_number(row['memory_ratio']):>7}"
+            f" {'-' if memory is None else f'{memory / MEBIBYTE:,.0f}':>7}"
+            f" {'-' if memory_ratio is None else f'{memory_ratio:.2f}':>7}"
         )
     return "\n".join(lines)
 
 
-def _growth(curves: Iterable[dict[str, Any]]) -> str:
-    lines = ["Cost as the work grows: seconds a step, and the slope of their logarithms"]
+def _scaling_text(curves: Sequence[Row]) -> str:
+    lines = ["Scaling: time per step against one quantity, and the slope of their logarithms"]
     for curve in curves:
         slope = "" if curve["slope"] is None else f"slope {curve['slope']:.2f}"
-        points = ", ".join(f"{quantity:,}: {_seconds(s)}" for quantity, s in curve["points"])
-        lines.append(f"  {curve['grows']:10} {curve['what']:12} {slope:12} {points}")
+        points = ", ".join(f"{value:,}: {_seconds(s)}" for value, s in curve["points"])
+        lines.append(f"  {curve['quantity']:10} {curve['what']:12} {slope:12} {points}")
     return "\n".join(lines)
 
 
-def _parts(results: dict[str, Any]) -> str:
-    parts = results["parts"]
+def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
     lines = ["Parts of a step by themselves"]
     for curve in parts["noise"]:
         points = ", ".join(f"{count:,} values: {_seconds(s)}" for count, s in curve["points"])
@@ -236,65 +257,52 @@ def _parts(results: dict[str, Any]) -> str:
     lines += [
         f"  sums in float64 instead of float32 ({row['what']}, width {row['width']}):"
         f" {row['share_of_step']:.2%} of a step's arithmetic"
-        for row in parts["sums"]
+        for row in parts["float64_sums"]
     ]
-    accountant = parts["accountant"]
+    accounting = parts["accounting"]
     lines.append(
-        f"  accountant ({accountant['ledger']}): {accountant['authorizations_per_s']:,.0f} steps"
-        f" granted a second; {accountant['round_trip_workers']} workers on Ray wait"
-        f" {_seconds(accountant['round_trip_s'])} (99 %:"
-        f" {_seconds(accountant['round_trip_p99_s'])})"
+        f"  accountant ({accounting['ledger']}): {accounting['authorizations_per_s']:,.0f} steps"
+        f" granted per second; latency for {accounting['num_workers']} workers on Ray"
+        f" {_seconds(accounting['latency_s'])} (99 %: {_seconds(accounting['latency_p99_s'])})"
     )
-    largest = max(subjects(results["cells"]), key=lambda row: row["num_parameters"], default=None)
-    cost = overhead(largest, parts) if largest else None
-    if largest and cost:
+    ours = evaluated_rows(pd.DataFrame(rows)).to_dict("records")
+    largest = max(ours, key=lambda row: row["num_parameters"], default=None)
+    if largest and (cost := overhead(largest, parts)):
         lines.append(
-            f"  noise and accountant at {largest['num_parameters'] / 1e6:.3g} million parameters:"
-            f" {_seconds(cost['seconds'])}, {cost['share']:.2%} of the measured step of"
-            f" {largest['step_tokens']:,} tokens; below 2 % of steps above"
+            f"  noise and accountant at {largest['num_parameters'] / MILLION:.3g} million"
+            f" parameters: {_seconds(cost['seconds'])}, {cost['share']:.2%} of the measured step of"
+            f" {largest['step_tokens']:,} tokens; below {MOST_OVERHEAD:.0%} of steps above"
             f" {cost['least_step_tokens']:,.0f} tokens"
         )
-    stall = parts["stall"]
-    lines.append(
-        f"  waiting for data: {stall['share']:.2%} of consecutive steps"
-        f" ({stall['kernel']}, {stall['cell']})"
-    )
-    lines.append(
-        "  tokens of the busiest worker over the mean (dealt out in turn, for comparison):"
-    )
+    wait = parts["data_wait"]
     lines += [
-        f"    {row['people']}, {row['num_users']:,} users, M = {row['cohort_size']},"
+        f"  waiting for data: {wait['share']:.2%} of consecutive steps ({wait['contestant']},"
+        f" {wait['cell']})",
+        "  tokens of the busiest worker over the mean (in brackets: users assigned round robin):",
+    ]
+    lines += [
+        f"    {row['users']}, {row['num_users']:,} users, M = {row['cohort_size']},"
         f" G = {row['group_size']}, {row['num_workers']} workers: {row['busiest_over_mean']:.3f}"
-        f" ({row['busiest_over_mean_dealt']:.3f})"
+        f" ({row['busiest_over_mean_round_robin']:.3f})"
         for row in parts["balance"]
     ]
     return "\n".join(lines)
 
 
-def _aims(aims: Iterable[dict[str, Any]]) -> str:
+def _aims_text(aims: Sequence[Aim]) -> str:
     words = {True: "met", False: "MISSED", None: "not measured"}
     lines = ["Aims (the worst that was measured)"]
     for aim in aims:
-        worst = f"{aim['measured']:.3g} in {aim['where']}" if aim["measured"] is not None else ""
-        lines.append(f"  {words[aim['is_met']]:12} {aim['text']}, aim {aim['limit']:g}: {worst}")
+        worst = "" if aim.measured is None else f"{aim.measured:.3g} in {aim.where}"
+        lines.append(f"  {words[aim.is_met]:12} {aim.text}, aim {aim.limit:g}: {worst}")
     return "\n".join(lines)
-
-
-def _kernel(row: dict[str, Any]) -> str:
-    return f"auto ({row['chosen']})" if row["kernel"] == "auto" else str(row["kernel"])
-
-
-def _mebibytes(row: dict[str, Any]) -> str:
-    return "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / MEBIBYTE:,.0f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _seconds(value: float) -> str:
     return f"{value:.3g} s" if value >= 0.1 else f"{value * 1000:.3g} ms"
 
+
+# ---- figures
 
 COLOURS = {
     "auto": "#0b2545",
@@ -303,120 +311,107 @@ COLOURS = {
     "torch": "#8a8a8a",
     "opacus": "#e0a070",
     "opacus-ghost": "#b3541e",
-}
-GROWTH_COLOURS = {
-    CEILING: "black",
+    BASELINE: "black",
     "sampler": "#3a7d44",
     "noise": "#3a7d44",
     "secure noise": "#8a6d9e",
 }
 MARKERS = {
-    "auto": "D",
-    "direct": "o",
-    "ghost": "s",
-    "torch": "x",
-    "opacus": "v",
-    "opacus-ghost": "^",
-}
-GROWTH_HEIGHT = 3.1
-MILLION = 1_000_000
-WHAT_GROWS = {
-    "users": "users in the data",
-    "group_size": "group size G",
-    "parameters": "parameters",
-    "workers": "workers",
-    "values": "parameters",
+    "auto": "D", "direct": "o", "ghost": "s", "torch": "x", "opacus": "v", "opacus-ghost": "^",
+}  # fmt: skip
+QUANTITIES = {
+    "users": ("users in the data (thousands)", 1000),
+    "group_size": ("group size G (examples)", 1),
+    "parameters": ("parameters (millions)", MILLION),
+    "workers": ("workers", 1),
+    "values": ("noise values (millions)", MILLION),
 }
 
 
-def draw(results: dict[str, Any]) -> bytes:
-    """Returns a PNG of results, as `Results.to_dict` gives them."""
-    rows = [row for row in results["cells"] if row["kernel"] != CEILING]
-    cells = list(dict.fromkeys(row["cell"] for row in rows))
-    curves = [*results["growth"], *results["parts"].get("noise", [])]
-    quantities = list(dict.fromkeys(curve["grows"] for curve in curves))
-    height = 1.9 + 0.27 * len(cells) + (GROWTH_HEIGHT if quantities else 0)
-    figure = Figure(figsize=(11.0, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)  # no window, no global state
-    if quantities:
-        halves = figure.subfigures(
-            2, 1, squeeze=False, height_ratios=[height - GROWTH_HEIGHT, GROWTH_HEIGHT]
-        )
-        upper, lower = halves[0][0], halves[1][0]
-        panels = lower.subplots(1, len(quantities), squeeze=False)[0]
-        panels[0].set_ylabel("seconds a step")
-        for panel, quantity in zip(panels, quantities, strict=True):
-            _draw_growth(panel, quantity, [c for c in curves if c["grows"] == quantity])
-    else:
-        upper = figure
-    speed, memory = upper.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    _draw_cells(speed, cells, rows, "ratio")
-    _draw_cells(memory, cells, [row for row in rows if row["memory_ratio"]], "memory_ratio")
-    speed.axvline(LEAST_RATIO, color="0.6", lw=0.8, ls=":")
-    memory.axvline(MOST_MEMORY, color="0.6", lw=0.8, ls=":")
-    speed.set_xlim(0, max(1.15, *(row["ratio_high"] for row in rows)))
-    speed.set_xlabel("speed over training without privacy (bars: extremes over rounds)")
+def draw_cells(rows: Sequence[Row]) -> bytes:
+    """Returns a PNG with speed and memory of each contestant over non-private training, by cell."""
+    shown = [row for row in rows if row["contestant"] != BASELINE]
+    cells = list(dict.fromkeys(row["cell"] for row in shown))
+    figure = new_figure(12.5, 2.4 + 0.34 * len(cells))
+    speed, memory = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    _draw_ratios(speed, cells, shown, "ratio")
+    speed.set_xlim(0, max(1.15, *(row["ratio_high"] for row in shown)))
+    speed.set_xlabel("tokens/s over non-private (lines: rounds)")
+    speed.set_title(f"Speed of ours: {_range(rows, 'ratio')} of non-private")
+    _draw_ratios(memory, cells, [row for row in shown if row["memory_ratio"]], "memory_ratio")
     memory.set_xscale("log")
-    memory.set_xlabel("peak memory over training without privacy")
-    _plain_ticks(memory.xaxis)
+    use_plain_numbers(memory.xaxis)
+    memory.set_xlabel("peak memory over non-private")
+    memory.set_title(f"Memory of ours: {_range(rows, 'memory_ratio')}")
+    for panel, limit in ((speed, LEAST_RATIO), (memory, MOST_MEMORY)):
+        panel.axvline(limit, color="0.5", lw=1, ls=":", label="aim")
     handles, labels = (entries[::-1] for entries in speed.get_legend_handles_labels())
-    upper.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    columns = max(1, len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    return to_png(figure)
 
 
-def _draw_cells(
-    panel: Axes, cells: Sequence[str], rows: Sequence[dict[str, Any]], column: str
-) -> None:
+def draw_scaling(curves: Sequence[Row]) -> bytes:
+    """Returns a PNG with the time per step against each quantity."""
+    quantities = list(dict.fromkeys(curve["quantity"] for curve in curves))
+    figure = new_figure(2.9 * max(2, len(quantities)) + 0.6, 4.4)
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for panel, quantity in zip(panels, quantities, strict=True):
+        _draw_curves(panel, quantity, [c for c in curves if c["quantity"] == quantity])
+    panels[0].set_ylabel("seconds per step")
+    steepest = max((curve["slope"] or 0.0 for curve in curves), default=0.0)
+    figure.suptitle(
+        "Time per step grows at most in proportion to each quantity"
+        if steepest <= PROPORTIONAL
+        else f"Time per step grows with slope {steepest:.2f} at most"
+    )
+    return to_png(figure)
+
+
+def _range(rows: Sequence[Row], column: str) -> str:
+    """Returns the range of a column over the evaluated contestants."""
+    values = evaluated_rows(pd.DataFrame(rows))[column].dropna()
+    ends = dict.fromkeys(f"{end:.2f}" for end in (values.min(), values.max()))
+    return " to ".join(ends) if len(values) else "not measured"
+
+
+def _draw_ratios(panel: Axes, cells: Sequence[str], rows: Sequence[Row], column: str) -> None:
     """Draws one marker for each contestant of each cell, a line of the panel for each cell."""
     place = {cell: len(cells) - number for number, cell in enumerate(cells)}
-    for kernel, colour in reversed(COLOURS.items()):  # the first on top
-        mine = [row for row in rows if row["kernel"] == kernel]
-        if not mine:
+    for name in reversed(MARKERS):  # the first on top
+        own = [row for row in rows if row["contestant"] == name]
+        if not own:
             continue
-        at = [place[row["cell"]] for row in mine]
-        values = [row[column] for row in mine]
-        panel.plot(values, at, MARKERS[kernel], ms=6, color=colour, label=kernel)
+        at, colour = [place[row["cell"]] for row in own], COLOURS[name]
+        panel.plot([row[column] for row in own], at, MARKERS[name], ms=8, color=colour, label=name)
         if column == "ratio":
-            ends = [row["ratio_low"] for row in mine], [row["ratio_high"] for row in mine]
-            panel.hlines(at, *ends, color=colour, lw=1, alpha=0.5)
-    panel.axvline(1, color="0.3", lw=0.8)
-    panel.set_yticks(list(place.values()), list(place), fontsize=8)
+            ends = [row["ratio_low"] for row in own], [row["ratio_high"] for row in own]
+            panel.hlines(at, *ends, color=colour, lw=1.5, alpha=0.5)
+    panel.axvline(1, color="0.3", lw=1)
+    panel.set_yticks(list(place.values()), list(place))
     panel.set_ylim(0.3, len(cells) + 0.7)
     panel.grid(alpha=0.25)
 
 
-def _draw_growth(panel: Axes, quantity: str, curves: Sequence[dict[str, Any]]) -> None:
+def _draw_curves(panel: Axes, quantity: str, curves: Sequence[Row]) -> None:
+    label, unit = QUANTITIES[quantity]
     for curve in curves:
-        x, y = zip(*curve["points"], strict=True)
+        values, seconds = zip(*curve["points"], strict=True)
         slope = "" if curve["slope"] is None else f", slope {curve['slope']:.2f}"
-        colour = (COLOURS | GROWTH_COLOURS).get(curve["what"], "black")
-        panel.plot(x, y, "o-", ms=4, color=colour, label=f"{curve['what']}{slope}")
+        panel.plot(
+            [value / unit for value in values],
+            seconds,
+            "o-",
+            ms=5,
+            color=COLOURS[curve["what"]],
+            label=f"{curve['what']}{slope}",
+        )
     panel.set_xscale("log")
     panel.set_yscale("log")
-    if quantity in ("group_size", "workers", "parameters"):  # few, and close together
-        panel.set_xticks(sorted({at for curve in curves for at, _ in curve["points"]}), minor=False)
-        panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(lambda value, _: _short(value))
-    _plain_ticks(panel.yaxis)
-    panel.set_xlabel(WHAT_GROWS[quantity])
+    ticks = sorted({value / unit for curve in curves for value, _ in curve["points"]})
+    panel.set_xticks(ticks, [f"{tick:,.3g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
+    use_plain_numbers(panel.yaxis)
+    panel.set_xlabel(label)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-
-
-def _short(value: float) -> str:
-    return f"{value:g}" if value < MILLION else f"{value / MILLION:.3g} million"
-
-
-def _plain_ticks(axis: Axis) -> None:
-    """Writes the numbers of a logarithmic axis out, where it is so short that it needs them."""
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(_PlainLogFormatter(minor_thresholds=(1, 0.4)))
-
-
-class _PlainLogFormatter(LogFormatter):
-    """As its parent, which chooses what is labelled, but 0.6 instead of 6e-01."""
-
-    def __call__(self, value: float, position: int | None = None) -> str:
-        return f"{value:g}" if super().__call__(value, position) else ""
+    panel.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))

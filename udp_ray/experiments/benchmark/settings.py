@@ -1,30 +1,29 @@
-"""What a benchmark measures: models, cells and contestants, as settings.
+"""Settings of a benchmark: its models, cells and contestants, and what is measured beside them.
 
 A *cell* is a workload: a model, a sampler, a group size, a sequence length. The *contestants* of a
-cell train on the very same tokens, in turn, each in processes of its own. All people and tokens are
-made up and the weights are random, so nothing here concerns anybody's privacy.
+cell train on the same tokens, in turn, each in processes of its own. All users and tokens are
+synthetic and the weights are random, so nothing here is private.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from udp_ray.config.base import PositiveFloat, PositiveInt, Section
+from udp_ray.config.base import LocalFolder, PositiveFloat, PositiveInt, Section
+from udp_ray.config.experiment import ClusterConfig
+from udp_ray.io import new_run_folder
 
-CEILING = "non-private"
-"""The contestant that all others are measured against: the same engine, without clipping or noise.
-"""
-
-KERNELS = ("auto", "direct", "ghost")
-"""Our own contestants: the values of train.kernel."""
+BASELINE = "non-private"
+"""The contestant that all others are compared with: the same engine, without clipping or noise."""
 
 OPACUS = ("opacus", "opacus-ghost")
-"""Opacus, with hooks and with ghost clipping; there if it is installed."""
+"""Opacus, with hooks and with ghost clipping; optional."""
 
-PEERS = ("torch", *OPACUS)
-"""Others. torch: plain PyTorch without privacy and without DeepSpeed."""
+EXTERNAL = ("torch", *OPACUS)
+"""Contestants that use nothing of our engine. torch: PyTorch without privacy and DeepSpeed."""
 
 Contestant = Literal["non-private", "auto", "direct", "ghost", "torch", "opacus", "opacus-ghost"]
 
@@ -33,7 +32,7 @@ class ModelShape(Section):
     """A causal language model with random weights, built from its shape."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """What cells and tables call it."""
+    """Its name in cells and tables."""
     family: Literal["gpt2", "llama"]
     """gpt2: learnt positions, LayerNorm, tied embeddings. llama: rotary, RMSNorm, gated, untied."""
     width: PositiveInt
@@ -56,32 +55,32 @@ class ModelShape(Section):
 
 
 class Cell(Section):
-    """One workload, and who takes part."""
+    """One workload and its contestants."""
 
     model: str
     """Name of one of the models."""
     sampling: Literal["uls", "els"]
-    """What is clipped as one: a user's examples (uls), or each example (els)."""
+    """What is clipped as one group: a user's examples (uls), or each example (els)."""
     group_size: PositiveInt
     """Examples that each user brings to a step (uls) or has in the data (els)."""
     sequence_tokens: Annotated[int, Field(ge=2)]
     """Tokens of the longest example."""
     step_tokens: PositiveInt
-    """Tokens of a step, about: whole users that together have at least so many."""
+    """Approximate tokens of a step, in whole users."""
     lengths: Literal["full", "ragged"] = "full"
-    """full: every example is as long as the longest. ragged: from a quarter of that up, evenly."""
+    """full: all examples have sequence_tokens. ragged: uniform from a quarter of that up."""
     contestants: list[Contestant] | None = None
-    """Who takes part. Default: the study's contestants."""
+    """Contestants of this cell. Default: those of the study."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed ZeRO stage of our own contestants and of the ceiling."""
+    """DeepSpeed ZeRO stage of our own contestants and of the baseline."""
     num_workers: PositiveInt = 1
     """Processes that train together."""
     rounds: PositiveInt | None = None
-    """Rounds of this cell. Default: the study's rounds."""
+    """Rounds of this cell. Default: those of the study."""
 
     @property
     def num_users(self) -> int:
-        """Users, who all take part in every step: equally many for each worker."""
+        """Number of users, all of them in every step: equally many for each worker."""
         mean_tokens = self.sequence_tokens * (1.0 if self.lengths == "full" else 0.625)
         per_worker = self.step_tokens / (self.group_size * mean_tokens * self.num_workers)
         return self.num_workers * max(1, round(per_worker))
@@ -103,52 +102,66 @@ class Cell(Section):
         return self
 
 
-class Growth(Section):
-    """Cost as the work grows: one quantity varies, all else stands still."""
+class Scaling(Section):
+    """Cost against one quantity, with all others fixed."""
 
     users: list[PositiveInt]
-    """Users of which each step samples cohort_size, by the sampler alone."""
+    """Numbers of users from which each step samples cohort_size; only the sampler is measured."""
     cohort_size: PositiveInt = 512
-    """Expected users per step of the sampler's measurement."""
+    """Expected users per step when the sampler is measured."""
     group_sizes: list[PositiveInt]
-    """Group sizes at a fixed number of users per step."""
+    """Group sizes, at a fixed number of users per step."""
     parameters: list[str]
-    """Models at a fixed number of tokens per step, by name."""
+    """Models by name, at a fixed number of tokens per step."""
     workers: list[PositiveInt]
-    """Workers at a fixed number of tokens per step."""
+    """Numbers of workers, at a fixed number of tokens per step."""
     base: Cell
-    """What stands still. Its contestants are those whose cost is drawn."""
+    """The fixed values. Its contestants are those that are measured."""
+
+    def cells(self, quantity: Literal["group_size", "parameters", "workers"]) -> list[Cell]:
+        """Returns the cells that differ in one quantity, which is not the users."""
+        base = self.base
+        tokens_per_example = base.num_users * base.sequence_tokens
+        changes: dict[str, list[dict[str, object]]] = {
+            "group_size": [
+                {"group_size": size, "step_tokens": tokens_per_example * size}
+                for size in sorted(self.group_sizes)
+            ],
+            "parameters": [{"model": name} for name in self.parameters],
+            "workers": [{"num_workers": number} for number in sorted(self.workers)],
+        }
+        return [base.model_copy(update=change) for change in changes[quantity]]
 
 
 class Parts(Section):
     """What is measured by itself, beside the cells."""
 
     noise_values: Annotated[list[PositiveInt], Field(min_length=1)]
-    """Numbers of parameters for which rank 0 draws and adds a step's noise."""
+    """Numbers of parameters for which rank 0 draws and adds the noise of a step."""
     accountant_steps: PositiveInt = 500
     """Steps that a ledger grants, and that workers on Ray ask for."""
-    stalled: Cell
+    data_wait: Cell
     """Where waiting for data is measured, over consecutive steps of its first contestant."""
-    stalled_steps: Annotated[int, Field(ge=2)] = 6
-    """How many."""
+    data_wait_steps: Annotated[int, Field(ge=2)] = 6
+    """Number of those steps."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
-    """Workers among whom cohorts are divided."""
+    """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
     """Expected users of those cohorts."""
     balance_group_size: PositiveInt = 16
-    """Examples that each brings."""
+    """Most examples of each of those users."""
 
 
 class Study(Section):
     """Everything that one benchmark measures, and how."""
 
     models: Annotated[list[ModelShape], Field(min_length=1)]
-    """The models that cells name."""
+    """Models that cells refer to by name."""
     cells: Annotated[list[Cell], Field(min_length=1)]
-    """The workloads, measured one after the other."""
+    """Workloads, measured one after another."""
     contestants: Annotated[list[Contestant], Field(min_length=1)]
-    """Who takes part in a cell that does not say. The ceiling always does, and peers only in els
-    cells of one worker."""
+    """Contestants of cells that name none. The baseline is in every cell; the external ones only in
+    els cells of one worker."""
     microbatch_tokens: PositiveInt
     """Most tokens, padding included, of a forward and backward pass; the same for all."""
     autocast: Literal["off", "bfloat16"] = "off"
@@ -156,13 +169,13 @@ class Study(Section):
     clip_norm: PositiveFloat = 1.0
     """L2 bound on one group's gradient."""
     rounds: PositiveInt
-    """Rounds of a cell that does not say; in each, every contestant has one turn of one step."""
+    """Rounds of cells that give none; in each, every contestant has one turn of one step."""
     warmup_steps: Annotated[int, Field(ge=1)] = 1
     """Steps of each contestant before the first round."""
     num_threads: PositiveInt | None = None
     """Threads of all workers of a contestant together. Default: the cores of this machine."""
-    growth: Growth | None = None
-    """Cost as the work grows. Default: not measured."""
+    scaling: Scaling | None = None
+    """Cost against users, group size, parameters and workers. Default: not measured."""
     parts: Parts | None = None
     """Noise, accountant, waiting for data and balance of cohorts. Default: not measured."""
 
@@ -172,14 +185,14 @@ class Study(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two models are called {name!r}: give each its own name")
-        growth, parts = self.growth, self.parts
+        scaling, parts = self.scaling, self.parts
         cells = [
             *self.cells,
-            *([growth.base] if growth else []),
-            *([parts.stalled] if parts else []),
+            *([scaling.base] if scaling else []),
+            *([parts.data_wait] if parts else []),
         ]
-        asked = [cell.model for cell in cells] + (growth.parameters if growth else [])
-        for name in asked:
+        used = [cell.model for cell in cells] + (scaling.parameters if scaling else [])
+        for name in used:
             if name not in names:
                 raise ValueError(
                     f"a cell names the model {name!r}, which is not among the models"
@@ -188,17 +201,16 @@ class Study(Section):
         texts = [str(cell) for cell in self.cells]
         for text in texts:
             if texts.count(text) > 1:
-                raise ValueError(f"the cell {text} stands twice among the cells: drop one")
+                raise ValueError(f"the cell {text} is given twice: remove one")
         for cell in cells:
             if not self.contestants_of(cell)[1:]:
                 raise ValueError(
-                    f"the cell {cell} has no contestant beside {CEILING!r}: peers take part in els"
-                    " cells of one worker only, so name one of our kernels"
+                    f"the cell {cell} has no contestant beside {BASELINE!r}: external ones are in"
+                    " els cells of one worker only, so name one of our kernels"
                 )
             if cell.zero_stage == 3 and "direct" in self.contestants_of(cell):
                 raise ValueError(
-                    f"the cell {cell} is of ZeRO 3, where 'direct' cannot clip: its contestants"
-                    " are auto or ghost"
+                    f"the cell {cell} is of ZeRO 3, where 'direct' cannot clip: use auto or ghost"
                 )
         return self
 
@@ -207,8 +219,42 @@ class Study(Section):
         return next(model for model in self.models if model.name == name)
 
     def contestants_of(self, cell: Cell) -> list[str]:
-        """Returns who takes part in a cell, the ceiling first."""
+        """Returns the contestants of a cell, the baseline first."""
         asked = self.contestants if cell.contestants is None else cell.contestants
-        others = [name for name in dict.fromkeys(asked) if name != CEILING]
-        has_peers = cell.sampling == "els" and cell.num_workers == 1
-        return [CEILING, *(name for name in others if has_peers or name not in PEERS)]
+        others = [name for name in dict.fromkeys(asked) if name != BASELINE]
+        has_external = cell.sampling == "els" and cell.num_workers == 1
+        return [BASELINE, *(name for name in others if has_external or name not in EXTERNAL)]
+
+    def to_text(self) -> str:
+        """Returns what the study measures, in a few lines."""
+        lines = [f"{len(self.cells)} cells, {self.rounds} rounds of all contestants in turn:"]
+        lines += [
+            f"  {cell}: about {cell.step_tokens:,} tokens per step; "
+            + ", ".join(self.contestants_of(cell))
+            for cell in self.cells
+        ]
+        if self.scaling:
+            scaling = self.scaling
+            count = len(scaling.group_sizes) + len(scaling.parameters) + len(scaling.workers)
+            lines.append(f"scaling: {count} more cells, and the sampler by itself")
+        if self.parts:
+            lines.append("noise, accountant (on Ray), waiting for data, balance of cohorts")
+        if missing_contestants():
+            lines.append(f"not installed, so skipped: {', '.join(missing_contestants())}")
+        return "\n".join(lines)
+
+
+class BenchmarkConfig(Section):
+    """Settings of `jobs/benchmark.py`."""
+
+    study: Study
+    small_study: Study
+    """The study that --quick measures."""
+    cluster: ClusterConfig = ClusterConfig()
+    output: LocalFolder = Field(default_factory=new_run_folder("benchmark"))
+    """Folder for the results. Default: a new one, runs/benchmark or the next free number."""
+
+
+def missing_contestants() -> list[str]:
+    """Returns the contestants that are not installed."""
+    return [] if importlib.util.find_spec("opacus") else list(OPACUS)

@@ -1,43 +1,42 @@
-"""Which of the paper's claims the mean-estimation study bears out, cell by cell, in words.
+"""Which claims about ELS and ULS the mean-estimation study supports, cell by cell, as text.
 
+    results = Results(run_study(study, run_tasks))      # or Results.load(folder)
     (folder / "claims.txt").write_text(write_claims(study, results))
 
-Everything stated is computed from the results; a claim counts as held or contradicted in a cell
-only if the confidence interval lies on one side, and as open otherwise.
-
-The rows of the mean-estimation study: kept as parquet, and compared with error bars.
-
-What was chosen (group sizes) is chosen on the tuning rows, what is compared are the scoring rows.
-A comparison is paired: the same seed is the same people for both sides.
+Everything stated is computed from the results. A claim holds or is contradicted in a cell only if
+the confidence interval lies on one side of 1; otherwise it is open there. Group sizes are selected
+on the tuning runs and compared on the scoring runs. A comparison is paired: the same seed gives
+both sides the same users.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
 from udp_ray.dp import planning
 from udp_ray.errors import DataError
-from udp_ray.experiments.mean_estimation.simulation import Cell, Method, Row, Study, cell_of, choose
+from udp_ray.experiments.mean_estimation.settings import Method, Study
+from udp_ray.experiments.mean_estimation.simulation import CELL, METHOD, select_settings
 
 RESULTS_FILE = "results.parquet"
-COLUMNS = {
-    "role", "seed", "epsilon", "budget", "diversity", "sampling", "group_size", "error",
-    "clip_norm", "learning_rate",
-}  # fmt: skip
+COLUMNS = {*CELL, *METHOD, "role", "seed", "error", "clip_norm", "learning_rate"}
 """What each row of results has at least."""
 CONFIDENCE = 0.99
 """Of every interval shown, by itself: nothing is corrected for their number."""
+
+Floats = NDArray[np.floating]
+Cell = tuple[float, int, float]
+"""(epsilon, budget, diversity)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of_logs(cls, logs: NDArray[np.floating]) -> Self:
+    def of_logs(cls, logs: Floats) -> Self:
         """Returns the interval of paired log ratios, by Student's t."""
         mean = float(logs.mean())
         spread = float(logs.std(ddof=1)) / math.sqrt(len(logs))
@@ -66,10 +65,10 @@ class Interval:
 
 
 class Results:
-    """The rows of a study, by cell and method."""
+    """The runs of a study, by cell and method."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
+    def __init__(self, runs: pd.DataFrame) -> None:
+        self.runs = runs
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -80,51 +79,54 @@ class Results:
         """
         file = folder / RESULTS_FILE
         try:
-            rows = pq.read_table(file).to_pylist()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{file} holds no results of a study: run it first") from error
-        if not rows or not rows[0].keys() >= COLUMNS:
+            runs = pd.read_parquet(file)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{file} holds no results of a study: run it first, or give the folder of a run"
+            ) from error
+        if runs.empty or not set(runs.columns) >= COLUMNS:
             raise DataError(f"{file} holds other columns than results of a study: run it first")
-        return cls(rows)
+        return cls(runs)
 
     def save(self, folder: Path) -> None:
-        """Writes the rows as parquet into a folder, which is made if need be."""
+        """Writes the runs as parquet into a folder, which is made if it does not exist."""
         folder.mkdir(parents=True, exist_ok=True)
-        table = pa.Table.from_pylist(self.rows)
-        pq.write_table(table, folder / RESULTS_FILE, compression="zstd")
+        self.runs.to_parquet(folder / RESULTS_FILE, compression="zstd", index=False)
 
     @cached_property
-    def chosen(self) -> Mapping[tuple[Cell, Method], Row]:
-        """Per cell and method, the tuned row with the chosen settings and its mean error."""
-        return choose([row for row in self.rows if row["role"] == "tune"])
+    def selected(self) -> pd.DataFrame:
+        """The selected settings and their mean error on the tuning seeds, by cell and method."""
+        return select_settings(self.runs[self.runs["role"] == "tune"])
 
     @cached_property
-    def _scores(self) -> Mapping[tuple[Cell, Method], list[Row]]:
-        scores: dict[tuple[Cell, Method], list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: row["seed"]):
-            if row["role"] == "score":
-                scores.setdefault(cell_of(row), []).append(row)
-        return scores
+    def _scores(self) -> dict[tuple[Cell, Method], pd.DataFrame]:
+        scored = self.runs[self.runs["role"] == "score"].sort_values("seed")
+        return {
+            ((epsilon, budget, diversity), Method(sampling, int(size))): rows
+            for (epsilon, budget, diversity, sampling, size), rows in scored.groupby(
+                [*CELL, *METHOD]
+            )
+        }
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """All cells, ascending."""
+        return sorted({cell for cell, _ in self._scores})
 
     @cached_property
     def epsilons(self) -> list[float]:
         """All epsilons, ascending."""
-        return sorted({cell[0] for cell, _ in self._scores})
+        return sorted({cell[0] for cell in self.cells})
 
     @cached_property
     def budgets(self) -> list[int]:
         """All budgets, ascending."""
-        return sorted({cell[1] for cell, _ in self._scores})
+        return sorted({cell[1] for cell in self.cells})
 
     @cached_property
     def diversities(self) -> list[float]:
         """All diversities, ascending."""
-        return sorted({cell[2] for cell, _ in self._scores})
-
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """All cells."""
-        return sorted({cell for cell, _ in self._scores})
+        return sorted({cell[2] for cell in self.cells})
 
     def methods(self, cell: Cell, sampling: str | None = None) -> list[Method]:
         """Returns the methods run in a cell, of one sampler or of both."""
@@ -134,9 +136,9 @@ class Results:
             if of_cell == cell and sampling in (None, method.sampling)
         )
 
-    def errors(self, cell: Cell, method: Method, column: str = "error") -> NDArray[np.floating]:
+    def errors(self, cell: Cell, method: Method, column: str = "error") -> Floats:
         """Returns one number per scoring seed, seeds ascending."""
-        return np.array([row[column] for row in self._scores[cell, method]])
+        return self._scores[cell, method][column].to_numpy()
 
     def best(self, cell: Cell, sampling: str, *, smallest: int = 1) -> Method:
         """Returns a sampler's best method in a cell, by the tuning seeds.
@@ -146,24 +148,21 @@ class Results:
             sampling: els or uls.
             smallest: Smallest group size that may be taken.
         """
-        methods = [m for m in self.methods(cell, sampling) if m.group_size >= smallest]
-        return min(methods, key=lambda method: self.chosen[cell, method]["error"])
+        errors = self.selected.loc[(*cell, sampling), "error"].loc[smallest:]
+        return Method("els" if sampling == "els" else "uls", int(errors.idxmin()))
 
-    def log_ratio(
-        self, cell: Cell, above: Method, below: Method, column: str = "error"
-    ) -> NDArray[np.floating]:
+    def log_ratio(self, cell: Cell, above: Method, below: Method, column: str = "error") -> Floats:
         """Returns the log of error(above) / error(below), per seed."""
         return np.log(self.errors(cell, above, column) / self.errors(cell, below, column))
 
-    def log_advantage(self, cell: Cell, column: str = "error") -> NDArray[np.floating]:
+    def log_advantage(self, cell: Cell, column: str = "error") -> Floats:
         """Returns the log of error(best ULS) / error(best ELS), per seed."""
         return self.log_ratio(cell, self.best(cell, "uls"), self.best(cell, "els"), column)
 
     def edge_share(self, setting: str) -> float:
-        """Returns the share of choices whose clip_norm or learning_rate is the grid's outermost."""
-        grid = {row[setting] for row in self.rows}
-        at_edge = [row[setting] in (min(grid), max(grid)) for row in self.chosen.values()]
-        return sum(at_edge) / len(at_edge)
+        """Returns the share of selected values that lie at the ends of the grid of a setting."""
+        grid = self.runs[setting]
+        return float(self.selected[setting].isin([grid.min(), grid.max()]).mean())
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Verdict:
 
 def write_claims(study: Study, results: Results) -> str:
     """Returns the study's findings as text."""
-    parts = [_preface(study, results), _tables(results)]
+    parts = [_preface(study, results), *_ratio_tables(results)]
     parts += [_claim_text(*claim) for claim in _claims(results)]
     parts += [_best_group_sizes(results), _planner_text(study, results)]
     return "\n\n".join(parts) + "\n"
@@ -185,106 +184,100 @@ def write_claims(study: Study, results: Results) -> str:
 
 def _claims(results: Results) -> list[tuple[str, str, list[Verdict]]]:
     """Returns each claim with its source and its verdicts."""
-    first, last = -1, 0  # of the sorted axes: from the less to the more favourable end for ULS
     return [
         (
             "1. ULS beats ELS at equal compute and privacy",
             "Paper, abstract: 'generally'. Ratio: error of best ULS / error of best ELS.",
-            [Verdict(_place(c), Interval.of_logs(results.log_advantage(c))) for c in results.cells],
+            _verdicts(results, results.log_advantage),
         ),
         (
             "2. Stronger privacy favours ULS",
             "Paper, abstract. Ratio: that of claim 1 at the smallest epsilon / at the largest.",
-            _contrasts(results, axis=0, good=last, bad=first),
+            _contrasts(results, axis=0, better=min, worse=max),
         ),
         (
             "3. More compute favours ULS",
             "Paper, abstract. Ratio: that of claim 1 at the largest budget / at the smallest.",
-            _contrasts(results, axis=1, good=first, bad=last),
+            _contrasts(results, axis=1, better=max, worse=min),
         ),
         (
             "4. More diverse users favour ULS",
             "Paper, abstract. Ratio: that of claim 1 at the largest diversity / at the smallest.",
-            _contrasts(results, axis=2, good=first, bad=last),
+            _contrasts(results, axis=2, better=max, worse=min),
         ),
         (
-            "5. ELS can beat ULS in some settings, if ULS may choose its group size",
+            "5. ELS can beat ULS in some settings, if ULS may select its group size",
             "Paper, abstract of the first version. Ratio: error of best ELS / error of best ULS.",
-            [
-                Verdict(_place(c), Interval.of_logs(-results.log_advantage(c)))
-                for c in results.cells
-            ],
+            _verdicts(results, lambda cell: -results.log_advantage(cell)),
         ),
         (
             "6. ELS can beat ULS in some settings, if ULS must average at least two examples",
             "The same claim, read with G >= 2 for ULS. Ratio: best ELS / best ULS with G >= 2.",
-            _els_against_averages(results),
+            _verdicts(results, lambda cell: _els_over_averages(results, cell)),
         ),
         (
             "7. With even users a larger group size costs ELS next to no noise, and helps it",
             "Derived by us, not from the paper. Ratio: ELS with the largest G / ELS with the"
             " smallest.",
-            _els_ends(results),
+            _verdicts(results, lambda cell: _els_largest_over_smallest(results, cell)),
         ),
         (
             "8. ULS with G = 1 is at least as good as the best ELS",
-            "Derived by us: the noise of ELS with G = 1, but all data in reach over time."
+            "Derived by us: the noise of ELS with G = 1, but over time it visits all data."
             " Ratio: ULS G=1 / best ELS.",
-            _uls_of_one(results),
+            _verdicts(results, lambda cell: _uls_of_one_over_els(results, cell)),
         ),
     ]
 
 
-def _contrasts(results: Results, *, axis: int, good: int, bad: int) -> list[Verdict]:
-    """Returns how the advantage of ULS changes along one axis, for each place on the others."""
-    axes: list[list[Any]] = [results.epsilons, results.budgets, results.diversities]
-    ends = axes[axis]
-    verdicts = []
-    for cell in results.cells:
-        epsilon, budget, diversity = (ends[bad] if at == axis else v for at, v in enumerate(cell))
-        other = epsilon, int(budget), diversity
-        if cell[axis] != ends[good] or other == cell:
-            continue
-        logs = results.log_advantage(cell) - results.log_advantage(other)
-        verdicts.append(Verdict(_place(cell, but=axis), Interval.of_logs(logs)))
-    return verdicts
-
-
-def _els_against_averages(results: Results) -> list[Verdict]:
-    def logs(cell: Cell) -> NDArray[np.floating] | None:
-        if all(method.group_size < 2 for method in results.methods(cell, "uls")):
-            return None
-        uls = results.best(cell, "uls", smallest=2)
-        return results.log_ratio(cell, results.best(cell, "els"), uls)
-
-    return _where_defined(results, logs)
-
-
-def _els_ends(results: Results) -> list[Verdict]:
-    def logs(cell: Cell) -> NDArray[np.floating] | None:
-        methods = results.methods(cell, "els")
-        return results.log_ratio(cell, methods[-1], methods[0]) if len(methods) > 1 else None
-
-    return _where_defined(results, logs)
-
-
-def _uls_of_one(results: Results) -> list[Verdict]:
-    def logs(cell: Cell) -> NDArray[np.floating] | None:
-        one = Method("uls", 1)
-        if one not in results.methods(cell):
-            return None
-        return results.log_ratio(cell, one, results.best(cell, "els"))
-
-    return _where_defined(results, logs)
-
-
-def _where_defined(
-    results: Results, logs: Callable[[Cell], NDArray[np.floating] | None]
-) -> list[Verdict]:
+def _verdicts(results: Results, logs: Callable[[Cell], Floats | None]) -> list[Verdict]:
+    """Returns a verdict for each cell in which the log ratio is defined."""
     found = ((cell, logs(cell)) for cell in results.cells)
     return [
         Verdict(_place(c), Interval.of_logs(values)) for c, values in found if values is not None
     ]
+
+
+def _contrasts(
+    results: Results, *, axis: int, better: Callable[..., Any], worse: Callable[..., Any]
+) -> list[Verdict]:
+    """Returns how the advantage of ULS changes between the ends of one axis.
+
+    Args:
+        results: The runs.
+        axis: 0 epsilon, 1 budget, 2 diversity.
+        better: min or max: the end of the axis that a claim says is better for ULS.
+        worse: The other one.
+    """
+    ends = {cell[axis] for cell in results.cells}
+    if len(ends) < 2:
+        return []
+    verdicts = []
+    for cell in results.cells:
+        if cell[axis] == better(ends):
+            other: Any = (*cell[:axis], worse(ends), *cell[axis + 1 :])
+            logs = results.log_advantage(cell) - results.log_advantage(other)
+            verdicts.append(Verdict(_place(cell, but=axis), Interval.of_logs(logs)))
+    return verdicts
+
+
+def _els_over_averages(results: Results, cell: Cell) -> Floats | None:
+    if all(method.group_size < 2 for method in results.methods(cell, "uls")):
+        return None
+    uls = results.best(cell, "uls", smallest=2)
+    return results.log_ratio(cell, results.best(cell, "els"), uls)
+
+
+def _els_largest_over_smallest(results: Results, cell: Cell) -> Floats | None:
+    methods = results.methods(cell, "els")
+    return results.log_ratio(cell, methods[-1], methods[0]) if len(methods) > 1 else None
+
+
+def _uls_of_one_over_els(results: Results, cell: Cell) -> Floats | None:
+    one = Method("uls", 1)
+    if one not in results.methods(cell):
+        return None
+    return results.log_ratio(cell, one, results.best(cell, "els"))
 
 
 # ---- as text
@@ -299,40 +292,46 @@ Not a reproduction: the set-up of the paper's own synthetic study was not availa
 {study.num_users:,} users with {study.examples_per_user} examples each in {study.dimension}\
  dimensions, {study.num_steps} steps, delta {study.delta:g}.
 Diversity is the share of the variance within users. Error: squared distance to the true mean.
-Clip norm, learning rate and each sampler's best G are chosen on {study.tuning_seeds} tuning seeds,
-errors come from {study.scoring_seeds} others.
+Clip norm, learning rate and each sampler's best G are selected on {study.tuning_seeds} tuning\
+ seeds, errors come from {study.scoring_seeds} others.
 Ratios are geometric means over the scoring seeds, paired, with {CONFIDENCE:.0%} intervals, each\
  taken by itself.
 Cells share their seeds, so that an interval that misses 1 by chance seldom does so alone.
-Chosen at the edge of the grid: {clip:.0%} of clip norms, {rate:.0%} of learning rates\
+Selected at the edge of the grid: {clip:.0%} of clip norms, {rate:.0%} of learning rates\
  (a small clip norm with a large
 learning rate does what a larger one does with a smaller rate).
-Where users are alike, most of the error is that of the data themselves, which no method avoids: it
-draws ratios towards 1. The second table leaves it out."""
+Where users are similar, most of the error is that of the data themselves, which no method avoids:
+it draws ratios towards 1. The second table leaves it out."""
 
 
-def _tables(results: Results) -> str:
-    """Returns the ratios of claim 1 as one table per epsilon, for both errors."""
-    return "\n\n".join(
-        [
-            _table(results, "error", "Error of best ULS / error of best ELS"),
-            _table(results, "error_to_data", "The same, for the distance to the mean of the data"),
-        ]
-    )
+def _ratio_tables(results: Results) -> list[str]:
+    """Returns the ratios of claim 1 as tables, for both errors."""
+    columns = {
+        "error": "Error of best ULS / error of best ELS",
+        "error_to_data": "The same, for the distance to the mean of the data",
+    }
+
+    def ratio(column: str, cell: Cell) -> str:
+        interval = Interval.of_logs(results.log_advantage(cell, column))
+        return f"{interval.center:.2f}{'*' if interval.side else ' '}"
+
+    return [
+        _by_budget_and_diversity(
+            results, f"{title} (* the interval excludes 1)", partial(ratio, column)
+        )
+        for column, title in columns.items()
+    ]
 
 
-def _table(results: Results, column: str, title: str) -> str:
-    lines = [f"{title} (* the interval excludes 1), budget by diversity"]
+def _by_budget_and_diversity(results: Results, title: str, entry: Callable[[Cell], str]) -> str:
+    """Returns a table for each epsilon, with a row for each budget."""
+    lines = [f"{title}, budget by diversity"]
+    heads = "".join(f"{f:>9g}" for f in results.diversities)
     for epsilon in results.epsilons:
-        heads = "".join(f"{f:>9g}" for f in results.diversities)
         lines += ["", f"epsilon {epsilon:g}", f"{'B':>8}{heads}"]
         for budget in results.budgets:
-            ratios = [
-                Interval.of_logs(results.log_advantage((epsilon, budget, f), column))
-                for f in results.diversities
-            ]
-            shown = "".join(f"{r.center:>8.2f}{'*' if r.side else ' '}" for r in ratios)
-            lines.append(f"{budget:>8,}{shown}")
+            entries = (entry((epsilon, budget, f)) for f in results.diversities)
+            lines.append(f"{budget:>8,}" + "".join(f"{text:>9}" for text in entries))
     return "\n".join(lines)
 
 
@@ -362,18 +361,12 @@ def _listing(places: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _best_group_sizes(results: Results) -> str:
-    lines = ["Best G of ULS, then of ELS (chosen on the tuning seeds), budget by diversity"]
-    for epsilon in results.epsilons:
-        heads = "".join(f"{f:>9g}" for f in results.diversities)
-        lines += ["", f"epsilon {epsilon:g}", f"{'B':>8}{heads}"]
-        for budget in results.budgets:
-            cells = [(epsilon, budget, f) for f in results.diversities]
-            sizes = [
-                f"{results.best(c, 'uls').group_size}, {results.best(c, 'els').group_size}"
-                for c in cells
-            ]
-            lines.append(f"{budget:>8,}" + "".join(f"{size:>9}" for size in sizes))
-    return "\n".join(lines)
+    def sizes(cell: Cell) -> str:
+        uls, els = (results.best(cell, sampling).group_size for sampling in ("uls", "els"))
+        return f"{uls}, {els}"
+
+    title = "Best G of ULS, then of ELS (selected on the tuning seeds)"
+    return _by_budget_and_diversity(results, title, sizes)
 
 
 def _place(cell: Cell, *, but: int | None = None) -> tuple[str, ...]:
@@ -382,30 +375,30 @@ def _place(cell: Cell, *, but: int | None = None) -> tuple[str, ...]:
     return tuple(part for axis, part in enumerate(parts) if axis != but)
 
 
-# ---- the planner of jobs/plan.py against what happened
+# ---- the planner of jobs/plan.py against the observed errors
 
 
 @dataclass(frozen=True)
 class PlannerCheck:
-    """How the planner's prediction fares in one cell."""
+    """How well the planner predicts one cell."""
 
     cell: Cell
     rank_correlation: float
     """Spearman's, between predicted and observed errors of all methods."""
-    choice: Method
+    recommended: Method
     regret: float
-    """Observed error of the planner's choice over the smallest observed mean error; at least 1."""
+    """Observed error of the recommendation over the smallest observed mean error; at least 1."""
     worst_factor: float
     """Observed over predicted root error, of the method furthest from 1."""
 
 
 def check_planner(study: Study, results: Results, *, with_dimension: bool) -> list[PlannerCheck]:
-    """Returns the planner's record in every cell, given the true cosine 1 - diversity.
+    """Returns how well the planner predicts every cell, given the true cosine 1 - diversity.
 
     Args:
         study: The parameters.
-        results: What happened.
-        with_dimension: Predict errors, as the planner does when told the dimension; else noise.
+        results: The observed errors.
+        with_dimension: Predict errors, as the planner does when given the dimension; else noise.
     """
     return [_check_cell(study, results, cell, with_dimension) for cell in results.cells]
 
@@ -422,12 +415,12 @@ def _check_cell(study: Study, results: Results, cell: Cell, with_dimension: bool
         gradient_cosine=1 - diversity,
         gradient_norm=study.variance**0.5,
         dimension=study.dimension if with_dimension else None,
-        averaged_steps=max(1, round(study.averaged_share * study.num_steps)),
+        averaged_steps=study.averaged_steps,
     )
 
     def calibrated(sampling: planning.Sampling, *, group_size: int, **_: Any) -> float:
-        row = results.chosen[cell, Method(sampling, group_size)]  # what the runs were run with
-        return float(row["noise_multiplier"])
+        # What the runs were run with.
+        return float(results.selected.at[(*cell, sampling, group_size), "noise_multiplier"])
 
     predictions = planning.predict(
         workload,
@@ -442,12 +435,12 @@ def _check_cell(study: Study, results: Results, cell: Cell, with_dimension: bool
         for error, prediction in zip(observed, predictions, strict=True)
     ]
     best = planning.recommend(predictions)
-    choice = Method(best.sampling, best.group_size)
+    recommended = Method(best.sampling, best.group_size)
     return PlannerCheck(
         cell,
         float(stats.spearmanr([p.score for p in predictions], observed).statistic),
-        choice,
-        observed[methods.index(choice)] / min(observed),
+        recommended,
+        observed[methods.index(recommended)] / min(observed),
         max(factors, key=lambda factor: abs(np.log(factor))) if with_dimension else float("nan"),
     )
 
@@ -456,14 +449,14 @@ def _planner_text(study: Study, results: Results) -> str:
     def where(check: PlannerCheck) -> str:
         return ", ".join(_place(check.cell))
 
-    lines = ["The planner (jobs/plan.py) against this study, told the cosine 1 - diversity"]
-    for with_dimension, title in ((True, "told the dimension"), (False, "by noise alone")):
+    lines = ["The planner (jobs/plan.py) against this study, given the cosine 1 - diversity"]
+    for with_dimension, title in ((True, "given the dimension"), (False, "by noise alone")):
         checks = check_planner(study, results, with_dimension=with_dimension)
         regrets = [check.regret for check in checks]
         ranks = [check.rank_correlation for check in checks]
         lines += [
             f"  {title}: rank correlation median {np.median(ranks):.2f}, worst {min(ranks):.2f};"
-            f" error of its choice over the best method's: median {np.median(regrets):.2f},"
+            f" error of its recommendation over the best method's: median {np.median(regrets):.2f},"
             f" worst {max(regrets):.2f}",
         ]
         if with_dimension:
@@ -474,7 +467,7 @@ def _planner_text(study: Study, results: Results) -> str:
             )
         worst = sorted(checks, key=lambda check: -check.regret)[:5]
         lines += [
-            f"    errs most at {where(check)}: picks {check.choice}, regret {check.regret:.2f}"
+            f"    regret {check.regret:.2f} at {where(check)}: recommends {check.recommended}"
             for check in worst
             if check.regret > 1 + planning.TIE
         ]

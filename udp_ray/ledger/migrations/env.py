@@ -1,4 +1,4 @@
-"""Runs migrations on the connection, and in the transaction, that the ledger hands over."""
+"""Runs migrations on the connection and in the transaction that `tables.migrate` passes."""
 
 from alembic import context
 
