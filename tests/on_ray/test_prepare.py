@@ -204,6 +204,16 @@ def test_what_a_worker_refuses_is_one_sentence_and_leaves_nothing(
     assert SECRET_USER not in f"{refusal.value} {captured.out} {captured.err}"
 
 
+@pytest.mark.usefixtures("ray_2_cpus")
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_input_of_files_without_rows_is_refused(tmp_path, byte_tokenizer, content):
+    (tmp_path / "empty.jsonl").write_text(content)
+    data = settings(tmp_path / "made", byte_tokenizer, [str(tmp_path / "empty.jsonl")])
+    with pytest.raises(DataError, match=r"data\.input has no usable row"):
+        run(data)
+    assert not list((tmp_path / "made").iterdir())
+
+
 @pytest.mark.parametrize("call", [run, lambda data: dry_run_text(data, tokenizer=data.tokenizer)])
 @pytest.mark.parametrize(
     ("changes", "message"),

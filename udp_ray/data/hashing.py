@@ -1,9 +1,9 @@
-"""Keyed hashes: who is the same user, who is held out, which examples survive a bound.
+"""Keyed hashes of users and examples: shards, held-out users, and which examples survive a bound.
 
-One secret key per `data.name`, kept in the ledger, so that a person has the same hash in every
-store of that name and nobody without the key can test whether someone is in it. Each use has its
-own domain (BLAKE2b's personalization), so that, for instance, who is held out says nothing about
-which shard a user is in. 128 bits: among 10**9 users a collision, which would merge two people,
+There is one secret key per `data.name`, kept in the ledger. A user has the same hash in every store
+of that name, and without the key no one can test whether a user is in it. Each use has its own
+domain (BLAKE2b's personalization), so that, for instance, being held out says nothing about the
+shard of a user. Hashes have 128 bits: among 10**9 users a collision, which would merge two users,
 has probability below 2e-21.
 """
 
@@ -28,7 +28,7 @@ def hash_user(key: bytes, user_id: str) -> bytes:
 
 
 def shard_of(user_hash: bytes, num_shards: int) -> int:
-    """Returns the user's shard: nobody's partitioner decides it, only the user and the number."""
+    """Returns the user's shard, which follows from the user and the number of shards alone."""
     return int.from_bytes(user_hash[:8], "big") % num_shards
 
 
@@ -45,11 +45,11 @@ def hash_example(
 
     Args:
         key: The secret key of the data's name.
-        user_hash: Whose example it is.
+        user_hash: The user whose example it is.
         loss_start: First position with loss.
         tokens: The tokens as bytes.
         occurrence: 0 for the first of equal examples of this user, 1 for the next, and so on.
-            Without it, someone's five hundred "ok" would survive together or not at all.
+            Without it, a user's five hundred "ok" would survive together or not at all.
     """
     content = user_hash + struct.pack("<iq", loss_start, occurrence) + tokens
     return hashlib.blake2b(content, digest_size=HASH_BYTES, key=key, person=_EXAMPLE).digest()
@@ -58,7 +58,7 @@ def hash_example(
 def canonical_user_ids(column: pa.ChunkedArray | pa.Array, name: str) -> pa.ChunkedArray:
     """Returns user ids as text, null where there is none.
 
-    The same person must come out the same from a CSV, a JSON and a parquet file, so the number 1,
+    A user must have the same id in a CSV, a JSON and a parquet file, so the number 1,
     the number 1.0 (which pandas makes of 1 when a value is missing) and the text "1" are one user.
     Text is taken as it stands: "1.0", "01" and " 1" are other users than "1". Bytes count as the
     text of their hexadecimal digits. An id of blanks only is none.
@@ -68,7 +68,7 @@ def canonical_user_ids(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Chun
         name: The column's name, for the message.
 
     Raises:
-        DataError: If the ids are of a type in which equal people could look different.
+        DataError: If the ids are of a type in which one user could have two ids.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -110,6 +110,6 @@ def _whole_numbers(column: pa.ChunkedArray | pa.Array, name: str) -> pa.ChunkedA
     if pc.all(is_whole).as_py() is False:
         raise DataError(
             f"data.user_column {name!r} holds numbers with a fraction or beyond 2**53, in which two"
-            " people can look like one: give a column of text or whole numbers"
+            " users can look like one: give a column of text or whole numbers"
         )
     return numbers.cast(pa.int64())

@@ -40,6 +40,7 @@ from udp_ray.io import below, is_url
 DEFAULT_CACHE = Path("~/.cache/udp-ray/stores")
 OWNER_ONLY = 0o700
 _AT_ONCE = 8
+_CHUNK_BYTES = 8 << 20
 
 
 def open_store(place: str, *, cache: str | None, verify: bool) -> TokenStore:
@@ -100,7 +101,7 @@ def users_and_examples(
     Args:
         place: Folder or URL of the store, if there is one.
         most_per_user: Examples that each user keeps.
-        is_needed: False: a store that is not at hand need not be asked.
+        is_needed: False: counts of a store at a URL are not read.
     """
     if place is None or not (is_at_hand(place) or (is_needed and is_prepared(place))):
         return None, None
@@ -133,7 +134,7 @@ def cache_folder(cache: str | None) -> Path:
     """Returns the folder of this node's copies, made if need be.
 
     Raises:
-        DataError: If others than its owner may look into it, or it cannot be made.
+        DataError: If others than its owner may read it, or it cannot be created.
     """
     folder = Path(cache) if cache is not None else DEFAULT_CACHE.expanduser()
     try:
@@ -187,8 +188,8 @@ def _fetch_shards(place: str, entries: list[ShardEntry], folder: Path) -> None:
 def _fetch(system: pafs.FileSystem, path: str, folder: Path) -> str:
     """Fetches one file into a folder, durably; returns the SHA-256 of what is on the disk."""
     target = folder / path.rpartition("/")[2]
-    pafs.copy_files(path, str(target), system, pafs.LocalFileSystem())
-    target.chmod(0o600)  # nobody else may enter the folder meanwhile
+    pafs.copy_files(path, str(target), system, pafs.LocalFileSystem(), chunk_size=_CHUNK_BYTES)
+    target.chmod(0o600)  # until here the folder, which is its owner's alone, protects it
     with target.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -252,7 +253,7 @@ def put_store(folder: Path, place: str) -> None:
 def _upload(file: Path, system: pafs.FileSystem, path: str) -> None:
     if not isinstance(system, pafs.S3FileSystem):  # which has no folders to be made
         system.create_dir(path.rpartition("/")[0])
-    pafs.copy_files(str(file), path, pafs.LocalFileSystem(), system)
+    pafs.copy_files(str(file), path, pafs.LocalFileSystem(), system, chunk_size=_CHUNK_BYTES)
 
 
 def discard(place: str) -> None:

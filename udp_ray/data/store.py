@@ -1,4 +1,4 @@
-"""The token store: whole users per shard, memory-mapped, one user is one slice.
+"""Reads and writes token stores: whole users per shard, memory-mapped, one user is one slice.
 
 A store is a folder with a manifest, shard files and perhaps a held-out store in `heldout/`. Users
 and examples have global indices in shard order: the users of shard 0, then those of shard 1. A
@@ -10,16 +10,15 @@ anywhere has the same bytes.
     >>> first, last = store.user_offsets[7:9]                                     # doctest: +SKIP
     >>> texts = [store.tokens(example) for example in range(first, last)]         # doctest: +SKIP
 
-What a store says about itself: a public manifest, and counts that only its owner may read.
+A store describes itself in two files. The manifest is public and may be logged. The numbers of
+users, examples and tokens depend on who is in the data, so they are in another file, of mode 0600.
+Of its shards the manifest holds names and checksums, and no sizes. A checksum confirms no guess of
+what a user wrote, because shards hold user hashes that are keyed with a secret of the ledger; only
+the checksum of a shard without users is known to all.
 
-The manifest may be logged and shown. The numbers of users, examples and tokens depend on who is
-in the data, so they stand apart, in a file of mode 0600. Of its shards the manifest holds names and
-checksums, and no sizes. A checksum confirms no guess of what a user wrote, because shards hold user
-hashes that are keyed with a secret of the ledger; only of a shard without users it is known to all.
-
-Not hidden: the sizes of the shard files, which tell about how many tokens they hold, are seen by
-whoever can list the store. Its folder is open to its owner only; at a URL, listing is to be
-permitted to the operator only.
+Not hidden: the sizes of the shard files, which reveal about how many tokens they hold, are visible
+to all who can list the store. Only the owner can read its folder; at a URL, permit listing to the
+operator only.
 """
 
 from __future__ import annotations
@@ -68,20 +67,20 @@ class TokenizerInfo(_Part):
 
 
 class ShardEntry(_Part):
-    """One shard file. Its size is left out: it tells about how many tokens the shard holds."""
+    """One shard file. Its size is left out: it reveals about how many tokens the shard holds."""
 
     file: str
     sha256: Sha256
 
 
 class Manifest(_Part):
-    """The public part of a store. Holds no count of people or of their texts."""
+    """The public part of a store. Holds no count of users or of their texts."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     """`data.name`: whose data this is. All stores of one name share one privacy budget."""
     ledger_id: str
-    """The ledger that guards these people's budget; any other is refused."""
+    """The ledger that guards these users' budget; any other is refused."""
     ledger_url: str
     """Where that ledger is."""
     tokenizer: TokenizerInfo
@@ -123,7 +122,7 @@ class Manifest(_Part):
 
     @classmethod
     def parse(cls, text: str, place: str) -> Self:
-        """Returns the manifest that stood at a place.
+        """Returns the manifest that was read from a place.
 
         Raises:
             DataError: If it cannot be understood.
@@ -209,6 +208,8 @@ def _write_durably(path: Path, text: str, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
 
+
+# ---- shards
 
 HELDOUT_FOLDER = "heldout"
 USER_HASH_BYTES = 16

@@ -1,4 +1,4 @@
-"""Rows of text -> examples: tokens, the position where loss begins, and whose they are.
+"""Converts rows of text to examples: tokens, the position where loss begins, and the user.
 
 A text becomes its tokens and one end-of-text token. What is longer than a block is cut into
 several examples so that each token, but the very first, is predicted exactly once: without a
@@ -146,7 +146,7 @@ class Placement:
 
 
 class Tokenized(NamedTuple):
-    """What some rows became. Sensitive."""
+    """The examples of some rows, and counts of the rows. Sensitive."""
 
     examples: pa.Table
     num_rows: int

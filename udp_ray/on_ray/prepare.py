@@ -164,8 +164,8 @@ def find_input(data: DataConfig) -> Input:
 def _find_pieces(field: str, inputs: list[str], split: str, columns: Columns) -> list[Piece]:
     try:
         pieces = find_pieces(inputs, split, _PIECE_BYTES)
-        # Ray Data reads a column that a parquet file lacks as nulls: look into each of these. Of
-        # the others look into the first; whoever reads them looks into the rest.
+        # Ray Data reads a column that a parquet file lacks as nulls, so each of these is checked.
+        # Of the others the first is; the rest are checked by the tasks that read them.
         for number, piece in enumerate(pieces):
             names = column_names(piece) if piece.schema is not None or number == 0 else []
             if names:
@@ -203,7 +203,7 @@ def _require_positions(model: str, block_tokens: int) -> None:
     try:
         config = model_config(model)
     except ConfigError:
-        return  # the tokenizer may be at hand where the model is not
+        return  # a tokenizer may be there without its model
     require_positions(model, config, block_tokens)
 
 
