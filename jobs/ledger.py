@@ -11,12 +11,7 @@ python jobs/ledger.py abandon --config FILE --run NAME
 import json
 from collections.abc import Sequence
 
-from udp_ray.config.cli import (
-    DRY_RUN,
-    JSON,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, JSON, parse, run_job
 from udp_ray.reports.tables import spending_to_json, spending_to_text
 from udp_ray.runs.ledger_commands import COMMANDS, LedgerConfig, run_command
 

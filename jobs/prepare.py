@@ -5,7 +5,7 @@ r"""Turn text keyed by user into the token store that training reads.
         --data.tokenizer gpt2 --data.store stores/chats
     ray job submit --working-dir . -- python jobs/prepare.py --config jobs/configs/FILE.yaml
 
-The store appears whole or not at all. How many people wrote how much is private: it is kept in a
+The store appears whole or not at all. How many users wrote how much is private: it is kept in a
 file that only the owner may read, and shown on request by --show-counts.
 """
 

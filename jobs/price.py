@@ -13,13 +13,7 @@ worker holds, of a model that need not be here but for its configuration.
 
 from collections.abc import Sequence
 
-from udp_ray.config.cli import (
-    DRY_RUN,
-    JSON,
-    Flag,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, JSON, Flag, parse, run_job
 from udp_ray.reports.price import PriceConfig, price_of
 
 COMPARE = Flag("compare", "Also price ELS by three accountants, and ULS at equal compute.")

@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udp_ray.config.base import LocalFolder, Section
-from udp_ray.config.cli import (
-    DRY_RUN,
-    JSON,
-    parse,
-    run_job,
-)
+from udp_ray.config.cli import DRY_RUN, JSON, parse, run_job
 from udp_ray.reports.verify import verify
 
 

@@ -287,7 +287,7 @@ class OutputFolder:
 
     Privacy:
         The folder may be made available once the run has ended. No file then holds a time or a
-        rate, and all are written anew at the end: differences between the times of files would
+        rate, and all are rewritten at the end: differences between the times of files would
         tell how long steps took, which depends on the cohorts. Checkpoints have such times, in
         their files and in what Ray writes beside them, so their folder is open to its owner only
         and is removed when the run ends.
@@ -328,7 +328,7 @@ class OutputFolder:
             return str(json.loads((self.path / RUN_FILE).read_text())["run_id"])
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ConfigError(
-                f"{self.path / RUN_FILE} is damaged: restore it or begin anew"
+                f"{self.path / RUN_FILE} is damaged: restore it, or start a new run"
             ) from None
 
     def claim(self, run_id: str) -> None:

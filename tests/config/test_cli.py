@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from udp_ray.config.base import Section
-from udp_ray.config.cli import (
-    DRY_RUN,
-    RESUME,
-    Job,
-    parse,
-)
+from udp_ray.config.cli import DRY_RUN, RESUME, Job, parse
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.config.sweep import SweepJobConfig

@@ -52,7 +52,7 @@ PLAN = "--config WORLD/plan.yaml"
 MEAN = "--config WORLD/mean_estimation.yaml --output TMP/out"
 BENCHMARK = "--config WORLD/benchmark.yaml --output TMP/out"
 PRETRAIN = "--input WORLD/public.parquet --output TMP/out"
-LEDGER = "--ledger sqlite:///WORLD/ledger.sqlite --dataset test-people"
+LEDGER = "--ledger sqlite:///WORLD/ledger.sqlite --dataset test-users"
 DEMO = "--config WORLD/train.yaml --output TMP/demo/private"
 
 FILES = {
@@ -667,7 +667,7 @@ LEDGERS = {
         "ledger", f"reset {LEDGER}", "reset", "invalid choice", "show", as_process=True,
     ),
     "no command": bad("ledger", "", "command", "required", "--help"),
-    "a ledger that nobody made": bad(
+    "a ledger that does not exist": bad(
         "ledger", "show --ledger sqlite:///TMP/none.sqlite --dataset x", "none.sqlite",
         "no ledger", "restore",
     ),
@@ -717,11 +717,11 @@ LEDGERS = {
         "at least",
     ),
     "a run that is not there": bad(
-        "ledger", f"abandon {LEDGER} --run nobody", "run", "'nobody'", "correct the run",
+        "ledger", f"abandon {LEDGER} --run missing", "run", "'missing'", "correct the run",
     ),
     "a run of other data": bad(
-        "ledger", "abandon --ledger sqlite:///WORLD/ledger.sqlite --dataset other-people --run run",
-        "run", "other-people", "of them",
+        "ledger", "abandon --ledger sqlite:///WORLD/ledger.sqlite --dataset other-users --run run",
+        "run", "other-users", "of them",
     ),
     "a run that has reserved steps": bad(
         "ledger", f"abandon {LEDGER} --run run", "run", "'run'", "stays charged",
@@ -813,7 +813,7 @@ PLANS = {
     "a plan's delta of 1/N": bad(
         "plan", f"{PLAN} --plan.delta 0.1", "plan.delta", "0.1", "lower it",
     ),
-    "a histogram of nobody": bad(
+    "a histogram without users": bad(
         "plan", "--config TMP/a.yaml", "plan.examples_per_user", "0", "greater than 0",
         files={
             "a.yaml": "plan: {population: 100, examples_per_user: {3: 0}, batch_size: 8,"
@@ -898,10 +898,10 @@ STUDIES = {
         "mean_estimation", "--config WORLD/mean_estimation.yaml --output s3://bucket/x", "output",
         "s3://bucket/x", "give a folder",
     ),
-    "results to draw anew that are not there": bad(
+    "results to draw again that are missing": bad(
         "mean_estimation", f"{MEAN} --redraw", "TMP/out", "no results", "run it first",
     ),
-    "results of something else to draw anew": bad(
+    "results of something else to draw again": bad(
         "mean_estimation", "--config WORLD/mean_estimation.yaml --output WORLD/strange_results"
         " --redraw", "strange_results", "other columns", "run it first",
     ),

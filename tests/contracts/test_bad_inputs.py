@@ -32,12 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 import udp_ray
 from tests.contracts.bad_inputs import CASES, SECRET, BadInput
-from tests.support.runs import (
-    DATASET,
-    NUM_USERS,
-    text_of_people,
-    tiny_experiment,
-)
+from tests.support.runs import DATASET, NUM_USERS, text_of_people, tiny_experiment
 from udp_ray.config.cli import run_job
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import HELDOUT_FOLDER, MANIFEST_FILE, PRIVATE_FILE, Manifest
@@ -129,7 +124,7 @@ def _make_run(folder: Path) -> None:
     digests = Digests(plan_digest(plan.to_dict()), config="c" * 64, code="d" * 64, store="e" * 64)
     statement = PrivacyStatement.promise(privacy, plan)
     with Ledger.open(f"sqlite:///{folder / 'ledger.sqlite'}") as ledger:
-        ledger.register_dataset("other-people")
+        ledger.register_dataset("other-users")
         ledger.admit(
             "run", DATASET, epsilon=statement.promised.epsilon, delta=plan.delta,
             num_steps=plan.num_steps, plan=plan.to_dict(), digests=digests, key=RunKey.from_seed(1),

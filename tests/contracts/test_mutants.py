@@ -153,5 +153,5 @@ def test_tests_that_fail_without_any_defect_are_refused(toy, capsys):
 
 
 def test_an_unknown_name_is_refused(capsys):
-    assert main(["nobody"]) == 2
-    assert "no mutant is named 'nobody'" in capsys.readouterr().err
+    assert main(["missing"]) == 2
+    assert "no mutant is named 'missing'" in capsys.readouterr().err

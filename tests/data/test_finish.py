@@ -31,7 +31,7 @@ from udp_ray.data.store import Manifest, PrivateCounts, TokenStore
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.errors import DataError, GuaranteeError, StorageError
 
-ORIGIN = Origin("people", "ledger id", "sqlite:////l", {"input": "rows"}, {"udp-ray": "0"})
+ORIGIN = Origin("chats", "ledger id", "sqlite:////l", {"input": "rows"}, {"udp-ray": "0"})
 ROWS = [(f"user {n % 30}", f"line {n}") for n in range(200)] + [("user 0", None), ("user 1", "")]
 
 
@@ -101,11 +101,11 @@ def test_the_folder_becomes_a_store_that_opens(tmp_path, byte_tokenizer):
 def test_shards_that_went_to_a_url_become_the_same_store(tmp_path, byte_tokenizer):
     here = task(tmp_path / "store", byte_tokenizer, ROWS, [("someone else", "held out")])
     run(here)
-    place = f"file://{tmp_path}/files/people"
+    place = f"file://{tmp_path}/files/chats"
     work = here.at(folder=tmp_path / "temporary", url=place)
     results = stages(work)
     assert not work.folder.exists()  # a worker leaves nothing on its own disk
-    shard = tmp_path / "files" / "people" / "heldout" / "shard-00003.bin"
+    shard = tmp_path / "files" / "chats" / "heldout" / "shard-00003.bin"
     assert results.shards[7].entry.sha256 == hashlib.sha256(shard.read_bytes()).hexdigest()
     finish(work.settings, results, ORIGIN)
     assert not is_prepared(place)
@@ -120,14 +120,14 @@ def test_shards_that_went_to_a_url_become_the_same_store(tmp_path, byte_tokenize
 def test_the_driver_reads_no_shard_and_the_digests_are_those_of_the_uploaded_bytes(
     tmp_path, byte_tokenizer
 ):
-    place, files = f"file://{tmp_path}/files/people", tmp_path / "files" / "people"
+    place, files = f"file://{tmp_path}/files/chats", tmp_path / "files" / "chats"
     work = task(tmp_path / "temporary", byte_tokenizer, ROWS, [("someone else", "held out")])
     results = stages(work.at(url=place))
     uploaded = {
         file.relative_to(files): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files.rglob("shard-*")
     }
-    shutil.rmtree(files)  # whoever read a shard now would fail
+    shutil.rmtree(files)  # reading a shard now would fail
     manifest, _ = finish(work.at(url=place).settings, results, ORIGIN)
     put_store(work.folder, place)
     heldout = Manifest.read(files / "heldout")
@@ -143,7 +143,7 @@ def test_the_driver_reads_no_shard_and_the_digests_are_those_of_the_uploaded_byt
 def test_a_shard_damaged_on_its_way_is_noticed_before_there_is_a_store(
     tmp_path, byte_tokenizer, monkeypatch
 ):
-    place = f"file://{tmp_path}/files/people"
+    place = f"file://{tmp_path}/files/chats"
     work = task(tmp_path / "temporary", byte_tokenizer, ROWS).at(url=place)
     upload = remote._upload
 

@@ -5,13 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from udp_ray.data.hashing import (
-    canonical_user_ids,
-    hash_example,
-    hash_user,
-    is_held_out,
-    shard_of,
-)
+from udp_ray.data.hashing import canonical_user_ids, hash_example, hash_user, is_held_out, shard_of
 from udp_ray.errors import DataError
 
 KEY = bytes(range(16))

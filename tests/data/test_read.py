@@ -16,13 +16,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from udp_ray.data.read import (
-    Columns,
-    column_names,
-    find_pieces,
-    read_rows,
-    refuse_unreadable,
-)
+from udp_ray.data.read import Columns, column_names, find_pieces, read_rows, refuse_unreadable
 from udp_ray.errors import DataError
 
 ROWS = [

@@ -174,7 +174,7 @@ def test_a_half_fetched_copy_is_thrown_away_and_fetched_whole(
 ) -> None:
     put_store(made, at("chats"))
 
-    def die(aside: Path, copy: Path) -> None:
+    def die(temporary: Path, copy: Path) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

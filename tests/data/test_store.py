@@ -96,7 +96,7 @@ def test_the_heldout_store_opens_with_the_store_and_only_the_one_prepared_with_i
     other = write_store(tmp_path / "b", USERS, heldout=USERS[:3])
     assert TokenStore.open(path, verify=True).heldout.num_users == 2
     assert TokenStore.open(write_store(tmp_path / "c", USERS), verify=True).heldout is None
-    (path / "heldout").rename(tmp_path / "aside")
+    (path / "heldout").rename(tmp_path / "second")
     with pytest.raises(DataError, match="heldout"):
         TokenStore.open(path, verify=False)
     (other / "heldout").rename(path / "heldout")
@@ -165,7 +165,7 @@ def test_a_manifest_that_is_damaged_is_refused_by_field(tmp_path):
 def test_the_digest_changes_with_any_token_and_with_the_name_but_not_with_the_place(tmp_path):
     changed = [[[1, 2, 4], [4, 5]], *USERS[1:]]
 
-    def digest(folder: str, users: list, name: str = "people") -> str:
+    def digest(folder: str, users: list, name: str = "chats") -> str:
         return TokenStore.open(write_store(tmp_path / folder, users, name=name), verify=True).digest
 
     assert digest("a", USERS) == digest("elsewhere", USERS)
@@ -181,7 +181,7 @@ def test_counts_are_for_the_owner_only_and_not_in_the_manifest(tmp_path):
 
 
 def numbers_of(values) -> list[float]:
-    """All numbers in plain values, digits of checksums aside."""
+    """All numbers in plain values, except digits of checksums."""
     if isinstance(values, dict):
         values = list(values.values())
     if isinstance(values, list):
@@ -221,7 +221,7 @@ def test_a_repeated_task_leaves_one_whole_shard_and_nothing_beside_it(tmp_path):
 
 def test_publishing_never_replaces_a_store(tmp_path):
     first = write_store(tmp_path / "store", USERS)
-    second = write_store(tmp_path / "aside", USERS[:1])
+    second = write_store(tmp_path / "second", USERS[:1])
     with pytest.raises(DataError, match="not empty"):
         rename_into_place(second, first)
     assert TokenStore.open(first, verify=True).num_users == 5

@@ -13,12 +13,7 @@ from transformers import AutoTokenizer
 from udp_ray.data.hashing import hash_user, shard_of
 from udp_ray.data.read import Columns
 from udp_ray.data.store import TokenizerInfo
-from udp_ray.data.tokenize import (
-    Example,
-    Placement,
-    TextEncoder,
-    tokenize_rows,
-)
+from udp_ray.data.tokenize import Example, Placement, TextEncoder, tokenize_rows
 from udp_ray.errors import DataError
 
 KEY = bytes(range(16))
@@ -119,9 +114,11 @@ def test_a_row_without_response_is_left_out_and_one_without_prompt_is_kept(byte_
     assert sorted(row["loss_start"] for row in result.examples.to_pylist()) == [1, 2]
 
 
-@pytest.mark.parametrize("nobody", [None, "", "  "])
-def test_a_row_of_nobody_is_refused_with_the_count_and_without_the_ids(byte_tokenizer, nobody):
-    table = rows(who=["ann", nobody, "bob"], text=["x", "y", "z"])
+@pytest.mark.parametrize("no_user", [None, "", "  "])
+def test_a_row_without_a_user_is_refused_with_the_count_and_without_the_ids(
+    byte_tokenizer, no_user
+):
+    table = rows(who=["ann", no_user, "bob"], text=["x", "y", "z"])
     with pytest.raises(DataError, match=r"'who' is null or empty in 1 of 3 rows") as refusal:
         tokenize_rows(table, Columns("who", "text"), loaded(byte_tokenizer), Placement(KEY, 2))
     assert "ann" not in str(refusal.value)

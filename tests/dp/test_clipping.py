@@ -8,13 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udp_ray.dp.clipping import (
-    BLOCK_VALUES,
-    clip_and_add,
-    clip_factor,
-    group_norm,
-    squared_norms,
-)
+from udp_ray.dp.clipping import BLOCK_VALUES, clip_and_add, clip_factor, group_norm, squared_norms
 from udp_ray.dp.sensitivity import sensitivity
 from udp_ray.errors import ConfigError
 

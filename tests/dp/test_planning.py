@@ -12,13 +12,7 @@ import pytest
 from scipy import stats
 
 from udp_ray.dp import accounting, planning
-from udp_ray.dp.planning import (
-    Prediction,
-    Workload,
-    predict,
-    ranked,
-    recommend,
-)
+from udp_ray.dp.planning import Prediction, Workload, predict, ranked, recommend
 from udp_ray.errors import ConfigError
 
 # Tables computed with the bare library before this code was written (PAPER.md, sections 4 and 7),
@@ -153,7 +147,7 @@ def test_only_the_shape_of_the_histogram_counts() -> None:
 def simulate_steps(given: Workload, sampling: str, group_size: int, steps: int) -> dict[str, float]:
     """One user after another: variance of a step's mean gradient, and share of examples visited.
 
-    Gradients of user u are sqrt(rho) a_u + sqrt(1 - rho) b_e with unit vectors drawn anew.
+    Gradients of user u are sqrt(rho) a_u + sqrt(1 - rho) b_e with new unit vectors each time.
     """
     rng = np.random.default_rng(5)
     dimension = 400

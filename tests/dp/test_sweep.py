@@ -39,7 +39,7 @@ def config(*, privacy=None, data=None, **sweep) -> SweepJobConfig:
         {
             "sweep": {"release": "all"} | sweep,
             "privacy": PRIVACY | (privacy or {}),
-            "data": {"name": "people", "store": "/nowhere"} | (data or {}),
+            "data": {"name": "chats", "store": "/nowhere"} | (data or {}),
             "model": {"name": "gpt2"},
             "output": "/nowhere/output",
         }

@@ -1,4 +1,4 @@
-"""Activations computed anew give the same gradients from less memory.
+"""Recomputed activations give the same gradients from less memory.
 
 pytest tests/engine/test_activation_checkpointing.py
 """
@@ -10,13 +10,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.training import (
-    VOCABULARY,
-    TinyRun,
-    tiny_model,
-    train_tiny,
-    write_tiny_store,
-)
+from tests.support.training import VOCABULARY, TinyRun, tiny_model, train_tiny, write_tiny_store
 from udp_ray.config.experiment import LoraConfig
 from udp_ray.engine.distributed import join_world
 from udp_ray.errors import ConfigError

@@ -9,12 +9,7 @@ import torch
 
 from tests.support.distributed import run_on_ranks
 from tests.support.stores import write_store
-from tests.support.training import (
-    VOCABULARY,
-    evaluate_tiny,
-    tiny_model,
-    tiny_users,
-)
+from tests.support.training import VOCABULARY, evaluate_tiny, tiny_model, tiny_users
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate

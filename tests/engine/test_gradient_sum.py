@@ -16,12 +16,7 @@ from tests.support.sliced import (
     sum_in_slices,
     sum_in_whole,
 )
-from tests.support.training import (
-    NUM_USERS,
-    tiny_model,
-    tiny_users,
-    write_tiny_store,
-)
+from tests.support.training import NUM_USERS, tiny_model, tiny_users, write_tiny_store
 from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
 from udp_ray.models.load import trainable_parameters
 

@@ -23,12 +23,7 @@ from tests.support.architectures import (
     phi3_longrope,
     with_layer,
 )
-from tests.support.training import (
-    RecordingAccountant,
-    TinyRun,
-    run_loop,
-    write_tiny_store,
-)
+from tests.support.training import RecordingAccountant, TinyRun, run_loop, write_tiny_store
 from udp_ray.data.batches import join
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.invariance import check_invariance

@@ -21,19 +21,8 @@ from transformers import (
 )
 
 from tests.support.architectures import SOUND
-from tests.support.kernels import (
-    flat,
-    groups_of,
-    kernel_sum,
-    plain_sum,
-    tiny_llama,
-)
-from tests.support.training import (
-    VOCABULARY,
-    tiny_model,
-    tiny_users,
-    write_tiny_store,
-)
+from tests.support.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
+from tests.support.training import VOCABULARY, tiny_model, tiny_users, write_tiny_store
 from udp_ray.config.experiment import LoraConfig
 from udp_ray.data.batches import NO_LOSS, Microbatch
 from udp_ray.data.store import TokenStore

@@ -46,7 +46,7 @@ def settings(folder: Path, model: str, **changes: object) -> ExperimentConfig:
         {
             "privacy": {"noise_multiplier": 1.0, "delta": 1e-6, "clip_norm": 1.0, "group_size": 2,
                         "cohort_size": 10, "num_steps": 2, "population": 1000},
-            "data": {"name": "people", "store": str(folder / "store"), "block_tokens": TOKENS},
+            "data": {"name": "chats", "store": str(folder / "store"), "block_tokens": TOKENS},
             "model": {"name": str(folder / model), "lora": changes.pop("lora", None)},
             "train": train,
             "cluster": {"num_workers": changes.pop("num_workers", 1)},

@@ -264,9 +264,9 @@ class StoppingAccountant(LedgerAccountant):
 @pytest.fixture
 def ledger(tmp_path):
     with Ledger.create(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
-        ledger.register_dataset("people")
+        ledger.register_dataset("chats")
         ledger.admit(
-            "run", "people", epsilon=PLAN.epsilon(), delta=PLAN.delta, num_steps=PLAN.num_steps,
+            "run", "chats", epsilon=PLAN.epsilon(), delta=PLAN.delta, num_steps=PLAN.num_steps,
             plan=PLAN.to_dict(), digests=DIGESTS, key=RunKey.from_seed(3),
         )  # fmt: skip
         yield ledger

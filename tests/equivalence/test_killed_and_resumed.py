@@ -11,12 +11,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.distributed import WorldFailed, run_on_ranks
-from tests.support.training import (
-    TinyRun,
-    distance,
-    train_tiny,
-    write_tiny_store,
-)
+from tests.support.training import TinyRun, distance, train_tiny, write_tiny_store
 from tests.support.training_deaths import (
     RUN_ID,
     Death,

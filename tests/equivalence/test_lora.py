@@ -14,13 +14,7 @@ import torch
 from torch.func import functional_call
 
 from tests.support.distributed import WorldFailed, run_on_ranks
-from tests.support.training import (
-    TinyRun,
-    distance,
-    tiny_model,
-    train_tiny,
-    write_tiny_store,
-)
+from tests.support.training import TinyRun, distance, tiny_model, train_tiny, write_tiny_store
 from tests.support.training_deaths import Death, make_ledger, train_with_ledger
 from tests.support.training_steps import take_many_steps
 from udp_ray.data.store import TokenStore

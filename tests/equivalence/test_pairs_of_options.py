@@ -17,12 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.distributed import run_on_ranks
-from tests.support.training import (
-    TinyRun,
-    distance,
-    train_many,
-    write_tiny_store,
-)
+from tests.support.training import TinyRun, distance, train_many, write_tiny_store
 from udp_ray.config.experiment import ExperimentConfig
 
 # Weights are below 2 and move by 0.5 times a mean of norm up to 0.5, three times; roundings of

@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 
 from tests.support.distributed import WorldFailed, run_on_ranks
-from tests.support.training import (
-    VOCABULARY,
-    TinyRun,
-    distance,
-    train_tiny,
-    write_tiny_store,
-)
+from tests.support.training import VOCABULARY, TinyRun, distance, train_tiny, write_tiny_store
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import join_world
 

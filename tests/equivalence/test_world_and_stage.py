@@ -14,12 +14,7 @@ import pytest
 import torch
 
 from tests.support.distributed import run_on_ranks
-from tests.support.training import (
-    TinyRun,
-    distance,
-    tiny_model,
-    write_tiny_store,
-)
+from tests.support.training import TinyRun, distance, tiny_model, write_tiny_store
 from tests.support.training_steps import take_many_steps
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey

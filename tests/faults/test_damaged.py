@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.recovery import require_one_sentence, unheard
+from tests.support.recovery import no_output, require_one_sentence
 from tests.support.runs import DATASET, tiny_experiment
 from udp_ray.errors import DataError
 from udp_ray.ledger.ledger import Ledger
@@ -44,7 +44,7 @@ def test_a_damaged_shard_is_named_before_anything_is_spent(tmp_path: Path, damag
     config = tiny_experiment(tmp_path)
     shard = sorted(Path(config.data.store).glob("shard-*.bin"))[0]
     with damaged(shard, damage), pytest.raises(DataError) as caught:
-        train(config, announce=unheard)
+        train(config, announce=no_output)
     require_one_sentence(caught.value, str(shard), "is damaged", "prepare the store again")
     with Ledger.open(config.data.ledger_url) as ledger:
         assert not ledger.spent(DATASET).runs

@@ -13,19 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.fault_points import Moment, paused_at
-from tests.support.ledger_processes import (
-    DATASET,
-    DIGESTS,
-    admit,
-    new_ledger,
-)
+from tests.support.ledger_processes import DATASET, DIGESTS, admit, new_ledger
 from tests.support.postgres import NoServerError, PostgresServer, find_programs
 from tests.support.recovery import (
     Undisturbed,
+    no_output,
     require_one_sentence,
     require_unreleased,
     run_id_in,
-    unheard,
 )
 from tests.support.runs import tiny_experiment, to_folder
 from tests.support.sqlite_lock import Locker
@@ -38,7 +33,7 @@ from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
 from udp_ray.on_ray.train import train
 
 STEP = 5
-AWAY_S = 8.0  # until a person is told, and longer than any single step
+AWAY_S = 8.0  # until the user is told, and longer than any single step
 
 
 def patient(config: ExperimentConfig, output: Path, wait_s: float) -> ExperimentConfig:
@@ -46,8 +41,8 @@ def patient(config: ExperimentConfig, output: Path, wait_s: float) -> Experiment
     return to_folder(config.model_copy(update={"cluster": cluster}), output)
 
 
-def move(file: Path, aside: Path) -> None:
-    file.rename(aside)
+def move(file: Path, temporary: Path) -> None:
+    file.rename(temporary)
 
 
 def file_of(config: ExperimentConfig) -> Path:
@@ -68,7 +63,7 @@ def test_training_waits_for_a_ledger_that_is_locked_for_a_while(
         threading.Timer(AWAY_S, Locker(file_of(config)).let_go).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", lock):
-        train(patient(config, output, 60.0), announce=unheard)
+        train(patient(config, output, 60.0), announce=no_output)
     assert "training waits for it" in "".join(capsys.readouterr())
     assert ledger.run(run_id_in(output)).num_attempts == 1
     undisturbed.require_alike(output, ledger)
@@ -95,7 +90,7 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
     record = ledger.run(run_id_in(output))
     assert (record.charged_steps, record.committed_step) == (STEP, 4)
     require_unreleased(output)
-    train(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=no_output)
     undisturbed.require_alike(output, ledger)
 
 
@@ -103,21 +98,21 @@ def test_training_stops_cleanly_when_the_ledger_stays_locked(
 def test_training_stops_when_the_ledgers_file_is_moved_away(
     config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    output, file, aside = tmp_path / "output", file_of(config), tmp_path / "moved.sqlite"
+    output, file, temporary = tmp_path / "output", file_of(config), tmp_path / "moved.sqlite"
     disturbed = to_folder(config, output)
     try:
         with (
             paused_at(Moment("authorized", STEP), tmp_path / "moment",
-                      lambda pid: move(file, aside)),
+                      lambda pid: move(file, temporary)),
             pytest.raises(LedgerError) as caught,
         ):  # fmt: skip
-            train(disturbed, announce=unheard)
+            train(disturbed, announce=no_output)
         assert not file.exists()  # and none was made in its place
     finally:
-        aside.rename(file)
+        temporary.rename(file)
     require_one_sentence(caught.value, "no ledger", "restore")
     assert ledger.run(run_id_in(output)).charged_steps == STEP
-    train(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=no_output)
     undisturbed.require_alike(output, ledger)
 
 
@@ -160,7 +155,7 @@ def test_training_waits_for_a_server_that_crashes_and_comes_back(
         threading.Timer(AWAY_S, server.start).start()
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", crash):
-        train(patient(on_server, output, 60.0), announce=unheard)
+        train(patient(on_server, output, 60.0), announce=no_output)
     with Ledger.open(ledger_url(on_server)) as ledger:
         assert ledger.run(run_id_in(output)).num_attempts == 1
         undisturbed.require_alike(output, ledger)
@@ -187,7 +182,7 @@ def test_training_stops_cleanly_when_a_server_stays_away(
     with Ledger.open(ledger_url(on_server)) as ledger:
         record = ledger.run(run_id_in(output))
         assert (record.charged_steps, record.committed_step) == (STEP, 4)
-        train(disturbed, resume=True, announce=unheard)
+        train(disturbed, resume=True, announce=no_output)
         undisturbed.require_alike(output, ledger)
 
 

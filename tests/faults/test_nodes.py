@@ -1,4 +1,4 @@
-"""A node gone in the middle of a step, and the head killed and started anew.
+"""A node gone in the middle of a step, and the head killed and restarted.
 
 pytest tests/faults/test_nodes.py
 """

@@ -17,10 +17,10 @@ from tests.support.fault_points import Moment, paused_at
 from tests.support.jobs import finished_job
 from tests.support.recovery import (
     Undisturbed,
+    no_output,
     require_one_sentence,
     require_unreleased,
     run_id_in,
-    unheard,
 )
 from tests.support.runs import DATASET, to_folder
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
@@ -66,7 +66,7 @@ def test_a_full_disk_stops_training_at_the_last_checkpoint_that_is_whole(
     assert checkpoints(disk) == ["checkpoint-00000002-attempt-1"]  # nothing half-written
     require_unreleased(tmp_path / "output")
     disk.make_room()
-    train(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=no_output)
     undisturbed.require_alike(tmp_path / "output", ledger)
 
 
@@ -81,12 +81,12 @@ def test_storage_that_turns_read_only_stops_training(
                   lambda pid: disk.forbid_writing()),
         pytest.raises(StorageError) as caught,
     ):  # fmt: skip
-        train(disturbed, announce=unheard)
+        train(disturbed, announce=no_output)
     require_one_sentence(caught.value, "checkpoint of step 4", "read-only", "make it writable")
     assert ledger.run(run_id_in(tmp_path / "output")).committed_step == 2
     require_unreleased(tmp_path / "output")
     disk.allow_writing()
-    train(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=no_output)
     undisturbed.require_alike(tmp_path / "output", ledger)
 
 
@@ -108,7 +108,7 @@ def test_an_output_folder_that_is_full_at_the_end_costs_nothing_but_a_resume(
     assert "--resume" in said[-1]
     require_unreleased(output)
     disk.make_room()
-    train(disturbed, resume=True, announce=unheard)
+    train(disturbed, resume=True, announce=no_output)
     undisturbed.require_alike(output, ledger)
 
 
@@ -123,20 +123,20 @@ def test_storage_that_cannot_be_written_is_refused_before_anything_is_spent(
         to_folder(config, disk.folder / "output"),
     ):
         with pytest.raises(StorageError) as caught:
-            train(disturbed, announce=unheard)
+            train(disturbed, announce=no_output)
         require_one_sentence(caught.value, str(disk.folder), "read-only", "make it writable")
     assert len(ledger.spent(DATASET).runs) == before
     assert not (tmp_path / "output").exists()
 
 
 @pytest.fixture
-def people(tmp_path: Path, byte_tokenizer: Path, disk: SmallDisk) -> DataConfig:
-    """Settings of a store on the disk, of forty people and some 300,000 tokens."""
+def forty_users(tmp_path: Path, byte_tokenizer: Path, disk: SmallDisk) -> DataConfig:
+    """Settings of a store on the disk, of forty users and some 300,000 tokens."""
     rows = tmp_path / "rows.jsonl"
     lines = [{"who": f"user {n % 40}", "text": f"{n}" * 1000} for n in range(100)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return DataConfig(
-        name="people", input=[str(rows)], user_column="who", tokenizer=str(byte_tokenizer),
+        name="chats", input=[str(rows)], user_column="who", tokenizer=str(byte_tokenizer),
         num_shards=2, store=str(disk.folder / "store"), ledger=f"sqlite:///{tmp_path}/ledger.sqlite",
     )  # fmt: skip
 
@@ -144,26 +144,26 @@ def people(tmp_path: Path, byte_tokenizer: Path, disk: SmallDisk) -> DataConfig:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_disk_that_is_full_while_preparing_leaves_nothing_half_made(
-    people: DataConfig, tmp_path: Path, disk: SmallDisk
+    forty_users: DataConfig, tmp_path: Path, disk: SmallDisk
 ) -> None:
     disk.fill(but=HALF_A_CHECKPOINT)
     with pytest.raises(StorageError) as caught:
-        prepare(people, tokenizer=str(people.tokenizer))
+        prepare(forty_users, tokenizer=str(forty_users.tokenizer))
     require_one_sentence(caught.value, "shard-0", str(disk.folder), "no space left", "make room")
     assert [file.name for file in disk.folder.iterdir()] == ["ballast"]
     assert not (tmp_path / "ledger.sqlite").exists()
     disk.make_room()
-    prepare(people, tokenizer=str(people.tokenizer))
-    assert TokenStore.open(people.store, verify=True).num_users == 40
+    prepare(forty_users, tokenizer=str(forty_users.tokenizer))
+    assert TokenStore.open(forty_users.store, verify=True).num_users == 40
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_store_that_cannot_be_written_is_refused_in_one_sentence(
-    people: DataConfig, tmp_path: Path, disk: SmallDisk
+    forty_users: DataConfig, tmp_path: Path, disk: SmallDisk
 ) -> None:
     disk.forbid_writing()
     with pytest.raises(StorageError) as caught:
-        prepare(people, tokenizer=str(people.tokenizer))
+        prepare(forty_users, tokenizer=str(forty_users.tokenizer))
     require_one_sentence(
         caught.value, "the store", str(disk.folder), "read-only", "make it writable"
     )

@@ -15,10 +15,10 @@ from tests.support.fault_points import Moment, kill, paused_at
 from tests.support.recovery import (
     TOLERANCE,
     Undisturbed,
+    no_output,
     require_one_sentence,
     require_unreleased,
     run_id_in,
-    unheard,
 )
 from tests.support.runs import to_folder
 from tests.support.training import distance
@@ -51,7 +51,7 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(
         kill(pid)
 
     with paused_at(moment, tmp_path / "moment", look_and_kill):
-        train(to_folder(config, output), announce=unheard)
+        train(to_folder(config, output), announce=no_output)
     assert charged == [STEP]  # reserved before the kill, its weights lost, and not charged again
     assert ledger.run(run_id_in(output)).num_attempts > 1
     undisturbed.require_alike(output, ledger)
@@ -70,7 +70,7 @@ def test_a_killed_accountant_is_replaced_and_forgets_nothing(
         raise AssertionError("there is no accountant")
 
     with paused_at(Moment("authorized", STEP), tmp_path / "moment", kill_the_accountant):
-        train(to_folder(config, output), announce=unheard)
+        train(to_folder(config, output), announce=no_output)
     undisturbed.require_alike(output, ledger)
 
 
@@ -89,7 +89,7 @@ def test_a_run_whose_workers_die_too_often_says_so_and_can_be_resumed(
     require_one_sentence(caught.value, "worker 1 died", "max_failures = 0", "--resume")
     assert "has not ended" in said[-1]
     require_unreleased(output)
-    train(fragile, resume=True, announce=unheard)
+    train(fragile, resume=True, announce=no_output)
     undisturbed.require_alike(output, ledger)
 
 
@@ -103,14 +103,14 @@ def test_a_checkpoint_left_uncommitted_is_gone_before_its_step_is_repeated(
         paused_at(Moment("published", CHECKPOINT), tmp_path / "moment", kill),
         pytest.raises(WorkersLostError),
     ):
-        train(fragile, announce=unheard)
+        train(fragile, announce=no_output)
     assert ledger.run(run_id_in(output)).committed_step == CHECKPOINT - EVERY
     leftover = f"checkpoint-{CHECKPOINT:08d}-attempt-1"
     assert leftover in checkpoints_in(storage)
     seen: list[list[str]] = []
     first = Moment("authorized", CHECKPOINT - EVERY + 1)
     with paused_at(first, tmp_path / "again", lambda pid: seen.append(checkpoints_in(storage))):
-        train(fragile, resume=True, announce=unheard)
+        train(fragile, resume=True, announce=no_output)
     assert seen == [["checkpoint-00000002-attempt-1", "checkpoint-00000004-attempt-1"]]
     assert [name[:19] for name in checkpoints_in(storage)] == [
         "checkpoint-00000006", "checkpoint-00000008",

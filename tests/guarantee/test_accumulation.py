@@ -1,4 +1,4 @@
-"""The sum over groups does not depend on their order, whoever comes before.
+"""The sum over groups does not depend on their order, whichever groups come first.
 
     pytest tests/guarantee/test_accumulation.py
 
@@ -15,19 +15,9 @@ import torch
 
 from udp_ray.config.experiment import MOST_FUSED
 from udp_ray.dp.clipping import clip_and_add
-from udp_ray.dp.sensitivity import (
-    SMALLEST_SLACK,
-    SMALLEST_SLACK_GROUPS,
-    rounding_slack,
-)
+from udp_ray.dp.sensitivity import SMALLEST_SLACK, SMALLEST_SLACK_GROUPS, rounding_slack
 from udp_ray.engine.kernels import gradients as group_gradients
-from udp_ray.engine.kernels.gradients import (
-    GroupGradients,
-    Lookups,
-    Materialized,
-    Products,
-    Tied,
-)
+from udp_ray.engine.kernels.gradients import GroupGradients, Lookups, Materialized, Products, Tied
 from udp_ray.errors import ConfigError
 
 GROUPS = 16_384

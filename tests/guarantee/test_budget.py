@@ -36,12 +36,7 @@ from tests.support.ledger_processes import (
 )
 from tests.support.postgres import NoServerError
 from udp_ray.dp.keys import RunKey
-from udp_ray.errors import (
-    FencedError,
-    LedgerError,
-    PrivacyBudgetExceededError,
-    ReplayRefusedError,
-)
+from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError, ReplayRefusedError
 from udp_ray.ledger import Ledger
 
 

@@ -31,12 +31,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 
 import udp_ray
-from tests.support.correlation import (
-    Finding,
-    Series,
-    correlated,
-    series_in,
-)
+from tests.support.correlation import Finding, Series, correlated, series_in
 from tests.support.runs import SEED, tiny_experiment
 from tests.support.stores import Users
 from tests.support.without_ray import without_ray
@@ -258,7 +253,7 @@ def long_run(folder: Path) -> ExperimentConfig:
 
 
 def private_quantities(config: ExperimentConfig) -> dict[str, Series]:
-    """Users, examples and tokens of each step, drawn anew from the run's key."""
+    """Users, examples and tokens of each step, drawn again from the run's key."""
     store = TokenStore.open(config.data.store, verify=False)
     sampler = PoissonUserSampler(
         RunKey.from_seed(SEED).sampling(),

@@ -17,13 +17,7 @@ from dp_accounting import dp_event, rdp
 from numpy.typing import NDArray
 from scipy import special, stats
 
-from udp_ray.dp.accounting import (
-    Precision,
-    composed_loss,
-    els_event,
-    epsilon,
-    uls_event,
-)
+from udp_ray.dp.accounting import Precision, composed_loss, els_event, epsilon, uls_event
 from udp_ray.dp.selection import (
     PoissonTrials,
     Profile,

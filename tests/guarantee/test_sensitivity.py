@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.adjacent_datasets import neighbours, user_datasets, user_gradients
+from tests.support.adjacent_datasets import adjacent_pairs, user_datasets, user_gradients
 from udp_ray.dp.clipping import clip_and_add
 from udp_ray.dp.sensitivity import sensitivity
 
@@ -33,10 +33,10 @@ def clipped_sum(users, clip_norm):
 
 
 def largest_move(mechanism, users, clip_norm, replacement=None):
-    """How far any neighbour moves the mechanism, over the bound stated for its relation."""
+    """How far any adjacent dataset moves the mechanism, over the bound stated for its relation."""
     ratios = []
     for index in range(len(users)):
-        for pair in neighbours(users, index, replacement):
+        for pair in adjacent_pairs(users, index, replacement):
             moved = mechanism(pair.users, clip_norm) - mechanism(pair.other, clip_norm)
             ratios.append(np.linalg.norm(moved) / sensitivity(pair.adjacency, clip_norm))
     return max(ratios)

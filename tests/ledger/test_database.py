@@ -11,12 +11,7 @@ import stat
 
 import pytest
 
-from tests.support.ledger_processes import (
-    DATASET,
-    authorize,
-    new_ledger,
-    started,
-)
+from tests.support.ledger_processes import DATASET, authorize, new_ledger, started
 from udp_ray.errors import LedgerError, LedgerUnavailableError
 from udp_ray.ledger import Ledger
 from udp_ray.ledger import database as ledger_database

@@ -12,12 +12,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.selection import PoissonTrials, SelectionDraws, TrialCount
 from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError
 from udp_ray.ledger import Ledger
-from udp_ray.ledger.records import (
-    Budget,
-    Digests,
-    TrialAdmission,
-    plan_digest,
-)
+from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
 
 DATASET = "chats"
 SWEEP_PLAN = {"sweep": "all"}

@@ -199,7 +199,7 @@ def test_name_that_the_hub_cannot_give_is_one_sentence(load, monkeypatch):
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
     with pytest.raises(ConfigError, match="no route to the hub") as caught:
-        load("nobody/nothing")
+        load("missing/model")
     assert "\n" not in str(caught.value)
 
 

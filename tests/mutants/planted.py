@@ -354,7 +354,7 @@ NOISE = [
     ),
     Mutant(
         name="keys_that_can_be_guessed",
-        breaks="P38: whoever knows the key subtracts the noise",
+        breaks="P38: anyone who knows the key subtracts the noise",
         file="udp_ray/dp/keys.py",
         text="secrets.token_bytes(SECRET_BYTES)",
         replacement="bytes(SECRET_BYTES)",
@@ -936,7 +936,7 @@ ROUNDING = [
     ),
     Mutant(
         name="dropout_seeds_not_used",
-        breaks="P46: masks from the generator of the process, which a restart begins anew",
+        breaks="P46: masks from the generator of the process, which a restart begins again",
         file="udp_ray/engine/kernels/direct.py",
         text="with _seeded(group.mask_seed, self._device):",
         replacement="with _seeded(None, self._device):",

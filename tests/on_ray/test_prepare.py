@@ -19,12 +19,7 @@ import udp_ray
 from udp_ray.config.experiment import DataConfig
 from udp_ray.data.hashing import hash_user
 from udp_ray.data.store import PrivateCounts, TokenStore
-from udp_ray.errors import (
-    ConfigError,
-    DataError,
-    LedgerError,
-    UdpRayError,
-)
+from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.prepare import PrepareResult, dry_run_text, prepare
 
@@ -51,7 +46,7 @@ def settings(
     folder: Path, byte_tokenizer: Path, inputs: list[str], **changes: object
 ) -> DataConfig:
     values: dict[str, object] = {
-        "name": "people",
+        "name": "chats",
         "input": inputs,
         "user_column": "who",
         "tokenizer": str(byte_tokenizer),
@@ -132,7 +127,7 @@ def test_a_store_holds_every_text_under_its_user(tmp_path, byte_tokenizer, token
     prepared = run(settings(tmp_path / "made", byte_tokenizer, inputs, heldout=heldout))
     store = TokenStore.open(prepared.path, verify=True)
     with Ledger.open(store.manifest.ledger_url, store.manifest.ledger_id) as ledger:
-        record = ledger.dataset("people")
+        record = ledger.dataset("chats")
     assert record.fingerprints == (store.digest,)
     key = record.user_hash_key
     assert texts(store) == expected_texts(rows, key, token_of_byte)
@@ -180,7 +175,7 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(tmp_pat
         ([{"who": "a", "said": "x"}], [{"who": SECRET_USER, "text": "y"}], "has no column 'text'"),
         ([], [{"who": SECRET_USER, "text": "y"}], "has 1 users who are also in data.input"),
     ],
-    ids=["nobody", "damaged", "missing column", "overlap"],
+    ids=["no user", "damaged", "missing column", "overlap"],
 )
 def test_what_a_worker_refuses_is_one_sentence_and_leaves_nothing(
     tmp_path, byte_tokenizer, capfd, files, heldout, message
@@ -263,7 +258,7 @@ def test_the_job_says_what_it_would_read_and_touches_nothing(tmp_path, byte_toke
     rows = write_parquet(tmp_path / "rows.parquet", made_up_rows())
     before = sorted(tmp_path.rglob("*"))
     main = runpy.run_path(str(JOB))["main"]
-    arguments = ["--data.name", "people", "--data.input", rows, "--data.user_column", "who"]
+    arguments = ["--data.name", "chats", "--data.input", rows, "--data.user_column", "who"]
     arguments += ["--data.store", str(tmp_path / "store"), "--model.name", str(byte_tokenizer)]
     assert main([*arguments, "--data.heldout", "0.1", "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -276,7 +271,7 @@ def test_the_job_says_what_it_would_read_and_touches_nothing(tmp_path, byte_toke
 def test_the_job_prepares_and_shows_counts_on_request_only(tmp_path, byte_tokenizer, capsys):
     rows = write_parquet(tmp_path / "rows.parquet", made_up_rows())
     main = runpy.run_path(str(JOB))["main"]
-    arguments = ["--data.name", "people", "--data.input", rows, "--data.user_column", "who"]
+    arguments = ["--data.name", "chats", "--data.input", rows, "--data.user_column", "who"]
     arguments += ["--data.tokenizer", str(byte_tokenizer), "--data.num_shards", "2"]
     assert main([*arguments, "--data.store", str(tmp_path / "store"), "--show-counts"]) == 0
     public, _, private = capsys.readouterr().out.partition("private, not to be published")

@@ -122,7 +122,7 @@ def test_a_parquet_file_without_the_column_is_refused_and_not_read_as_nulls(tmp_
         write(tmp_path / "2.parquet", [{"who": "zoe", "said": "y"}]),
     ]
     data = DataConfig.model_validate(
-        {"name": "people", "user_column": "who", "store": "s", "input": [str(tmp_path)]}
+        {"name": "chats", "user_column": "who", "store": "s", "input": [str(tmp_path)]}
     )
     with pytest.raises(DataError, match=r"2\.parquet has no column 'text': it has 'who', 'said'"):
         find_input(data)

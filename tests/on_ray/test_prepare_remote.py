@@ -35,7 +35,7 @@ def settings(tmp_path: Path, byte_tokenizer: Path) -> Callable[..., DataConfig]:
 
     def make(store: str, **changes: object) -> DataConfig:
         values: dict[str, object] = {
-            "name": "people",
+            "name": "chats",
             "input": [str(tmp_path / "rows.parquet")],
             "user_column": "who",
             "tokenizer": str(byte_tokenizer),
@@ -60,7 +60,7 @@ def run(data: DataConfig):
 def test_a_store_prepared_at_a_url_has_the_bytes_of_one_in_a_folder(
     tmp_path: Path, settings: Callable[..., DataConfig]
 ) -> None:
-    place = f"file://{tmp_path}/files/people"
+    place = f"file://{tmp_path}/files/chats"
     remote, local = run(settings(place)), run(settings(str(tmp_path / "local")))
     assert remote.manifest.shards == local.manifest.shards
     assert place in remote.to_text()
@@ -70,7 +70,7 @@ def test_a_store_prepared_at_a_url_has_the_bytes_of_one_in_a_folder(
     counts = read_counts(place)
     assert counts.heldout is not None
     assert counts.train.num_users + counts.heldout.num_users == NUM_USERS
-    assert not list((tmp_path / "cache").glob(".people.*"))  # where it came together
+    assert not list((tmp_path / "cache").glob(".chats.*"))  # where it was assembled
     with pytest.raises(DataError, match="not empty"):
         run(settings(place))
 
@@ -80,7 +80,7 @@ def test_a_refused_input_leaves_nothing_at_the_url(
     tmp_path: Path, settings: Callable[..., DataConfig]
 ) -> None:
     (tmp_path / "other.jsonl").write_text('{"who": "user 3", "text": "held out, and not"}\n')
-    place = f"file://{tmp_path}/files/people"
+    place = f"file://{tmp_path}/files/chats"
     with pytest.raises(DataError, match="who are also"):
         run(settings(place, heldout=[str(tmp_path / "other.jsonl")]))
     assert not is_prepared(place)
@@ -92,7 +92,7 @@ def test_a_store_at_a_url_without_a_ledger_is_refused_before_anything(
     tmp_path: Path, settings: Callable[..., DataConfig]
 ) -> None:
     with pytest.raises(ConfigError, match=r"data\.ledger is missing"):
-        run(settings(f"file://{tmp_path}/files/people", ledger=None))
+        run(settings(f"file://{tmp_path}/files/chats", ledger=None))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.parquet"]
 
 
@@ -103,7 +103,7 @@ def test_the_job_prepares_into_an_object_store_and_tells_no_credentials(
     with ObjectStore(tmp_path / "objects") as objects:
         for name, value in objects.credentials().items():
             monkeypatch.setenv(name, value)
-        data = settings(objects.url("people"))
+        data = settings(objects.url("chats"))
         options = [
             part
             for name, value in data.model_dump(exclude_none=True).items()

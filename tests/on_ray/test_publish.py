@@ -18,12 +18,7 @@ from transformers import AutoModelForCausalLM
 from tests.support.runs import DATASET, tiny_experiment
 from tests.support.training import tiny_model
 from udp_ray.engine import checkpoint
-from udp_ray.errors import (
-    ConfigError,
-    DivergedError,
-    LedgerError,
-    StorageError,
-)
+from udp_ray.errors import ConfigError, DivergedError, LedgerError, StorageError
 from udp_ray.io import OutputFolder
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import RunRecord

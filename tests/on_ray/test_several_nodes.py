@@ -75,7 +75,7 @@ def test_workers_land_on_different_nodes_and_the_accountant_beside_the_driver(
 def test_prepare_and_train_go_over_two_hosts_and_each_fetches_the_store_once(
     tmp_path: Path,
 ) -> None:
-    file = settings(tmp_path, store=f"file://{tmp_path}/files/people")
+    file = settings(tmp_path, store=f"file://{tmp_path}/files/chats")
     try:
         with Hosts(tmp_path / "hosts", 2) as hosts:
             address = hosts.start_ray()
@@ -84,7 +84,7 @@ def test_prepare_and_train_go_over_two_hosts_and_each_fetches_the_store_once(
                 timeout_s=PATIENCE_S,
             )  # fmt: skip
             copies = [
-                list((hosts.home(n) / DEFAULT_CACHE.relative_to("~")).glob("test-people-*"))
+                list((hosts.home(n) / DEFAULT_CACHE.relative_to("~")).glob("test-users-*"))
                 for n in range(2)
             ]
     except NoHostsError as error:

@@ -68,7 +68,7 @@ def submitted(
 def prepared(head: RayHead, project: Path) -> TokenStore:
     done = submitted(head, "prepare", project)
     assert done.returncode == 0, done.stdout
-    assert "prepared test-people" in done.stdout
+    assert "prepared test-users" in done.stdout
     return TokenStore.open(project / "prepared" / "store", verify=True)
 
 

@@ -20,12 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import udp_ray
 from tests.support.faults import train_workers, wait_for_steps, worker_killed_after
 from tests.support.recovery import weights
-from tests.support.runs import (
-    DATASET,
-    tiny_experiment,
-    to_folder,
-    with_storage,
-)
+from tests.support.runs import DATASET, tiny_experiment, to_folder, with_storage
 from tests.support.training import distance
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig
 from udp_ray.errors import (

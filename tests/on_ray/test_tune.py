@@ -48,12 +48,7 @@ from udp_ray.on_ray.tune import _remove_working_files
 from udp_ray.reports.statement import SweepStatement, load_statement
 from udp_ray.reports.verify import verify
 from udp_ray.runs.dry_run import describe_sweep
-from udp_ray.runs.sweep import (
-    Sweep,
-    admit_sweep,
-    plan_of_sweep,
-    prepare_sweep,
-)
+from udp_ray.runs.sweep import Sweep, admit_sweep, plan_of_sweep, prepare_sweep
 
 GRID = {"clip_norm": [0.1, 0.2, 0.5, 1.0]}  # of equal price, so that noise is soon found
 ALL = {"release": "all", **GRID}

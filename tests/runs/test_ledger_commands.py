@@ -29,13 +29,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.errors import ConfigError, LedgerError, UdpRayError
 from udp_ray.ledger import tables as ledger_rows
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import (
-    Attempt,
-    Budget,
-    RunRecord,
-    TrialAdmission,
-    plan_digest,
-)
+from udp_ray.ledger.records import Attempt, Budget, RunRecord, TrialAdmission, plan_digest
 from udp_ray.reports.tables import spending_to_json, spending_to_text
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "ledger.py"

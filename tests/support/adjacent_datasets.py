@@ -1,10 +1,10 @@
 """Pairs of adjacent user datasets, and Hypothesis strategies that build difficult ones.
 
 A dataset here is a list of users, each an array of example gradients of shape (examples, P): what
-is left of a person once the model has seen the text.
+is left of a user once the model has seen the text.
 
     >>> users = [np.ones((2, 3), np.float32), np.zeros((1, 3), np.float32)]
-    >>> [len(pair.other) for pair in neighbours(users, 0)]
+    >>> [len(pair.other) for pair in adjacent_pairs(users, 0)]
     [1, 2, 2]
 """
 
@@ -23,18 +23,20 @@ User = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class AdjacentPair:
     """Two datasets that differ in one user."""
 
     users: list[User]
     other: list[User]
     adjacency: Adjacency
-    """The relation in which they are neighbours."""
+    """The relation in which they are adjacent."""
     how: str
     """What was done to the user, in words."""
 
 
-def neighbours(users: list[User], index: int, replacement: User | None = None) -> list[Neighbours]:
+def adjacent_pairs(
+    users: list[User], index: int, replacement: User | None = None
+) -> list[AdjacentPair]:
     """Returns the datasets that arise when one user is dropped, emptied or replaced."""
     user = users[index]
     opposite = -user if replacement is None else replacement
@@ -44,9 +46,9 @@ def neighbours(users: list[User], index: int, replacement: User | None = None) -
 
     dropped = [*users[:index], *users[index + 1 :]]
     return [
-        Neighbours(users, dropped, "add_or_remove_one", "dropped"),
-        Neighbours(users, with_user(np.zeros_like(user)), "add_or_remove_one", "zeroed"),
-        Neighbours(users, with_user(opposite), "replace_one", "replaced"),
+        AdjacentPair(users, dropped, "add_or_remove_one", "dropped"),
+        AdjacentPair(users, with_user(np.zeros_like(user)), "add_or_remove_one", "zeroed"),
+        AdjacentPair(users, with_user(opposite), "replace_one", "replaced"),
     ]
 
 

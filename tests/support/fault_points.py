@@ -143,9 +143,9 @@ def _wait_in(moment: Moment, folder: Path) -> None:
 def _wait(folder: Path) -> None:
     if (folder / REACHED).exists():
         return
-    aside = folder / f".{REACHED}"
-    aside.write_text(str(os.getpid()))
-    aside.rename(folder / REACHED)
+    temporary = folder / f".{REACHED}"
+    temporary.write_text(str(os.getpid()))
+    temporary.rename(folder / REACHED)
     while not (folder / PASSED).exists():
         time.sleep(PAUSE_S)
 

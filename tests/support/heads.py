@@ -194,7 +194,7 @@ def program(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Returns ports that nobody listens on; another program may take one before it is used."""
+    """Returns ports that no process listens on; another program may take one before it is used."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -58,7 +58,7 @@ def admit(
     digests: Digests = DIGESTS,
     key: RunKey | None = None,
 ) -> None:
-    """Admits a run with the made-up plan."""
+    """Admits a run with the synthetic plan."""
     ledger.admit(
         run_id,
         DATASET,

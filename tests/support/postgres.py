@@ -97,7 +97,7 @@ class PostgresServer:
 
     def remove(self) -> None:
         """Stops the server and deletes its data."""
-        self.stop(crash=True)  # nobody will want the data
+        self.stop(crash=True)  # no one needs the data
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

@@ -43,7 +43,7 @@ class Undisturbed:
         """Trains without a fault."""
         storage = output.with_name(f"{output.name}-storage")
         placed = with_storage(to_folder(config, output), storage)
-        return cls(config, train(placed, announce=unheard), storage)
+        return cls(config, train(placed, announce=no_output), storage)
 
     def require_alike(self, output: Path, ledger: Ledger) -> None:
         """Sees to it that a run has ended as if nothing had happened: each step charged once."""
@@ -64,7 +64,7 @@ def require_unreleased(output: Path) -> None:
 
 
 def require_one_sentence(error: BaseException, *words: str) -> None:
-    """Sees to it that a person can read an error: one line, no traceback, and these words."""
+    """Asserts that a user can read an error: one line, no traceback, and these words."""
     text = str(error)
     assert len(text.splitlines()) == 1, text
     missing = [word for word in words if word not in text]
@@ -81,5 +81,5 @@ def weights(output: Path) -> dict[str, NDArray[Any]]:
     return load_file(output / WEIGHTS)
 
 
-def unheard(text: str) -> None:
-    """Shows nobody what a run says."""
+def no_output(text: str) -> None:
+    """Discards what a run prints."""

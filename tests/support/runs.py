@@ -21,7 +21,7 @@ from udp_ray.data.store import MANIFEST_FILE, Manifest
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.models.load import tokenizer_fingerprint
 
-DATASET = "test-people"
+DATASET = "test-users"
 NUM_USERS = 24
 NUM_HELDOUT = 6
 SEED = 11
@@ -40,7 +40,7 @@ def tiny_experiment(
     Args:
         folder: Made ready on the first call; later calls find and share what is there.
         num_users: Users of the store, when it is made.
-        users: The users themselves, instead of so many made-up ones.
+        users: The users themselves, instead of so many synthetic ones.
         ledger_url: Where the ledger is made, then; default: a file in the folder.
         overrides: Fields of a section, as `privacy={"num_steps": 3}`.
     """

@@ -50,7 +50,7 @@ def agrees_with_frequencies(
 ) -> bool:
     """Returns whether counts of kinds fit the expected ones, by Pearson's chi-squared.
 
-    Kinds that are expected fewer than 10 times are merged with their neighbours first.
+    Kinds that are expected fewer than 10 times are merged with adjacent kinds first.
     """
     seen, wanted = _merged(np.asarray(counts, float), np.asarray(expected, float), least=10.0)
     wanted = wanted * (seen.sum() / wanted.sum())

@@ -36,7 +36,7 @@ def write_store(
     *,
     heldout: Users | None = None,
     loss_starts: list[list[int]] | None = None,
-    name: str = "test-people",
+    name: str = "test-users",
     num_shards: int = 2,
     vocab_size: int = 256,
     block_tokens: int = 64,
@@ -51,7 +51,7 @@ def write_store(
         heldout: The held-out users, if any.
         loss_starts: First position with loss of each user's examples; default 1 everywhere.
         name: `data.name`.
-        num_shards: Users are cut into this many runs of neighbours; some may be empty.
+        num_shards: Users are cut into this many consecutive runs; some may be empty.
         vocab_size: Token ids are below this.
         block_tokens: Recorded; not enforced.
         ledger_id: Recorded.
@@ -91,7 +91,7 @@ def write_store(
         tokenizer=tokenizer,
         block_tokens=block_tokens,
         num_shards=num_shards,
-        source={"input": "made up"},
+        source={"input": "synthetic"},
         created_by={"udp_ray": "test"},
         shards=shards,
         heldout=heldout_digest,

@@ -32,11 +32,7 @@ from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
 from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.types import (
-    Accountant,
-    Metrics,
-    TrainResult,
-)
+from udp_ray.engine.types import Accountant, Metrics, TrainResult
 from udp_ray.errors import PrivacyBudgetExceededError
 from udp_ray.ledger import Attempt
 from udp_ray.models.load import trainable_parameters

@@ -14,12 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from tests.support.training import (
-    TinyOutcome,
-    TinyRun,
-    run_loop,
-    train_tiny,
-)
+from tests.support.training import TinyOutcome, TinyRun, run_loop, train_tiny
 from udp_ray.dp.keys import RunKey
 from udp_ray.engine import language_model as loop
 from udp_ray.engine.types import Accountant
@@ -47,9 +42,9 @@ class Death:
 def make_ledger(url: str, run: TinyRun) -> None:
     """Creates a ledger that has admitted the run."""
     with Ledger.create(url) as ledger:
-        ledger.register_dataset("people")
+        ledger.register_dataset("chats")
         ledger.admit(
-            RUN_ID, "people", epsilon=8.0, delta=1e-3, num_steps=run.num_steps, plan={},
+            RUN_ID, "chats", epsilon=8.0, delta=1e-3, num_steps=run.num_steps, plan={},
             digests=DIGESTS, key=RunKey.from_seed(run.seed),
         )  # fmt: skip
 

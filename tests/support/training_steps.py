@@ -13,14 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.support.kernels import flat, groups_of
-from tests.support.training import (
-    VOCABULARY,
-    TinyOutcome,
-    TinyRun,
-    Weights,
-    tiny_model,
-    weights_of,
-)
+from tests.support.training import VOCABULARY, TinyOutcome, TinyRun, Weights, tiny_model, weights_of
 from udp_ray.data.batches import CohortReader, Group, SharedMicrobatch
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.clipping import clip_and_add, clip_factor
@@ -293,7 +286,7 @@ class _NoiseTwice(PrivateStep):
 
 
 class _MisplacedNoise(PrivateStep):
-    """Adds to each rank's slices the noise of its neighbour's."""
+    """Adds to each rank's slices the noise of the next rank's."""
 
     def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
         before = {name: part.clone() for name, part in self._sum.views.items()}

@@ -6,13 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from udp_ray.config.base import (
-    AbsolutePath,
-    LocalFolder,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from udp_ray.config.base import AbsolutePath, LocalFolder, PositiveFloat, PositiveInt, Section
 
 _BYTES = 256  # the alphabet of a byte-level tokenizer
 

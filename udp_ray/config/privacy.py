@@ -80,7 +80,7 @@ class PricingConfig(Section):
     """L2 bound on one user's (uls) or one example's (els) gradient, > 0; infinite only without
     noise. The price does not depend on it."""
     group_size: PositiveInt = 1
-    """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
+    """Examples per user: drawn again at each step (uls), or kept once for the whole run (els)."""
     cohort_size: PositiveInt | None = None
     """Expected number of users per step (uls). The divisor of the noisy sum."""
     max_cohort_size: PositiveInt | None = None

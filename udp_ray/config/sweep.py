@@ -20,12 +20,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from udp_ray.config.base import (
-    LocalFolder,
-    PositiveFloat,
-    PositiveInt,
-    Section,
-)
+from udp_ray.config.base import LocalFolder, PositiveFloat, PositiveInt, Section
 from udp_ray.config.experiment import (
     SPEED_ONLY,
     ClusterConfig,

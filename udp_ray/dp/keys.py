@@ -2,7 +2,7 @@
 
 Here belong key material, its public id, and the derivation of independent streams. What the streams
 are used for (which users are sampled, which noise is added) stands in `sampling.py` and `noise.py`.
-A key is as secret as the data: whoever holds it can subtract the noise. `repr` hides it, the ledger
+A key is as secret as the data: with it the noise can be subtracted. `repr` hides it, the ledger
 alone stores it, and it must never reach a log, a checkpoint (which holds the id), an output or the
 environment.
 

@@ -74,7 +74,7 @@ class GaussianNoise:
     Privacy:
         Values of different (step, name, position) come from unrelated streams and are independent
         normals as far as Philox under a hashed key is random. The noise is as secret as the data
-        until it has been added: whoever knows it can subtract it.
+        until it has been added: anyone who knows it can subtract it.
 
     Reference:
         [1], and with is_secure [3] and [4].

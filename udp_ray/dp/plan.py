@@ -86,7 +86,7 @@ class PricedPlan:
     clip_norm: float | None = None
     """L2 bound on one user's (uls) or one example's (els) gradient; None: unknown."""
     group_size: int
-    """Examples per user: drawn anew at each step (uls), or kept once for the whole run (els)."""
+    """Examples per user: drawn again at each step (uls), or kept once for the whole run (els)."""
     num_steps: int
     """Number of noisy releases in the run."""
     expected_size: int
@@ -94,13 +94,13 @@ class PricedPlan:
     population: int | None = None
     """Number of users, taken as public; None: unknown, with which only els can be priced."""
     population_is_declared: bool
-    """False: the population is the store's own count, which is thereby taken as public."""
+    """False: the population is the store's own count, so that count is taken as public."""
     delta: float
     """Delta of the run; below 1 / population, where that is known."""
     num_examples: int | None = None
     """Number of kept examples that is taken as public (els)."""
     num_examples_is_declared: bool = False
-    """False: the number of examples is the store's own count, thereby taken as public."""
+    """False: the number of examples is the store's own count, so that count is taken as public."""
     max_cohort_size: int | None = None
     """Most users in a step (uls); None: no cap. With a cap, population bounds the users."""
     secure_noise: bool = False

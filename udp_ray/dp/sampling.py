@@ -79,7 +79,7 @@ class PoissonUserSampler:
     Privacy:
         Users join independently of each other and of other steps, each with the given
         probability, rounded down by less than 2**-64: never above what is priced. A user's
-        examples are distinct and uniform among the user's own, whoever else was drawn.
+        examples are distinct and uniform among the user's own, whichever other users were sampled.
     """
 
     def __init__(

@@ -288,8 +288,8 @@ class SelectionDraws:
     """The secret trials of one sweep: how many, and the configuration of each.
 
     Privacy:
-        As secret as the data. Whoever learns the number of trials, even from a log, a progress bar,
-        a list of files or the time that passed, holds the release of a fixed number of trials,
+        As secret as the data. Learning the number of trials, even from a log, a progress bar, a
+        list of files or the time that passed, gives the release of a fixed number of trials,
         which costs more than was charged. A trial may be neither dropped nor repeated under
         another key because of what it scored.
     """

@@ -147,7 +147,7 @@ class PlannedSweep:
         return max(steps) if self.release == "best" else sum(steps)
 
     def price(self) -> float:
-        """Returns the sweep's epsilon, computed anew from the plans."""
+        """Returns the sweep's epsilon, recomputed from the plans."""
         plans = [configuration.plan for configuration in self.configurations]
         return price_sweep(plans, release_of(self.release, self.count), self.charge.delta)
 

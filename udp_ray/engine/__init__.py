@@ -8,12 +8,7 @@ Names are imported on first use, so that importing this package loads neither to
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from udp_ray.engine.trainer import (
-        InMemoryAccountant,
-        Trainer,
-        TrainerResult,
-        group_by_user,
-    )
+    from udp_ray.engine.trainer import InMemoryAccountant, Trainer, TrainerResult, group_by_user
 
 __all__ = ["InMemoryAccountant", "Trainer", "TrainerResult", "group_by_user"]
 

@@ -23,14 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from udp_ray.data.batches import (
-    Group,
-    Microbatch,
-    Packing,
-    SharedMicrobatch,
-    join,
-    pack_groups,
-)
+from udp_ray.data.batches import Group, Microbatch, Packing, SharedMicrobatch, join, pack_groups
 from udp_ray.engine.evaluate import evaluating, user_totals
 from udp_ray.engine.kernels.direct import Clippable, DirectKernel
 from udp_ray.engine.kernels.ghost import LENGTH_GRID, GhostKernel

@@ -156,8 +156,8 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
-        lasting = self.weights + self.clipped_sum + self.optimizer
-        return lasting + max(self.kernel, self.update)
+        persistent = self.weights + self.clipped_sum + self.optimizer
+        return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
         """Returns the parts and the total."""

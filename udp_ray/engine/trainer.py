@@ -526,7 +526,7 @@ class _ModuleTraining(TrainingLoop):
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
         saved = super()._read_checkpoint()
-        if saved is None or saved.key_id != self.keys.key_id:  # a new key is charged anew
+        if saved is None or saved.key_id != self.keys.key_id:  # a new key is charged again
             return saved
         if saved.provenance.get(INPUTS) != self.provenance[INPUTS]:
             raise CheckpointError(

@@ -22,15 +22,7 @@ from typing import Any
 from udp_ray.config.planner import EstimateConfig, PlanConfig
 from udp_ray.console import current
 from udp_ray.data.remote import read_counts
-from udp_ray.dp.planning import (
-    TIE,
-    Prediction,
-    Workload,
-    group_sizes,
-    predict,
-    ranked,
-    recommend,
-)
+from udp_ray.dp.planning import TIE, Prediction, Workload, group_sizes, predict, ranked, recommend
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.plotting import (
     SAMPLING_COLOURS,

@@ -71,7 +71,7 @@ from udp_ray.ledger.tables import AnyRow, Rows
 class Ledger:
     """An open ledger. Safe to use from several threads and processes at once.
 
-    Make one by `create` or `open`. After a fork, open it anew by its `url` and `id`.
+    Make one by `create` or `open`. After a fork, open it again by its `url` and `id`.
     """
 
     def __init__(self, database: Database, ledger_id: str):

@@ -418,7 +418,7 @@ class Rows:
         self._connection.execute(update(RUNS).where(RUNS.c.run_id == run_id).values(**values))
 
     def run_record(self, run: AnyRow) -> RunRecord:
-        """Returns the record of a run's row; its steps are counted anew."""
+        """Returns the record of a run's row; its steps are recounted."""
         commit = self.last_commit(run.run_id)
         keys = select(func.count()).where(KEYS.c.run_id == run.run_id)
         charged = select(func.count()).where(STEPS.c.run_id == run.run_id)

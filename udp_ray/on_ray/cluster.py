@@ -38,7 +38,8 @@ def connected(address: str | None = None) -> Iterator[None]:
         ConfigError: If there is no cluster at the address.
 
     Edge cases:
-        This process is connected already -> nothing is done; whoever connected it disconnects it.
+        This process is connected already -> nothing is done, and the
+        connection stays.
     """
     if ray.is_initialized():
         yield

@@ -44,12 +44,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
 from udp_ray.engine.optim import learning_rate
-from udp_ray.errors import (
-    CheckpointError,
-    DataError,
-    DivergedError,
-    UdpRayError,
-)
+from udp_ray.errors import CheckpointError, DataError, DivergedError, UdpRayError
 from udp_ray.io import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -65,12 +60,7 @@ from udp_ray.io import (
     writing,
 )
 from udp_ray.ledger.records import RunRecord, TrialRecord
-from udp_ray.models.load import (
-    frozen_fingerprint,
-    load_model,
-    load_tokenizer,
-    trainable_parameters,
-)
+from udp_ray.models.load import frozen_fingerprint, load_model, load_tokenizer, trainable_parameters
 from udp_ray.on_ray.accountant import (
     EVALUATION,
     RemoteAccountant,

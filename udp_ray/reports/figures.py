@@ -247,7 +247,7 @@ def write_event_file(folder: Path, values: Mapping[int, Mapping[str, float]]) ->
     show steps as if they were seconds.
 
     Args:
-        folder: Created anew. Its content is removed, since times of files would tell how long
+        folder: Recreated. Its content is removed, since times of files would tell how long
             steps took.
         values: Scalars by name, by step.
 

@@ -91,7 +91,7 @@ MARKDOWN = _TEMPLATES.from_string(
 # ---- what both kinds of statements say
 
 SEEDED = (
-    "NO GUARANTEE: the keys come from privacy.seed, so whoever knows it can subtract the noise."
+    "NO GUARANTEE: the keys come from privacy.seed, so anyone who knows it can subtract the noise."
     " Seeds are for tests."
 )
 USER_IDS = "All text of a user carries the same user id, and no user writes under another's id."

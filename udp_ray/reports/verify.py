@@ -26,12 +26,7 @@ from udp_ray.errors import DataError
 from udp_ray.io import PRIVACY_FILE
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, RunRecord, TrialRecord, plan_digest
-from udp_ray.reports.statement import (
-    PrivacyStatement,
-    RunIdentity,
-    SweepStatement,
-    load_statement,
-)
+from udp_ray.reports.statement import PrivacyStatement, RunIdentity, SweepStatement, load_statement
 from udp_ray.reports.tables import table_to_text, wrap
 
 RELATIVE_TOLERANCE = 1e-6

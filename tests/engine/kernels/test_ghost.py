@@ -11,13 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.kernels import (
-    flat,
-    groups_of,
-    kernel_sum,
-    plain_sum,
-    tiny_llama,
-)
+from tests.support.kernels import flat, groups_of, kernel_sum, plain_sum, tiny_llama
 from tests.support.stores import lengths_of
 from tests.support.training import tiny_model, tiny_users, write_tiny_store
 from udp_ray.config.experiment import LoraConfig

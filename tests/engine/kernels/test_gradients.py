@@ -10,13 +10,7 @@ import torch
 
 from udp_ray.dp.clipping import ROUNDING_MARGIN
 from udp_ray.engine.kernels import gradients as group_gradients
-from udp_ray.engine.kernels.gradients import (
-    Lookups,
-    Products,
-    Tied,
-    summed_squared_norms,
-    total,
-)
+from udp_ray.engine.kernels.gradients import Lookups, Products, Tied, summed_squared_norms, total
 
 # Half the margin: the other half is for the roundings of factors and products.
 TOO_SMALL = ROUNDING_MARGIN / 2

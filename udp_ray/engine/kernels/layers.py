@@ -23,12 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from udp_ray.engine.kernels.gradients import (
-    GroupGradients,
-    Lookups,
-    Materialized,
-    Products,
-)
+from udp_ray.engine.kernels.gradients import GroupGradients, Lookups, Materialized, Products
 
 
 @dataclass(frozen=True, repr=False, eq=False)

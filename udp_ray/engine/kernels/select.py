@@ -25,14 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from udp_ray.config.experiment import require_fitting_groups
-from udp_ray.data.batches import (
-    NO_LOSS,
-    Group,
-    Microbatch,
-    Packing,
-    SharedMicrobatch,
-    pack_groups,
-)
+from udp_ray.data.batches import NO_LOSS, Group, Microbatch, Packing, SharedMicrobatch, pack_groups
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.kernels.direct import DirectKernel
