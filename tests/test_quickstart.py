@@ -27,6 +27,22 @@ def test_the_notebook_runs_and_ends_with_a_verified_run() -> None:
     assert "6 of 6 steps charged" in text
 
 
+def test_progress_in_a_notebook_is_one_line_that_is_kept_up_to_date() -> None:
+    source = """
+import time
+from udp_ray.console import progress
+with progress("reading") as display:
+    time.sleep(1.2)
+    display.phase("writing")
+    time.sleep(1.2)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    execute(notebook)
+    (shown,) = notebook.cells[0].outputs
+    assert shown.output_type == "display_data"
+    assert shown.data["text/plain"] == "time 2 s: reading 1 s, writing 1 s"
+
+
 def test_a_cell_that_fails_would_fail_the_test() -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import udp_ray.nothing")])
     with pytest.raises(CellExecutionError, match=r"udp_ray\.nothing"):

@@ -5,9 +5,9 @@
         display.phase("training", total=24)
         display.advance(6, epsilon="3.21")
 
-A terminal shows one line that is kept up to date. A log or a notebook gets a line when a phase
-begins and while it lasts. Durations of steps depend on who is in their cohorts, so the terminal and
-the logs are for the operator only; nothing here writes to the output folder.
+A terminal, and a cell of a notebook, show one line that is kept up to date. A log gets a line when
+a phase begins and while it lasts. Durations of steps depend on who is in their cohorts, so the
+terminal and the logs are for the operator only; nothing here writes to the output folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -243,6 +243,36 @@ class _Log(Display):
             print(text, file=self._stream, flush=True)
 
 
+class _Notebook(_Log):
+    """One line below a cell of a notebook, kept up to date; at the end the summary is left."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self._handle: Any = None
+
+    def stop(self, last_words: str) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._show(last_words)
+
+    def beat(self) -> None:
+        with self._lock:
+            self._write_phase(unless_within_s=0.0)
+
+    def _write_phase(self, *, unless_within_s: float) -> None:
+        lasted = _clock(time.monotonic() - self._phase_began)
+        self._show(f"{self.text()}  {lasted}" if self._shows_time else self.text())
+
+    def _show(self, text: str) -> None:
+        from IPython.display import display
+
+        content = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
+
+
 _shown = Display()
 
 
@@ -268,7 +298,11 @@ def progress(phase: str | None = None) -> Iterator[Display]:
         yield _shown
         return
     with _own(sys.stderr) as stderr, _own(sys.stdout) as stdout:
-        display = _Terminal(Console(file=stderr)) if _is_terminal(stderr) else _Log(stdout)
+        display: _Terminal | _Log
+        if _is_notebook():
+            display = _Notebook()
+        else:
+            display = _Terminal(Console(file=stderr)) if _is_terminal(stderr) else _Log(stdout)
         if phase is not None:
             display.phase(phase)
         before, _shown = _shown, display
@@ -280,6 +314,13 @@ def progress(phase: str | None = None) -> Iterator[Display]:
         finally:
             _shown = before
             display.stop(last_words)
+
+
+def _is_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook, without importing IPython."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
 
 
 def _is_terminal(stream: TextIO) -> bool:
