@@ -322,7 +322,9 @@ class Ledger:
         self._refuse_mismatch(run_id, differing, on_mismatch)
 
     def key(self, attempt: Attempt) -> RunKey:
-        """Returns the key of an attempt. Sensitive: never broadcast, log or write it.
+        """Returns the key of an attempt. Sensitive: never log or write it.
+
+        Other ranks get their part of it in memory (`RunKey.of_rank`), without the noise key.
 
         Raises:
             FencedError: If a newer attempt has begun, which may use another key.
