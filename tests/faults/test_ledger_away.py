@@ -194,7 +194,7 @@ def ledger_url(config: ExperimentConfig) -> str:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> AccountantConfig:
+def accountant_config(tmp_path: Path) -> AccountantConfig:
     with new_ledger(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
         admit(ledger)
         return AccountantConfig(
@@ -209,9 +209,11 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_database, "BUSY_TIMEOUT_S", 0.05)
 
 
-def locked_for(config: AccountantConfig, ask: Callable[[], None], seconds: float) -> float:
+def locked_for(
+    accountant_config: AccountantConfig, ask: Callable[[], None], seconds: float
+) -> float:
     """Asks while the ledger is locked for a while; returns how long the answer took."""
-    locker = Locker(Path(config.ledger_url.removeprefix("sqlite:///")))
+    locker = Locker(Path(accountant_config.ledger_url.removeprefix("sqlite:///")))
     threading.Timer(seconds, locker.let_go).start()
     begun = time.monotonic()
     ask()
@@ -220,9 +222,9 @@ def locked_for(config: AccountantConfig, ask: Callable[[], None], seconds: float
 
 @pytest.mark.usefixtures("hasty")
 def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(
-    config: AccountantConfig,
+    accountant_config: AccountantConfig,
 ) -> None:
-    accountant, seen = RunAccountant(config), []
+    accountant, seen = RunAccountant(accountant_config), []
     attempt = accountant.begin()
     assert attempt is not None
 
@@ -230,7 +232,7 @@ def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(
         threading.Timer(0.5, lambda: seen.append(accountant.progress(0))).start()
         accountant.authorize(attempt.number, 1, "start")
 
-    took = locked_for(config, ask, 1.5)
+    took = locked_for(accountant_config, ask, 1.5)
     assert 1.0 <= took < 30.0
     assert 0.3 < seen[0].waiting_s < took
     assert seen[0].step == 0
@@ -239,8 +241,8 @@ def test_a_locked_ledger_is_waited_for_and_the_driver_sees_the_waiting(
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_ledger_locked_for_too_long_grants_nothing(config: AccountantConfig) -> None:
-    accountant = RunAccountant(replace(config, patience_s=0.3))
+def test_a_ledger_locked_for_too_long_grants_nothing(accountant_config: AccountantConfig) -> None:
+    accountant = RunAccountant(replace(accountant_config, patience_s=0.3))
     attempt = accountant.begin()
     assert attempt is not None
 
@@ -248,15 +250,15 @@ def test_a_ledger_locked_for_too_long_grants_nothing(config: AccountantConfig) -
         with pytest.raises(LedgerUnavailableError, match="locked"):
             accountant.authorize(attempt.number, 1, "start")
 
-    assert locked_for(config, ask, 1.5) < 1.5
-    with Ledger.open(config.ledger_url) as ledger:
+    assert locked_for(accountant_config, ask, 1.5) < 1.5
+    with Ledger.open(accountant_config.ledger_url) as ledger:
         time.sleep(1.5)
         assert ledger.run("run").charged_steps == 0
         assert ledger.dataset_names() == [DATASET]
 
 
-def test_the_lock_is_one_that_writers_feel(config: AccountantConfig) -> None:
-    file = Path(config.ledger_url.removeprefix("sqlite:///"))
+def test_the_lock_is_one_that_writers_feel(accountant_config: AccountantConfig) -> None:
+    file = Path(accountant_config.ledger_url.removeprefix("sqlite:///"))
     locker = Locker(file)
     other = sqlite3.connect(file, timeout=0.05, isolation_level=None)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
