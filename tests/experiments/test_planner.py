@@ -20,6 +20,7 @@ import torch
 
 import udp_ray
 from udp_ray.config.planner import EstimateConfig, PlanConfig
+from udp_ray.console import COLUMNS
 from udp_ray.data.store import PrivateCounts, StoreCounts
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments import planner
@@ -98,6 +99,7 @@ def test_the_job_ranks_recommends_and_draws(
     assert job_main()([*arguments, "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "shipped example" not in printed
+    assert max(map(len, printed.splitlines())) <= COLUMNS
     assert "Recommended:" in printed
     assert "sampling: uls" in printed
     assert "(the median): " in printed  # what a larger group costs ELS

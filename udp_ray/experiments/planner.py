@@ -14,13 +14,14 @@ guarantee. The cosine rho is given, or measured with a model on public or proxy 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from udp_ray.config.planner import EstimateConfig, PlanConfig
-from udp_ray.console import current
+from udp_ray.console import COLUMNS, current
 from udp_ray.data.remote import read_counts
 from udp_ray.dp.planning import TIE, Prediction, Workload, group_sizes, predict, ranked, recommend
 from udp_ray.errors import ConfigError
@@ -138,7 +139,8 @@ class Comparison:
             self._recommendation(),
             self._caveats(),
         ]
-        return "\n\n".join(part for part in parts if part)
+        text = "\n\n".join(part for part in parts if part)
+        return "\n".join(textwrap.fill(line, COLUMNS) for line in text.splitlines())
 
     def to_json(self) -> str:
         """Returns everything as one JSON object."""
