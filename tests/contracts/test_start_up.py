@@ -1,7 +1,7 @@
 """What processes of a run must not import before they need it: each costs a start-up its seconds.
 
 The driver of a trial is a new process for each place at which trials run; the workers are new in
-each trial. The figures stand in the README.
+each trial. The figures are in docs/performance.md.
 """
 
 import subprocess
