@@ -6,6 +6,7 @@ with started_job("train", config, tmp_path) as job:
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ from pydantic import BaseModel
 
 import udp_ray
 
-JOBS = Path(udp_ray.__file__).parent.parent / "jobs"
+ROOT = Path(udp_ray.__file__).parent.parent
+JOBS = ROOT / "jobs"
 TIMEOUT_S = 400.0
 
 
@@ -45,9 +47,12 @@ def started_job(
         arguments: Further ones of the job.
         by: Interpreter's arguments before the job, as of `tests.support.fault_points`.
     """
+    # The job's working directory is not the repository, whose `tests` it and its workers import.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | ({"PYTHONPATH": path} if by else {})
     job = subprocess.Popen(
         [sys.executable, *by, *command(name, config, folder, *arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment,
     )  # fmt: skip
     try:
         yield job
