@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Self
 
 from tests.support.heads import OBJECT_STORE_BYTES, program
+from tests.support.jobs import ROOT
 
 PORT = 6379
 START_TIMEOUT_S = 120.0
@@ -156,6 +157,7 @@ class Hosts:
         return kept | {
             "HOME": str(self.home(number)),
             "PATH": path,
+            "PYTHONPATH": str(ROOT),  # programs of the tests' package run in the home folder
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             # gloo and NCCL look an address up by the host's name, which all hosts here share.
