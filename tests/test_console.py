@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -156,6 +157,35 @@ def test_what_is_announced_stands_clear_of_the_progress_line(
     assert was_on
     assert capsys.readouterr().out == "run x: admitted\n"
     assert "admitted" not in stream.getvalue()
+
+
+def test_two_threads_that_announce_leave_no_display_running() -> None:
+    before = threading.active_count()
+    terminal = _Terminal(Console(file=io.StringIO(), force_terminal=True, width=100))
+    terminal.start()
+    say = terminal.announcing(lambda text: time.sleep(0.01))
+    threads = [threading.Thread(target=lambda: [say("x") for _ in range(10)]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    terminal.stop("")
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)  # a thread that was stopped takes a moment to end
+    assert threading.active_count() == before
+
+
+def test_a_display_that_cannot_start_is_not_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(log: _Log) -> None:
+        raise RuntimeError("no thread")
+
+    monkeypatch.setattr(_Log, "start", fail)
+    with pytest.raises(RuntimeError, match="no thread"), progress("reading"):
+        pytest.fail("the block must not run")
+    assert type(current()) is Display
 
 
 def test_progress_within_progress_shows_on_the_same_display_and_none_outside() -> None:

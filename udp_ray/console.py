@@ -145,6 +145,7 @@ class _Terminal(Display):
         self._console = console
         self._spinner = Spinner("dots", style="cyan")
         self._live: Live | None = None
+        self._pause = threading.RLock()  # one announcement at a time
 
     def start(self) -> None:
         self._live = Live(
@@ -165,15 +166,16 @@ class _Terminal(Display):
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        if self._live is None:  # paused already
-            yield
-            return
-        self.stop("")
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            self.start()
+        with self._pause:
+            if self._live is None:  # paused already
+                yield
+                return
+            self.stop("")
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+                self.start()
 
     def _line(self) -> Table:
         with self._lock:
@@ -305,8 +307,8 @@ def progress(phase: str | None = None) -> Iterator[Display]:
             display = _Terminal(Console(file=stderr)) if _is_terminal(stderr) else _Log(stdout)
         if phase is not None:
             display.phase(phase)
-        before, _shown = _shown, display
         display.start()
+        before, _shown = _shown, display
         last_words = ""
         try:
             yield display

@@ -87,3 +87,22 @@ def test_a_missing_file_and_a_missing_setting_are_named(file: Path) -> None:
         ExperimentConfig.load("nowhere.yaml")
     with pytest.raises(ConfigError, match=r"^section 'privacy' is missing: give it in the file$"):
         ExperimentConfig.load(None, {"output": "x"})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data.ledger=postgresql://u:hunter2@h/db",
+        ["data.ledger:postgresql://u:hunter2@h/db"],
+        ["data.name=2024-13-01"],
+        ["data.name=" + "[" * 5000],
+        {1: 2},
+    ],
+    ids=["one text", "no value", "no date", "nested", "a number as name"],
+)
+def test_an_override_that_cannot_be_read_is_one_sentence_without_passwords(overrides) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ExperimentConfig.load(None, overrides)
+    assert "hunter2" not in str(refused.value)
+    assert len(str(refused.value)) < 400
+    assert "\n" not in str(refused.value)

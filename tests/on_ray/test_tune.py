@@ -4,6 +4,7 @@ Whole trials are slow, so most tests use trials that are played: their rows in t
 files are written without training.
 """
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
@@ -407,6 +410,20 @@ def test_of_a_secret_sweep_nothing_tells_that_a_trial_diverged(tmp_path: Path) -
     assert result.loss == 3.4
     text = result.to_text() + "".join((output / name).read_text() for name in seen)
     assert "diverged" not in text
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_what_is_printed_while_secret_trials_run_does_not_reach_a_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    cell = io.StringIO()  # a notebook's stream, which has no descriptor
+    monkeypatch.setattr(sys, name, cell)
+    with tuning._output_to_file(cast(Sweep, SimpleNamespace(trials_folder=tmp_path))):
+        print("worker 3 died", file=getattr(sys, name))
+    assert cell.getvalue() == ""
+    assert "worker 3 died" in (tmp_path / "log").read_text()
+    print("after", file=getattr(sys, name))
+    assert cell.getvalue() == "after\n"
 
 
 @pytest.mark.parametrize("section", [ALL, BEST], ids=["all, the failing arm", "best"])

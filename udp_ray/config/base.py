@@ -127,7 +127,7 @@ class Section(BaseModel):
         """
         values = {} if path is None else read_yaml(path, cls)
         for name, value in _override_items(overrides):
-            *sections, field = name.split(".")
+            *sections, field = str(name).split(".")
             place = values
             for section in sections:
                 given = place.get(section)
@@ -153,14 +153,16 @@ def _override_items(overrides: Mapping[str, Any] | Sequence[str]) -> Iterator[tu
         yield from overrides.items()
         return
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides is the text {overrides!r}: give a list of texts")
+        raise ConfigError(f"overrides is the text {_shown(overrides)}: give a list of texts")
     for text in overrides:
         name, mark, value = text.partition("=")
         if not mark or not name.strip():
-            raise ConfigError(f"override {text!r} has no value: write it as privacy.epsilon=8")
+            raise ConfigError(
+                f"override {_shown(text)} has no value: write it as privacy.epsilon=8"
+            )
         try:
             yield name.strip(), yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             yield name.strip(), value
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,12 +116,13 @@ def _output_to_file(sweep: Sweep) -> Iterator[None]:
     sweep.trials_folder.mkdir(parents=True, exist_ok=True)
     streams = ((sys.stdout, 1), (sys.stderr, 2))
     kept = [os.dup(descriptor) for _, descriptor in streams]
-    with (sweep.trials_folder / "log").open("ab") as log:
+    with (sweep.trials_folder / "log").open("a", encoding="utf-8", buffering=1) as log:
         for stream, descriptor in streams:
             stream.flush()
             os.dup2(log.fileno(), descriptor)
         try:
-            yield
+            with redirect_stdout(log), redirect_stderr(log):  # a notebook's have no descriptor
+                yield
         finally:
             for (stream, descriptor), copy in zip(streams, kept, strict=True):
                 stream.flush()
