@@ -3,9 +3,6 @@
 python jobs/pretrain.py --config jobs/configs/pretrain.yaml --input public.parquet
 """
 
-import sys
-from contextlib import redirect_stdout
-
 from udp_ray.config.cli import DRY_RUN, parse, run_job
 from udp_ray.config.pretrain import PretrainConfig
 from udp_ray.console import progress
@@ -14,7 +11,7 @@ from udp_ray.console import progress
 def main(argv: list[str] | None = None) -> int:
     job = parse(PretrainConfig, __doc__, argv, flags=(DRY_RUN,))
     # Imported after the settings are read: a mistake in them need not wait for torch.
-    with redirect_stdout(sys.stderr), progress("loading libraries"):  # stdout is for the JSON
+    with progress("loading libraries"):
         from udp_ray.experiments.pretrain import dry_run, pretrain, report_json
 
         text = dry_run(job.config) if job.flag("dry-run") else report_json(pretrain(job.config))
