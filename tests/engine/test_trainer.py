@@ -475,6 +475,47 @@ def test_users_may_be_a_mapping_of_parts_of_a_dataset():
     assert torch.equal(trained(users, plan), trained(listed, plan))
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([0, 0, 1, 1]),
+        list(torch.tensor([0, 0, 1, 1])),
+        np.array([0, 0, 1, 1]),
+        list(np.array([0, 0, 1, 1])),
+    ],
+    ids=["a tensor", "tensors", "an array", "scalars of numpy"],
+)
+def test_ids_in_tensors_and_arrays_count_by_value(ids):
+    users = group_by_user(TensorDataset(torch.arange(4)), ids)
+    assert {user: len(part) for user, part in users.items()} == {0: 2, 1: 2}
+    assert all(type(user) is int for user in users)
+
+
+def test_ids_may_be_tuples_of_tensors():
+    ids = [(torch.tensor(place // 2), "a") for place in range(4)]
+    users = group_by_user(TensorDataset(torch.arange(4)), ids)
+    assert {user: len(part) for user, part in users.items()} == {(0, "a"): 2, (1, "a"): 2}
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([0, 0, 1], "3 ids for 4 examples"),
+        ([0, 0, 1, 1, 1], "5 ids for 4 examples"),
+        ([0, 0, 1, None], "no value at place 3"),
+        (torch.tensor([0.0, math.nan, 1.0, 1.0]), "no value at place 1"),
+        ([0, 0, (1, math.nan), 1], "no value at place 2"),
+        ([0, 0, [1], 1], "a list at place 2"),
+        (torch.zeros(4, 2), "a list at place 0"),
+        ([object()] * 4, "an object without equality at place 0"),
+    ],
+    ids=["too few", "too many", "none", "nan", "nan in a tuple", "a list", "rows", "an object"],
+)
+def test_ids_that_name_no_user_are_refused(ids, words):
+    with pytest.raises(ConfigError, match=words):
+        group_by_user(TensorDataset(torch.arange(4)), ids)
+
+
 def test_a_step_without_users_is_noised_like_any_other():
     plan = make_plan(expected_size=1, population=10**9, delta=1e-10, noise_multiplier=1.0)
     assert (trained(make_users(), plan) - weights(make_model())).abs().max() > 0.1

@@ -23,13 +23,13 @@ import hashlib
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -395,19 +395,51 @@ class InMemoryAccountant:
         """Keeps nothing: a run in memory is not resumed."""
 
 
-def group_by_user(
-    dataset: Dataset[Any], user_ids: Sequence[Hashable]
-) -> dict[Hashable, Subset[Any]]:
+def group_by_user(dataset: Dataset[Any], user_ids: Iterable[Any]) -> dict[Hashable, Subset[Any]]:
     """Returns each user's examples of a map-style dataset, for `Trainer(users=...)`.
 
     Args:
         dataset: The examples of all users.
-        user_ids: The user of each example, one per example of the dataset.
+        user_ids: The user of each example, one per example of the dataset: a list, or a tensor or
+            array, whose values count. The keys of the result are plain Python values.
+
+    Raises:
+        ConfigError: There is not one id per example, or an id is missing or cannot be compared.
     """
+    ids = list(user_ids.tolist() if hasattr(user_ids, "tolist") else user_ids)
+    num_examples = len(cast(Sized, dataset))
+    if len(ids) != num_examples:
+        raise ConfigError(
+            f"user_ids has {len(ids)} ids for {num_examples} examples: give one id per example"
+        )
     places: dict[Hashable, list[int]] = {}
-    for index, user in enumerate(user_ids):
-        places.setdefault(user, []).append(index)
+    for index, user in enumerate(ids):
+        places.setdefault(_plain_id(user, index), []).append(index)
     return {user: Subset(dataset, indices) for user, indices in places.items()}
+
+
+def _plain_id(user: Any, index: int) -> Hashable:
+    """Returns a user id that equals every other id of the same user.
+
+    Tensors, and objects without an equality of their own, are equal to themselves only: each
+    example would then count as a user.
+    """
+    if isinstance(user, tuple):
+        return tuple(_plain_id(part, index) for part in user)
+    if isinstance(user, Tensor | np.generic | np.ndarray):
+        user = user.tolist()  # a list, which is refused, unless it is a single value
+    if user is None or user != user:  # NaN is not equal to itself
+        found = "no value"
+    elif type(user).__hash__ is None:
+        found = f"a {type(user).__name__}"
+    elif type(user).__hash__ is object.__hash__:
+        found = "an object without equality"
+    else:
+        return cast(Hashable, user)
+    raise ConfigError(
+        f"user_ids has {found} at place {index}: give each example an id that is a number, a string"
+        " or a tuple of them"
+    )
 
 
 class UserExamples:
