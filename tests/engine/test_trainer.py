@@ -33,6 +33,7 @@ from udp_ray.engine import InMemoryAccountant, Trainer, group_by_user
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
     UnsupportedModelError,
@@ -239,6 +240,16 @@ def test_a_run_in_memory_repeats_no_step():
         accountant.authorize(4, "digest")
 
 
+def test_an_accountant_in_memory_knows_the_plan_that_it_admitted():
+    accountant, plan = InMemoryAccountant(), make_plan(**NOISY)
+    with pytest.raises(LedgerError, match="another plan"):
+        accountant.require_plan(plan.to_dict())
+    accountant.admit(plan)
+    accountant.require_plan(plan.to_dict())
+    with pytest.raises(LedgerError, match="another plan"):
+        accountant.require_plan(replace(plan, noise_multiplier=0.5).to_dict())
+
+
 # ---- a ledger, and resuming
 
 
@@ -331,6 +342,21 @@ def test_a_run_removes_its_own_uncommitted_checkpoints_and_no_others(ledger, tmp
     assert not uncommitted.exists()
     assert others
     assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.5}, {"expected_size": 4}, {"num_steps": 8}], ids=str
+)
+def test_a_plan_that_the_ledger_did_not_admit_is_refused_before_a_step(ledger, tmp_path, change):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    given = {
+        "accountant": LedgerAccountant(ledger, attempt), "attempt": attempt,
+        "key": ledger.key(attempt), "checkpoints": tmp_path / "checkpoints",
+    }  # fmt: skip
+    with pytest.raises(LedgerError, match="another privacy plan"):
+        trained(make_users(), replace(PLAN, **change), **given)
+    assert ledger.run("run").charged_steps == 0
+    trained(make_users(), PLAN, **given)
 
 
 def test_a_ledger_is_not_used_without_its_key_or_a_folder(ledger, tmp_path):

@@ -52,15 +52,16 @@ from udp_ray.engine.invariance import check_module
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.loop import TrainingLoop, cohorts
 from udp_ray.engine.plain import PlainEngine
-from udp_ray.engine.types import Accountant, Metrics
+from udp_ray.engine.types import Metrics, PlanAccountant
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
     UnsupportedModelError,
 )
-from udp_ray.ledger.records import Attempt, Budget, fits, left_of, total_of
+from udp_ray.ledger.records import Attempt, Budget, fits, left_of, plan_digest, total_of
 from udp_ray.models.load import trainable_parameters
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -119,7 +120,7 @@ class Trainer:
         users: Sequence[Sequence[Any]] | Mapping[Any, Sequence[Any]],
         plan: PrivacyPlan,
         settings: TrainConfig | None = None,
-        accountant: Accountant | None = None,
+        accountant: PlanAccountant | None = None,
         key: RunKey | None = None,
         attempt: Attempt | None = None,
         checkpoints: Path | str | None = None,
@@ -153,6 +154,7 @@ class Trainer:
         Raises:
             PrivacyBudgetExceededError: The accountant's total does not cover the plan; nothing was
                 trained.
+            LedgerError: The ledger admitted the run with another plan; nothing was trained.
             UnsupportedModelError: A user's gradient depends on other users, or the module keeps
                 state between calls; nothing was trained.
             Other errors: As `TrainingLoop.run`.
@@ -244,6 +246,7 @@ class Trainer:
                 "checkpoints is missing: a ledger's run continues from checkpoints only, so give a"
                 " folder"
             )
+        self._accountant.require_plan(self.plan.to_dict())
         return self._key
 
     def _require_equal_users(self, world: World) -> None:
@@ -350,6 +353,7 @@ class InMemoryAccountant:
         if epsilon is not None and delta is not None:
             self._total = Budget(epsilon, delta)
         self._charges: list[Budget] = []
+        self._plan: PrivacyPlan | None = None
         self._last_step = self._granted = 0
 
     @property
@@ -375,8 +379,15 @@ class InMemoryAccountant:
                 " train fewer steps, or with more noise"
             )
         self._charges.append(charge)
-        self._last_step, self._granted = plan.num_steps, 0
+        self._plan, self._last_step, self._granted = plan, plan.num_steps, 0
         return RunKey.generate() if key is None else key
+
+    def require_plan(self, plan: Mapping[str, Any]) -> None:
+        """Refuses a plan other than the one of the last admission; see `types.PlanAccountant`."""
+        if self._plan is None or plan_digest(self._plan.to_dict()) != plan_digest(plan):
+            raise LedgerError(
+                "the accountant has admitted another plan than this one: admit the plan that trains"
+            )
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Grants each step of the admitted run once; see `types.Accountant`."""
