@@ -230,6 +230,16 @@ def test_when_the_budget_ends_the_steps_taken_are_kept_and_stated():
     assert all("heldout/loss" in metrics for metrics in result.metrics)
 
 
+def test_the_text_states_what_all_runs_of_an_accountant_spent_together():
+    plan = make_plan(expected_size=3, **NOISY)
+    trainer = Trainer(make_model(), loss=squared_error, users=make_users(), plan=plan)
+    first, second = trainer.train(), trainer.train()
+    once, twice = f"{plan.epsilon():.4g}", f"{2 * plan.epsilon():.4g}"
+    assert f"in total   epsilon = {once}, delta = 0.001 charged" in first.to_text()
+    assert f"spent      epsilon = {once}, delta = 0.001 for 3 steps" in second.to_text()
+    assert f"in total   epsilon = {twice}, delta = 0.002 charged" in second.to_text()
+
+
 def test_a_run_in_memory_repeats_no_step():
     accountant = InMemoryAccountant()
     accountant.admit(make_plan())
@@ -307,6 +317,7 @@ def test_a_run_continues_from_its_checkpoint_to_the_same_bits_and_pays_once(ledg
     assert (record.charged_steps, record.committed_step, record.num_keys) == (7, 7, 1)
     assert Path(result.checkpoint).is_dir()
     assert "kept in memory" not in result.to_text()
+    assert "in total" not in result.to_text()
 
 
 def test_a_repeated_step_on_other_users_is_refused_before_any_commit(ledger, tmp_path):

@@ -205,6 +205,10 @@ class Trainer:
             ).run()
         # A re-keyed run has paid for repeated steps, which its last step is lowered by.
         repeated = 0 if attempt is None else self.plan.num_steps - attempt.last_step
+        accountant = self._accountant
+        total = world.from_first(
+            lambda: accountant.spent if isinstance(accountant, InMemoryAccountant) else None
+        )
         return TrainerResult(
             plan=self.plan,
             num_steps=result.step,
@@ -213,6 +217,7 @@ class Trainer:
             budget_message=result.budget_message,
             metrics=tuple(history),
             is_durable=attempt is not None,
+            total=total,
         )
 
     def _begin(self, world: World) -> tuple[RunKey | None, RankKeys, Attempt | None]:
@@ -297,10 +302,13 @@ class TrainerResult:
     """Public metrics in order: step, train/learning_rate and what `evaluate` returned."""
     is_durable: bool
     """Whether the charge outlives the process, in a ledger."""
+    total: Budget | None = None
+    """What an accountant in memory has charged for all its runs so far, this one included: the
+    guarantee of what they released together. None with a ledger, which says it itself."""
 
     @property
     def epsilon(self) -> float:
-        """Epsilon spent, at the plan's delta."""
+        """Epsilon spent by this run alone, at the plan's delta."""
         return self.plan.epsilon(self.charged_steps)
 
     def to_text(self) -> str:
@@ -322,6 +330,11 @@ class TrainerResult:
             f" {plan.noise_multiplier:.4g}",
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
         ]
+        if self.total is not None:
+            lines.append(
+                f"  in total   epsilon = {self.total.epsilon:.4g}, delta = {self.total.delta:.3g}"
+                " charged for all runs of this accountant"
+            )
         if not self.is_durable:
             lines.append("  budget     kept in memory: other processes do not know of this charge")
         if self.budget_message is not None:
