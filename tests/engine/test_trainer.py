@@ -120,9 +120,12 @@ def test_two_ranks_give_the_weights_of_one():
     assert all((found - one).abs().max() < ROUNDING for found in two)
 
 
-def test_ranks_with_different_users_are_refused():
+@pytest.mark.parametrize("differing", ["fewer", "reordered"])
+def test_ranks_with_different_users_are_refused(differing):
+    sizes = [len(user) for user in make_users()]
+    assert sizes[0] == sizes[4]  # what is reordered has the same numbers of examples
     with pytest.raises(WorldFailed) as failure:
-        run_on_ranks(2, train_on_rank, make_plan(), True)
+        run_on_ranks(2, train_on_rank, make_plan(), differing)
     assert {type(error) for error in failure.value.errors.values()} == {ConfigError}
 
 

@@ -22,9 +22,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import random
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -72,6 +73,9 @@ PROBED_USERS = 64
 
 INPUTS = "inputs"
 """In a checkpoint's provenance: the keyed digest of what the run computes on."""
+
+COMPARED = (Tensor, np.ndarray, np.generic, str, bytes, int, float)
+"""Parts of an example that ranks compare: their bytes are equal in all processes if they are."""
 
 
 class Trainer:
@@ -255,9 +259,20 @@ class Trainer:
         return self._key
 
     def _require_equal_users(self, world: World) -> None:
-        """Refuses ranks that number users differently: one user could then be on two ranks."""
-        digest = hashlib.sha256(self._users.user_offsets.tobytes()).digest()
-        own = int.from_bytes(digest[:7], "big")
+        """Refuses ranks that number users differently: one user could then be on two ranks.
+
+        Compared are the numbers of examples, and the first and the last example of each user. They
+        are read from equal seeds, so that a random Dataset returns equal ones.
+        """
+        digest = hashlib.sha256(self._users.user_offsets.tobytes())
+        if world.size > 1:
+            with _equal_randomness():
+                for start, stop in pairwise(self._users.user_offsets.tolist()):
+                    for index in sorted({start, stop - 1} if start < stop else ()):
+                        for leaf in tree_leaves(self._users.example(index)):
+                            if isinstance(leaf, COMPARED):
+                                digest.update(_described(leaf))
+        own = int.from_bytes(digest.digest()[:7], "big")
         largest, smallest = world.largest(own), -world.largest(-own)
         if largest != smallest:
             raise ConfigError(
@@ -659,16 +674,16 @@ def synthetic_examples(users: UserExamples) -> list[Any]:
         :PROBED_USERS
     ]
     by_size = sorted((users.example(start) for start in starts), key=_num_values)
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def synthetic(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.is_floating_point():
-            return torch.randn(leaf.shape, generator=random).to(leaf.dtype)
+            return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
         if leaf.numel() == 0:
             return leaf
-        places = torch.randint(leaf.numel(), leaf.shape, generator=random)
+        places = torch.randint(leaf.numel(), leaf.shape, generator=generator)
         return leaf.reshape(-1)[places]
 
     likes = [by_size[0]] * 3 + [by_size[-1]] * 3
@@ -755,6 +770,21 @@ def _source(function: Callable[..., Any]) -> str:
 def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Returns what changes when a buffer is replaced or changed in place."""
     return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+
+@contextmanager
+def _equal_randomness() -> Iterator[None]:
+    """Seeds the generators of torch, numpy and Python, and restores them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
