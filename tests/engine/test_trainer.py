@@ -472,10 +472,31 @@ class Late(nn.Module):
         return self.inner(x)
 
 
-def test_a_buffer_that_private_data_change_ends_training():
+class LateReplaced(Late):
+    """Deletes the buffer, and makes another, which may be put where the old one was."""
+
+    def forward(self, x):
+        if x.abs().max() > 100:
+            value = float(self.seen) + 1
+            del self.seen
+            self.register_buffer("seen", torch.full((1,), value))
+        return self.inner(x)
+
+
+class LateDeleted(Late):
+    """Deletes the buffer."""
+
+    def forward(self, x):
+        if x.abs().max() > 100 and "seen" in self._buffers:
+            del self.seen
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Late, LateReplaced, LateDeleted])
+def test_a_buffer_that_private_data_change_ends_training(kind):
     users = [*make_users(), [(torch.full((4,), 1000.0), torch.ones(1))]]
     with pytest.raises(UnsupportedModelError, match="the buffer seen of the model changed"):
-        Trainer(Late(), loss=squared_error, users=users, plan=make_plan()).train()
+        Trainer(kind(), loss=squared_error, users=users, plan=make_plan()).train()
 
 
 @pytest.mark.parametrize(

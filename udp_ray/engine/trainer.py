@@ -643,7 +643,7 @@ class _ModuleTraining(TrainingLoop):
         before = _buffer_versions(self.model)
         super()._take_step(source)
         after = _buffer_versions(self.model)
-        changed = next((name for name in after if before.get(name) != after[name]), None)
+        changed = _changed_buffer(before, after)
         if changed is not None:
             raise UnsupportedModelError(
                 f"the buffer {changed} of the model changed in a step: what users leave there is"
@@ -767,9 +767,23 @@ def _source(function: Callable[..., Any]) -> str:
         return getattr(function, "__qualname__", "")
 
 
-def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns what changes when a buffer is replaced or changed in place."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+_Buffers = dict[str, tuple[Tensor, int]]
+
+
+def _buffer_versions(model: nn.Module) -> _Buffers:
+    """Returns each buffer, so that its id is not used again, and its count of changes in place."""
+    return {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _changed_buffer(before: _Buffers, after: _Buffers) -> str | None:
+    """Returns the name of a buffer that was made, deleted, replaced or changed in place."""
+    for name in [*after, *(before.keys() - after.keys())]:
+        if name not in before or name not in after:
+            return name
+        (old, old_version), (new, new_version) = before[name], after[name]
+        if old is not new or old_version != new_version:
+            return name
+    return None
 
 
 @contextmanager
