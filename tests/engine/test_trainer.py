@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -33,6 +34,7 @@ from udp_ray.engine import InMemoryAccountant, Trainer, group_by_user
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    FencedError,
     LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
@@ -371,6 +373,29 @@ def test_a_plan_that_the_ledger_did_not_admit_is_refused_before_a_step(ledger, t
         trained(make_users(), replace(PLAN, **change), **given)
     assert ledger.run("run").charged_steps == 0
     trained(make_users(), PLAN, **given)
+
+
+def test_a_fenced_attempt_removes_no_checkpoint_of_a_newer_one(ledger, tmp_path):
+    old = ledger.begin_attempt("run", DIGESTS)
+    ledger.begin_attempt("run", DIGESTS)
+    mine, newer = (tmp_path / "run" / f"step-00000002-attempt-{n}" for n in (1, 2))
+    for folder in (mine, newer):
+        folder.mkdir(parents=True)
+    with pytest.raises(FencedError):
+        trained(
+            make_users(), PLAN, accountant=LedgerAccountant(ledger, old), attempt=old,
+            key=RunKey.from_seed(3), checkpoints=tmp_path,
+        )  # fmt: skip
+    assert (mine.exists(), newer.exists()) == (False, True)
+
+
+def test_committed_checkpoints_are_kept_where_the_folder_has_another_path(ledger, tmp_path):
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path / "checkpoints", stop_at=6)
+    names = {path.name for path in (tmp_path / "checkpoints" / "run").glob("step-*")}
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    attempt_with(ledger, tmp_path / "elsewhere")
+    assert names <= {path.name for path in (tmp_path / "elsewhere" / "run").glob("step-*")}
 
 
 def test_a_ledger_is_not_used_without_its_key_or_a_folder(ledger, tmp_path):

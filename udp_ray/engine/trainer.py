@@ -23,6 +23,7 @@ import hashlib
 import inspect
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,7 @@ from udp_ray.errors import (
     ReplayRefusedError,
     UnsupportedModelError,
 )
+from udp_ray.io import name_of
 from udp_ray.ledger.records import Attempt, Budget, fits, left_of, plan_digest, total_of
 from udp_ray.models.load import trainable_parameters
 
@@ -73,6 +75,8 @@ PROBED_USERS = 64
 
 INPUTS = "inputs"
 """In a checkpoint's provenance: the keyed digest of what the run computes on."""
+
+CHECKPOINT_NAME = re.compile(r"step-\d+-attempt-(\d+)")
 
 COMPARED = (Tensor, np.ndarray, np.generic, str, bytes, int, float)
 """Parts of an example that ranks compare: their bytes are equal in all processes if they are."""
@@ -696,11 +700,16 @@ def _run_name(keys: RankKeys, attempt: Attempt | None) -> str:
 
 
 def _remove_uncommitted(folder: Path, attempt: Attempt | None) -> None:
-    """Removes what earlier attempts wrote and did not commit: it is no release of the run."""
+    """Removes what earlier attempts wrote and did not commit: it is no release of the run.
+
+    Checkpoints of later attempts stay: this process may have been suspended since it was fenced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    committed = () if attempt is None else attempt.committed
-    for old in folder.glob("step-*-attempt-*"):
-        if str(old) not in committed:
+    kept = set() if attempt is None else {name_of(place) for place in attempt.committed}
+    number = 1 if attempt is None else attempt.number
+    for old in folder.iterdir():
+        written_by = CHECKPOINT_NAME.fullmatch(old.name)
+        if written_by and old.name not in kept and int(written_by[1]) <= number:
             shutil.rmtree(old)
 
 
