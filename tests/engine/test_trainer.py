@@ -255,6 +255,15 @@ def test_a_run_in_memory_repeats_no_step():
         accountant.authorize(4, "digest")
 
 
+def test_an_accountant_in_memory_admits_no_key_twice():
+    accountant, plan = InMemoryAccountant(), make_plan(**NOISY)
+    for key in (accountant.admit(plan), accountant.admit(plan, RunKey.from_seed(3))):
+        with pytest.raises(ReplayRefusedError, match="key was admitted before"):
+            accountant.admit(plan, key)
+    assert accountant.spent.epsilon == 2 * plan.epsilon()
+    accountant.admit(plan, RunKey.from_seed(4))
+
+
 def test_an_accountant_in_memory_knows_the_plan_that_it_admitted():
     accountant, plan = InMemoryAccountant(), make_plan(**NOISY)
     with pytest.raises(LedgerError, match="another plan"):

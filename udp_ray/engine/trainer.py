@@ -92,7 +92,8 @@ class Trainer:
             `collate` makes of some examples, on the model's device.
         users: One entry per user: a sequence or map-style Dataset of that user's examples, each a
             tensor or a nesting of tensors. Equal, and in the same order, on all ranks. A mapping
-            counts with its values. See `group_by_user`. Sensitive.
+            counts with its values. See `group_by_user`. Sensitive. A Dataset that draws random
+            numbers, for example to augment, must not draw them from a public seed.
         plan: The guarantee. Public.
         settings: Optimizer, learning rate, schedule, intervals of checkpoints and evaluations. What
             concerns ZeRO, kernels and tokens must have its default.
@@ -117,7 +118,10 @@ class Trainer:
 
     Privacy:
         The promise of `plan` holds for the trained weights, the checkpoints and what `to_text`
-        says. It does not cover what `evaluate` computes on private data.
+        says. It does not cover what `evaluate` computes on private data. A random Dataset whose
+        seed is public, for example fixed in the program, makes its draws known to an adversary:
+        leave its generators unseeded. What a sequence returns for an index must depend on that
+        user's data alone.
     """
 
     def __init__(
@@ -385,6 +389,7 @@ class InMemoryAccountant:
         if epsilon is not None and delta is not None:
             self._total = Budget(epsilon, delta)
         self._charges: list[Budget] = []
+        self._key_ids: set[str] = set()
         self._plan: PrivacyPlan | None = None
         self._last_step = self._granted = 0
 
@@ -402,7 +407,13 @@ class InMemoryAccountant:
 
         Raises:
             PrivacyBudgetExceededError: The price does not fit in what is left; nothing is charged.
+            ReplayRefusedError: The key was admitted before; nothing is charged.
         """
+        if key is not None and key.id in self._key_ids:
+            raise ReplayRefusedError(
+                "key was admitted before, and a second run with it would draw the same noise, which"
+                " a difference of both removes: leave key out"
+            )
         charge = Budget(plan.epsilon(), plan.delta)
         if self._total is not None and not fits([*self._charges, charge], self._total):
             left = left_of(self._total, self.spent)
@@ -412,7 +423,9 @@ class InMemoryAccountant:
             )
         self._charges.append(charge)
         self._plan, self._last_step, self._granted = plan, plan.num_steps, 0
-        return RunKey.generate() if key is None else key
+        admitted = RunKey.generate() if key is None else key
+        self._key_ids.add(admitted.id)
+        return admitted
 
     def require_plan(self, plan: Mapping[str, Any]) -> None:
         """Refuses a plan other than the one of the last admission; see `types.PlanAccountant`."""
