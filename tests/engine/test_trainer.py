@@ -7,7 +7,8 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +354,86 @@ def test_a_run_does_not_continue_with_another_loss_or_other_users(ledger, tmp_pa
         attempt_with(ledger, tmp_path, stop_at=6)
     with pytest.raises(CheckpointError, match="trained with another plan, model, loss"):
         attempt_with(ledger, tmp_path, **other)
+
+
+def scaled_error(model, batch, scale):
+    return scale * squared_error(model, batch)
+
+
+class ScaledError:
+    """A loss that is an object."""
+
+    def __init__(self, scale):
+        self.scale = scale
+        self.itself = self
+
+    def __call__(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledBySlot:
+    """A loss that is an object without a dictionary."""
+
+    scale: float
+
+    def __call__(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+class ScaledModule(nn.Module):
+    """A loss that is a module."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+def digest_of(ledger, **changes):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    given = {"loss": squared_error, "users": make_users(), "plan": PLAN} | changes
+    trainer = Trainer(
+        make_model(), accountant=LedgerAccountant(ledger, attempt), attempt=attempt, **given
+    )
+    return trainer._inputs_digest(RunKey.from_seed(3))
+
+
+LOSSES = {
+    "keyword": lambda scale: partial(scaled_error, scale=scale),
+    "place": lambda scale: partial(lambda scale, *rest: scaled_error(*rest, scale), scale),
+    "array": lambda scale: partial(scaled_error, scale=np.append(np.zeros(2000), [scale] * 2000)),
+    "tensor": lambda scale: partial(scaled_error, scale=torch.full((4000,), scale)),
+    "object": ScaledError,
+    "slots": ScaledBySlot,
+    "module": ScaledModule,
+    "nested": lambda scale: partial(ScaledError(partial(scaled_error, scale=scale))),
+}
+
+
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
+def test_the_digest_of_inputs_depends_on_what_a_loss_holds(ledger, make):
+    assert digest_of(ledger, loss=make(1.0)) == digest_of(ledger, loss=make(1.0))
+    assert digest_of(ledger, loss=make(1.0)) != digest_of(ledger, loss=make(2.0))
+
+
+def test_the_digest_of_inputs_depends_on_the_function_of_a_partial(ledger):
+    one, other = (digest_of(ledger, loss=partial(loss)) for loss in (squared_error, other_loss))
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + (np.arange(x.size) == 2000), np.float32, lambda x: x.reshape(2, -1)],
+    ids=["values", "type", "shape"],
+)  # fmt: skip
+def test_the_digest_of_inputs_depends_on_arrays(ledger, change):
+    values = np.zeros(4000)
+    same, equal, changed = (
+        digest_of(ledger, users=[[x]]) for x in (values, values.copy(), change(values))
+    )
+    assert same == equal != changed
 
 
 def test_a_run_removes_its_own_uncommitted_checkpoints_and_no_others(ledger, tmp_path):

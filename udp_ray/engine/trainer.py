@@ -28,6 +28,7 @@ import shutil
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,6 +79,9 @@ INPUTS = "inputs"
 
 CHECKPOINT_NAME = re.compile(r"step-\d+-attempt-(\d+)")
 
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""In the text of an object: where it is in memory, which is another place in each process."""
+
 COMPARED = (Tensor, np.ndarray, np.generic, str, bytes, int, float)
 """Parts of an example that ranks compare: their bytes are equal in all processes if they are."""
 
@@ -118,10 +122,10 @@ class Trainer:
 
     Privacy:
         The promise of `plan` holds for the trained weights, the checkpoints and what `to_text`
-        says. It does not cover what `evaluate` computes on private data. A random Dataset whose
-        seed is public, for example fixed in the program, makes its draws known to an adversary:
-        leave its generators unseeded. What a sequence returns for an index must depend on that
-        user's data alone.
+        says. It does not cover what `evaluate` computes on private data. Nor does it hold for a
+        random Dataset that draws from a public seed, for example one fixed in the program: a user
+        who takes part shifts what all others draw from a shared generator. Leave it unseeded. With
+        a ledger examples must be the same each time, or a resumed run is refused.
     """
 
     def __init__(
@@ -781,12 +785,49 @@ def _refuse_settings(settings: TrainConfig) -> None:
         raise ConfigError("train.kernel is ghost, and Trainer has the direct kernel: leave it out")
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """Returns the source of a function, or its name where there is no file to read it from."""
+def _source(function: Any, seen: frozenset[int] = frozenset()) -> str:
+    """Returns the source of a function, or of a callable object's class with what it holds.
+
+    Where there is no file to read a source from, it is the name.
+    """
+    if id(function) in seen:
+        return "itself"
+    seen |= {id(function)}
+    if isinstance(function, partial):
+        held = {"func": function.func, "args": function.args, **function.keywords}
+        return f"partial {_shown(held, seen)}"
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
-        return getattr(function, "__qualname__", "")
+        if inspect.isroutine(function) or isinstance(function, type):
+            return getattr(function, "__qualname__", "")
+    held = dict(getattr(function, "__dict__", {}))
+    if isinstance(function, nn.Module):
+        held = {name: each for name, each in held.items() if not name.startswith("_")}
+        return f"{_source(type(function), seen)} {_shown(function, seen)} {_shown(held, seen)}"
+    for kind in type(function).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(function, name):
+                held[name] = getattr(function, name)
+    return f"{_source(type(function), seen)} {_shown(held, seen)}"
+
+
+def _shown(value: Any, seen: frozenset[int]) -> str:
+    """Returns text that two values share only if they are equal, in every process."""
+    if isinstance(value, nn.Module):  # weights that train are in checkpoints
+        held = dict(value.named_buffers())
+        held |= {n: p for n, p in value.named_parameters() if not p.requires_grad}
+        return f"{value!r} {_shown(held, seen)}"
+    if isinstance(value, Mapping):
+        return str([(str(name), _shown(each, seen)) for name, each in value.items()])
+    if isinstance(value, list | tuple):
+        return str([_shown(each, seen) for each in value])
+    if callable(value):
+        return _source(value, seen)
+    if isinstance(value, Tensor | np.ndarray):
+        return hashlib.sha256(_described(value)).hexdigest()
+    return ADDRESS.sub("", repr(value))
 
 
 _Buffers = dict[str, tuple[Tensor, int]]
@@ -833,7 +874,10 @@ def _num_values(example: Any) -> int:
 
 def _described(leaf: Any) -> bytes:
     """Returns bytes that two leaves of an example share only if they are equal."""
+    if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.hasobject:
+        values = np.asarray(leaf).tobytes()
+        return f"numpy {leaf.dtype} {leaf.shape}\n".encode() + values
     if not isinstance(leaf, Tensor):
         return repr(leaf).encode()
-    values = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + values.tobytes()
+    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + flat.tobytes()
