@@ -8,6 +8,7 @@ offenders, is not called. Sound models show that the refusal is not for everythi
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -26,7 +27,7 @@ from tests.support.architectures import (
 from tests.support.training import RecordingAccountant, TinyRun, run_loop, write_tiny_store
 from udp_ray.data.batches import join
 from udp_ray.engine.distributed import join_world
-from udp_ray.engine.invariance import check_invariance
+from udp_ray.engine.invariance import _distance, check_invariance
 from udp_ray.engine.kernels.ghost import GhostKernel
 from udp_ray.engine.kernels.select import synthetic_group
 from udp_ray.engine.loss import chunk_logits
@@ -175,6 +176,16 @@ def test_weights_that_are_not_finite_are_no_coupling():
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
     check(model)
+
+
+def test_the_distance_of_gradients_that_are_not_finite_is_never_zero():
+    finite, nan = torch.ones(3), torch.tensor([1.0, math.nan, 1.0])
+    infinite = torch.tensor([1.0, math.inf, 1.0])
+    for broken in (nan, infinite):
+        assert math.isnan(_distance([broken], [broken]))
+        assert math.isnan(_distance([broken], [finite]))
+        assert _distance([finite], [broken]) == math.inf
+    assert _distance([finite], [finite]) == 0
 
 
 @pytest.fixture(scope="module")

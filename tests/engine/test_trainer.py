@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import runpy
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,8 @@ from udp_ray.engine import InMemoryAccountant, Trainer, group_by_user
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    FencedError,
+    LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
     UnsupportedModelError,
@@ -119,9 +123,12 @@ def test_two_ranks_give_the_weights_of_one():
     assert all((found - one).abs().max() < ROUNDING for found in two)
 
 
-def test_ranks_with_different_users_are_refused():
+@pytest.mark.parametrize("differing", ["fewer", "reordered"])
+def test_ranks_with_different_users_are_refused(differing):
+    sizes = [len(user) for user in make_users()]
+    assert sizes[0] == sizes[4]  # what is reordered has the same numbers of examples
     with pytest.raises(WorldFailed) as failure:
-        run_on_ranks(2, train_on_rank, make_plan(), True)
+        run_on_ranks(2, train_on_rank, make_plan(), differing)
     assert {type(error) for error in failure.value.errors.values()} == {ConfigError}
 
 
@@ -229,6 +236,16 @@ def test_when_the_budget_ends_the_steps_taken_are_kept_and_stated():
     assert all("heldout/loss" in metrics for metrics in result.metrics)
 
 
+def test_the_text_states_what_all_runs_of_an_accountant_spent_together():
+    plan = make_plan(expected_size=3, **NOISY)
+    trainer = Trainer(make_model(), loss=squared_error, users=make_users(), plan=plan)
+    first, second = trainer.train(), trainer.train()
+    once, twice = f"{plan.epsilon():.4g}", f"{2 * plan.epsilon():.4g}"
+    assert f"in total   epsilon = {once}, delta = 0.001 charged" in first.to_text()
+    assert f"spent      epsilon = {once}, delta = 0.001 for 3 steps" in second.to_text()
+    assert f"in total   epsilon = {twice}, delta = 0.002 charged" in second.to_text()
+
+
 def test_a_run_in_memory_repeats_no_step():
     accountant = InMemoryAccountant()
     accountant.admit(make_plan())
@@ -237,6 +254,25 @@ def test_a_run_in_memory_repeats_no_step():
         accountant.authorize(1, "digest")
     with pytest.raises(PrivacyBudgetExceededError, match="above the 3 steps"):
         accountant.authorize(4, "digest")
+
+
+def test_an_accountant_in_memory_admits_no_key_twice():
+    accountant, plan = InMemoryAccountant(), make_plan(**NOISY)
+    for key in (accountant.admit(plan), accountant.admit(plan, RunKey.from_seed(3))):
+        with pytest.raises(ReplayRefusedError, match="key was admitted before"):
+            accountant.admit(plan, key)
+    assert accountant.spent.epsilon == 2 * plan.epsilon()
+    accountant.admit(plan, RunKey.from_seed(4))
+
+
+def test_an_accountant_in_memory_knows_the_plan_that_it_admitted():
+    accountant, plan = InMemoryAccountant(), make_plan(**NOISY)
+    with pytest.raises(LedgerError, match="another plan"):
+        accountant.require_plan(plan.to_dict())
+    accountant.admit(plan)
+    accountant.require_plan(plan.to_dict())
+    with pytest.raises(LedgerError, match="another plan"):
+        accountant.require_plan(replace(plan, noise_multiplier=0.5).to_dict())
 
 
 # ---- a ledger, and resuming
@@ -296,6 +332,7 @@ def test_a_run_continues_from_its_checkpoint_to_the_same_bits_and_pays_once(ledg
     assert (record.charged_steps, record.committed_step, record.num_keys) == (7, 7, 1)
     assert Path(result.checkpoint).is_dir()
     assert "kept in memory" not in result.to_text()
+    assert "in total" not in result.to_text()
 
 
 def test_a_repeated_step_on_other_users_is_refused_before_any_commit(ledger, tmp_path):
@@ -319,6 +356,86 @@ def test_a_run_does_not_continue_with_another_loss_or_other_users(ledger, tmp_pa
         attempt_with(ledger, tmp_path, **other)
 
 
+def scaled_error(model, batch, scale):
+    return scale * squared_error(model, batch)
+
+
+class ScaledError:
+    """A loss that is an object."""
+
+    def __init__(self, scale):
+        self.scale = scale
+        self.itself = self
+
+    def __call__(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledBySlot:
+    """A loss that is an object without a dictionary."""
+
+    scale: float
+
+    def __call__(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+class ScaledModule(nn.Module):
+    """A loss that is a module."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, model, batch):
+        return scaled_error(model, batch, self.scale)
+
+
+def digest_of(ledger, **changes):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    given = {"loss": squared_error, "users": make_users(), "plan": PLAN} | changes
+    trainer = Trainer(
+        make_model(), accountant=LedgerAccountant(ledger, attempt), attempt=attempt, **given
+    )
+    return trainer._inputs_digest(RunKey.from_seed(3))
+
+
+LOSSES = {
+    "keyword": lambda scale: partial(scaled_error, scale=scale),
+    "place": lambda scale: partial(lambda scale, *rest: scaled_error(*rest, scale), scale),
+    "array": lambda scale: partial(scaled_error, scale=np.append(np.zeros(2000), [scale] * 2000)),
+    "tensor": lambda scale: partial(scaled_error, scale=torch.full((4000,), scale)),
+    "object": ScaledError,
+    "slots": ScaledBySlot,
+    "module": ScaledModule,
+    "nested": lambda scale: partial(ScaledError(partial(scaled_error, scale=scale))),
+}
+
+
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
+def test_the_digest_of_inputs_depends_on_what_a_loss_holds(ledger, make):
+    assert digest_of(ledger, loss=make(1.0)) == digest_of(ledger, loss=make(1.0))
+    assert digest_of(ledger, loss=make(1.0)) != digest_of(ledger, loss=make(2.0))
+
+
+def test_the_digest_of_inputs_depends_on_the_function_of_a_partial(ledger):
+    one, other = (digest_of(ledger, loss=partial(loss)) for loss in (squared_error, other_loss))
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + (np.arange(x.size) == 2000), np.float32, lambda x: x.reshape(2, -1)],
+    ids=["values", "type", "shape"],
+)  # fmt: skip
+def test_the_digest_of_inputs_depends_on_arrays(ledger, change):
+    values = np.zeros(4000)
+    same, equal, changed = (
+        digest_of(ledger, users=[[x]]) for x in (values, values.copy(), change(values))
+    )
+    assert same == equal != changed
+
+
 def test_a_run_removes_its_own_uncommitted_checkpoints_and_no_others(ledger, tmp_path):
     folder = tmp_path / "checkpoints"
     trained(make_users(), PLAN, checkpoints=folder)  # another run, in memory
@@ -331,6 +448,44 @@ def test_a_run_removes_its_own_uncommitted_checkpoints_and_no_others(ledger, tmp
     assert not uncommitted.exists()
     assert others
     assert all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise_multiplier": 0.5}, {"expected_size": 4}, {"num_steps": 8}], ids=str
+)
+def test_a_plan_that_the_ledger_did_not_admit_is_refused_before_a_step(ledger, tmp_path, change):
+    attempt = ledger.begin_attempt("run", DIGESTS)
+    given = {
+        "accountant": LedgerAccountant(ledger, attempt), "attempt": attempt,
+        "key": ledger.key(attempt), "checkpoints": tmp_path / "checkpoints",
+    }  # fmt: skip
+    with pytest.raises(LedgerError, match="another privacy plan"):
+        trained(make_users(), replace(PLAN, **change), **given)
+    assert ledger.run("run").charged_steps == 0
+    trained(make_users(), PLAN, **given)
+
+
+def test_a_fenced_attempt_removes_no_checkpoint_of_a_newer_one(ledger, tmp_path):
+    old = ledger.begin_attempt("run", DIGESTS)
+    ledger.begin_attempt("run", DIGESTS)
+    mine, newer = (tmp_path / "run" / f"step-00000002-attempt-{n}" for n in (1, 2))
+    for folder in (mine, newer):
+        folder.mkdir(parents=True)
+    with pytest.raises(FencedError):
+        trained(
+            make_users(), PLAN, accountant=LedgerAccountant(ledger, old), attempt=old,
+            key=RunKey.from_seed(3), checkpoints=tmp_path,
+        )  # fmt: skip
+    assert (mine.exists(), newer.exists()) == (False, True)
+
+
+def test_committed_checkpoints_are_kept_where_the_folder_has_another_path(ledger, tmp_path):
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path / "checkpoints", stop_at=6)
+    names = {path.name for path in (tmp_path / "checkpoints" / "run").glob("step-*")}
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    attempt_with(ledger, tmp_path / "elsewhere")
+    assert names <= {path.name for path in (tmp_path / "elsewhere" / "run").glob("step-*")}
 
 
 def test_a_ledger_is_not_used_without_its_key_or_a_folder(ledger, tmp_path):
@@ -413,6 +568,21 @@ def test_a_model_that_breaks_the_promise_is_refused_before_it_is_charged_a_step(
     assert asked._granted == 0
 
 
+def root(model, batch):
+    return model(batch[0])[:, 0].sub(1e9).sqrt()
+
+
+def test_a_loss_that_is_not_finite_on_synthetic_examples_is_refused():
+    """Otherwise any module would pass, because NaN is above no tolerance."""
+    asked = InMemoryAccountant()
+    for model in (make_model(), nn.Sequential(nn.Linear(4, 8), Centering(), nn.Linear(8, 1))):
+        with pytest.raises(UnsupportedModelError, match="is not finite, so that nothing can be"):
+            Trainer(
+                model, loss=root, users=make_users(), plan=make_plan(), accountant=asked
+            ).train()
+    assert asked._granted == 0
+
+
 def test_dropout_and_layer_norm_are_accepted():
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.5), nn.Linear(8, 1))
     Trainer(model, loss=squared_error, users=make_users(), plan=make_plan()).train()
@@ -432,10 +602,31 @@ class Late(nn.Module):
         return self.inner(x)
 
 
-def test_a_buffer_that_private_data_change_ends_training():
+class LateReplaced(Late):
+    """Deletes the buffer, and makes another, which may be put where the old one was."""
+
+    def forward(self, x):
+        if x.abs().max() > 100:
+            value = float(self.seen) + 1
+            del self.seen
+            self.register_buffer("seen", torch.full((1,), value))
+        return self.inner(x)
+
+
+class LateDeleted(Late):
+    """Deletes the buffer."""
+
+    def forward(self, x):
+        if x.abs().max() > 100 and "seen" in self._buffers:
+            del self.seen
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [Late, LateReplaced, LateDeleted])
+def test_a_buffer_that_private_data_change_ends_training(kind):
     users = [*make_users(), [(torch.full((4,), 1000.0), torch.ones(1))]]
     with pytest.raises(UnsupportedModelError, match="the buffer seen of the model changed"):
-        Trainer(Late(), loss=squared_error, users=users, plan=make_plan()).train()
+        Trainer(kind(), loss=squared_error, users=users, plan=make_plan()).train()
 
 
 @pytest.mark.parametrize(
@@ -473,6 +664,47 @@ def test_users_may_be_a_mapping_of_parts_of_a_dataset():
     ]
     plan = make_plan(expected_size=3, population=3)
     assert torch.equal(trained(users, plan), trained(listed, plan))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.tensor([0, 0, 1, 1]),
+        list(torch.tensor([0, 0, 1, 1])),
+        np.array([0, 0, 1, 1]),
+        list(np.array([0, 0, 1, 1])),
+    ],
+    ids=["a tensor", "tensors", "an array", "scalars of numpy"],
+)
+def test_ids_in_tensors_and_arrays_count_by_value(ids):
+    users = group_by_user(TensorDataset(torch.arange(4)), ids)
+    assert {user: len(part) for user, part in users.items()} == {0: 2, 1: 2}
+    assert all(type(user) is int for user in users)
+
+
+def test_ids_may_be_tuples_of_tensors():
+    ids = [(torch.tensor(place // 2), "a") for place in range(4)]
+    users = group_by_user(TensorDataset(torch.arange(4)), ids)
+    assert {user: len(part) for user, part in users.items()} == {(0, "a"): 2, (1, "a"): 2}
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([0, 0, 1], "3 ids for 4 examples"),
+        ([0, 0, 1, 1, 1], "5 ids for 4 examples"),
+        ([0, 0, 1, None], "no value at place 3"),
+        (torch.tensor([0.0, math.nan, 1.0, 1.0]), "no value at place 1"),
+        ([0, 0, (1, math.nan), 1], "no value at place 2"),
+        ([0, 0, [1], 1], "a list at place 2"),
+        (torch.zeros(4, 2), "a list at place 0"),
+        ([object()] * 4, "an object without equality at place 0"),
+    ],
+    ids=["too few", "too many", "none", "nan", "nan in a tuple", "a list", "rows", "an object"],
+)
+def test_ids_that_name_no_user_are_refused(ids, words):
+    with pytest.raises(ConfigError, match=words):
+        group_by_user(TensorDataset(torch.arange(4)), ids)
 
 
 def test_a_step_without_users_is_noised_like_any_other():

@@ -10,9 +10,9 @@ import pickle
 
 import pytest
 
-from tests.support.ledger_processes import DIGESTS, START, admit, new_ledger, other
+from tests.support.ledger_processes import DIGESTS, PLAN, START, admit, new_ledger, other
 from udp_ray.dp.keys import RunKey
-from udp_ray.engine.types import Accountant
+from udp_ray.engine.types import PlanAccountant
 from udp_ray.errors import FencedError, LedgerError, PrivacyBudgetExceededError, ReplayRefusedError
 from udp_ray.ledger import Digests, Ledger, LedgerAccountant
 
@@ -26,7 +26,7 @@ def ledger(tmp_path):
         yield ledger
 
 
-def accountant(ledger: Ledger, digests: Digests = DIGESTS, **options: str) -> Accountant:
+def accountant(ledger: Ledger, digests: Digests = DIGESTS, **options: str) -> PlanAccountant:
     """Begins an attempt; the engine accepts what is returned."""
     return LedgerAccountant(ledger, ledger.begin_attempt("run", digests, **options))
 
@@ -66,6 +66,14 @@ def test_a_rekeyed_attempt_pays_for_the_step_that_it_repeats(ledger):
     assert ledger.run("run").charged_steps == 3
     with pytest.raises(PrivacyBudgetExceededError):
         rekeyed.authorize(3, "one")
+
+
+def test_a_plan_that_was_not_admitted_is_refused(ledger):
+    asked = accountant(ledger)
+    asked.require_plan(dict(reversed(PLAN.items())))
+    for other_plan in (PLAN | {"noise_multiplier": 0.1}, {}):
+        with pytest.raises(LedgerError, match="another privacy plan"):
+            asked.require_plan(other_plan)
 
 
 def test_an_older_accountant_is_fenced(ledger):

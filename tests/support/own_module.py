@@ -94,14 +94,17 @@ def judged(
     return weights(model).float()
 
 
-def train_on_rank(plan: PrivacyPlan, lacks_a_user: bool = False) -> Tensor:
+def train_on_rank(plan: PrivacyPlan, differing: str = "") -> Tensor:
     """Trains on this rank of a group, with microbatches of one example.
 
     Args:
         plan: The plan.
-        lacks_a_user: Whether rank 1 is given fewer users than rank 0.
+        differing: What rank 1 is given: one user "fewer" than rank 0, or as many, of as many
+            examples, "reordered"; by default the same.
     """
     users = make_users()
-    if lacks_a_user and dist.get_rank() == 1:
+    if differing == "fewer" and dist.get_rank() == 1:
         users = users[1:]
+    if differing == "reordered" and dist.get_rank() == 1:
+        users[0], users[4] = users[4], users[0]
     return trained(users, plan, microbatch_rows=1)

@@ -73,10 +73,11 @@ def check_invariance(
     Args:
         model: The model, whole, in training mode, with the weights that training starts from. It
             may still be in host memory (ZeRO 3).
-        parameters: The trainable ones by name. kernel: The kernel that will train. tokens_per_row:
-        Most tokens that a row can have: `data.block_tokens`. microbatch_tokens:
-        `TrainConfig.microbatch_tokens`; no synthetic microbatch is larger, except
-            of a single row.
+        parameters: The trainable ones by name.
+        kernel: The kernel that will train.
+        tokens_per_row: Most tokens that a row can have: `data.block_tokens`.
+        microbatch_tokens: `TrainConfig.microbatch_tokens`; no synthetic microbatch is larger,
+            except of a single row.
         autocast: `ModelConfig.autocast`.
         trains_on: The type of the device that will train, which decides the tolerance.
 
@@ -134,7 +135,8 @@ def check_module(
         autocast: `ModelConfig.autocast`, under which another number of rows may round otherwise.
 
     Raises:
-        UnsupportedModelError: The module keeps something between calls, or mixes examples.
+        UnsupportedModelError: The module keeps something between calls or mixes examples, or a
+            gradient is not finite, so that this cannot be checked.
 
     Privacy:
         As `check_invariance`: (a) a gradient before and after another group, and (b) that no
@@ -149,6 +151,12 @@ def check_module(
         def of(group: Clippable) -> list[Tensor]:
             torch.manual_seed(0)
             found = [part.cpu() for part in gradient(group)]
+            if not all(math.isfinite(float(part.norm())) for part in found):
+                raise UnsupportedModelError(
+                    "the loss of synthetic examples, or its gradient, is not finite, so that"
+                    " nothing can be checked: start from finite weights, and let the loss accept"
+                    " any numbers, for example by clamping before a logarithm or a root"
+                )
             if (changed := state.changed()) is not None:
                 raise UnsupportedModelError(
                     f"the model changed {changed} while it processed a synthetic group: what one"
@@ -551,12 +559,19 @@ def _are_near(rounding: float, one: _Tensors, other: _Tensors) -> bool:
 
 
 def _distance(expected: Iterable[Tensor], found: Iterable[Tensor]) -> float:
-    """Returns the norm of the difference relative to the expected gradient's, if that is finite."""
+    """Returns the norm of the difference relative to the expected gradient's.
+
+    Edge cases:
+        The expected gradient is not finite -> NaN, which is above no tolerance and not equal to 0.
+        Only the found one is not finite -> infinity.
+    """
     difference = norm = 0.0
     for one, other in zip(expected, found, strict=True):
         difference += float((one - other).norm()) ** 2
         norm += float(one.norm()) ** 2
-    if not math.isfinite(norm) or difference == 0:
+    if not math.isfinite(norm):
+        return math.nan
+    if difference == 0:
         return 0.0
     return math.sqrt(difference / norm) if norm > 0 and math.isfinite(difference) else math.inf
 

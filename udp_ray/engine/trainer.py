@@ -22,14 +22,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import random
+import re
 import shutil
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -52,15 +55,17 @@ from udp_ray.engine.invariance import check_module
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.loop import TrainingLoop, cohorts
 from udp_ray.engine.plain import PlainEngine
-from udp_ray.engine.types import Accountant, Metrics
+from udp_ray.engine.types import Metrics, PlanAccountant
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
+    LedgerError,
     PrivacyBudgetExceededError,
     ReplayRefusedError,
     UnsupportedModelError,
 )
-from udp_ray.ledger.records import Attempt, Budget, fits, left_of, total_of
+from udp_ray.io import name_of
+from udp_ray.ledger.records import Attempt, Budget, fits, left_of, plan_digest, total_of
 from udp_ray.models.load import trainable_parameters
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -71,6 +76,14 @@ PROBED_USERS = 64
 
 INPUTS = "inputs"
 """In a checkpoint's provenance: the keyed digest of what the run computes on."""
+
+CHECKPOINT_NAME = re.compile(r"step-\d+-attempt-(\d+)")
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""In the text of an object: where it is in memory, which is another place in each process."""
+
+COMPARED = (Tensor, np.ndarray, np.generic, str, bytes, int, float)
+"""Parts of an example that ranks compare: their bytes are equal in all processes if they are."""
 
 
 class Trainer:
@@ -83,7 +96,8 @@ class Trainer:
             `collate` makes of some examples, on the model's device.
         users: One entry per user: a sequence or map-style Dataset of that user's examples, each a
             tensor or a nesting of tensors. Equal, and in the same order, on all ranks. A mapping
-            counts with its values. See `group_by_user`. Sensitive.
+            counts with its values. See `group_by_user`. Sensitive. A Dataset that draws random
+            numbers, for example to augment, must not draw them from a public seed.
         plan: The guarantee. Public.
         settings: Optimizer, learning rate, schedule, intervals of checkpoints and evaluations. What
             concerns ZeRO, kernels and tokens must have its default.
@@ -108,7 +122,10 @@ class Trainer:
 
     Privacy:
         The promise of `plan` holds for the trained weights, the checkpoints and what `to_text`
-        says. It does not cover what `evaluate` computes on private data.
+        says. It does not cover what `evaluate` computes on private data. Nor does it hold for a
+        random Dataset that draws from a public seed, for example one fixed in the program: a user
+        who takes part shifts what all others draw from a shared generator. Leave it unseeded. With
+        a ledger examples must be the same each time, or a resumed run is refused.
     """
 
     def __init__(
@@ -119,7 +136,7 @@ class Trainer:
         users: Sequence[Sequence[Any]] | Mapping[Any, Sequence[Any]],
         plan: PrivacyPlan,
         settings: TrainConfig | None = None,
-        accountant: Accountant | None = None,
+        accountant: PlanAccountant | None = None,
         key: RunKey | None = None,
         attempt: Attempt | None = None,
         checkpoints: Path | str | None = None,
@@ -153,6 +170,7 @@ class Trainer:
         Raises:
             PrivacyBudgetExceededError: The accountant's total does not cover the plan; nothing was
                 trained.
+            LedgerError: The ledger admitted the run with another plan; nothing was trained.
             UnsupportedModelError: A user's gradient depends on other users, or the module keeps
                 state between calls; nothing was trained.
             Other errors: As `TrainingLoop.run`.
@@ -203,6 +221,10 @@ class Trainer:
             ).run()
         # A re-keyed run has paid for repeated steps, which its last step is lowered by.
         repeated = 0 if attempt is None else self.plan.num_steps - attempt.last_step
+        accountant = self._accountant
+        total = world.from_first(
+            lambda: accountant.spent if isinstance(accountant, InMemoryAccountant) else None
+        )
         return TrainerResult(
             plan=self.plan,
             num_steps=result.step,
@@ -211,6 +233,7 @@ class Trainer:
             budget_message=result.budget_message,
             metrics=tuple(history),
             is_durable=attempt is not None,
+            total=total,
         )
 
     def _begin(self, world: World) -> tuple[RunKey | None, RankKeys, Attempt | None]:
@@ -244,12 +267,24 @@ class Trainer:
                 "checkpoints is missing: a ledger's run continues from checkpoints only, so give a"
                 " folder"
             )
+        self._accountant.require_plan(self.plan.to_dict())
         return self._key
 
     def _require_equal_users(self, world: World) -> None:
-        """Refuses ranks that number users differently: one user could then be on two ranks."""
-        digest = hashlib.sha256(self._users.user_offsets.tobytes()).digest()
-        own = int.from_bytes(digest[:7], "big")
+        """Refuses ranks that number users differently: one user could then be on two ranks.
+
+        Compared are the numbers of examples, and the first and the last example of each user. They
+        are read from equal seeds, so that a random Dataset returns equal ones.
+        """
+        digest = hashlib.sha256(self._users.user_offsets.tobytes())
+        if world.size > 1:
+            with _equal_randomness():
+                for start, stop in pairwise(self._users.user_offsets.tolist()):
+                    for index in sorted({start, stop - 1} if start < stop else ()):
+                        for leaf in tree_leaves(self._users.example(index)):
+                            if isinstance(leaf, COMPARED):
+                                digest.update(_described(leaf))
+        own = int.from_bytes(digest.digest()[:7], "big")
         largest, smallest = world.largest(own), -world.largest(-own)
         if largest != smallest:
             raise ConfigError(
@@ -294,10 +329,13 @@ class TrainerResult:
     """Public metrics in order: step, train/learning_rate and what `evaluate` returned."""
     is_durable: bool
     """Whether the charge outlives the process, in a ledger."""
+    total: Budget | None = None
+    """What an accountant in memory has charged for all its runs so far, this one included: the
+    guarantee of what they released together. None with a ledger, which says it itself."""
 
     @property
     def epsilon(self) -> float:
-        """Epsilon spent, at the plan's delta."""
+        """Epsilon spent by this run alone, at the plan's delta."""
         return self.plan.epsilon(self.charged_steps)
 
     def to_text(self) -> str:
@@ -319,6 +357,11 @@ class TrainerResult:
             f" {plan.noise_multiplier:.4g}",
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
         ]
+        if self.total is not None:
+            lines.append(
+                f"  in total   epsilon = {self.total.epsilon:.4g}, delta = {self.total.delta:.3g}"
+                " charged for all runs of this accountant"
+            )
         if not self.is_durable:
             lines.append("  budget     kept in memory: other processes do not know of this charge")
         if self.budget_message is not None:
@@ -350,6 +393,8 @@ class InMemoryAccountant:
         if epsilon is not None and delta is not None:
             self._total = Budget(epsilon, delta)
         self._charges: list[Budget] = []
+        self._key_ids: set[str] = set()
+        self._plan: PrivacyPlan | None = None
         self._last_step = self._granted = 0
 
     @property
@@ -366,7 +411,13 @@ class InMemoryAccountant:
 
         Raises:
             PrivacyBudgetExceededError: The price does not fit in what is left; nothing is charged.
+            ReplayRefusedError: The key was admitted before; nothing is charged.
         """
+        if key is not None and key.id in self._key_ids:
+            raise ReplayRefusedError(
+                "key was admitted before, and a second run with it would draw the same noise, which"
+                " a difference of both removes: leave key out"
+            )
         charge = Budget(plan.epsilon(), plan.delta)
         if self._total is not None and not fits([*self._charges, charge], self._total):
             left = left_of(self._total, self.spent)
@@ -375,8 +426,17 @@ class InMemoryAccountant:
                 " train fewer steps, or with more noise"
             )
         self._charges.append(charge)
-        self._last_step, self._granted = plan.num_steps, 0
-        return RunKey.generate() if key is None else key
+        self._plan, self._last_step, self._granted = plan, plan.num_steps, 0
+        admitted = RunKey.generate() if key is None else key
+        self._key_ids.add(admitted.id)
+        return admitted
+
+    def require_plan(self, plan: Mapping[str, Any]) -> None:
+        """Refuses a plan other than the one of the last admission; see `types.PlanAccountant`."""
+        if self._plan is None or plan_digest(self._plan.to_dict()) != plan_digest(plan):
+            raise LedgerError(
+                "the accountant has admitted another plan than this one: admit the plan that trains"
+            )
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Grants each step of the admitted run once; see `types.Accountant`."""
@@ -395,19 +455,51 @@ class InMemoryAccountant:
         """Keeps nothing: a run in memory is not resumed."""
 
 
-def group_by_user(
-    dataset: Dataset[Any], user_ids: Sequence[Hashable]
-) -> dict[Hashable, Subset[Any]]:
+def group_by_user(dataset: Dataset[Any], user_ids: Iterable[Any]) -> dict[Hashable, Subset[Any]]:
     """Returns each user's examples of a map-style dataset, for `Trainer(users=...)`.
 
     Args:
         dataset: The examples of all users.
-        user_ids: The user of each example, one per example of the dataset.
+        user_ids: The user of each example, one per example of the dataset: a list, or a tensor or
+            array, whose values count. The keys of the result are plain Python values.
+
+    Raises:
+        ConfigError: There is not one id per example, or an id is missing or cannot be compared.
     """
+    ids = list(user_ids.tolist() if hasattr(user_ids, "tolist") else user_ids)
+    num_examples = len(cast(Sized, dataset))
+    if len(ids) != num_examples:
+        raise ConfigError(
+            f"user_ids has {len(ids)} ids for {num_examples} examples: give one id per example"
+        )
     places: dict[Hashable, list[int]] = {}
-    for index, user in enumerate(user_ids):
-        places.setdefault(user, []).append(index)
+    for index, user in enumerate(ids):
+        places.setdefault(_plain_id(user, index), []).append(index)
     return {user: Subset(dataset, indices) for user, indices in places.items()}
+
+
+def _plain_id(user: Any, index: int) -> Hashable:
+    """Returns a user id that equals every other id of the same user.
+
+    Tensors, and objects without an equality of their own, are equal to themselves only: each
+    example would then count as a user.
+    """
+    if isinstance(user, tuple):
+        return tuple(_plain_id(part, index) for part in user)
+    if isinstance(user, Tensor | np.generic | np.ndarray):
+        user = user.tolist()  # a list, which is refused, unless it is a single value
+    if user is None or user != user:  # NaN is not equal to itself
+        found = "no value"
+    elif type(user).__hash__ is None:
+        found = f"a {type(user).__name__}"
+    elif type(user).__hash__ is object.__hash__:
+        found = "an object without equality"
+    else:
+        return cast(Hashable, user)
+    raise ConfigError(
+        f"user_ids has {found} at place {index}: give each example an id that is a number, a string"
+        " or a tuple of them"
+    )
 
 
 class UserExamples:
@@ -572,7 +664,7 @@ class _ModuleTraining(TrainingLoop):
         before = _buffer_versions(self.model)
         super()._take_step(source)
         after = _buffer_versions(self.model)
-        changed = next((name for name in after if before.get(name) != after[name]), None)
+        changed = _changed_buffer(before, after)
         if changed is not None:
             raise UnsupportedModelError(
                 f"the buffer {changed} of the model changed in a step: what users leave there is"
@@ -603,16 +695,16 @@ def synthetic_examples(users: UserExamples) -> list[Any]:
         :PROBED_USERS
     ]
     by_size = sorted((users.example(start) for start in starts), key=_num_values)
-    random = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def synthetic(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.is_floating_point():
-            return torch.randn(leaf.shape, generator=random).to(leaf.dtype)
+            return torch.randn(leaf.shape, generator=generator).to(leaf.dtype)
         if leaf.numel() == 0:
             return leaf
-        places = torch.randint(leaf.numel(), leaf.shape, generator=random)
+        places = torch.randint(leaf.numel(), leaf.shape, generator=generator)
         return leaf.reshape(-1)[places]
 
     likes = [by_size[0]] * 3 + [by_size[-1]] * 3
@@ -625,11 +717,16 @@ def _run_name(keys: RankKeys, attempt: Attempt | None) -> str:
 
 
 def _remove_uncommitted(folder: Path, attempt: Attempt | None) -> None:
-    """Removes what earlier attempts wrote and did not commit: it is no release of the run."""
+    """Removes what earlier attempts wrote and did not commit: it is no release of the run.
+
+    Checkpoints of later attempts stay: this process may have been suspended since it was fenced.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    committed = () if attempt is None else attempt.committed
-    for old in folder.glob("step-*-attempt-*"):
-        if str(old) not in committed:
+    kept = set() if attempt is None else {name_of(place) for place in attempt.committed}
+    number = 1 if attempt is None else attempt.number
+    for old in folder.iterdir():
+        written_by = CHECKPOINT_NAME.fullmatch(old.name)
+        if written_by and old.name not in kept and int(written_by[1]) <= number:
             shutil.rmtree(old)
 
 
@@ -688,17 +785,83 @@ def _refuse_settings(settings: TrainConfig) -> None:
         raise ConfigError("train.kernel is ghost, and Trainer has the direct kernel: leave it out")
 
 
-def _source(function: Callable[..., Any]) -> str:
-    """Returns the source of a function, or its name where there is no file to read it from."""
+def _source(function: Any, seen: frozenset[int] = frozenset()) -> str:
+    """Returns the source of a function, or of a callable object's class with what it holds.
+
+    Where there is no file to read a source from, it is the name.
+    """
+    if id(function) in seen:
+        return "itself"
+    seen |= {id(function)}
+    if isinstance(function, partial):
+        held = {"func": function.func, "args": function.args, **function.keywords}
+        return f"partial {_shown(held, seen)}"
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):
-        return getattr(function, "__qualname__", "")
+        if inspect.isroutine(function) or isinstance(function, type):
+            return getattr(function, "__qualname__", "")
+    held = dict(getattr(function, "__dict__", {}))
+    if isinstance(function, nn.Module):
+        held = {name: each for name, each in held.items() if not name.startswith("_")}
+        return f"{_source(type(function), seen)} {_shown(function, seen)} {_shown(held, seen)}"
+    for kind in type(function).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(function, name):
+                held[name] = getattr(function, name)
+    return f"{_source(type(function), seen)} {_shown(held, seen)}"
 
 
-def _buffer_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns what changes when a buffer is replaced or changed in place."""
-    return {name: (id(buffer), buffer._version) for name, buffer in model.named_buffers()}
+def _shown(value: Any, seen: frozenset[int]) -> str:
+    """Returns text that two values share only if they are equal, in every process."""
+    if isinstance(value, nn.Module):  # weights that train are in checkpoints
+        held = dict(value.named_buffers())
+        held |= {n: p for n, p in value.named_parameters() if not p.requires_grad}
+        return f"{value!r} {_shown(held, seen)}"
+    if isinstance(value, Mapping):
+        return str([(str(name), _shown(each, seen)) for name, each in value.items()])
+    if isinstance(value, list | tuple):
+        return str([_shown(each, seen) for each in value])
+    if callable(value):
+        return _source(value, seen)
+    if isinstance(value, Tensor | np.ndarray):
+        return hashlib.sha256(_described(value)).hexdigest()
+    return ADDRESS.sub("", repr(value))
+
+
+_Buffers = dict[str, tuple[Tensor, int]]
+
+
+def _buffer_versions(model: nn.Module) -> _Buffers:
+    """Returns each buffer, so that its id is not used again, and its count of changes in place."""
+    return {name: (buffer, buffer._version) for name, buffer in model.named_buffers()}
+
+
+def _changed_buffer(before: _Buffers, after: _Buffers) -> str | None:
+    """Returns the name of a buffer that was made, deleted, replaced or changed in place."""
+    for name in [*after, *(before.keys() - after.keys())]:
+        if name not in before or name not in after:
+            return name
+        (old, old_version), (new, new_version) = before[name], after[name]
+        if old is not new or old_version != new_version:
+            return name
+    return None
+
+
+@contextmanager
+def _equal_randomness() -> Iterator[None]:
+    """Seeds the generators of torch, numpy and Python, and restores them afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -711,7 +874,10 @@ def _num_values(example: Any) -> int:
 
 def _described(leaf: Any) -> bytes:
     """Returns bytes that two leaves of an example share only if they are equal."""
+    if isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.hasobject:
+        values = np.asarray(leaf).tobytes()
+        return f"numpy {leaf.dtype} {leaf.shape}\n".encode() + values
     if not isinstance(leaf, Tensor):
         return repr(leaf).encode()
-    values = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + values.tobytes()
+    flat = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{leaf.dtype} {tuple(leaf.shape)}\n".encode() + flat.tobytes()

@@ -42,6 +42,23 @@ class Accountant(Protocol):
         """Records durably that all steps up to this one are in the checkpoint at `location`."""
 
 
+class PlanAccountant(Accountant, Protocol):
+    """An accountant that also knows the plan that was paid for: what `Trainer` needs.
+
+    Implemented by `LedgerAccountant` and by `InMemoryAccountant`.
+    """
+
+    def require_plan(self, plan: Mapping[str, Any]) -> None:
+        """Refuses a plan other than the one that the run was admitted with.
+
+        Args:
+            plan: `PrivacyPlan.to_dict`.
+
+        Raises:
+            LedgerError: It is another one, so that the charge would not cover what is released.
+        """
+
+
 Metrics = dict[str, float]
 """Public numbers by name, names as paths: train/learning_rate, heldout/token_loss."""
 

@@ -740,7 +740,8 @@ class Ledger:
 class LedgerAccountant:
     """Reserves the steps of one attempt in a ledger, in this process; no cluster is needed.
 
-    It satisfies `udp_ray.engine.types.Accountant`. Workers on Ray use `RemoteAccountant` instead.
+    It satisfies `udp_ray.engine.types.PlanAccountant`. Workers on Ray use `RemoteAccountant`
+    instead.
 
         attempt = ledger.begin_attempt("run-1", digests)
         keys = ledger.key(attempt).of_rank(0)
@@ -750,6 +751,22 @@ class LedgerAccountant:
     def __init__(self, ledger: Ledger, attempt: Attempt) -> None:
         self._ledger = ledger
         self._attempt = attempt
+
+    def require_plan(self, plan: Mapping[str, Any]) -> None:
+        """Refuses a plan other than the one that the run was admitted with.
+
+        Args:
+            plan: `PrivacyPlan.to_dict`, with which the run was admitted too.
+
+        Raises:
+            LedgerError: It is another one, so that the charge would not cover what is released.
+        """
+        run_id = self._attempt.run_id
+        if plan_digest(self._ledger.run(run_id).plan) != plan_digest(plan):
+            raise LedgerError(
+                f"run {run_id!r} was admitted with another privacy plan than the one that trains:"
+                " train with the admitted one, or admit a new run with plan=plan.to_dict()"
+            )
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Returns once the step is durably reserved; see `Ledger.authorize`."""
