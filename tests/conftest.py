@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.postgres import NoServerError, PostgresServer, find_programs
+
 END_OF_TEXT = 256
 
 
@@ -45,6 +47,18 @@ def ray_2_cpus() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the test module, which may stop it; skips where none can run."""
+    try:
+        server = PostgresServer(find_programs())
+        server.start()
+    except NoServerError as error:
+        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
+    yield server
+    server.remove()
 
 
 @pytest.fixture(scope="session")

@@ -64,11 +64,10 @@ def prepare(config: ExperimentConfig) -> PrepareResult:
 
     with progress("loading libraries"):
         from udp_ray.on_ray.prepare import prepare as prepare_on_ray
-    model = config.model.name
     return prepare_on_ray(
         config.data,
-        tokenizer=config.data.tokenizer or model,
-        model=model,
+        tokenizer=config.tokenizer,
+        model=config.model.name,
         address=config.cluster.address,
     )
 

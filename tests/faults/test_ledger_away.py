@@ -6,7 +6,7 @@ pytest tests/faults/test_ledger_away.py
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.fault_points import Moment, paused_at
 from tests.support.ledger_processes import DATASET, DIGESTS, admit, new_ledger
-from tests.support.postgres import NoServerError, PostgresServer, find_programs
+from tests.support.postgres import PostgresServer
 from tests.support.recovery import (
     Undisturbed,
     no_output,
@@ -116,17 +116,6 @@ def test_training_stops_when_the_ledgers_file_is_moved_away(
 
 
 # ---- PostgreSQL
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PostgresServer]:
-    try:
-        server = PostgresServer(find_programs())
-        server.start()
-    except NoServerError as error:
-        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
-    yield server
-    server.remove()
 
 
 @pytest.fixture(scope="module")

@@ -17,21 +17,9 @@ from tests.support.ledger_processes import (
     reserved_steps,
     started,
 )
-from tests.support.postgres import NoServerError, PostgresServer, find_programs
 from udp_ray.errors import LedgerError, LedgerUnavailableError
 from udp_ray.ledger import Ledger
 from udp_ray.ledger.database import parse_url, public_url
-
-
-@pytest.fixture(scope="module")
-def server():
-    try:
-        server = PostgresServer(find_programs())
-        server.start()
-    except NoServerError as error:
-        pytest.skip(f"NOT TESTED ON POSTGRESQL: {error}")
-    yield server
-    server.remove()
 
 
 @pytest.fixture

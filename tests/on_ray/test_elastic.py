@@ -6,18 +6,16 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
-import udp_ray
 from tests.support.faults import wait_for_steps
+from tests.support.jobs import job_process
 from tests.support.object_store import ObjectStore
 from tests.support.recovery import weights
 from tests.support.runs import tiny_experiment, to_folder, with_storage
@@ -37,7 +35,6 @@ STEPS_OF_AN_ATTEMPT = 4
 # more than a thousand times as much (see the failing arm).
 TOLERANCE = 1e-5
 PATIENCE_S = 900
-JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "train.py"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
 
@@ -61,20 +58,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
 @pytest.fixture(scope="module")
 def undisturbed(config: ExperimentConfig) -> Path:
     output = Path(config.output).parent / "undisturbed"
-    finish(start(with_storage(to_folder(config, output), output.with_name("storage")), {}))
+    stored = with_storage(to_folder(config, output), output.with_name("storage"))
+    finish(job_process("train", stored, output.parent))
     return output
-
-
-def start(
-    config: ExperimentConfig, variables: Mapping[str, str], *arguments: str
-) -> subprocess.Popen[str]:
-    file = Path(config.output).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    return subprocess.Popen(
-        [sys.executable, str(JOB), "--config", str(file), *arguments],
-        env=os.environ | dict(variables),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=file.parent,
-    )  # fmt: skip
 
 
 def finish(job: subprocess.Popen[str]) -> str:
@@ -113,10 +99,11 @@ def test_a_run_goes_on_with_fewer_and_more_workers_to_the_same_weights_and_spend
         put_store(folder / "store", objects.url("store"))
         disturbed = at_urls(disturbed, objects, folder / "cache")
     with Ledger.open(config.data.ledger_url) as ledger:
-        job = start(disturbed, variables)
+        job = job_process("train", disturbed, folder, variables=variables)
         for attempt, workers in enumerate(WORKERS[1:], start=1):
             kill_in(job, output, ledger, attempt)
-            job = start(disturbed, variables, "--resume", f"--cluster.num_workers={workers}")
+            resumed = ("--resume", f"--cluster.num_workers={workers}")
+            job = job_process("train", disturbed, folder, *resumed, variables=variables)
         said = finish(job)
         run_id = json.loads((output / "run.json").read_text())["run_id"]
         record = ledger.run(run_id)

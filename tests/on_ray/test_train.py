@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import udp_ray
 from tests.support.faults import train_workers, wait_for_steps, worker_killed_after
+from tests.support.jobs import job_process
 from tests.support.recovery import weights
 from tests.support.runs import DATASET, tiny_experiment, to_folder, with_storage
 from tests.support.training import distance
@@ -160,24 +158,13 @@ def test_the_comparison_of_weights_would_notice_other_steps(undisturbed: RunResu
     assert distance(before, after) > 100 * EVERY * TOLERANCE
 
 
-def run_job(config: ExperimentConfig, *arguments: str) -> subprocess.Popen[str]:
-    folder = Path(config.output).parent
-    file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    job = Path(udp_ray.__file__).parent.parent / "jobs" / "train.py"
-    return subprocess.Popen(
-        [sys.executable, str(job), "--config", str(file), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_to_the_same_weights_and_spend(
     undisturbed: RunResult, config: ExperimentConfig, ledger: Ledger
 ) -> None:
     output = undisturbed.output.parent / "driver-killed"
     disturbed = to_folder(config, output)
-    job = run_job(disturbed)
+    job = job_process("train", disturbed, output.parent)
     try:
         run_file = output / "run.json"
         while not run_file.exists():
@@ -191,7 +178,7 @@ def test_a_killed_driver_is_resumed_to_the_same_weights_and_spend(
     assert orphans
     assert ledger.run(run_id).state == "admitted"
     assert not (output / "model.safetensors").exists()
-    resumed = run_job(disturbed, "--resume")
+    resumed = job_process("train", disturbed, output.parent, "--resume")
     text, _ = resumed.communicate(timeout=PATIENCE_S)
     assert resumed.returncode == 0, text
     record = ledger.run(run_id)

@@ -13,8 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,7 +24,7 @@ import ray
 import yaml
 from transformers import AutoModelForCausalLM
 
-import udp_ray
+from tests.support.jobs import JOBS, started_job
 from tests.support.runs import DATASET, tiny_experiment
 from tests.support.sweeps import NUM_STEPS, play_trial, tiny_sweep
 from udp_ray.config.experiment import ExperimentConfig
@@ -301,7 +300,7 @@ def test_the_search_for_leaks_finds_the_trials_of_a_sweep_that_shows_them(tmp_pa
 def test_a_secret_sweep_shows_in_the_ledger_as_one_run(tmp_path: Path) -> None:
     sweep, _, _ = secret(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(jobs() / "ledger.py"), "show", "--dataset", DATASET,
+        [sys.executable, str(JOBS / "ledger.py"), "show", "--dataset", DATASET,
          "--ledger", sweep.ledger_url, "--json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -499,10 +498,6 @@ def halve_the_noise(told: dict) -> dict:
 # ---- on Ray
 
 
-def jobs() -> Path:
-    return Path(udp_ray.__file__).parent.parent / "jobs"
-
-
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_trials_run_by_tune_and_one_that_fails_neither_ends_the_sweep_nor_pays_twice(
     tmp_path: Path,
@@ -538,7 +533,7 @@ def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
     first = tiny_sweep(tmp_path, BEST, privacy={"num_steps": 6}, train={"checkpoint_every": 2})
     config = tiny_sweep(tmp_path, BEST, train={"checkpoint_every": 2},
                         privacy={"num_steps": 6, "seed": seed_with(3, first)})  # fmt: skip
-    with started_job(config) as job:
+    with started_job("sweep", config, tmp_path) as job:
         wait_for_a_step(config, job)
         working = Path(config.output) / ".trials"
         assert stat.S_IMODE(working.stat().st_mode) == 0o700
@@ -548,7 +543,7 @@ def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
             kill_a_trial(job)
         text, _ = job.communicate(timeout=PATIENCE_S)
     if victim == "driver":
-        with started_job(config, "--resume") as job:
+        with started_job("sweep", config, tmp_path, "--resume") as job:
             again, _ = job.communicate(timeout=PATIENCE_S)
         text += again
     assert job.returncode == 0, text
@@ -565,24 +560,6 @@ def test_a_secret_sweep_survives_a_kill_and_says_nothing_of_its_trials(
     assert AutoModelForCausalLM.from_pretrained(config.output)
     with pytest.raises(LedgerError, match="finished"):
         tuning.sweep(config, resume=True, announce=lambda text: None)
-
-
-@contextmanager
-def started_job(config: SweepJobConfig, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Starts a sweep as a user does; it is over with the block, whatever happens."""
-    folder = Path(config.output).parent
-    file = folder / "sweep.yaml"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    job = subprocess.Popen(
-        [sys.executable, str(jobs() / "sweep.py"), "--config", str(file), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
-    )  # fmt: skip
-    try:
-        yield job
-    finally:
-        if job.poll() is None:
-            job.kill()
-            job.communicate()
 
 
 def wait_for_a_step(config: SweepJobConfig, job: subprocess.Popen[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,15 +30,15 @@ def command(name: str, config: BaseModel, folder: Path, *arguments: str) -> list
     return [str(JOBS / f"{name}.py"), "--config", str(file), *arguments]
 
 
-@contextmanager
-def started_job(
+def job_process(
     name: str,
     config: BaseModel,
     folder: Path,
     *arguments: str,
     by: Sequence[str] = (),
-) -> Iterator[subprocess.Popen[str]]:
-    """Starts a job; it is over with the block, whatever happens.
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """Starts a job in `folder` and returns its process, whose output is one stream of text.
 
     Args:
         name: Of the job.
@@ -46,14 +46,23 @@ def started_job(
         folder: For the file of settings.
         arguments: Further ones of the job.
         by: Interpreter's arguments before the job, as of `tests.support.fault_points`.
+        variables: Added to the environment.
     """
     # The job's working directory is not the repository, whose `tests` it and its workers import.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | ({"PYTHONPATH": path} if by else {})
-    job = subprocess.Popen(
+    environment = os.environ | ({"PYTHONPATH": path} if by else {}) | dict(variables or {})
+    return subprocess.Popen(
         [sys.executable, *by, *command(name, config, folder, *arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder, env=environment,
     )  # fmt: skip
+
+
+@contextmanager
+def started_job(
+    name: str, config: BaseModel, folder: Path, *arguments: str, by: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """Starts a job as `job_process` does; it is over with the block, whatever happens."""
+    job = job_process(name, config, folder, *arguments, by=by)
     try:
         yield job
     finally:

@@ -396,6 +396,11 @@ class ExperimentConfig(Section):
         )
         return self
 
+    @property
+    def tokenizer(self) -> str:
+        """Name or folder of the tokenizer: `data.tokenizer`, or else the model's own."""
+        return self.data.tokenizer or self.model.name
+
     def digest(self) -> str:
         """Returns a SHA-256 over the settings that make a repeated step the same release.
 

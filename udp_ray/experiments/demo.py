@@ -104,15 +104,14 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
     start = time.monotonic()
     folder = demo_folder(config)
     require_own_folder(folder)
-    tokenizer = config.data.tokenizer or config.model.name
     open_config = without_privacy(config)
     with progress("checking the input") as display:
         announce = display.announcing(announce)
-        require_usable(config.data, tokenizer=tokenizer, model=config.model.name)
+        require_usable(config.data, tokenizer=config.tokenizer, model=config.model.name)
         replace_folder(folder)
         announce("1/3  Prepare the data: text to a store, sharded by user")
         with connected(config.cluster.address):
-            prepare(config.data, tokenizer=tokenizer, model=config.model.name)
+            prepare(config.data, tokenizer=config.tokenizer, model=config.model.name)
             announce("\n2/3  Fine-tune with user-level privacy")
             private_s = _timed(lambda: train(config, announce=announce))
             announce("\n3/3  The same without noise and clipping, for comparison: no promise")

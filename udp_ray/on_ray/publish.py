@@ -202,7 +202,7 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     checkpoint.refuse_other_frozen(frozen_fingerprint(model))
     checkpoint.load_weights(trainable_parameters(model))
-    tokenizer = load_tokenizer(config.data.tokenizer or config.model.name)
+    tokenizer = load_tokenizer(config.tokenizer)
     with (
         writing("the model", folder.path),
         tempfile.TemporaryDirectory(prefix=".model-", dir=folder.path) as temporary,

@@ -216,13 +216,12 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
             f"data.name is {config.data.name}, but data.store {config.data.store} was prepared as"
             f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
         )
-    name = config.data.tokenizer or config.model.name
     # Imports transformers, which takes seconds and which the driver of a trial does not need.
     from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 
-    if tokenizer_fingerprint(load_tokenizer(name)) != manifest.tokenizer.fingerprint:
+    if tokenizer_fingerprint(load_tokenizer(config.tokenizer)) != manifest.tokenizer.fingerprint:
         raise DataError(
-            f"data.tokenizer is {name}, which is not the tokenizer that made data.store"
+            f"data.tokenizer is {config.tokenizer}, which is not the tokenizer that made data.store"
             f" ({manifest.tokenizer.name}): name that one, or prepare the store again"
         )
     # Examples are as long as the store has them; a length that was not given is only a default.
