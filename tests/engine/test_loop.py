@@ -98,7 +98,8 @@ def test_metrics_are_public_numbers_and_nothing_else(whole):
     assert set(told(whole)[-1]) == {
         "step", "train/learning_rate", "heldout/token_loss", "heldout/user_loss",
         "heldout/token_perplexity", "heldout/user_perplexity", "heldout/num_tokens",
-        "heldout/num_users",
+        "heldout/num_users", "heldout/num_examples", "heldout/stored_users",
+        "heldout/stored_examples",
     }  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def test_when_the_budget_ends_the_steps_taken_are_kept(run):
     assert told(ended)[-1]["step"] == 3
 
 
-def test_when_the_budget_ends_at_a_checkpoint_it_is_evaluated_in_whole(run):
+def test_when_the_budget_ends_at_a_checkpoint_it_is_evaluated(run):
     ended = train_tiny(run, last_step=2)
     assert [event[1] for event in ended.events if event[0] == "commit"] == [2]
     assert "heldout/token_loss" in told(ended)[-1]

@@ -52,6 +52,12 @@ def test_phase_step_epsilon_and_held_out_loss_are_shown(curve: EpsilonCurve) -> 
     )  # fmt: skip
     assert log.text() == f"training: step 6 of 24, epsilon {curve.at(6):.3f}, held-out loss 5.432"
     assert shown.num_seen == 2
+    how_far = "512 of 4,096 held-out examples"
+    shown.show(Progress(attempts=1, phase=f"evaluating: {how_far}", step=6, charged_steps=6))
+    assert log.text() == (
+        f"evaluating: step 6 of 24, measured {how_far}, epsilon {curve.at(6):.3f},"
+        " held-out loss 5.432"
+    )
     shown.show(Progress(attempts=1, phase="stopping workers", step=24, charged_steps=24))
     assert log.text() == "stopping workers"
 

@@ -310,3 +310,25 @@ def evaluate_tiny(store: str, microbatch_tokens: int) -> HeldoutMetrics:
         world=join_world(),
         microbatch_tokens=microbatch_tokens,
     )
+
+
+@dataclass(frozen=True)
+class CountedEvaluation:
+    """What an evaluation found on this rank, and its passes through the model."""
+
+    metrics: HeldoutMetrics
+    passes: int
+
+
+def evaluate_counted(store: str, microbatch_tokens: int, is_collective: bool) -> CountedEvaluation:
+    """Evaluates the tiny model on all users of a store, and counts passes on this rank."""
+    model, passes = tiny_model(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    metrics = evaluate(
+        model,
+        TokenStore.open(store, verify=False),
+        world=join_world(),
+        microbatch_tokens=microbatch_tokens,
+        is_collective=is_collective,
+    )
+    return CountedEvaluation(metrics, len(passes))

@@ -160,6 +160,19 @@ class ModelConfig(Section):
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+MOST_EVALUATED = 4096
+"""Held-out examples of an evaluation by default; more change the mean over users little."""
+FORWARDS_PER_EXAMPLE = 3
+"""Forward passes that cost as much as one forward and backward pass."""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
 
 class TrainConfig(Section):
     """Optimizer, speed and memory of training. Nothing here can change the guarantee."""
@@ -197,8 +210,9 @@ class TrainConfig(Section):
     evaluate_every: PositiveInt | None = None
     """Number of steps between held-out evaluations, a multiple of train.checkpoint_every. Default:
     train.checkpoint_every."""
-    evaluate_examples: PositiveInt | None = 4096
-    """Most held-out examples per evaluation during training; those before and after use all."""
+    evaluate_examples: PositiveInt | Literal["auto", "all"] = "auto"
+    """Most held-out examples in an evaluation, those before and after training included: a number,
+    or all. auto: 4,096, or as many as are evaluated in the time of the training in between."""
     kernel: Literal["auto", "direct", "ghost"] = "auto"
     """Clipping kernel: direct, one user (els: example) per backward pass; ghost, many per pass, for
     a model without dropout; auto, the faster one by a short measurement on synthetic tokens, and
@@ -207,6 +221,17 @@ class TrainConfig(Section):
     """Adds the noise to rank 0's own clipped sum before the reduction: one reduction less. No
     effect under zero_stage 3, which reduces layer by layer. Refused with privacy.secure_noise above
     one worker."""
+
+    @field_validator("evaluate_examples", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: Any) -> Any:
+        if value is None:  # what was all users in settings of earlier versions
+            return "all"
+        if isinstance(value, str) and value not in ("auto", "all") and not _is_number(value):
+            raise ValueError(
+                f"train.evaluate_examples is {value!r}: give a number of examples, auto or all"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -227,6 +252,24 @@ class TrainConfig(Section):
                 " while stage 3 keeps slices: set train.kernel auto, or train.zero_stage 2"
             )
         return self
+
+    def heldout_examples(self, *, expected_size: float, num_steps: int) -> int | None:
+        """Returns the most held-out examples of an evaluation; None for all.
+
+        With "auto" an evaluation takes at most as long as the training between two of them, where
+        held-out examples are as long as those that train. A forward pass is a third of the
+        arithmetic of a forward and backward pass, and a user in a step has at least one example.
+
+        Args:
+            expected_size: Users (uls) or examples (els) expected in a step.
+            num_steps: Steps of the run.
+        """
+        if self.evaluate_examples == "all":
+            return None
+        if self.evaluate_examples != "auto":
+            return self.evaluate_examples
+        steps = min(self.evaluate_every or self.checkpoint_every, num_steps)
+        return max(1, min(MOST_EVALUATED, int(FORWARDS_PER_EXAMPLE * expected_size * steps)))
 
 
 class ClusterConfig(Section):

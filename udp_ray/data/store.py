@@ -382,6 +382,17 @@ class TokenStore:
             lengths[here] = offsets[local + 1] - offsets[local]
         return lengths
 
+    def loss_starts(self, indices: Int64Array) -> Int64Array:
+        """Returns `loss_start` of each of these examples."""
+        indices = np.asarray(indices, np.int64)
+        starts = np.empty(len(indices), np.int64)
+        shard_of = np.searchsorted(self._example_starts[1:], indices, side="right")
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            local = indices[here] - self._example_starts[number]
+            starts[here] = self._shards[number].loss_starts[local]
+        return starts
+
     def user_hash(self, user: int) -> bytes:
         """Returns the keyed hash of one user's id. Sensitive."""
         number = int(np.searchsorted(self._user_starts[1:], user, side="right"))

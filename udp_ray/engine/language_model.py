@@ -66,8 +66,11 @@ def train(
             the initial weights, when not resumed) with a flat dict of public numbers: step,
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
-            heldout/num_tokens, heldout/num_users. Never a time or a rate.
-        on_phase: Called when training enters another phase, such as evaluating or writing.
+            heldout/num_tokens, heldout/num_users, heldout/num_examples, heldout/stored_users,
+            heldout/stored_examples. Never a time or a rate.
+        on_phase: Called when training enters another phase, such as evaluating or writing, and
+            while an evaluation lasts, with how far it is: "evaluating: 512 of 4,096 held-out
+            examples".
         workspace: Local temporary folder for checkpoints that are being written, by rank 0.
         attempt: Where the ledger says that training continues; None where no ledger is asked, and
             training starts from the model as given. Until `attempt.replay_until` is repeated, no
@@ -194,6 +197,9 @@ class LanguageModelTraining(TrainingLoop):
             world=self.world,
             microbatch_tokens=self.settings.microbatch_tokens,
             autocast=self.autocast,
-            max_examples=None if is_whole else self.settings.evaluate_examples,
+            max_examples=self.settings.heldout_examples(
+                expected_size=self.plan.expected_size, num_steps=self.plan.num_steps
+            ),
             is_collective=self.engine.is_sliced,
+            on_progress=self._progress_of_phase("evaluating", "held-out examples"),
         ).to_dict()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -60,6 +61,9 @@ from udp_ray.models.load import frozen_fingerprint
 
 SAMPLED_VALUES = 256
 """Values of each parameter that the check after the first step looks at."""
+
+PROGRESS_S = 0.5
+"""Seconds between two messages on how far a phase is."""
 
 
 class GroupSource(Protocol):
@@ -129,7 +133,7 @@ class TrainingLoop(ABC):
         """Returns public metrics of the present weights on held-out data; {} without such data.
 
         Args:
-            is_whole: Whether to use all held-out data, as before the first and after the last step.
+            is_whole: Whether it is before the first or after the last step.
         """
 
     def _prepare_model(self) -> None:  # noqa: B027  # a hook that few runs need
@@ -301,6 +305,21 @@ class TrainingLoop(ABC):
         if phase != self.phase and self.on_phase is not None:
             self.on_phase(phase)
         self.phase = phase
+
+    def _progress_of_phase(self, phase: str, what: str) -> Callable[[int, int], None] | None:
+        """Returns a function that says how far a phase is, at most every `PROGRESS_S` seconds."""
+        if self.on_phase is None:
+            return None
+        said_at = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal said_at
+            now = time.monotonic()
+            if now - said_at >= PROGRESS_S:
+                said_at = now
+                self._enter(f"{phase}: {done:,} of {total:,} {what}")
+
+        return say
 
     def _report(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:

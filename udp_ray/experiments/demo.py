@@ -26,6 +26,7 @@ from udp_ray.io import METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.prepare import prepare, require_usable
 from udp_ray.on_ray.train import train
+from udp_ray.runs.result import part_measured
 
 MARK = "made-by-the-demo"
 COMPARISON_FILE = "comparison.json"
@@ -38,9 +39,9 @@ class Row:
 
     model: str
     token_perplexity: float
-    """exp of the mean loss over all held-out tokens."""
+    """exp of the mean loss over the held-out tokens that were measured."""
     user_perplexity: float
-    """exp of the mean over held-out users of their mean loss."""
+    """exp of the mean over the users that were measured of their mean loss."""
     epsilon: float
     """Spent on the training users; infinite without noise."""
     seconds: float
@@ -55,6 +56,8 @@ class Comparison:
     delta: float
     seconds: float
     """Wall-clock time of the whole demo."""
+    part_measured: str = ""
+    """Which part of the held-out users was measured; "" if it was all."""
 
     def to_text(self) -> str:
         """Returns the table."""
@@ -73,7 +76,8 @@ class Comparison:
             f"  {_short(row.epsilon):>9}  {row.seconds:8.0f}"
             for row in self.rows
         ]
-        lines += ["", f"  epsilon at delta = {self.delta:g}; {self.seconds:.0f} s in all"]
+        part = f"; {self.part_measured}" if self.part_measured else ""
+        lines += ["", f"  epsilon at delta = {self.delta:g}; {self.seconds:.0f} s in all{part}"]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -122,6 +126,7 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
         ),
         delta=config.privacy.delta,
         seconds=time.monotonic() - start,
+        part_measured=part_measured(_first_and_last(Path(config.output))[1]),
     )
     write_atomic(folder / COMPARISON_FILE, comparison.to_json())
     return comparison

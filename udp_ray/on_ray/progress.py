@@ -129,9 +129,13 @@ class _Follower:
         for metrics in progress.metrics:
             if (loss := metrics.get(f"{EVALUATION}token_loss")) is not None:
                 self._losses = {"held-out loss": f"{loss:.4g}"}
-        if progress.phase not in PHASES_OF_STEPS:
+        phase, _, how_far = progress.phase.partition(": ")
+        if phase not in PHASES_OF_STEPS:
             self._display.phase(progress.phase)
             return
-        self._display.phase(progress.phase, total=self._num_steps)
+        self._display.phase(phase, total=self._num_steps)
         epsilon = self._curve.at(progress.charged_steps)
-        self._display.advance(progress.step, epsilon=f"{epsilon:.3f}", **self._losses)
+        values = {"epsilon": f"{epsilon:.3f}", **self._losses}
+        if how_far:
+            values = {"measured": how_far, **values}
+        self._display.advance(progress.step, **values)

@@ -74,7 +74,14 @@ from udp_ray.reports.figures import draw_curves, draw_heat_map, write_event_file
 from udp_ray.reports.statement import DatasetTotal
 from udp_ray.reports.tables import trials_to_text
 from udp_ray.runs.admission import Run, without_ledger_url
-from udp_ray.runs.result import BEST_FILE, RunResult, SweepResult, TrialResult, best_of
+from udp_ray.runs.result import (
+    BEST_FILE,
+    RunResult,
+    SweepResult,
+    TrialResult,
+    best_of,
+    part_measured,
+)
 from udp_ray.runs.sweep import Sweep, winner_yaml
 
 TRIALS_FILE = "trials.json"
@@ -315,6 +322,11 @@ def _final_loss(folder: Path, record: RunRecord, objective: str) -> float | None
     return math.inf if loss is None else float(loss)
 
 
+def _part_measured(folder: Path) -> str:
+    rows = json.loads((folder / METRICS_FILE).read_text())
+    return part_measured(rows[-1]) if rows else ""
+
+
 def _has_diverged(folder: Path) -> bool:
     file = folder / ERROR_FILE
     return file.is_file() and bool(json.loads(file.read_text()).get("diverged", False))
@@ -370,6 +382,7 @@ def publish_sweep(sweep: Sweep) -> SweepResult:
         # A secret trial that did not end counts as the worst: to resume it would release more.
         is_complete=sweep.is_secret or all(result.loss is not None for result in results),
         failure=failure,
+        part_measured=_part_measured(best.folder) if best else "",
     )
 
 

@@ -10,7 +10,7 @@ folder and losses on held-out users, whom no guarantee covers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ class RunResult:
         if self.metrics:
             rows = [_evaluation_row(row) for row in self.metrics]
             table = table_to_text(rows, header=EVALUATION_COLUMNS, left=())
-            lines += ["Held-out users (losses in nats per token)", table, ""]
+            part = part_measured(self.metrics[-1])
+            of_part = f"; {part}" if part else ""
+            lines += [f"Held-out users (losses in nats per token{of_part})", table, ""]
         if self.budget_message:
             lines.append(wrap(f"Training ended early: {self.budget_message}."))
         what = "adapters" if self.has_adapters else "weights"
@@ -70,6 +72,21 @@ def _evaluation_row(row: dict[str, float]) -> tuple[str, ...]:
         f"{row['token_perplexity']:.2f}",
         f"{row['user_loss']:.4f}",
         f"{float(row['epsilon']):.3f}",
+    )
+
+
+def part_measured(row: Mapping[str, float]) -> str:
+    """Returns which part of the held-out users an evaluation has measured; "" if it was all.
+
+    Args:
+        row: A row of metrics.json. Those of earlier versions do not say it.
+    """
+    measured, stored = row.get("num_examples"), row.get("stored_examples")
+    if measured is None or stored is None or measured >= stored:
+        return ""
+    return (
+        f"{row['num_users']:,.0f} of {row['stored_users']:,.0f} users,"
+        f" {measured:,.0f} of {stored:,.0f} examples"
     )
 
 
@@ -138,6 +155,8 @@ class SweepResult:
     """Whether no trial is left to be resumed."""
     failure: UdpRayError | None = None
     """Why no model is released though the sweep has ended."""
+    part_measured: str = ""
+    """Which part of the held-out users the losses were measured on; "" if it was all."""
 
     def to_text(self) -> str:
         """Returns the statement, the trials if they may be seen, and the chosen one."""
@@ -148,7 +167,8 @@ class SweepResult:
             lines += [trials_to_text(self.trials, best=best_of(self.trials)), ""]
         lines += [
             wrap(f"Chosen: {describe_point(self.statement.winner)}", indent="  "),
-            f"  held-out loss {self.loss:.4f} nats per token",
+            f"  held-out loss {self.loss:.4f} nats per token"
+            + (f" ({self.part_measured})" if self.part_measured else ""),
             f"  weights in {self.model}",
             f"  settings for jobs/train.py in {self.output / BEST_FILE}",
         ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepConfig, SweepJobConfig
@@ -90,7 +91,24 @@ class Sweep:
             output=str(self.trial_folder(number)),
         )
         cluster = config.cluster.model_copy(update={"storage": self.storage})
-        return without_ledger_url(config.model_copy(update={"cluster": cluster}))
+        train = config.train.model_copy(update={"evaluate_examples": self.heldout_examples})
+        return without_ledger_url(config.model_copy(update={"cluster": cluster, "train": train}))
+
+    @property
+    def heldout_examples(self) -> int | Literal["all"]:
+        """The most held-out examples of an evaluation, the same for all trials.
+
+        Trials differ in their expected users per step, and are ranked by their loss on the same
+        held-out users: of what each would evaluate by itself, all evaluate the least.
+        """
+        plans = [configuration.plan for configuration in self.planned.configurations]
+        bounds = [
+            self.config.train.heldout_examples(
+                expected_size=plan.expected_size, num_steps=plan.num_steps
+            )
+            for plan in plans
+        ]
+        return min((bound for bound in bounds if bound is not None), default="all")
 
     def identity(self) -> RunIdentity:
         """Records the sweep beside its store, and returns what its statement identifies it by."""
