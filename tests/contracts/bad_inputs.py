@@ -415,6 +415,10 @@ TRAININGS = {
         "train", f"{TRAIN} --privacy.population null --privacy.delta 0.5", "privacy.delta", "0.5",
         "lower it",
     ),
+    "evaluations of half": bad(
+        "train", f"{TRAIN} --train.evaluate_examples half", "train.evaluate_examples", "'half'",
+        "give a number of examples, auto or all",
+    ),
     "an evaluation between checkpoints": bad(
         "train", f"{TRAIN} --train.evaluate_every 3", "train.evaluate_every", "is 3",
         "a multiple of",

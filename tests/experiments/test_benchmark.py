@@ -44,6 +44,7 @@ from udp_ray.experiments.benchmark.contestants import (
     step_tokens,
     write_synthetic_store,
 )
+from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluation
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
 from udp_ray.experiments.benchmark.settings import (
     BASELINE,
@@ -301,11 +302,12 @@ def test_aims_evaluate_auto_by_its_worst_cell() -> None:
         row("opacus", tokens_per_s=101.0),
         row("auto", cell="b", ratio=0.93, memory_ratio=1.3),
     ]
-    whole, filled, opacus, memory, wait, overhead = report.evaluate_aims(rows, {})
+    whole, filled, opacus, memory, evaluation, wait, overhead = report.evaluate_aims(rows, {})
     assert (whole.measured, whole.is_met, whole.where) == (0.93, True, "b")
     assert (filled.measured, filled.is_met) == (0.93, False)
     assert (opacus.is_met, opacus.where) == (False, "a")
     assert (memory.is_met, memory.where) == (False, "b")
+    assert evaluation.is_met is None
     assert wait.is_met is None
     assert overhead.is_met is None
 
@@ -352,6 +354,26 @@ def test_what_float64_sums_cost_is_measured_for_each_way_of_adding() -> None:
         arithmetic = 3 * seconds["product"]  # of 1,024 tokens, in each row
         expected = (seconds["float64"] - seconds["float32"]) / arithmetic
         assert row["share_of_step"] == pytest.approx(expected)
+
+
+def test_an_evaluation_is_timed_beside_plain_passes_over_the_same_rows() -> None:
+    parts = Parts(noise_values=[1], data_wait=ULS, evaluation_tokens=512)
+    found = measure_evaluation(study(ULS), parts)
+    names = list(found["seconds"])
+    assert names[0] == "evaluation"
+    assert found["beside"] in names[1:]
+    seconds = found["seconds"]
+    assert found["ratio"] == pytest.approx(seconds[found["beside"]] / seconds["evaluation"])
+    assert found["ratio_low"] <= found["ratio_high"]
+    aim = report.evaluate_aims([row("auto")], {"evaluation": found | {"ratio": 0.89}})[4]
+    assert (aim.is_met, aim.where) == (False, found["cell"])
+
+
+def test_an_evaluation_of_other_rows_has_no_speed() -> None:
+    """The failing arm."""
+    calls = {"evaluation": lambda: 4.0, "plain": lambda: 4.1}
+    with pytest.raises(BenchmarkError, match=r"loss of 4\.000000"):
+        _in_turn(calls, rounds=1)
 
 
 @pytest.mark.slow

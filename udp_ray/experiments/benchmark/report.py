@@ -29,6 +29,7 @@ CELLS_FIGURE, SCALING_FIGURE = "benchmark.png", "scaling.png"
 LEAST_RATIO = 0.90
 LEAST_RATIO_FILLED = 0.95
 """Where one user fills a microbatch."""
+LEAST_EVALUATION = 0.90
 MOST_MEMORY = 1.2
 MOST_DATA_WAIT = 0.01
 MOST_OVERHEAD = 0.02
@@ -54,7 +55,7 @@ class Results:
     scaling: list[dict[str, Any]]
     """One for each curve: quantity, what, points and slope."""
     parts: dict[str, Any]
-    """noise, float64_sums, data_wait, balance and accounting; empty if not measured."""
+    """noise, float64_sums, data_wait, balance, accounting and evaluation; empty if not measured."""
     skipped: list[str]
     """A sentence for each contestant that was skipped somewhere."""
     hardware: dict[str, Any]
@@ -151,7 +152,8 @@ def evaluate_aims(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
     tokens = ours["group_size"] * ours["sequence_tokens"]
     fills = (ours["sampling"] == "uls") & (tokens >= ours["microbatch_tokens"])
     opacus = table[table["contestant"].isin(OPACUS)].groupby("cell")["tokens_per_s"].max()
-    wait = parts.get("data_wait")
+    wait, evaluation = parts.get("data_wait"), parts.get("evaluation")
+    evaluations = {evaluation["cell"]: evaluation["ratio"]} if evaluation else {}
     waits = pd.Series({wait["cell"]: wait["share"]} if wait else {}, dtype=float)
     large = ours[ours["num_parameters"] >= OVERHEAD_PARAMETERS]
     costs = {
@@ -175,6 +177,11 @@ def evaluate_aims(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
             "memory over non-private, every cell",
             ours["memory_ratio"].dropna().astype(float),
             MOST_MEMORY,
+        ),
+        Aim.at_least(
+            "evaluation over plain forward passes",
+            pd.Series(evaluations, dtype=float),
+            LEAST_EVALUATION,
         ),
         Aim.at_most("waiting for data, share of a step", waits, MOST_DATA_WAIT),
         Aim.at_most(
@@ -286,6 +293,13 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
         f" ({row['busiest_over_mean_round_robin']:.3f})"
         for row in parts["balance"]
     ]
+    if evaluation := parts.get("evaluation"):
+        lines.append(
+            f"  evaluation of {evaluation['num_tokens']:,} held-out tokens:"
+            f" {evaluation['tokens_per_s']:,.0f} tokens/s, {evaluation['ratio']:.2f}"
+            f" ({evaluation['ratio_low']:.2f}-{evaluation['ratio_high']:.2f}) of plain forward"
+            f" passes ({evaluation['beside']}, {evaluation['cell']})"
+        )
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ import torch
 from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
+from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.runs.provenance import git_commit, processor_name, versions
@@ -106,10 +107,14 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     with join_ray():
         display.phase("accountant latency")
         accounting = measurements.measure_accounting(parts.accountant_steps)
+    # Last, because it joins a process group, whose variables processes started later would inherit.
+    display.phase("evaluation")
+    evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
     return {
         "noise": [curve.to_dict() for curve in noise],
         "float64_sums": sums,
         "data_wait": data_wait,
         "balance": balance,
         "accounting": accounting,
+        "evaluation": evaluation,
     }

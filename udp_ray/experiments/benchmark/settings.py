@@ -144,6 +144,8 @@ class Parts(Section):
     """Where waiting for data is measured, over consecutive steps of its first contestant."""
     data_wait_steps: Annotated[int, Field(ge=2)] = 6
     """Number of those steps."""
+    evaluation_tokens: PositiveInt = 65_536
+    """Approximate tokens of that cell's users when they are held out and evaluated."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
@@ -177,7 +179,8 @@ class Study(Section):
     scaling: Scaling | None = None
     """Cost against users, group size, parameters and workers. Default: not measured."""
     parts: Parts | None = None
-    """Noise, accountant, waiting for data and balance of cohorts. Default: not measured."""
+    """Noise, accountant, waiting for data, balance of cohorts and evaluation. Default: not
+    measured."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -238,7 +241,9 @@ class Study(Section):
             count = len(scaling.group_sizes) + len(scaling.parameters) + len(scaling.workers)
             lines.append(f"scaling: {count} more cells, and the sampler by itself")
         if self.parts:
-            lines.append("noise, accountant (on Ray), waiting for data, balance of cohorts")
+            lines.append(
+                "noise, accountant (on Ray), waiting for data, balance of cohorts, evaluation"
+            )
         if missing_contestants():
             lines.append(f"not installed, so skipped: {', '.join(missing_contestants())}")
         return "\n".join(lines)
