@@ -400,7 +400,8 @@ def reads(seen, store):
 def test_evaluation_reads_the_heldout_users_and_no_others(small, sampling):
     """Where no user is drawn, every text of a training user that is read is read to evaluate."""
     plan = replace(never(ULS), sampling=sampling, num_examples=10**9)
-    seen = observe(small, plan, settings=plain_sgd(checkpoint_every=2))
+    settings = plain_sgd(checkpoint_every=2, evaluate_examples="all")
+    seen = observe(small, plan, settings=settings)
     assert not reads(seen, "train")
     assert reads(seen, "heldout") == set(range(2 + 1 + 4))
     first, *_, last = [event[1] for event in seen.of("metrics")]
@@ -410,6 +411,17 @@ def test_evaluation_reads_the_heldout_users_and_no_others(small, sampling):
     ]
     assert first["heldout/num_users"] == last["heldout/num_users"] == len(heldout)
     assert first["heldout/token_loss"] == pytest.approx(mean_loss(heldout), rel=1e-5)
+
+
+def test_every_evaluation_is_bounded_and_says_so(small):
+    plan = never(ULS)
+    seen = observe(small, plan, settings=plain_sgd(checkpoint_every=2, evaluate_examples=3))
+    assert reads(seen, "heldout") == {0, 1, 2}
+    told = [event[1] for event in seen.of("metrics")]
+    assert {row["step"] for row in told} >= {0, plan.num_steps}
+    for row in told:
+        assert (row["heldout/num_users"], row["heldout/num_examples"]) == (2, 3)
+        assert (row["heldout/stored_users"], row["heldout/stored_examples"]) == (3, 7)
 
 
 def mean_loss(users):

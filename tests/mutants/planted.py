@@ -658,6 +658,41 @@ LEDGER = [
         tests=(f"{LOOP}::test_without_heldout_users_nothing_is_evaluated",),
     ),
     Mutant(
+        name="rows_of_other_users",
+        breaks="losses of rows are added up for other users than those whose rows they are",
+        file="udp_ray/engine/evaluate.py",
+        text="return cls(examples[order], users[order],",
+        replacement="return cls(examples[order], users,",
+        tests=("tests/engine/test_evaluate.py::test_losses_are_those_of_a_plain_loop",),
+    ),
+    Mutant(
+        name="user_loss_weighted_by_tokens",
+        breaks="the mean over users is one over tokens, which a few users decide",
+        file="udp_ray/engine/evaluate.py",
+        text="float(np.mean(loss_U / tokens_U))",
+        replacement="float(loss_U.sum() / tokens)",
+        tests=("tests/engine/test_evaluate.py::test_losses_are_those_of_a_plain_loop",),
+    ),
+    Mutant(
+        name="every_rank_measures_all_rows",
+        breaks="held-out rows are counted once for each rank",
+        file="udp_ray/engine/evaluate.py",
+        text="own = range(world.rank, rows.num_passes, world.size)",
+        replacement="own = range(rows.num_passes)",
+        tests=("tests/engine/test_evaluate.py::test_any_number_of_ranks_finds_exactly_the_same",),
+    ),
+    Mutant(
+        name="trials_ranked_on_different_users",
+        breaks="a sweep compares losses on different held-out users",
+        file="udp_ray/runs/sweep.py",
+        text='update={"evaluate_examples": self.heldout_examples}',
+        replacement="update={}",
+        tests=(
+            "tests/runs/test_evaluated_users.py"
+            "::test_the_trials_of_a_sweep_are_ranked_on_the_same_users",
+        ),
+    ),
+    Mutant(
         name="one_step_more_than_admitted",
         breaks="review, P26: the ledger grants the step after the last",
         file="udp_ray/ledger/ledger.py",
