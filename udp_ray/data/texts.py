@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -141,7 +142,7 @@ def heldout_texts(
         tokens = heldout.tokens(example)[first:].tolist()
         ends = [place + 1 for place, token in enumerate(tokens) if token == eos]
         cuts = [0, *ends, *([len(tokens)] if not ends or ends[-1] < len(tokens) else [])]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             text = tokens[start:end]
             if text not in ([], [eos]):
                 texts.append(text)

@@ -156,17 +156,13 @@ class Sampler:
                 eos = self.tokenizer.eos_token_id
                 given = [_cut(text, eos) for text in batch.texts]
                 scored = self._scored(batch.contexts, given)
-                return [
-                    Generated(n, text) for n, text in zip(batch.numbers, scored, strict=True)
-                ]
+                return [Generated(n, text) for n, text in zip(batch.numbers, scored, strict=True)]
             trained = self._sampled(self._trained, batch)
             base: Sequence[Continuation | None] = [None] * len(trained)
             if self._source.base is not None and self._sampling.compare_base:
                 with self._base() as model:
                     base = self._sampled(model, batch)
-        return [
-            Generated(*row) for row in zip(batch.numbers, trained, base, strict=True)
-        ]
+        return [Generated(*row) for row in zip(batch.numbers, trained, base, strict=True)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns tokens as text, without special tokens."""
@@ -323,9 +319,7 @@ class GumbelDraw(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the sums, float64; where a token was removed, minus infinity stays."""
         position = input_ids.shape[1] - self._num_before
-        rows = [
-            gumbel(self._seed, number, position, scores.shape[1]) for number in self._numbers
-        ]
+        rows = [gumbel(self._seed, number, position, scores.shape[1]) for number in self._numbers]
         noise_RV = torch.from_numpy(np.stack(rows)).to(scores.device)
         return scores.double() + noise_RV
 
