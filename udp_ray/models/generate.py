@@ -43,6 +43,7 @@ from transformers.generation import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils import logging as transformers_logging
 
 from udp_ray.errors import ConfigError
 from udp_ray.models.load import from_cache_or_hub, load_tokenizer
@@ -184,7 +185,10 @@ class Sampler:
         if self._source.base is None:
             raise ConfigError(f"base is missing: {self._source.name} holds adapters, without it")
         model = _load(self._source.base, "base", self._source.device)
-        from_cache_or_hub("run", self._source.name, lambda _: model.load_adapter(self._source.name))
+        with _without_bars():
+            from_cache_or_hub(
+                "run", self._source.name, lambda _: model.load_adapter(self._source.name)
+            )
         return model.eval()
 
     @cached_property
@@ -257,7 +261,20 @@ def _load(name: str, field: str, device: str) -> PreTrainedModel:
             name, dtype=torch.float32, local_files_only=local_files_only
         )
 
-    return from_cache_or_hub(field, name, load).to(device).eval()
+    with _without_bars():
+        return from_cache_or_hub(field, name, load).to(device).eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -108,8 +108,13 @@ class Sample:
         lines = [f"{self.number}"]
         for name, text in parts:
             if text is not None:
-                lines.append(wrap(f"  {name:10}  {' '.join(text.split())}", indent=" " * 14))
+                lines.append(wrap(f"  {name:10}  {one_line(text)}", indent=" " * 14))
         return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Returns a generated text on one line; says so if there is none."""
+    return " ".join(text.split()) or "(ends at once)"
 
 
 @dataclass(frozen=True)
@@ -248,11 +253,20 @@ def _settings_of(run: str) -> Mapping[str, Any]:
 
 def _base_of(config: GenerateConfig, settings: Mapping[str, Any]) -> str | None:
     """Returns the base model that is needed: for adapters, or to compare with; None if none is."""
-    named = config.base or settings.get("model", {}).get("name")
-    if _has_adapters(config.run):
+    named = settings.get("model", {}).get("name")
+    has_adapters = _has_adapters(config.run)
+    if named is None and has_adapters:
         adapters = json.loads((Path(config.run) / ADAPTERS_FILE).read_text())
-        return str(named or adapters["base_model_name_or_path"])
-    return str(named) if named and config.compare_base else None
+        named = adapters["base_model_name_or_path"]
+    is_missing = named and Path(named).is_absolute() and not Path(named).is_dir()
+    if config.base is None and is_missing and (has_adapters or config.compare_base):
+        other = "" if has_adapters else ", or set compare_base false"
+        raise ConfigError(
+            f"base is missing, and the run's own, {named}, is not on this machine: give base the"
+            f" place where it is{other}"
+        )
+    base = config.base or named
+    return str(base) if base and (has_adapters or config.compare_base) else None
 
 
 def _require_same_words(run: str, configuration: Any, base: str) -> None:

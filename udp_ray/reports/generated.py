@@ -160,7 +160,7 @@ class Comparison:
 
     sets: dict[str, TextStatistics]
     edges: tuple[int, ...]
-    """Edges of the bins of lengths; the last edge is included."""
+    """Edges of the bins of lengths; each bin lacks its upper edge."""
     distinct_tokens: int
     """Tokens of each set over which distinct n-grams are counted."""
     reference: str = BASE
@@ -185,8 +185,8 @@ class Comparison:
             notes: Sentences for the reader.
         """
         num_tokens = min(sum(len(text.tokens) for text in texts) for texts in sets.values())
-        width = -(-(max_new_tokens + 1) // MOST_BINS)
-        edges = tuple(range(0, max_new_tokens + width + 1, width))
+        num_bins = min(MOST_BINS, max_new_tokens + 1)
+        edges = tuple(np.linspace(0, max_new_tokens + 1, num_bins + 1).round().astype(int).tolist())
         statistics = {name: _statistics(texts, edges, num_tokens) for name, texts in sets.items()}
         return cls(statistics, edges, num_tokens, reference, tuple(notes))
 
