@@ -15,6 +15,7 @@ import pytest
 import udp_ray
 from tests.support.published import published_run
 from udp_ray.config.generate import GenerateConfig
+from udp_ray.data.store import TokenStore
 from udp_ray.errors import UdpRayError
 from udp_ray.on_ray import generate as generating
 from udp_ray.on_ray.generate import dry_run_text, generate, sample_here
@@ -91,8 +92,16 @@ def test_an_output_folder_has_texts_statement_and_comparison(
     assert "Held-out users are not covered" in (output / "comparison.md").read_text()
     note = json.loads((output / "generation.json").read_text())
     assert set(note["weights"]) == {"model.safetensors"}
-    # No text of a held-out user is anywhere in the folder.
-    assert "heldout_text" not in "".join(compared)
+    store = TokenStore.open(run.parent / "store", verify=False).heldout
+    assert store is not None
+    texts = [store.tokens(example).tolist() for example in range(store.num_examples)]
+    written = b"".join(file.read_bytes() for file in output.iterdir()).decode(errors="ignore")
+    assert not [text for text in texts if len(text) > 3 and words(text) in written]
+    assert rows[0]["text"][:12] in written  # the failing arm: a text that is there is found
+
+
+def words(tokens: list[int]) -> str:
+    return " ".join(f"w{token}" for token in tokens)
 
 
 def test_few_held_out_texts_are_left_out_with_a_sentence(run: Path, tmp_path: Path) -> None:
@@ -155,7 +164,7 @@ def test_workers_write_the_same_texts(run: Path, tmp_path: Path, ray_2_cpus: Non
         ({"run": "TMP"}, ["run is TMP", "without a model", "finished run"]),
         ({"base": "TMP/none"}, ["base is", "no such folder", "correct the path"]),
         ({"max_new_tokens": 40}, ["max_new_tokens is 40", "32 positions", "lower max_new_tokens"]),
-        ({"prompt": "w1 " * 30}, ["the prompt has 30 tokens", "32 positions", "shorten"]),
+        ({"prompt": "w1 " * 30}, ["start of a text has 30 tokens", "32 positions", "shorten"]),
         ({"prompts": "TMP/a.docx"}, ["prompts is", "a.docx", "ends in"]),
         ({"output": "RUN"}, ["output", "not empty", "give another folder"]),
     ],
@@ -179,7 +188,8 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
         return text
 
     with pytest.raises(UdpRayError) as caught:
-        generate(settings(run, **{name: placed(value) for name, value in fields.items()}))
+        given = {"run": str(run)} | {name: placed(value) for name, value in fields.items()}
+        generate(settings(Path(given.pop("run")), **given))
     assert "\n" not in str(caught.value)
     for word in words:
         assert placed(word) in str(caught.value)

@@ -226,12 +226,16 @@ def compare(
     )
 
 
-def sample_both(private: Path) -> tuple[tuple[str, str], ...]:
+def sample_both(
+    private: Path, *, max_new_tokens: int = SAMPLE_TOKENS
+) -> tuple[tuple[str, str], ...]:
     """Returns texts of the base model and of the fine-tuned one, in the order of the table's rows.
 
     Generated in this process: both models are small, and no worker has to start.
     """
-    config = GenerateConfig(run=str(private), num_samples=NUM_SAMPLES, max_new_tokens=SAMPLE_TOKENS)
+    config = GenerateConfig(
+        run=str(private), num_samples=NUM_SAMPLES, max_new_tokens=max_new_tokens
+    )
     samples = sample_here(config, prompts=[])
     return tuple((one_line(each.base_text or ""), one_line(each.text)) for each in samples)
 

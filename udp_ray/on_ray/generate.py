@@ -294,12 +294,8 @@ def _require_room(
     number, longest = max(enumerate(map(len, contexts), start=1), key=lambda pair: pair[1])
     if positions is None or longest + config.max_new_tokens <= positions:
         return
-    if longest >= positions or config.prompt or config.prompts:
-        what = f"prompt {number} has {longest} tokens" if len(contexts) > 1 else (
-            f"the prompt has {longest} tokens"
-        )  # fmt: skip
-    else:
-        what = f"the start of a text has {longest} tokens"
+    name = f"prompt {number}" if len(contexts) > 1 else "the prompt or start of a text"
+    what = f"{name} has {longest} token{'s' * (longest > 1)}"
     raise ConfigError(
         f"max_new_tokens is {config.max_new_tokens} and {what}, together more than the {positions}"
         f" positions of {config.run}: lower max_new_tokens, or shorten the prompt"
@@ -496,12 +492,18 @@ class SamplerActor:
         self._sampler = Sampler(source, sampling)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Returns the texts of each batch, as JSON."""
-        found = [
-            [asdict(each) for each in self._sampler.run(Batch.from_dict(json.loads(batch)))]
-            for batch in rows["batch"]
-        ]
-        return {"number": rows["number"], "texts": [json.dumps(each) for each in found]}
+        """Returns the texts of each batch as JSON, or a user's error, which Ray would wrap."""
+        texts, errors = [], []
+        for batch in rows["batch"]:
+            try:
+                found = self._sampler.run(Batch.from_dict(json.loads(batch)))
+            except UdpRayError as error:
+                texts.append("")
+                errors.append(str(error))
+            else:
+                texts.append(json.dumps([asdict(each) for each in found]))
+                errors.append("")
+        return {"number": rows["number"], "texts": texts, "error": errors}
 
 
 def _on_workers(
@@ -511,7 +513,7 @@ def _on_workers(
     import ray
 
     from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
-    from udp_ray.on_ray.tasks import own_error, quiet_ray_data
+    from udp_ray.on_ray.tasks import quiet_ray_data
 
     cluster = job.config.cluster
     needed = worker_resources(cluster)
@@ -532,11 +534,10 @@ def _on_workers(
             num_cpus=needed["CPU"],
             num_gpus=needed.get("GPU", 0.0),
         )
-        try:
-            for row in found.iter_rows():
-                yield int(row["number"]), list(map(Generated.from_dict, json.loads(row["texts"])))
-        except Exception as error:
-            raise own_error(error) from None
+        for row in found.iter_rows():
+            if row["error"]:
+                raise ConfigError(row["error"])
+            yield int(row["number"]), list(map(Generated.from_dict, json.loads(row["texts"])))
 
 
 def _sample(job: _Job, decoder: Sampler, found: Generated) -> Sample:

@@ -35,6 +35,7 @@ import ray
 from ray.data import Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext, ShuffleStrategy
+from ray.exceptions import RayTaskError
 
 from udp_ray.config.experiment import DataConfig
 from udp_ray.console import current, progress
@@ -75,7 +76,7 @@ from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.cluster import connected
-from udp_ray.on_ray.tasks import causes, own_error, quiet_ray_data
+from udp_ray.on_ray.tasks import quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
@@ -448,10 +449,14 @@ def _own_error(error: BaseException, found: Input) -> BaseException:
 
     Where a reader of Ray's failed, the files are looked at for the one that cannot be read.
     """
-    own = own_error(error)
-    if own is not error:
-        return own
-    innermost = causes(error)[-1]
+    cause: BaseException | None = error
+    innermost = error
+    # Ray also makes classes that inherit from ours and its own: the plain one is further inside.
+    while cause is not None:
+        if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
+            # Ours are one line; what follows is Ray's advice on retrying.
+            return type(cause)(str(cause).splitlines()[0])
+        innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__
     if isinstance(innermost, UNREADABLE):
         try:
             refuse_unreadable(found.all_pieces, found.columns)

@@ -16,10 +16,8 @@ from typing import Any, TypeVar
 
 import ray
 from ray.data.context import DataContext
-from ray.exceptions import RayTaskError
 
 from udp_ray.console import progress
-from udp_ray.errors import UdpRayError
 
 Result = TypeVar("Result")
 
@@ -81,23 +79,3 @@ def quiet_ray_data(**settings: Any) -> Iterator[None]:
         logger.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)
-
-
-def own_error(error: BaseException) -> BaseException:
-    """Returns the user's error inside those that Ray has wrapped around it, else the error."""
-    for cause in causes(error):
-        # Ray also makes classes that inherit from ours and its own: the plain one is inside.
-        if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
-            # Ours are one line; what follows is Ray's advice on retrying.
-            return type(cause)(str(cause).splitlines()[0])
-    return error
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """Returns an error and those that it was raised from, the innermost last."""
-    found: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        found.append(cause)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return found
