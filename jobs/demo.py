@@ -3,7 +3,8 @@
     python jobs/demo.py
 
 It prepares the data, trains with a promise to each user, trains again without noise and clipping,
-and prints a table of both. All output is in build/demo, which each demo replaces.
+and prints a table of both and text that the models write. All output is in build/demo, which each
+demo replaces.
 """
 
 import sys

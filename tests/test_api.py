@@ -11,7 +11,7 @@ import pytest
 import udp_ray
 from udp_ray.errors import ConfigError, UdpRayError
 
-FUNCTIONS = ("prepare", "sweep", "train", "verify")
+FUNCTIONS = ("generate", "prepare", "sweep", "train", "verify")
 
 
 def test_every_public_name_is_loaded_when_it_is_used() -> None:

@@ -17,15 +17,18 @@ One's own torch module and tensors, in one process and without Ray: `udp_ray.eng
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from udp_ray.config.experiment import ExperimentConfig as ExperimentConfig
+    from udp_ray.config.generate import GenerateConfig as GenerateConfig
     from udp_ray.config.privacy import PrivacyConfig as PrivacyConfig
     from udp_ray.config.sweep import SweepJobConfig as SweepJobConfig
     from udp_ray.dp.plan import PrivacyPlan as PrivacyPlan
     from udp_ray.ledger.ledger import Ledger as Ledger
+    from udp_ray.on_ray.generate import GenerationResult
     from udp_ray.on_ray.prepare import PrepareResult
     from udp_ray.reports.verify import VerificationResult
     from udp_ray.runs.result import RunResult, SweepResult
@@ -34,6 +37,7 @@ __version__ = "0.1.0"
 
 _CLASSES = {
     "ExperimentConfig": "udp_ray.config.experiment",
+    "GenerateConfig": "udp_ray.config.generate",
     "Ledger": "udp_ray.ledger.ledger",
     "PrivacyConfig": "udp_ray.config.privacy",
     "PrivacyPlan": "udp_ray.dp.plan",
@@ -41,7 +45,7 @@ _CLASSES = {
 }
 """Public classes, by the module that defines each."""
 
-_FUNCTIONS = ("prepare", "sweep", "train", "verify")
+_FUNCTIONS = ("generate", "prepare", "sweep", "train", "verify")
 
 __all__ = [*_CLASSES, *_FUNCTIONS]
 
@@ -124,6 +128,31 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
     with progress("loading libraries"):
         from udp_ray.on_ray.tune import sweep as sweep_on_ray
     return sweep_on_ray(config, resume=resume)
+
+
+def generate(config: GenerateConfig, *, prompts: Sequence[str] | None = None) -> GenerationResult:
+    """Generates text from a model that a run has published, and from its base model.
+
+    Args:
+        config: Names the model, and says how to sample and where to write.
+        prompts: Prompts instead of those that the settings name.
+
+    Returns:
+        The texts, the statement that covers them, and, with `config.output`, their comparison with
+        held-out text; `to_text()` prints all of it.
+
+    Raises:
+        UdpRayError: If the model, a prompt or a setting is at fault, in one sentence.
+
+    Privacy:
+        The texts are post-processing of the model, so its guarantee covers them at no further
+        charge. It covers neither prompts nor the held-out text that they are compared with.
+    """
+    from udp_ray.console import progress
+
+    with progress("loading libraries"):
+        from udp_ray.on_ray.generate import generate as generate_texts
+    return generate_texts(config, prompts=prompts)
 
 
 def verify(output: str | Path, *, ledger_url: str | None = None) -> VerificationResult:

@@ -934,6 +934,87 @@ STUDIES = {
     ),
 }  # fmt: skip
 
+GENERATIONS = {
+    "a model to generate with that is missing": bad(
+        "generate", "--run TMP/none", "run is", "TMP/none", "correct the path",
+    ),
+    "a folder without a model": bad(
+        "generate", "--run WORLD/run", "run is", "WORLD/run", "give the output folder",
+    ),
+    "a run that has not ended": bad(
+        "generate", "--run WORLD/ended_run", "run is", "WORLD/ended_run", "--resume",
+    ),
+    "no model to generate with": bad(
+        "generate", "--num_samples 1", "run", "is missing", "give it", as_process=True,
+    ),
+    "a top_p of zero": bad(
+        "generate", "--run WORLD/model --top_p 0", "top_p", "'0'", "greater than 0",
+    ),
+    "a top_p above one": bad(
+        "generate", "--run WORLD/model --top_p 1.5", "top_p", "'1.5'", "less than or equal to 1",
+    ),
+    "a negative temperature": bad(
+        "generate", "--run WORLD/model --temperature -1", "temperature", "'-1'", "greater than",
+    ),
+    "no texts to generate": bad(
+        "generate", "--run WORLD/model --num_samples 0", "num_samples", "'0'", "greater than 0",
+    ),
+    "an empty prompt": bad(
+        "generate", "--run WORLD/model --prompt=", "prompt", "empty text", "give a value",
+    ),
+    "a prompt and a file of prompts": bad(
+        "generate", "--run WORLD/model --prompt w1 --prompts WORLD/rows.parquet", "prompts",
+        "rows.parquet", "give one of the two",
+    ),
+    "prompts that are missing": bad(
+        "generate", "--run WORLD/model --prompts TMP/none.jsonl", "prompts", "none.jsonl",
+        "give another file",
+    ),
+    "prompts of an unknown format": bad(
+        "generate", "--run WORLD/model --prompts WORLD/empty.csv", "prompts", "empty.csv",
+        "ends in",
+    ),
+    "prompts without the column": bad(
+        "generate", "--run WORLD/model --prompts WORLD/rows.parquet", "prompt_column", "'prompt'",
+        "name one of 'who', 'text'",
+    ),
+    "prompts that are numbers": bad(
+        "generate", "--run WORLD/model --prompts WORLD/numbers.parquet --prompt_column text",
+        "prompt_column", "int64", "name a column of text",
+    ),
+    "prompts that are no parquet": bad(
+        "generate", "--run WORLD/model --prompts WORLD/garbage.parquet", "prompts",
+        "garbage.parquet", "give another file",
+    ),
+    "more tokens than positions": bad(
+        "generate", "--run WORLD/short_model --max_new_tokens 16", "max_new_tokens is 16",
+        "16 positions", "lower max_new_tokens",
+    ),
+    "a prompt longer than the positions": bad(
+        "generate", "--run WORLD/model --max_new_tokens 8 --prompts TMP/p.txt", "max_new_tokens",
+        "prompt 2 has 40 tokens", "shorten the prompt", files={"p.txt": "w1\n" + "w2 " * 40},
+    ),
+    "held-out text without an output": bad(
+        "generate", "--run WORLD/model --heldout WORLD/rows.parquet", "heldout", "rows.parquet",
+        "give output",
+    ),
+    "a base model that is missing": bad(
+        "generate", "--run WORLD/model --base TMP/none --max_new_tokens 8", "base is", "TMP/none",
+        "correct the path",
+    ),
+    "generated text for a folder that is not empty": bad(
+        "generate", "--run WORLD/model --output WORLD/full", "output", "WORLD/full",
+        "give another folder",
+    ),
+    "generated text for a URL": bad(
+        "generate", "--run WORLD/model --output s3://bucket/x", "output", "s3://bucket/x",
+        "give a folder",
+    ),
+    "generated text in an unknown format": bad(
+        "generate", "--run WORLD/model --format csv", "format", "'csv'", "'jsonl'",
+    ),
+}  # fmt: skip
+
 OTHERS = {
     "a demo outside its folder": bad(
         "demo", f"{DEMO} --data.store TMP/elsewhere/store", "data.store", "elsewhere", "put it",
@@ -1005,5 +1086,6 @@ CASES: dict[str, BadInput] = {
     **VERIFICATIONS,
     **PLANS,
     **STUDIES,
+    **GENERATIONS,
     **OTHERS,
 }

@@ -398,6 +398,7 @@ def test_the_world_is_one_in_which_the_jobs_work(
         ],
         "ledger": ["show", "--ledger", f"sqlite:///{world}/ledger.sqlite", "--dataset", DATASET],
         "verify": ["--output", f"{world}/run"],
+        "generate": ["--run", f"{world}/model", "--max_new_tokens", "8", "--dry-run"],
         "plan": ["--config", f"{world}/plan.yaml", "--dry-run"],
         "mean_estimation": ["--config", f"{world}/mean_estimation.yaml", "--dry-run"],
         "benchmark": ["--config", f"{world}/benchmark.yaml", "--output", "x", "--dry-run"],

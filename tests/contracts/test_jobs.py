@@ -97,6 +97,7 @@ DEMO = ["--config", str(CONFIGS / "demo.yaml")]
 DRY_RUNS = {
     "benchmark": ["--output", "TMP/out"],
     "demo": ["--data.store", "TMP/d/store", "--output", "TMP/d/private"],
+    "generate": ["--run", "demo/model", "--output", "TMP/out"],
     "mean_estimation": ["--output", "TMP/out"],
     "plan": ["--output", "TMP/out"],
     "prepare": [*DEMO, "--data.store", "TMP/store"],
@@ -167,6 +168,10 @@ MISTAKES = {
     ),
     "ledger that is not there": (
         "ledger", ["show", "--ledger", "sqlite:///TMP/no.sqlite", "--dataset", "x"], ["no.sqlite"],
+    ),
+    "generate without a model": ("generate", ["--run", "TMP/none"], ["run", "TMP/none"]),
+    "generate with a top_p above one": (
+        "generate", ["--run", "demo/model", "--top_p", "1.5"], ["top_p", "1.5"],
     ),
     "verify without a run": ("verify", ["--output", "TMP/none"], ["TMP/none"]),
     "plan without a workload": ("plan", DEMO, ["plan"]),

@@ -22,6 +22,8 @@ HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboar
         ("udp_ray.on_ray.accountant", set()),
         ("udp_ray.ledger", set()),
         ("udp_ray.on_ray.accountant", {"alembic", "sqlalchemy"}),
+        ("udp_ray.config.generate", set()),
+        ("udp_ray.on_ray.generate", {"transformers", "peft", "alembic", "sqlalchemy"}),
     ],
 )
 def test_a_process_imports_only_what_it_uses(module: str, needed: set[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import udp_ray
+from tests.support.published import published_run
 from udp_ray.config.cli import parse
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.pretrain import PretrainConfig
@@ -21,10 +22,12 @@ from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.demo import (
     MARK,
     Comparison,
+    Row,
     compare,
     demo,
     demo_folder,
     replace_folder,
+    sample_both,
     without_privacy,
 )
 from udp_ray.experiments.pretrain import pretrain
@@ -97,6 +100,25 @@ def test_table_takes_the_first_and_last_evaluation_of_each_run(tmp_path):
     assert "seconds" not in comparison.to_json()  # shown to the operator, and not saved
 
 
+def test_table_is_followed_by_a_line_for_each_text():
+    rows = tuple(Row(name, 2.0, 2.0, 0.0, 1.0) for name in ("base model", "private", "open"))
+    texts = (("the base text", "the private text"), ("b2 " * 60, "p2"), ("b3", "p3"))
+    shown = Comparison(rows, delta=1e-5, seconds=1.0, samples=texts).to_text()
+    *_, last = shown.split("same random numbers")
+    lines = [line for line in last.splitlines() if line]
+    assert [line.split()[-1] for line in lines] == ["text", "...", "b3", "text", "p2", "p3"]
+    assert lines[0].startswith("  base model  ")
+    assert lines[3].startswith("  private  ")
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_texts_of_both_models_are_one_line_each(tmp_path):
+    samples = sample_both(published_run(tmp_path, seed=1), max_new_tokens=8)
+    assert len(samples) == 3
+    assert all("\n" not in text and text for pair in samples for text in pair)
+    assert any(base != private for base, private in samples)
+
+
 def test_run_without_evaluations_is_refused(tmp_path):
     _left_behind(tmp_path / "a", (9, 90, 95, 7.9))
     with pytest.raises(DataError, match="lacks an evaluation"):
@@ -144,7 +166,7 @@ def _users(path, num_users, seed):
 def test_whole_demo_runs_twice_in_the_same_folder(tmp_path):
     train = _users(tmp_path / "train.parquet", 60, seed=1)
     model = tmp_path / "model"
-    tiny = {"vocab_size": 280, "width": 16, "num_layers": 1, "num_heads": 2, "context_tokens": 32}
+    tiny = {"vocab_size": 280, "width": 16, "num_layers": 1, "num_heads": 2, "context_tokens": 40}
     steps = {"num_steps": 2, "warmup_steps": 0, "batch_blocks": 2}
     pretrain(PretrainConfig(input=[train], output=str(model), **tiny, **steps))
     settings = yaml.safe_load(SHIPPED.read_text())
@@ -163,6 +185,8 @@ def test_whole_demo_runs_twice_in_the_same_folder(tmp_path):
         assert base.epsilon == 0.0
         assert 0 < private.epsilon <= 8.0
         assert math.isinf(unprotected.epsilon)
+        assert len(comparison.samples) == 3
+        assert all(base and private for base, private in comparison.samples)
     assert (tmp_path / "demo" / "comparison.json").is_file()
 
 

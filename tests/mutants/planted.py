@@ -1124,7 +1124,58 @@ OUTPUTS = [
     ),
 ]
 
+GENERATION = [
+    Mutant(
+        name="noise_of_the_first_token_for_all",
+        breaks="generation: every token of a text is drawn with the same random numbers",
+        file="udp_ray/models/generate.py",
+        text="counter=[0, 0, position, 0]",
+        replacement="counter=[0, 0, 0, 0]",
+        tests=(
+            "tests/models/test_generate.py::test_the_second_token_has_its_conditional_distribution",
+        ),
+    ),
+    Mutant(
+        name="random_numbers_by_row",
+        breaks="generation: a text depends on the texts beside it",
+        file="udp_ray/models/generate.py",
+        text="gumbel(self._seed, number, position, scores.shape[1]) for number in self._numbers",
+        replacement="gumbel(self._seed, row, position, scores.shape[1])"
+        " for row, _ in enumerate(self._numbers)",
+        tests=(
+            "tests/models/test_generate.py"
+            "::test_a_text_depends_on_the_seed_and_its_number_and_not_on_its_company",
+        ),
+    ),
+    Mutant(
+        name="temperature_after_the_draw",
+        breaks="generation: the temperature has no effect",
+        file="udp_ray/models/generate.py",
+        text="processors.append(TemperatureLogitsWarper(sampling.temperature))",
+        replacement="pass",
+        tests=(
+            "tests/models/test_generate.py::test_the_first_token_has_the_models_distribution[0.5]",
+        ),
+    ),
+    Mutant(
+        name="base_model_with_its_adapters",
+        breaks="generation: the base model's texts are those of the fine-tuned model",
+        file="udp_ray/models/generate.py",
+        text="        self._trained.disable_adapters()\n",
+        replacement="",
+        tests=("tests/models/test_generate.py::test_adapters_write_what_the_merged_model_writes",),
+    ),
+    Mutant(
+        name="void_statement_taken_for_a_guarantee",
+        breaks="generation: texts of a seeded run are said to be covered",
+        file="udp_ray/reports/generated.py",
+        text="self.statement is not None and self.statement.is_guarantee",
+        replacement="self.statement is not None",
+        tests=("tests/reports/test_generated.py::test_a_void_statement_is_said_to_be_void",),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS,
+    *OUTPUTS, *GENERATION,
 ]  # fmt: skip

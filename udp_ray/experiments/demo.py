@@ -1,4 +1,4 @@
-"""The demo: prepares data, trains with privacy and without, and compares the models.
+"""The demo: prepares data, trains with privacy and without, compares the models and their texts.
 
     comparison = demo(config)
     print(comparison.to_text())
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,11 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.generate import GenerateConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.console import progress
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.generate import one_line, sample_here
 from udp_ray.on_ray.prepare import prepare, require_usable
 from udp_ray.on_ray.train import train
 from udp_ray.runs.result import part_measured
@@ -31,6 +34,10 @@ from udp_ray.runs.result import part_measured
 MARK = "made-by-the-demo"
 COMPARISON_FILE = "comparison.json"
 WITHOUT_PRIVACY = "without-privacy"
+NUM_SAMPLES = 3
+SAMPLE_TOKENS = 32
+LINE = 70
+"""Characters of a generated text that are shown."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class Comparison:
     """Wall-clock time of the whole demo."""
     part_measured: str = ""
     """Which part of the held-out users was measured; "" if it was all."""
+    samples: tuple[tuple[str, str], ...] = ()
+    """Texts of the base model and of the fine-tuned one, from nothing, with the same random
+    numbers; each on one line."""
 
     def to_text(self) -> str:
         """Returns the table."""
@@ -78,6 +88,12 @@ class Comparison:
         ]
         part = f"; {self.part_measured}" if self.part_measured else ""
         lines += ["", f"  epsilon at delta = {self.delta:g}; {self.seconds:.0f} s in all{part}"]
+        if self.samples:
+            lines += ["", "Text that the models write, with the same random numbers", ""]
+        for place, row in enumerate(self.rows[:2]):
+            for number, texts in enumerate(self.samples):
+                name = row.model if number == 0 else ""
+                lines.append(f"  {name:26}  {_shortened(texts[place])}")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -120,7 +136,10 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
             private_s = _timed(lambda: train(config, announce=announce))
             announce("\n3/3  The same without noise and clipping, for comparison: no promise")
             open_s = _timed(lambda: train(open_config, announce=_ignore))
+        display.phase("generating text")
+        samples = sample_both(Path(config.output))
     comparison = Comparison(
+        samples=samples,
         rows=compare(
             Path(config.output), Path(open_config.output), private_s=private_s, open_s=open_s
         ),
@@ -210,6 +229,24 @@ def compare(
         _row("fine-tuned with privacy", after, private_s),
         _row("without noise and clipping", open_after, open_s),
     )
+
+
+def sample_both(
+    private: Path, *, max_new_tokens: int = SAMPLE_TOKENS
+) -> tuple[tuple[str, str], ...]:
+    """Returns texts of the base model and of the fine-tuned one, in the order of the table's rows.
+
+    Generated in this process: both models are small, and no worker has to start.
+    """
+    config = GenerateConfig(
+        run=str(private), num_samples=NUM_SAMPLES, max_new_tokens=max_new_tokens
+    )
+    samples = sample_here(config, prompts=[])
+    return tuple((one_line(each.base_text or ""), one_line(each.text)) for each in samples)
+
+
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, LINE, placeholder=" ...")
 
 
 def _first_and_last(output: Path) -> tuple[dict[str, float], dict[str, float]]:

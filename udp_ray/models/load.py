@@ -63,7 +63,7 @@ def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> 
             " checkpoint"
         )
     _set_dropout(config, dropout)
-    model, report = _from_cache_or_hub("model.name", name, _weights_loader(name, config))
+    model, report = from_cache_or_hub("model.name", name, _weights_loader(name, config))
     if report["missing_keys"]:
         # They would be drawn at random, and be different on each worker.
         missing = sorted(report["missing_keys"])
@@ -101,13 +101,17 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def model_config(name: str) -> PretrainedConfig:
+def model_config(name: str, *, field: str = "model.name") -> PretrainedConfig:
     """Returns a model's configuration; no weights are read.
+
+    Args:
+        name: Hugging Face name, or folder of a checkpoint.
+        field: The setting that gives it, for messages.
 
     Raises:
         ConfigError: If there is no such model.
     """
-    return _load_config(name)
+    return _load_config(name, field)
 
 
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
@@ -181,8 +185,12 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, field: str = "data.tokenizer") -> PreTrainedTokenizerBase:
     """Returns a fast tokenizer by its Hugging Face name or folder.
+
+    Args:
+        name: The name or folder.
+        field: The setting that gives it, for messages.
 
     Raises:
         ConfigError: If there is none of that name, it is a slow one, or it has no end-of-text
@@ -192,14 +200,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     def load(local_files_only: bool) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
 
-    tokenizer = _from_cache_or_hub("data.tokenizer", name, load)
+    tokenizer = from_cache_or_hub(field, name, load)
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"data.tokenizer is {name!r}, which has no fast version: convert it, or use another"
+            f"{field} is {name!r}, which has no fast version: convert it, or use another"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"data.tokenizer is {name!r}, which has no token that ends a text (eos_token): set one"
+            f"{field} is {name!r}, which has no token that ends a text (eos_token): set one"
         )
     return tokenizer
 
@@ -211,11 +219,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{special}\n{backend}".encode()).hexdigest()
 
 
-def _load_config(name: str) -> PretrainedConfig:
+def _load_config(name: str, field: str = "model.name") -> PretrainedConfig:
     def load(local_files_only: bool) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, local_files_only=local_files_only)
 
-    return _from_cache_or_hub("model.name", name, load)
+    return from_cache_or_hub(field, name, load)
 
 
 def _weights_loader(
@@ -233,8 +241,16 @@ def _weights_loader(
     return load
 
 
-def _from_cache_or_hub(field: str, name: str, load: Callable[[bool], Loaded]) -> Loaded:
+def from_cache_or_hub(field: str, name: str, load: Callable[[bool], Loaded]) -> Loaded:
     """Loads from a folder, else from this machine's cache, else from the hub.
+
+    Args:
+        field: The setting that gives the name, for messages.
+        name: The name or folder.
+        load: Loads it, from local files only if its argument is true.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
 
     The cache comes first so that a machine without a network does not wait for the hub's retries,
     and so that workers which share a cache load the same files.

@@ -18,11 +18,10 @@ bounded, and the driver reads no row and no shard.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from importlib.metadata import version
@@ -71,12 +70,13 @@ from udp_ray.data.read import (
 from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupied
 from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.tasks import quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
@@ -505,27 +505,11 @@ def _temporary_folder(data: DataConfig) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Sets Ray Data up for one run: shuffles over disk, and shows neither bars nor log lines."""
-    context = DataContext.get_current()
-    wanted = {
-        "shuffle_strategy": ShuffleStrategy.SHUFFLE_V2,
-        "use_disk_based_hash_shuffle": True,
-        "shuffle_input_batch_bytes": _SHUFFLE_BATCH_BYTES,
-        "target_max_block_size": _BLOCK_BYTES,
-        "enable_progress_bars": False,
-        "print_on_execution_start": False,
-    }
-    before = {name: getattr(context, name) for name in wanted}
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    for name, value in wanted.items():
-        setattr(context, name, value)
-    logger.setLevel(logging.CRITICAL)  # what a worker refuses is raised, and said once
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for name, value in before.items():
-            setattr(context, name, value)
+def _quiet_ray_data() -> AbstractContextManager[None]:
+    """Sets Ray Data up to shuffle over disk, and to show neither bars nor log lines."""
+    return quiet_ray_data(
+        shuffle_strategy=ShuffleStrategy.SHUFFLE_V2,
+        use_disk_based_hash_shuffle=True,
+        shuffle_input_batch_bytes=_SHUFFLE_BATCH_BYTES,
+        target_max_block_size=_BLOCK_BYTES,
+    )

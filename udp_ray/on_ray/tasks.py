@@ -1,4 +1,4 @@
-"""Independent calls of one function as Ray tasks, with their progress.
+"""Independent calls of one function as Ray tasks, and what all uses of Ray Data share.
 
     with connected(config.cluster.address):
         results = run_tasks(simulate, [{"seed": 1}, {"seed": 2}], description="scoring")
@@ -9,10 +9,13 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import ray
+from ray.data.context import DataContext
 
 from udp_ray.console import progress
 
@@ -50,3 +53,29 @@ def run_tasks(
                 results[running.pop(reference)] = ray.get(reference)
             display.advance(len(results))
     return [results[index] for index in range(len(tasks))]
+
+
+# ---- Ray Data
+
+
+@contextmanager
+def quiet_ray_data(**settings: Any) -> Iterator[None]:
+    """Sets Ray Data up for the block: it shows neither bars nor log lines.
+
+    Args:
+        settings: Further fields of its context, which are restored afterwards.
+    """
+    context = DataContext.get_current()
+    wanted = {"enable_progress_bars": False, "print_on_execution_start": False, **settings}
+    before = {name: getattr(context, name) for name in wanted}
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    for name, value in wanted.items():
+        setattr(context, name, value)
+    logger.setLevel(logging.CRITICAL)  # what a worker refuses is raised, and said once
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -1,4 +1,4 @@
-"""Figures of a run and of a sweep as PNG, and the TensorBoard event file of a run.
+"""Figures of runs, sweeps and generated text as PNG, and the TensorBoard event file of a run.
 
     write_atomic(output / "curves.png", draw_curves(metrics, epsilons, title="chats-1f"))
     write_event_file(output / "tensorboard", {50: {"heldout/token_loss": 4.2}})
@@ -29,6 +29,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from udp_ray.io import write_atomic, writing
 
 if TYPE_CHECKING:
+    from udp_ray.reports.generated import Comparison
     from udp_ray.runs.result import TrialResult
 
 TITLE, LABEL, SMALL = 14, 12, 10
@@ -197,7 +198,46 @@ def _frame(panel: Axes, cell: tuple[int, int]) -> None:
     panel.add_patch(frame)
 
 
-# ---- both
+# ---- generated text
+
+SET_COLOURS = {"fine-tuned": LOSS_COLOUR, "base": "0.55", "held-out": EPSILON_COLOUR}
+
+
+def draw_comparison(comparison: Comparison, *, title: str) -> bytes:
+    """Returns a PNG of lengths, distinct n-grams and perplexity of generated and held-out text.
+
+    Args:
+        comparison: The numbers.
+        title: Names the model; written below the figure.
+    """
+    figure = _figure(10.5, 3.8)
+    lengths, distinct, perplexity = figure.subplots(1, 3, width_ratios=(5, 4, 3))
+    width = 0.8 / len(comparison.sets)
+    for place, (name, each) in enumerate(comparison.sets.items()):
+        colour = SET_COLOURS[name]
+        lengths.stairs(each.shares, comparison.edges, color=colour, lw=2, label=name)
+        shift = (place - (len(comparison.sets) - 1) / 2) * width
+        shares = [share or 0.0 for share in each.distinct]
+        distinct.bar([n + shift for n in range(len(shares))], shares, width, color=colour)
+        if each.perplexity is not None and math.isfinite(each.perplexity):
+            bar = perplexity.bar(place, each.perplexity, 0.8, color=colour)
+            perplexity.bar_label(bar, fmt="%.3g", fontsize=SMALL)
+    lengths.set_xlabel("tokens in a text", fontsize=LABEL)
+    lengths.set_ylabel("share of texts", fontsize=LABEL)
+    lengths.set_ylim(bottom=0)
+    lengths.legend(fontsize=SMALL, frameon=False)
+    distinct.set_xticks(range(len(shares)), [str(n + 1) for n in range(len(shares))])
+    distinct.set_xlabel("n", fontsize=LABEL)
+    distinct.set_ylabel("distinct n-grams\n(different / all)", fontsize=LABEL)
+    distinct.set_ylim(0, 1)
+    perplexity.set_xticks(range(len(comparison.sets)), list(comparison.sets), rotation=20)
+    perplexity.set_ylabel(f"perplexity under\nthe {comparison.reference} model", fontsize=LABEL)
+    perplexity.margins(y=0.12)
+    _head(figure, comparison.message(), title)
+    return _png(figure)
+
+
+# ---- all
 
 
 def _figure(width: float, height: float) -> Figure:
