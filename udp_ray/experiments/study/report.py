@@ -13,6 +13,7 @@ loss per token among those with most seeds.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import os
@@ -29,15 +30,15 @@ import pandas as pd
 from udp_ray.experiments.study.folder import StudyFolder, strict
 from udp_ray.experiments.study.settings import PlannedStudy
 from udp_ray.io import write_atomic
-from udp_ray.reports.tables import table_to_text, wrap
+from udp_ray.reports.tables import wrap
 from udp_ray.runs.provenance import git_commit, processor_name, versions
 
 LAST = "heldout"
 """Prefix of the metrics of the last iterate; others, as heldout_average, get rows of their own."""
 PANEL = ["block", "dataset"]
 HEADER = (
-    "variant", "seeds", "loss per token", "minus baseline", "loss per user", "minus baseline",
-    "perplexity", "tokens per step", "s per step", "epsilon",
+    "variant", "seeds", "token loss", "difference", "user loss", "difference", "perplexity",
+    "tokens", "CPU s", "epsilon",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ class Spread:
             return "-"
         if self.low == self.high:
             return f"{self.mean:{form}}"
-        return f"{self.mean:{form}}{between}({self.low:{form}} to {self.high:{form}})"
+        return f"{self.mean:{form}}{between}({self.low:{form}}..{self.high:{form}})"
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Row:
     perplexity: float
     """The exponential of the mean loss per token."""
     tokens_per_step: float
-    step_s: float
-    """Median duration of a step, mean over seeds."""
+    step_cpu_s: float
+    """Median processor time of a step, mean over seeds."""
     epsilon: float
 
     def cells(self, *, between: str) -> tuple[str, ...]:
@@ -104,7 +105,7 @@ class Row:
             "baseline" if self.is_baseline else self.user_difference.text("+.4f", between=between),
             f"{self.perplexity:.2f}",
             f"{self.tokens_per_step:,.0f}",
-            f"{self.step_s:.2f}",
+            f"{self.step_cpu_s:.2f}",
             f"{self.epsilon:.3g}",
         )
 
@@ -161,7 +162,7 @@ class Results:
         """Returns the tables as plain text."""
         parts = []
         for (block, dataset), rows in self.panels().items():
-            table = table_to_text([r.cells(between="\n") for r in rows], header=HEADER)
+            table = aligned([HEADER, *(row.cells(between="\n") for row in rows)])
             parts.append(f"{self._title(block, dataset)}\n\n{table}")
         return "\n\n".join([*parts, *map(wrap, self.notes())]) + "\n"
 
@@ -179,9 +180,10 @@ class Results:
         known = self.provenance
         notes = [
             "Held-out loss in nats, per token and as the mean over users of theirs: mean over seeds"
-            " (lowest to highest). Differences are paired by seed; below zero is better. *: the"
-            " baseline. Perplexity is per token. Seconds per step: median of a run on one core of a"
-            " machine that is shared with other work, so they are no benchmark.",
+            " (lowest to highest). Difference: the loss minus the baseline's (*) at the same seed;"
+            " below zero is better. Perplexity is per token. Tokens and CPU s are those of a step;"
+            " CPU s is the median processor time on one core, measured on a machine that is shared"
+            " with other work, and is no benchmark.",
             "The text is public and the runs are seeded, so their privacy statements are void:"
             " epsilon is the price that an unseeded run would have.",
         ]
@@ -236,6 +238,24 @@ class Results:
         return sorted({str(commit)[:12] + str(commit)[40:] for commit in self.frame["commit"]})
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as text; a cell may have lines. The first column is aligned to the left.
+
+    The columns are as wide as they need to be: names of variants must stay whole.
+    """
+    lines = [
+        line
+        for row in rows
+        for line in itertools.zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justify = [str.ljust, *(str.rjust for _ in widths[1:])]
+    return "\n".join(
+        "  ".join(put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True))
+        for line in lines
+    )
+
+
 def provenance(planned: PlannedStudy) -> dict[str, Any]:
     """Returns what made a report: command, hardware, versions and commit."""
     gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -270,7 +290,9 @@ def _measured(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             "units_per_step": float(record["units_per_step"]),
             "examples_per_step": float(record["examples_per_step"]),
             "step_s": float(record["step_s"]),
+            "step_cpu_s": float(record["step_cpu_s"]),
             "seconds": float(record["seconds"]),
+            "cpu_s": float(record["cpu_s"]),
             "load": float(record["load"]),
             "commit": record["commit"],
         }
@@ -302,7 +324,7 @@ def _rows_of(panel: pd.DataFrame) -> Iterator[Row]:
             user_differences=tuple(differences["user"]),
             perplexity=math.exp(min(float(runs.token_loss.mean()), 700.0)),
             tokens_per_step=float(runs.tokens_per_step.mean()),
-            step_s=float(runs.step_s.mean()),
+            step_cpu_s=float(runs.step_cpu_s.mean()),
             epsilon=float(runs.epsilon.max()),
         )
 

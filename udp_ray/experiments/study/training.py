@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,7 +54,7 @@ def train_cell(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def _train(config: ExperimentConfig) -> dict[str, Any]:
-    start = time.perf_counter()
+    start = Moment.now()
     torch.set_num_threads(1)
     store = TokenStore.open(config.data.store, verify=False)
     plan = _plan(config.privacy, store)
@@ -81,7 +82,8 @@ def _train(config: ExperimentConfig) -> dict[str, Any]:
             resume_from=None,
             provenance={},
         ).run()
-    phases.enter("")
+    phases.enter("ended")
+    end = Moment.now()
     numbers = [{name: json_number(value) for name, value in each.items()} for each in metrics]
     if not math.isfinite(metrics[-1].get("heldout/token_loss", math.nan)):
         raise DivergedError("the held-out loss after training is not finite")
@@ -93,10 +95,23 @@ def _train(config: ExperimentConfig) -> dict[str, Any]:
         "plan": plan.to_dict(),
         "epsilon": json_number(plan.epsilon()),
         **_sizes(plan, key, store),
-        "step_s": accountant.median_step_s(phases.ends.get("training")),
+        **_durations(accountant.granted_at, phases.ends["training"]),
         "phases_s": phases.seconds,
-        "seconds": time.perf_counter() - start,
+        "seconds": end.wall_s - start.wall_s,
+        "cpu_s": end.cpu_s - start.cpu_s,
     }
+
+
+class Moment(NamedTuple):
+    """A time of the clock, and the processor time that this process has used until then."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def now(cls) -> Moment:
+        """Returns the present moment."""
+        return cls(time.perf_counter(), time.process_time())
 
 
 class TimedAccountant(InMemoryAccountant):
@@ -104,21 +119,12 @@ class TimedAccountant(InMemoryAccountant):
 
     def __init__(self) -> None:
         super().__init__()
-        self._granted_at: list[float] = []
+        self.granted_at: list[Moment] = []
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Grants each step once, and notes the time."""
         super().authorize(step, starting_checkpoint)
-        self._granted_at.append(time.perf_counter())
-
-    def median_step_s(self, end: float | None) -> float | None:
-        """Returns the median duration of the steps; evaluations in between are rare outliers.
-
-        Args:
-            end: When the last step ended.
-        """
-        times = [*self._granted_at, *([] if end is None else [end])]
-        return median(b - a for a, b in pairwise(times)) if len(times) > 1 else None
+        self.granted_at.append(Moment.now())
 
 
 class Phases:
@@ -126,16 +132,31 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.ends: dict[str, float] = {}
+        self.ends: dict[str, Moment] = {}
         """When each phase last ended."""
-        self._name, self._began = "loading", time.perf_counter()
+        self._name, self._began = "loading", Moment.now()
 
     def enter(self, name: str) -> None:
         """Ends the present phase."""
-        now = time.perf_counter()
-        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._began
+        now = Moment.now()
+        lasted = now.wall_s - self._began.wall_s
+        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + lasted
         self.ends[self._name] = now
         self._name, self._began = name, now
+
+
+def _durations(granted_at: Sequence[Moment], end: Moment) -> dict[str, float]:
+    """Returns the median duration of the steps; evaluations between steps are rare outliers.
+
+    Args:
+        granted_at: When each step was granted, which is its beginning.
+        end: When the last one ended.
+    """
+    steps = list(pairwise([*granted_at, end]))
+    return {
+        "step_s": median(after.wall_s - before.wall_s for before, after in steps),
+        "step_cpu_s": median(after.cpu_s - before.cpu_s for before, after in steps),
+    }
 
 
 def _plan(privacy: PrivacyConfig, store: TokenStore) -> PrivacyPlan:
