@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +369,7 @@ def test_a_folder_of_something_else_is_refused(base: Path, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def trained(
     base: Path, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[PlannedStudy, StudyFolder, str]]:
+) -> tuple[PlannedStudy, StudyFolder, str]:
     """A study of two steps in which one variant diverges."""
     variants = [
         {"name": "flat"},
@@ -382,7 +382,7 @@ def trained(
     output = tmp_path_factory.mktemp("study") / "out"
     study = planned(base, output, blocks=[block("short", *variants)], seeds=[3, 4])
     folder = StudyFolder(output)
-    yield study, folder, run_and_report(study, folder)
+    return study, folder, run_and_report(study, folder)
 
 
 def test_a_study_trains_each_cell_and_goes_on_after_a_failed_one(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from udp_ray.config.base import LocalFolder, PositiveInt, Section, did_you_mean
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig
@@ -31,8 +31,18 @@ from udp_ray.console import COLUMNS
 from udp_ray.errors import ConfigError
 from udp_ray.io import new_run_folder
 
+
+def _require_value(override: str) -> str:
+    field, mark, value = override.partition("=")
+    if not (field.strip() and mark and value.strip()):
+        raise ValueError(f"{override!r} has no value: write it as privacy.epsilon=8")
+    return override
+
+
+DatasetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
-Override = Annotated[str, Field(pattern=r"^[\w.]+=.")]
+Override = Annotated[str, AfterValidator(_require_value)]
+"""A setting with its value, as privacy.epsilon=8."""
 
 OWN_FIELDS = {
     "output", "data.name", "data.input", "data.heldout", "data.store", "data.ledger", "data.cache",
@@ -44,7 +54,7 @@ OWN_FIELDS = {
 class TextSet(Section):
     """A data set: text to train on, and text of other users to evaluate on."""
 
-    name: Name
+    name: DatasetName
     """Its name in tables, and data.name of its runs."""
     input: str
     """data.input: text keyed by user."""
@@ -65,7 +75,7 @@ class Variant(Section):
     """What differs from the base file and the block, as data.pack=true."""
     grid: dict[str, list[Any]] = Field(default={})
     """Further settings with the values to try, in all combinations."""
-    datasets: list[Name] | None = None
+    datasets: list[DatasetName] | None = None
     """Data sets on which it is tried. Default: those of the block."""
 
     @field_validator("grid")
@@ -93,7 +103,7 @@ class Block(Section):
     """The variant that the others are compared with, seed by seed."""
     variants: Annotated[list[Variant], Field(min_length=1)]
     """What is compared."""
-    datasets: list[Name] | None = None
+    datasets: list[DatasetName] | None = None
     """Data sets of the block. Default: all."""
 
     @model_validator(mode="after")
