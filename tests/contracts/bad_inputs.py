@@ -926,7 +926,7 @@ STUDIES = {
         "greater than 0",
     ),
     "a study that sets a seed": bad(
-        "study", f"{STUDY} --study.overrides privacy.seed=3", "study.overrides", "privacy.seed=3",
+        "study", f"{STUDY} --study.overrides privacy.seed=3", "override", "privacy.seed=3",
         "leave it out",
     ),
     "a study's override without a value": bad(

@@ -153,7 +153,7 @@ class Study(Section):
             field = override.partition("=")[0]
             if field in OWN_FIELDS or field.startswith("cluster."):
                 raise ValueError(
-                    f"overrides has {override}: the study sets {field} itself; leave it out"
+                    f"override {override}: the study sets {field} itself; leave it out"
                 )
         return self
 
