@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from udp_ray.experiments.plotting import large_text, new_figure, to_png
 from udp_ray.experiments.study.report import Results, Row
@@ -25,28 +26,18 @@ def draw_differences(results: Results) -> bytes:
     panels = results.panels()
     blocks = list(dict.fromkeys(block for block, _ in panels))
     datasets = list(dict.fromkeys(dataset for _, dataset in panels))
-    names = {
-        block: list(
-            dict.fromkeys(
-                row.variant
-                for (each, _), rows in panels.items()
-                for row in rows
-                if each == block and not row.is_baseline
-            )
-        )
-        for block in blocks
-    }
+    names = {block: _names(panels, block) for block in blocks}
     heights = [max(len(names[block]), 1) for block in blocks]
     with large_text():
         figure = new_figure(
-            4.2 * len(datasets) + 2.6, 0.42 * sum(heights) + 1.1 * len(blocks) + 1.0
+            4.2 * len(datasets) + 2.6, 0.42 * sum(heights) + 1.4 * len(blocks) + 1.0
         )
         axes = figure.subplots(
             len(blocks),
             len(datasets),
             squeeze=False,
-            sharex="col",
-            gridspec_kw={"height_ratios": [height + 1.2 for height in heights]},
+            sharex="row",
+            gridspec_kw={"height_ratios": [height + 1.5 for height in heights]},
         )
         for block, line in zip(blocks, axes, strict=True):
             for dataset, panel in zip(datasets, line, strict=True):
@@ -56,6 +47,7 @@ def draw_differences(results: Results) -> bytes:
                 panel.set_visible(bool(rows))
             for panel in line[1:]:
                 panel.set_yticklabels([])
+            line[-1].xaxis.set_major_locator(MaxNLocator(5))
         for panel in axes[-1]:
             panel.set_xlabel("held-out loss minus baseline (nats)")
         handles = [
@@ -64,8 +56,15 @@ def draw_differences(results: Results) -> bytes:
         ]
         handles.append(Line2D([], [], color="0.4", marker="|", ms=9, ls="", label="one seed"))
         figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle(_message(results.rows()))
+        figure.suptitle(_message([row for row in results.rows() if row.is_drawn]))
         return to_png(figure)
+
+
+def _names(panels: Mapping[tuple[str, str], Sequence[Row]], block: str) -> list[str]:
+    """Returns the variants of a block that any data set compares with another one, in order."""
+    rows = [row for (each, _), rows in panels.items() for row in rows if each == block]
+    compared = {row.variant for row in rows if row.is_drawn and not row.is_baseline}
+    return [name for name in dict.fromkeys(row.variant for row in rows) if name in compared]
 
 
 def _draw_panel(panel: Axes, names: Sequence[str], rows: Sequence[Row]) -> None:

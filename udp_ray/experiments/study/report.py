@@ -75,6 +75,8 @@ class Row:
     variant: str
     is_baseline: bool
     """Whether the others are compared with it."""
+    is_drawn: bool
+    """Whether the figure shows it."""
     num_seeds: int
     token_loss: Spread
     user_loss: Spread
@@ -138,6 +140,7 @@ class Results:
                     "dataset": cell.dataset.name,
                     "variant": cell.name,
                     "is_baseline": cell.is_baseline,
+                    "is_drawn": cell.is_drawn,
                     "seed": cell.seed,
                 }
                 rows += [place | each for each in _measured(record)]
@@ -251,7 +254,9 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     justify = [str.ljust, *(str.rjust for _ in widths[1:])]
     return "\n".join(
-        "  ".join(put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True))
+        "  ".join(
+            put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
+        ).rstrip()
         for line in lines
     )
 
@@ -314,6 +319,7 @@ def _rows_of(panel: pd.DataFrame) -> Iterator[Row]:
             dataset=runs.dataset.iloc[0],
             variant=name,
             is_baseline=is_reference,
+            is_drawn=bool(runs.is_drawn.iloc[0]),
             num_seeds=len(runs),
             token_loss=Spread.of(runs.token_loss.tolist()),
             user_loss=Spread.of(runs.user_loss.tolist()),

@@ -77,6 +77,8 @@ class Variant(Section):
     """Further settings with the values to try, in all combinations."""
     datasets: list[DatasetName] | None = None
     """Data sets on which it is tried. Default: those of the block."""
+    is_drawn: bool = True
+    """Whether the figure shows it; false for one so far from the others that they would vanish."""
 
     @field_validator("grid")
     @classmethod
@@ -227,6 +229,7 @@ class Cell:
     """The point of the variant's grid."""
     seed: int
     is_baseline: bool
+    is_drawn: bool
     config: ExperimentConfig | None
     """The settings, before the study adds its own folders; None if they are refused."""
     heldout_examples: int
@@ -392,6 +395,7 @@ def _cell(
         point=point,
         seed=seed,
         is_baseline=variant.name == block.baseline,
+        is_drawn=variant.is_drawn,
         config=settings,
         heldout_examples=small.heldout_examples if is_quick else study.heldout_examples,
         evaluate_every=study.evaluate_every,
