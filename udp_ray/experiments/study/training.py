@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -26,7 +25,6 @@ import torch
 
 from udp_ray.config.base import one_line
 from udp_ray.config.experiment import ExperimentConfig
-from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan, json_number
@@ -37,7 +35,10 @@ from udp_ray.engine.trainer import InMemoryAccountant
 from udp_ray.engine.types import Metrics
 from udp_ray.errors import DivergedError, UdpRayError
 from udp_ray.models.load import load_model, trainable_parameters
-from udp_ray.runs.admission import count_kept_examples, new_key
+from udp_ray.runs.admission import new_key, plan_of
+
+_plans: dict[str, PrivacyPlan] = {}
+"""The plans of this process, which took seconds to calibrate, by their settings."""
 
 
 def train_cell(config: ExperimentConfig) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def _train(config: ExperimentConfig) -> dict[str, Any]:
     start = Moment.now()
     torch.set_num_threads(1)
     store = TokenStore.open(config.data.store, verify=False)
-    plan = _plan(config.privacy, store)
+    plan = _plan(config)
     accountant = TimedAccountant()
     key = accountant.admit(plan, new_key(config.privacy))
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
@@ -159,15 +160,12 @@ def _durations(granted_at: Sequence[Moment], end: Moment) -> dict[str, float]:
     }
 
 
-def _plan(privacy: PrivacyConfig, store: TokenStore) -> PrivacyPlan:
-    unseeded = privacy.model_copy(update={"seed": None})
-    return _calibrated(unseeded, store.num_users, count_kept_examples(store, privacy.group_size))
-
-
-@lru_cache(maxsize=64)
-def _calibrated(privacy: PrivacyConfig, num_users: int, num_examples: int) -> PrivacyPlan:
-    """Returns a plan; all seeds share one calibration, which takes seconds."""
-    return PrivacyPlan.from_config(privacy, num_users=num_users, num_examples=num_examples)
+def _plan(config: ExperimentConfig) -> PrivacyPlan:
+    """Returns the plan of a run; cells that differ by their seed share one calibration."""
+    values = config.model_dump_json(exclude={"privacy": {"seed"}})
+    if values not in _plans:
+        _plans[values] = plan_of(config)
+    return _plans[values]
 
 
 def _sizes(plan: PrivacyPlan, key: RunKey, store: TokenStore) -> dict[str, Any]:
