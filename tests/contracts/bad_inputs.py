@@ -50,6 +50,7 @@ STORING = "--config WORLD/prepare.yaml --data.store TMP/store"
 PREPARE = f"{STORING} --data.ledger sqlite:///TMP/l.sqlite"
 PLAN = "--config WORLD/plan.yaml"
 MEAN = "--config WORLD/mean_estimation.yaml --output TMP/out"
+STUDY = "--config WORLD/study.yaml --output TMP/out"
 BENCHMARK = "--config WORLD/benchmark.yaml --output TMP/out"
 PRETRAIN = "--input WORLD/public.parquet --output TMP/out"
 LEDGER = "--ledger sqlite:///WORLD/ledger.sqlite --dataset test-users"
@@ -908,6 +909,47 @@ STUDIES = {
     "results of something else to draw again": bad(
         "mean_estimation", "--config WORLD/mean_estimation.yaml --output WORLD/strange_results"
         " --redraw", "strange_results", "other columns", "run it first",
+    ),
+    "a study of an unknown variant": bad(
+        "study", f"{STUDY} --only steep", "only", "'steep'", "known are flat", as_process=True,
+    ),
+    "a study without its baseline": bad(
+        "study", "--config WORLD/study_without_baseline.yaml --output TMP/out",
+        "baseline of block all", "is steep", "choose one of flat",
+    ),
+    "a study of data in no folder": bad(
+        "study", "--config WORLD/study_elsewhere.yaml --output TMP/out", "study.datasets",
+        "without data_folder", "give data_folder",
+    ),
+    "a study whose base is missing": bad(
+        "study", f"{STUDY} --study.base TMP/none.yaml", "settings file", "none.yaml",
+        "give a readable",
+    ),
+    "a study whose baseline is refused": bad(
+        "study", f"{STUDY} --study.overrides privacy.clip_norm=-1", "privacy.clip_norm", "-1",
+        "greater than 0",
+    ),
+    "a study that sets a seed": bad(
+        "study", f"{STUDY} --study.overrides privacy.seed=3", "override", "privacy.seed=3",
+        "leave it out",
+    ),
+    "a study's override without a value": bad(
+        "study", f"{STUDY} --study.overrides privacy.epsilon", "study.overrides",
+        "privacy.epsilon", "write it as",
+    ),
+    "a study without seeds": bad(
+        "study", f"{STUDY} --study.seeds one", "study.seeds", "one", "integer",
+    ),
+    "a study in a folder of others": bad(
+        "study", "--config WORLD/study.yaml --output WORLD/full", "output", "WORLD/full",
+        "give another folder",
+    ),
+    "a study at a URL": bad(
+        "study", "--config WORLD/study.yaml --output s3://bucket/x", "output", "s3://bucket/x",
+        "give a folder",
+    ),
+    "a report of no study": bad(
+        "study", f"{STUDY} --report", "output", "no results", "run the study first",
     ),
     "a benchmark without rounds": bad(
         "benchmark", f"{BENCHMARK} --study.rounds 0", "study.rounds", "'0'", "greater than 0",

@@ -189,7 +189,24 @@ def _make_settings(folder: Path, config: ExperimentConfig, text: Mapping[str, An
     }
     for name, values in settings.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    for name, study in _studies(folder, text).items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"study": study}))
     shutil.copy(JOBS / "configs" / "mean_estimation.yaml", folder)
+
+
+def _studies(folder: Path, text: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Returns the study of a variant, and studies with a mistake."""
+    rows = text["input"][0]
+    datasets = [{"name": "chats", "input": rows, "heldout": rows}]
+    block = {"name": "all", "baseline": "flat", "variants": [{"name": "flat"}]}
+    study = {
+        "base": str(folder / "train.yaml"), "datasets": datasets, "blocks": [block], "seeds": [1]
+    }  # fmt: skip
+    return {
+        "study": study,
+        "study_without_baseline": study | {"blocks": [block | {"baseline": "steep"}]},
+        "study_elsewhere": study | {"datasets": [datasets[0] | {"is_in_data_folder": True}]},
+    }
 
 
 def _make_stores(folder: Path) -> None:
@@ -402,6 +419,7 @@ def test_the_world_is_one_in_which_the_jobs_work(
         "plan": ["--config", f"{world}/plan.yaml", "--dry-run"],
         "mean_estimation": ["--config", f"{world}/mean_estimation.yaml", "--dry-run"],
         "benchmark": ["--config", f"{world}/benchmark.yaml", "--output", "x", "--dry-run"],
+        "study": ["--config", f"{world}/study.yaml", "--output", "x", "--dry-run"],
         "demo": [
             "--config", f"{world}/train.yaml", "--output", f"{scratch}/demo/private",
             "--data.store", f"{scratch}/demo/store", "--dry-run",

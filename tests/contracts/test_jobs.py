@@ -106,6 +106,7 @@ DRY_RUNS = {
         "--input", "demo/data/ubuntu_irc_heldout.parquet", "--output", "TMP/out",
     ],
     "price": [*DEMO, "--data.store", "TMP/store"],
+    "study": ["--output", "TMP/out"],
     "train": [*DEMO, "--data.store", "TMP/store", "--output", "TMP/out"],
 }  # fmt: skip
 
@@ -188,6 +189,9 @@ MISTAKES = {
         "benchmark",
         ["--config", str(CONFIGS / "benchmark.yaml"), "--study.contestants", "faster"],
         ["study.contestants", "faster"],
+    ),
+    "study of an unknown variant": (
+        "study", ["--only", "bandit", "--output", "TMP/out"], ["only", "bandit"],
     ),
     "mean estimation without users": (
         "mean_estimation",

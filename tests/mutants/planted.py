@@ -1175,7 +1175,51 @@ GENERATION = [
     ),
 ]
 
+STUDY = [
+    Mutant(
+        name="study_without_seeds",
+        breaks="all seeds of a study are one run, and its ranges over seeds are zero",
+        file="udp_ray/experiments/study/settings.py",
+        text='"privacy.seed": seed,',
+        replacement='"privacy.seed": study.seeds[0],',
+        tests=(
+            "tests/experiments/test_study.py"
+            "::test_each_cell_has_its_seed_and_equal_settings_have_one_digest",
+        ),
+    ),
+    Mutant(
+        name="study_compares_with_any_seed",
+        breaks="a variant is compared with the baseline at other seeds",
+        file="udp_ray/experiments/study/report.py",
+        text='runs.merge(reference, on="seed", suffixes=("", "_baseline"))',
+        replacement='runs.merge(reference, how="cross", suffixes=("", "_baseline"))',
+        tests=("tests/experiments/test_study.py::test_differences_are_paired_by_seed",),
+    ),
+    Mutant(
+        name="study_keeps_stale_cells",
+        breaks="a cell measured under another default passes as one of the present default",
+        file="udp_ray/experiments/study/folder.py",
+        text="return record if all(",
+        replacement="return record if any(",
+        tests=(
+            "tests/experiments/test_study.py"
+            "::test_a_cell_is_measured_again_if_a_default_changed_and_not_for_a_new_setting",
+        ),
+    ),
+    Mutant(
+        name="study_heldout_in_order_of_rows",
+        breaks="variants whose held-out text is stored in another order are evaluated on others",
+        file="udp_ray/experiments/study/run.py",
+        text="for code in sorted(sizes):",
+        replacement="for code in sizes:",
+        tests=(
+            "tests/experiments/test_study.py"
+            "::test_held_out_users_are_whole_and_the_same_in_any_order_of_rows",
+        ),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION,
+    *OUTPUTS, *GENERATION, *STUDY,
 ]  # fmt: skip

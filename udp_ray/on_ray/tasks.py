@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.data.context import DataContext
+from ray.exceptions import RayError
 
 from udp_ray.console import progress
 
@@ -38,21 +39,50 @@ def run_tasks(
         tasks: Keyword arguments of each call.
         description: Shown as the phase.
     """
-    remote = ray.remote(num_cpus=1)(function)
-    most = max(1, int(ray.cluster_resources().get("CPU", 1))) * IN_FLIGHT_PER_CORE
     results: dict[int, Result] = {}
-    running: dict[ray.ObjectRef, int] = {}
-    waiting = iter(enumerate(tasks))
     with progress() as display:
         display.phase(description, total=len(tasks), unit="task")
-        while len(results) < len(tasks):
-            while len(running) < most and (upcoming := next(waiting, None)) is not None:
-                running[remote.remote(**upcoming[1])] = upcoming[0]
-            done, _ = ray.wait(list(running), num_returns=1)
-            for reference in done:
-                results[running.pop(reference)] = ray.get(reference)
+        for index, reference in _ended_tasks(function, tasks, per_core=IN_FLIGHT_PER_CORE):
+            results[index] = ray.get(reference)
             display.advance(len(results))
     return [results[index] for index in range(len(tasks))]
+
+
+def completed_tasks(
+    function: Callable[..., Result], tasks: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[int, Result | Exception]]:
+    """Yields the number and the result of each task as it ends; of a failed one, the exception.
+
+    For tasks of seconds and more, of which one may fail without ending the others: there are no
+    more of them submitted than run.
+
+    Args:
+        function: As in `run_tasks`.
+        tasks: Keyword arguments of each call.
+    """
+    for index, reference in _ended_tasks(function, tasks, per_core=1):
+        try:
+            yield index, ray.get(reference)
+        except RayError as error:
+            yield index, error
+
+
+def _ended_tasks(
+    function: Callable[..., Any], tasks: Sequence[Mapping[str, Any]], *, per_core: int
+) -> Iterator[tuple[int, ray.ObjectRef]]:
+    """Yields each task's number and reference once it has ended, in any order."""
+    remote = ray.remote(num_cpus=1)(function)
+    most = max(1, int(ray.cluster_resources().get("CPU", 1))) * per_core
+    running: dict[ray.ObjectRef, int] = {}
+    waiting = iter(enumerate(tasks))
+    num_ended = 0
+    while num_ended < len(tasks):
+        while len(running) < most and (upcoming := next(waiting, None)) is not None:
+            running[remote.remote(**upcoming[1])] = upcoming[0]
+        done, _ = ray.wait(list(running), num_returns=1)
+        for reference in done:
+            num_ended += 1
+            yield running.pop(reference), reference
 
 
 # ---- Ray Data

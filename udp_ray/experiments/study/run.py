@@ -1,0 +1,237 @@
+"""Runs the cells of a study that are not measured yet, as Ray tasks, and keeps each as a file.
+
+    print(run_and_report(planned, folder))
+
+Stores are prepared first, one for each distinct data section, as `jobs/prepare.py` does. All stores
+of a data set have one ledger, hence one order of users: cells of one seed draw the same users.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from udp_ray.config.base import one_line
+from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.console import current
+from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.experiments.study.figures import draw_differences
+from udp_ray.experiments.study.folder import FIGURE, HELDOUT, STORES, StudyFolder
+from udp_ray.experiments.study.report import LAST, Results
+from udp_ray.experiments.study.settings import Cell, PlannedStudy, digest_of
+from udp_ray.experiments.study.training import train_cell
+from udp_ray.io import write_atomic, writing
+from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.prepare import prepare
+from udp_ray.on_ray.tasks import completed_tasks
+from udp_ray.runs.provenance import code_digest, git_commit
+
+ALL = 2**31
+"""More than the held-out examples of any study, which are bounded when they are prepared."""
+RunTasks = Callable[..., Iterator[tuple[int, Any]]]
+"""function, tasks -> numbers and results as they end; as `udp_ray.on_ray.tasks.completed_tasks`."""
+
+
+def run_and_report(planned: PlannedStudy, folder: StudyFolder, *, trains: bool = True) -> str:
+    """Runs a study on a Ray cluster, writes its results, and returns the tables as text.
+
+    Results are written while cells end, and also if the study is interrupted.
+
+    Args:
+        planned: The cells.
+        folder: The folder of the study, which was checked.
+        trains: Whether to train; False only writes the results of what is measured.
+
+    Raises:
+        ConfigError: Nothing is to be trained, and the folder has no results.
+    """
+    if not trains and not folder.is_claimed:
+        raise ConfigError(f"output {folder.path} has no results: run the study first")
+    display = current()
+
+    def report() -> None:
+        Results.of(planned, folder).save(folder.path)
+
+    try:
+        if trains:
+            announce = display.announcing(partial(print, flush=True))
+            with connected(planned.config.cluster.address):
+                run_study(planned, folder, completed_tasks, announce=announce, on_cell=report)
+    finally:
+        if folder.is_claimed:
+            display.phase("writing tables and figure")
+            results = Results.of(planned, folder)
+            results.save(folder.path)
+            if results.rows():
+                write_atomic(folder.path / FIGURE, draw_differences(results))
+    return results.to_text()
+
+
+def run_study(
+    planned: PlannedStudy,
+    folder: StudyFolder,
+    run_tasks: RunTasks,
+    *,
+    announce: Callable[[str], None],
+    on_cell: Callable[[], None] = lambda: None,
+) -> None:
+    """Trains the cells to run that are not measured, and writes each into the folder.
+
+    Args:
+        planned: The cells.
+        folder: The folder of the study, which was checked.
+        run_tasks: Calls a function on many keyword arguments and yields results as they end.
+        announce: Shows a line.
+        on_cell: Called after each cell, when its file is written.
+    """
+    folder.claim(planned)
+    chosen = {cell.digest: cell for cell in reversed(planned.chosen)}  # the first of equal ones
+    cells = [chosen[digest] for digest in dict.fromkeys(cell.digest for cell in planned.chosen)]
+    waiting = [cell for cell in cells if not folder.is_measured(cell)]
+    if len(cells) > len(waiting):
+        announce(f"{len(cells) - len(waiting)} of {len(cells)} cells are measured already")
+    ready = list(_with_stores(waiting, folder, announce))
+    display, commit = current(), git_commit()
+    began = time.monotonic()
+    tasks = [{"config": config} for _, config in ready]
+    if ready:
+        display.phase(f"training, block {ready[0][0].block}", total=len(ready), unit="cell")
+        display.advance(0)
+    for done, (index, result) in enumerate(run_tasks(train_cell, tasks), start=1):
+        cell = ready[index][0]
+        if isinstance(result, Exception):
+            result = {"error": f"{type(result).__name__}: {one_line(str(result))[:300]}"}
+        measured = {**result, "commit": commit, "code": code_digest(), "load": os.getloadavg()[0]}
+        folder.write(cell, measured)
+        display.phase(f"training, block {cell.block}", total=len(ready), unit="cell")
+        display.advance(done)
+        announce(f"{_clock(began)} {done}/{len(ready)}  {cell.label}: {_outcome(result)}")
+        on_cell()
+
+
+def _with_stores(
+    cells: Iterable[Cell], folder: StudyFolder, announce: Callable[[str], None]
+) -> Iterator[tuple[Cell, ExperimentConfig]]:
+    """Yields each cell with its settings once its store is there; records one without a store."""
+    failed: dict[str, str] = {}
+    for cell in cells:
+        store = ""
+        try:
+            config = placed(cell, folder.path)
+            store = config.data.store
+            if store not in failed:
+                _require_store(config, announce)
+        except UdpRayError as error:
+            failed[store] = str(error)
+        if store in failed:
+            folder.write(cell, {"error": failed[store]})
+            announce(f"{cell.label}: failed: {failed[store]}")
+        else:
+            yield cell, config
+
+
+def placed(cell: Cell, folder: Path) -> ExperimentConfig:
+    """Returns the settings with which a cell trains: those given, with the study's own folders."""
+    if cell.config is None:
+        raise DataError(f"{cell.label}: {cell.error}")
+    data, train = cell.config.data, cell.config.train
+    heldout = bounded_heldout(
+        Path(cell.dataset.heldout),
+        data.user_column,
+        cell.heldout_examples,
+        folder / HELDOUT,
+    )
+    data = data.model_copy(update={"heldout": [str(heldout)], "store": "", "ledger": None})
+    key = digest_of([data.model_dump(mode="json", exclude={"cache"}), cell.config.tokenizer])
+    place = folder / STORES / cell.dataset.name
+    data = data.model_copy(
+        update={"store": str(place / key[:12]), "ledger": f"sqlite:///{place / 'ledger.sqlite'}"}
+    )
+    every = cell.evaluate_every or cell.config.privacy.num_steps
+    train = train.model_copy(
+        update={"checkpoint_every": every, "evaluate_every": None, "evaluate_examples": ALL}
+    )
+    return cell.config.model_copy(update={"data": data, "train": train})
+
+
+def bounded_heldout(source: Path, user_column: str, most: int, folder: Path) -> Path:
+    """Returns a parquet file with the rows of some held-out users, which is made if it is missing.
+
+    Users are taken in the order of a SHA-256 of their id, until the next one's rows would exceed
+    the bound; at least one is taken. So they are the same on each machine and for each variant.
+
+    Args:
+        source: Parquet file with the rows of all held-out users.
+        user_column: Its column with the user.
+        most: Most rows.
+        folder: Where the file is kept.
+
+    Raises:
+        DataError: If the source cannot be read, or has no such column.
+    """
+    name = digest_of([str(source), user_column, most])
+    file = folder / f"{source.stem}-{most}-{name[:8]}.parquet"
+    if file.is_file():
+        return file
+    try:
+        table = pq.read_table(source)
+        users = table[user_column].to_pylist()
+    except (OSError, pa.ArrowInvalid):
+        raise DataError(
+            f"study.datasets: heldout {source} is not a readable parquet file: give one"
+        ) from None
+    except KeyError:
+        raise DataError(
+            f"study.datasets: heldout {source} has no column {user_column!r}: it has"
+            f" {', '.join(map(repr, table.column_names))}; set data.user_column"
+        ) from None
+    codes = [hashlib.sha256(str(user).encode()).digest() for user in users]
+    sizes: dict[bytes, int] = {}
+    for code in codes:
+        sizes[code] = sizes.get(code, 0) + 1
+    kept: set[bytes] = set()
+    total = 0
+    for code in sorted(sizes):
+        total += sizes[code]
+        if kept and total > most:
+            break
+        kept.add(code)
+    with writing(file.name, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = pa.BufferOutputStream()
+    pq.write_table(table.filter(pa.array(np.array([code in kept for code in codes]))), rows)
+    write_atomic(file, rows.getvalue().to_pybytes())
+    return file
+
+
+def _require_store(config: ExperimentConfig, announce: Callable[[str], None]) -> None:
+    """Prepares the store of a run, unless it is there."""
+    store = Path(config.data.store)
+    if store.is_dir():
+        return
+    with writing("the store", store.parent):
+        store.parent.mkdir(parents=True, exist_ok=True)
+    current().phase(f"preparing {store.parent.name}")
+    prepare(config.data, tokenizer=config.tokenizer, model=config.model.name)
+    announce(f"prepared {store}")
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"failed: {result['error']}"
+    before, after = (result[when][f"{LAST}/token_loss"] for when in ("before", "after"))
+    return f"{after:.4f} nats per token (before {before:.4f}), {result['seconds']:.0f} s"
+
+
+def _clock(began: float) -> str:
+    seconds = round(time.monotonic() - began)
+    return f"{seconds // 60:d}:{seconds % 60:02d}"
