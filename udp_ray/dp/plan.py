@@ -293,8 +293,8 @@ class PricedPlan:
 
     @property
     def noise_gain(self) -> float:
-        """Standard deviation of one step's noise, after many steps, over `noise_stddev`."""
-        return noise_gain(self.strategy)
+        """Standard deviation of one step's noise over `noise_stddev`, root mean squared."""
+        return noise_gain(self.strategy, self.num_steps)
 
     def participations(self, num_steps: int) -> int:
         """Returns in how many of the first `num_steps` steps one user may be: one per round of b.

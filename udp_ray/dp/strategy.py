@@ -10,11 +10,11 @@ the choice of c and the prediction of its error. The price of the mechanism stan
     >>> sums = Workload(learning_rates=(1.0,) * 100)
     >>> strategy = optimal_strategy(sums, bands=4)
     >>> len(strategy), strategy[0], round(strategy[1], 2)
-    (4, 1.0, 0.55)
+    (4, 1.0, 0.71)
     >>> round(relative_error(sums, strategy), 2)  # at an equal noise multiplier
-    0.56
-    >>> round(noise_gain(strategy), 2)  # of a single step's noise
-    1.26
+    0.55
+    >>> round(noise_gain(strategy, num_steps=100), 2)  # of a single step's noise
+    1.98
 
 Everything here is computed from public numbers.
 
@@ -52,9 +52,8 @@ DIGITS = 9
 MOST_ITERATIONS = 500
 MOST_EXACT_STEPS = 20_000
 """Above it errors of weighted sums come from `NODES` steps, to about 1e-4."""
-SETTLED = 1e-12
-"""The rest of a decaying response that is left out of its norm."""
-MOST_RESPONSE = 1 << 20
+MOST_RESPONSE = 1 << 16
+"""Steps after which the noise of a step is taken to rise no more."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +181,22 @@ def is_stable(strategy: Sequence[float]) -> bool:
     return len(strategy) == 1 or bool(np.abs(np.roots(strategy)).max() < 1)
 
 
-def noise_gain(strategy: Sequence[float], num_steps: int | None = None) -> float:
-    """Returns the stddev of a step's noise over that of independent noise, |c| |1 / c(x)|.
+def noise_gain(strategy: Sequence[float], num_steps: int) -> float:
+    """Returns the stddev of a step's noise over that of independent noise, root mean squared.
 
-    It compares equal noise multipliers, after many steps, or at the last of `num_steps`.
+    |c| sqrt(mean_{t<=T} sum_{s<=t} d_s^2), with d the coefficients of 1 / c(x), at an equal noise
+    multiplier. The first step has |c| / c_0; the rest rises within a few times b steps.
 
     Args:
         strategy: The coefficients.
-        num_steps: None: in the steady state, which is reached after a few times b steps.
+        num_steps: Steps T of the run.
     """
-    length = _settled_length(strategy) if num_steps is None else num_steps
-    response = _inverse(np.asarray(strategy), length)
-    return sensitivity_factor(strategy) * float(np.sqrt(response @ response))
+    if len(strategy) == 1:
+        return 1.0
+    response = _inverse(np.asarray(strategy), min(num_steps, MOST_RESPONSE))
+    variances = np.cumsum(response**2)
+    settled = max(0, num_steps - len(variances)) * float(variances[-1])
+    return sensitivity_factor(strategy) * math.sqrt((variances.sum() + settled) / num_steps)
 
 
 def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
@@ -211,14 +214,6 @@ def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
     with_noise, _ = error.squared(np.asarray(strategy), with_slope=False)
     without, _ = error.squared(np.ones(1), with_slope=False)
     return sensitivity_factor(strategy) * math.sqrt(with_noise / without)
-
-
-def _settled_length(strategy: Sequence[float]) -> int:
-    radius = 0.0 if len(strategy) == 1 else float(np.abs(np.roots(strategy)).max())
-    if radius == 0:
-        return len(strategy)
-    steps = math.log(SETTLED) / math.log(min(radius, 1 - 1e-9))
-    return min(MOST_RESPONSE, len(strategy) + math.ceil(steps))
 
 
 def _inverse(strategy: Floats, length: int) -> Floats:
