@@ -377,6 +377,7 @@ def cohorts(plan: PrivacyPlan, key: StreamKey, store: HasUserOffsets) -> Callabl
         key,
         sampling_probability=plan.sampling_probability,
         group_size=plan.group_size,
+        bands=plan.bands,
         max_cohort_size=plan.max_cohort_size,
     )
     return lambda step: sampler.cohort(step, store.user_offsets)
