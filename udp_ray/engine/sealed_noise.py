@@ -266,8 +266,8 @@ class _Sealed:
             line = file.readline(MOST_HEADER_BYTES)
             try:
                 header = json.loads(line)
-                salt = header.pop("salt")
-            except (ValueError, AttributeError, KeyError):
+                salt = str(header.pop("salt"))
+            except (ValueError, TypeError, AttributeError, KeyError):
                 raise _damaged(path) from None
             _refuse_other(path, header, expected)
             return cls(file, path, key.cipher_key(header["step"], salt), line, _num_bytes(header))
