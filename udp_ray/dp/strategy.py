@@ -43,7 +43,7 @@ Floats = NDArray[np.float64]
 
 INDEPENDENT = (1.0,)
 """The strategy of independent noise."""
-MOST_OPTIMIZED_STEPS = 10_000
+MOST_OPTIMIZED_STEPS = 20_000
 """Strategies of longer runs are those of the same schedule, sampled at so many steps."""
 NODES = 96
 """Steps whose noise is followed through the run while the search runs; then all steps count."""
@@ -126,15 +126,13 @@ def optimal_strategy(workload: Workload, *, bands: int) -> tuple[float, ...]:
         )
     if bands == 1:
         return INDEPENDENT
-    return _optimal_strategy(workload, bands)
+    return _optimal_strategy(workload.shortened(max(bands, MOST_OPTIMIZED_STEPS)), bands)
 
 
 @functools.lru_cache(maxsize=16)
 def _optimal_strategy(workload: Workload, bands: int) -> tuple[float, ...]:
-    short = workload.shortened(max(bands, MOST_OPTIMIZED_STEPS))
-    search = _Objective.of(short, exact_up_to=0)
     found = optimize.minimize(
-        search,
+        _Objective.of(workload, exact_up_to=0),
         square_root_coefficients(bands)[1:],
         jac=True,
         method="L-BFGS-B",
@@ -236,8 +234,9 @@ class _Objective:
     """Coefficients of 1 / (1 - momentum x)."""
     starts: NDArray[np.int64]
     """Steps u, from 0, that are followed."""
-    weights: Floats
-    """Number of steps that each of them stands for."""
+    weights: Sequence[float | Floats]
+    """Number of steps that each of them stands for; for a constant rate, where the factors depend
+    on t - u alone, how often each t - u occurs."""
 
     @classmethod
     def of(cls, workload: Workload, *, exact_up_to: int) -> _Objective:
@@ -245,12 +244,14 @@ class _Objective:
         num_steps = workload.num_steps
         rates = np.asarray(workload.learning_rates) / max(workload.learning_rates)
         response = workload.momentum ** np.arange(num_steps, dtype=float)
+        if rates.min() == rates.max():
+            return cls(rates, response, np.zeros(1, int), [np.arange(num_steps, 0, -1.0)])
         if num_steps <= max(exact_up_to, NODES):
-            return cls(rates, response, np.arange(num_steps), np.ones(num_steps))
+            return cls(rates, response, np.arange(num_steps), [1.0] * num_steps)
         # The midpoint rule over cells of nearly equal size; f(u) is smooth in u for our schedules.
         edges = np.linspace(0, num_steps, NODES + 1).round().astype(np.int64)
         starts = (edges[:-1] + edges[1:] - 1) // 2
-        return cls(rates, response, starts, np.diff(edges).astype(float))
+        return cls(rates, response, starts, np.diff(edges).astype(float).tolist())
 
     def __call__(self, tail: Floats) -> tuple[float, Floats]:
         """Returns log ||A C^-1||_F^2 + log |c|^2 and its slope, over c_1 .. c_{b-1}."""
@@ -270,10 +271,11 @@ class _Objective:
         for start, weight in zip(self.starts, self.weights, strict=True):
             rates = self.rates[start:]
             factors = np.cumsum(rates * noise[: len(rates)])
-            total += weight * float(factors @ factors)
+            weighted = weight * factors
+            total += float(weighted @ factors)
             if with_slope:
-                later = np.cumsum(factors[::-1])[::-1]
-                by_noise[: len(rates)] += 2 * weight * rates * later
+                later = np.cumsum(weighted[::-1])[::-1]
+                by_noise[: len(rates)] += 2 * rates * later
         if not with_slope:
             return total, np.zeros(len(strategy))
         # h = r / c, hence dh / dc_j = -x^j h / c.
