@@ -50,8 +50,11 @@ NODES = 96
 DIGITS = 9
 """Significant digits of a coefficient: enough for the error, and alike on every machine."""
 MOST_ITERATIONS = 500
-MOST_EXACT_STEPS = 20_000
+MOST_EXACT_STEPS = 5_000
 """Above it errors of weighted sums come from `NODES` steps, to about 1e-4."""
+CHUNK = 1024
+NEGLIGIBLE = 1e-60
+"""Coefficients of a decayed series, which starts at 1, that count as 0."""
 MOST_RESPONSE = 1 << 16
 """Steps after which the noise of a step is taken to rise no more."""
 
@@ -191,7 +194,7 @@ def noise_gain(strategy: Sequence[float], num_steps: int) -> float:
     """
     if len(strategy) == 1:
         return 1.0
-    response = _inverse(np.asarray(strategy), min(num_steps, MOST_RESPONSE))
+    response = _divided(_impulse(min(num_steps, MOST_RESPONSE)), np.asarray(strategy))
     variances = np.cumsum(response**2)
     settled = max(0, num_steps - len(variances)) * float(variances[-1])
     return sensitivity_factor(strategy) * math.sqrt((variances.sum() + settled) / num_steps)
@@ -214,11 +217,32 @@ def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
     return sensitivity_factor(strategy) * math.sqrt(with_noise / without)
 
 
-def _inverse(strategy: Floats, length: int) -> Floats:
-    """Returns the first coefficients of 1 / c(x)."""
-    impulse = np.zeros(length)
-    impulse[0] = 1.0
-    return np.asarray(signal.lfilter([1.0], strategy, impulse))
+def _dot(one: Floats, other: Floats) -> float:
+    # Not BLAS, whose threads round differently by machine and wait for each other on few cores.
+    return float(np.einsum("i,i->", one, other))
+
+
+def _impulse(length: int) -> Floats:
+    return np.concatenate([[1.0], np.zeros(length - 1)])
+
+
+def _divided(series: Floats, strategy: Floats) -> Floats:
+    """Returns the first coefficients of series(x) / c(x), as many as there are of the series.
+
+    What has decayed below `NEGLIGIBLE` becomes 0: numbers near the smallest that 64 bits can hold
+    are a hundred times as slow.
+    """
+    if len(strategy) == 1:
+        return series / strategy[0]
+    found, state = np.zeros(len(series)), np.zeros(len(strategy) - 1)
+    last = int(np.flatnonzero(series).max(initial=0))
+    for start in range(0, len(series), CHUNK):
+        part = slice(start, start + CHUNK)
+        found[part], state = signal.lfilter([1.0], strategy, series[part], zi=state)
+        if start > last and np.abs(state).max() < NEGLIGIBLE:
+            break
+    found[np.abs(found) < NEGLIGIBLE] = 0.0
+    return found
 
 
 @dataclass(frozen=True)
@@ -243,7 +267,7 @@ class _Objective:
         """Returns the objective; over all steps if there are at most `exact_up_to` of them."""
         num_steps = workload.num_steps
         rates = np.asarray(workload.learning_rates) / max(workload.learning_rates)
-        response = workload.momentum ** np.arange(num_steps, dtype=float)
+        response = _divided(_impulse(num_steps), np.array([1.0, -workload.momentum]))
         if rates.min() == rates.max():
             return cls(rates, response, np.zeros(1, int), [np.arange(num_steps, 0, -1.0)])
         if num_steps <= max(exact_up_to, NODES):
@@ -266,19 +290,19 @@ class _Objective:
     def squared(self, strategy: Floats, *, with_slope: bool) -> tuple[float, Floats]:
         """Returns ||A C^-1||_F^2, and its slope in c if asked for."""
         num_steps = len(self.rates)
-        noise = np.asarray(signal.lfilter([1.0], strategy, self.response))
+        noise = _divided(self.response, strategy)
         total, by_noise = 0.0, np.zeros(num_steps)
         for start, weight in zip(self.starts, self.weights, strict=True):
             rates = self.rates[start:]
             factors = np.cumsum(rates * noise[: len(rates)])
             weighted = weight * factors
-            total += float(weighted @ factors)
+            total += _dot(weighted, factors)
             if with_slope:
                 later = np.cumsum(weighted[::-1])[::-1]
                 by_noise[: len(rates)] += 2 * rates * later
         if not with_slope:
             return total, np.zeros(len(strategy))
         # h = r / c, hence dh / dc_j = -x^j h / c.
-        twice = np.asarray(signal.lfilter([1.0], strategy, noise))
-        slope = [-(by_noise[lag:] @ twice[: num_steps - lag]) for lag in range(len(strategy))]
-        return total, np.asarray(slope)
+        twice = _divided(noise, strategy)
+        lags = range(len(strategy))
+        return total, -np.array([_dot(by_noise[lag:], twice[: num_steps - lag]) for lag in lags])
