@@ -7,7 +7,7 @@ earlier steps is partly subtracted in later ones, so the weights accumulate less
 the choice of c and the prediction of its error. The price of the mechanism stands in
 `accounting.py`, the sampling that it requires in `sampling.py`, its noise with the other noise.
 
-    >>> sums = Workload(learning_rates=(1.0,) * 100)
+    >>> sums = LinearWorkload(learning_rates=(1.0,) * 100)
     >>> strategy = optimal_strategy(sums, bands=4)
     >>> len(strategy), strategy[0], round(strategy[1], 2)
     (4, 1.0, 0.71)
@@ -60,7 +60,7 @@ MOST_RESPONSE = 1 << 16
 
 
 @dataclass(frozen=True)
-class Workload:
+class LinearWorkload:
     """The linear map from the noisy sums of the steps to the weights after each step.
 
     Weights after step t have received sum_{s<=t} lr_s sum_{u<=s} momentum^(s-u) x_u of the sums x.
@@ -80,7 +80,7 @@ class Workload:
             raise ValueError(f"momentum is {self.momentum:g}: it lies in [0, 1)")
 
     @classmethod
-    def of_sums(cls, num_steps: int) -> Workload:
+    def of_sums(cls, num_steps: int) -> LinearWorkload:
         """Returns the workload of prefix sums: a constant learning rate and no momentum."""
         return cls((1.0,) * num_steps)
 
@@ -88,15 +88,15 @@ class Workload:
     def num_steps(self) -> int:
         return len(self.learning_rates)
 
-    def shortened(self, num_steps: int) -> Workload:
+    def shortened(self, num_steps: int) -> LinearWorkload:
         """Returns the same schedule at fewer steps."""
         if num_steps >= self.num_steps:
             return self
         places = np.linspace(0, self.num_steps - 1, num_steps).round().astype(int)
-        return Workload(tuple(self.learning_rates[place] for place in places), self.momentum)
+        return LinearWorkload(tuple(self.learning_rates[place] for place in places), self.momentum)
 
 
-def optimal_strategy(workload: Workload, *, bands: int) -> tuple[float, ...]:
+def optimal_strategy(workload: LinearWorkload, *, bands: int) -> tuple[float, ...]:
     """Returns the coefficients c_0 .. c_{b-1} of the strategy with the least error.
 
     Minimizes log ||A C^-1||_F^2 + log |c|^2, the logarithm of the mean squared noise in the
@@ -133,7 +133,7 @@ def optimal_strategy(workload: Workload, *, bands: int) -> tuple[float, ...]:
 
 
 @functools.lru_cache(maxsize=16)
-def _optimal_strategy(workload: Workload, bands: int) -> tuple[float, ...]:
+def _optimal_strategy(workload: LinearWorkload, bands: int) -> tuple[float, ...]:
     found = optimize.minimize(
         _Objective.of(workload, exact_up_to=0),
         square_root_coefficients(bands)[1:],
@@ -200,7 +200,7 @@ def noise_gain(strategy: Sequence[float], num_steps: int) -> float:
     return sensitivity_factor(strategy) * math.sqrt((variances.sum() + settled) / num_steps)
 
 
-def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
+def relative_error(workload: LinearWorkload, strategy: Sequence[float]) -> float:
     """Returns the noise in the weights over that of independent noise, root mean squared.
 
     ||A C^-1||_F |c| / ||A||_F, at an equal noise multiplier. At equal epsilon it is multiplied by
@@ -263,7 +263,7 @@ class _Objective:
     on t - u alone, how often each t - u occurs."""
 
     @classmethod
-    def of(cls, workload: Workload, *, exact_up_to: int) -> _Objective:
+    def of(cls, workload: LinearWorkload, *, exact_up_to: int) -> _Objective:
         """Returns the objective; over all steps if there are at most `exact_up_to` of them."""
         num_steps = workload.num_steps
         rates = np.asarray(workload.learning_rates) / max(workload.learning_rates)

@@ -38,7 +38,7 @@ from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, so
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import Budget, PrivacyPlan, json_number
 from udp_ray.dp.selection import SelectionDraws, TrialCount, best_epsilon
-from udp_ray.dp.strategy import Workload
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, GuaranteeError
 
 Counts = Mapping[DpEvent, int]
@@ -83,7 +83,7 @@ class SearchSpace:
     """Steps of every trial, T."""
     max_examples_per_user: int | None = None
     """Most examples that the store holds of a user; larger group sizes cannot run."""
-    workload: Workload | None = None
+    workload: LinearWorkload | None = None
     """What correlated noise is fitted to, as in `PrivacyPlan.from_config`; no effect on prices."""
 
 

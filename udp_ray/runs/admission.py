@@ -43,7 +43,7 @@ from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.dp.strategy import Workload
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
 from udp_ray.ledger.ledger import Ledger
@@ -162,7 +162,7 @@ def _plan_on(config: ExperimentConfig, store: TokenStore) -> PrivacyPlan:
 
 def workload_of(
     privacy: PricingConfig, train: TrainConfig, *, num_steps: int | None = None
-) -> Workload | None:
+) -> LinearWorkload | None:
     """Returns what correlated noise is fitted to; None if each step has noise of its own.
 
     Args:
@@ -172,7 +172,7 @@ def workload_of(
     """
     if privacy.bands == 1:
         return None
-    return Workload(*step_weights(train, num_steps=num_steps or privacy.num_steps))
+    return LinearWorkload(*step_weights(train, num_steps=num_steps or privacy.num_steps))
 
 
 def admit(run: Run, *, resume: bool) -> None:
