@@ -819,7 +819,8 @@ def describe_point(configuration: Configuration) -> str:
     return (
         f"{plan.sampling.upper()}, clip norm C = {plan.clip_norm:g}, group size G ="
         f" {plan.group_size}, {size} = {plan.expected_size}{bands}, T = {plan.num_steps}, noise"
-        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate {configuration.learning_rate:g}"
+        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate"
+        f" {configuration.learning_rate:g}"
     )
 
 
