@@ -43,9 +43,9 @@ def _decay(schedule: str, progress: float) -> float:
 def step_weights(settings: TrainConfig, *, num_steps: int) -> tuple[tuple[float, ...], float]:
     """Returns the learning rate of each step, over its peak, and the momentum that follows.
 
-    It is the linear map from noisy gradients to weights, as `udp_ray.dp.strategy.Workload` takes
-    it. AdamW's first moment is left out: it would raise the noise of each step 2.5 to 3 times for 3
-    to 5 % less noise in the weights, and AdamW divides by the noise of a step.
+    It is the linear map from noisy gradients to weights that `udp_ray.dp.strategy.LinearWorkload`
+    takes. AdamW's first moment is left out: strategies for it have 2 to 3 times the noise in each
+    step for 3 to 5 % less noise in the weights, and AdamW divides by the noise of a step.
 
     Args:
         settings: Schedule, warm-up and optimizer.

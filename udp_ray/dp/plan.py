@@ -39,7 +39,7 @@ from udp_ray.dp import accounting
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.dp.strategy import (
     INDEPENDENT,
-    Workload,
+    LinearWorkload,
     is_stable,
     noise_gain,
     optimal_strategy,
@@ -171,7 +171,7 @@ class PricedPlan:
         *,
         num_users: int | None = None,
         num_examples: int | None = None,
-        workload: Workload | None = None,
+        workload: LinearWorkload | None = None,
     ) -> Self:
         """Returns the plan of the settings, with the noise calibrated if epsilon was given.
 
@@ -233,7 +233,7 @@ class PricedPlan:
             target_epsilon=privacy.epsilon,
             bands=privacy.bands,
             strategy=optimal_strategy(
-                workload or Workload.of_sums(privacy.num_steps), bands=privacy.bands
+                workload or LinearWorkload.of_sums(privacy.num_steps), bands=privacy.bands
             )
             if privacy.bands > 1
             else INDEPENDENT,
@@ -373,7 +373,7 @@ class PricedPlan:
         return [min(last, _rough_epsilon(self, self._steps(step))) for step in steps]
 
     def to_text(self) -> str:
-        """Returns the plan and its certified price in four lines, for readers."""
+        """Returns the plan and its certified price in four or five lines, for readers."""
         is_uls = self.sampling == "uls"
         examples = f"{self.group_size:,} example{'s' if self.group_size > 1 else ''}"
         clip = "a clip norm" if self.clip_norm is None else f"L2 norm {self.clip_norm:g}"
@@ -389,7 +389,15 @@ class PricedPlan:
                 f"each user: {examples} {'per step' if is_uls else 'in the whole run'}, {clipped}",
                 f"noise: standard deviation {stddev} on the sum (noise multiplier"
                 f" {self.noise_multiplier:.4g}), then divided by {self.divisor:,}",
+                *([self._bands_to_text()] if self.bands > 1 else ()),
             ]
+        )
+
+    def _bands_to_text(self) -> str:
+        return (
+            f"correlated: {self.bands} bands, each user in every {self.bands}th step at most;"
+            f" {self.noise_gain:.4g} times that noise in a step, of which later steps take back"
+            " a part"
         )
 
     def assumptions(self) -> list[str]:

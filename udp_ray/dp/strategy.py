@@ -7,7 +7,7 @@ earlier steps is partly subtracted in later ones, so the weights accumulate less
 the choice of c and the prediction of its error. The price of the mechanism stands in
 `accounting.py`, the sampling that it requires in `sampling.py`, its noise with the other noise.
 
-    >>> sums = Workload(learning_rates=(1.0,) * 100)
+    >>> sums = LinearWorkload(learning_rates=(1.0,) * 100)
     >>> strategy = optimal_strategy(sums, bands=4)
     >>> len(strategy), strategy[0], round(strategy[1], 2)
     (4, 1.0, 0.71)
@@ -43,21 +43,24 @@ Floats = NDArray[np.float64]
 
 INDEPENDENT = (1.0,)
 """The strategy of independent noise."""
-MOST_OPTIMIZED_STEPS = 10_000
+MOST_OPTIMIZED_STEPS = 20_000
 """Strategies of longer runs are those of the same schedule, sampled at so many steps."""
 NODES = 96
 """Steps whose noise is followed through the run while the search runs; then all steps count."""
 DIGITS = 9
 """Significant digits of a coefficient: enough for the error, and alike on every machine."""
 MOST_ITERATIONS = 500
-MOST_EXACT_STEPS = 20_000
+MOST_EXACT_STEPS = 5_000
 """Above it errors of weighted sums come from `NODES` steps, to about 1e-4."""
+CHUNK = 1024
+NEGLIGIBLE = 1e-60
+"""Coefficients of a decayed series, which starts at 1, that count as 0."""
 MOST_RESPONSE = 1 << 16
 """Steps after which the noise of a step is taken to rise no more."""
 
 
 @dataclass(frozen=True)
-class Workload:
+class LinearWorkload:
     """The linear map from the noisy sums of the steps to the weights after each step.
 
     Weights after step t have received sum_{s<=t} lr_s sum_{u<=s} momentum^(s-u) x_u of the sums x.
@@ -77,7 +80,7 @@ class Workload:
             raise ValueError(f"momentum is {self.momentum:g}: it lies in [0, 1)")
 
     @classmethod
-    def of_sums(cls, num_steps: int) -> Workload:
+    def of_sums(cls, num_steps: int) -> LinearWorkload:
         """Returns the workload of prefix sums: a constant learning rate and no momentum."""
         return cls((1.0,) * num_steps)
 
@@ -85,15 +88,15 @@ class Workload:
     def num_steps(self) -> int:
         return len(self.learning_rates)
 
-    def shortened(self, num_steps: int) -> Workload:
+    def shortened(self, num_steps: int) -> LinearWorkload:
         """Returns the same schedule at fewer steps."""
         if num_steps >= self.num_steps:
             return self
         places = np.linspace(0, self.num_steps - 1, num_steps).round().astype(int)
-        return Workload(tuple(self.learning_rates[place] for place in places), self.momentum)
+        return LinearWorkload(tuple(self.learning_rates[place] for place in places), self.momentum)
 
 
-def optimal_strategy(workload: Workload, *, bands: int) -> tuple[float, ...]:
+def optimal_strategy(workload: LinearWorkload, *, bands: int) -> tuple[float, ...]:
     """Returns the coefficients c_0 .. c_{b-1} of the strategy with the least error.
 
     Minimizes log ||A C^-1||_F^2 + log |c|^2, the logarithm of the mean squared noise in the
@@ -126,15 +129,13 @@ def optimal_strategy(workload: Workload, *, bands: int) -> tuple[float, ...]:
         )
     if bands == 1:
         return INDEPENDENT
-    return _optimal_strategy(workload, bands)
+    return _optimal_strategy(workload.shortened(max(bands, MOST_OPTIMIZED_STEPS)), bands)
 
 
 @functools.lru_cache(maxsize=16)
-def _optimal_strategy(workload: Workload, bands: int) -> tuple[float, ...]:
-    short = workload.shortened(max(bands, MOST_OPTIMIZED_STEPS))
-    search = _Objective.of(short, exact_up_to=0)
+def _optimal_strategy(workload: LinearWorkload, bands: int) -> tuple[float, ...]:
     found = optimize.minimize(
-        search,
+        _Objective.of(workload, exact_up_to=0),
         square_root_coefficients(bands)[1:],
         jac=True,
         method="L-BFGS-B",
@@ -193,13 +194,13 @@ def noise_gain(strategy: Sequence[float], num_steps: int) -> float:
     """
     if len(strategy) == 1:
         return 1.0
-    response = _inverse(np.asarray(strategy), min(num_steps, MOST_RESPONSE))
+    response = _divided(_impulse(min(num_steps, MOST_RESPONSE)), np.asarray(strategy))
     variances = np.cumsum(response**2)
     settled = max(0, num_steps - len(variances)) * float(variances[-1])
     return sensitivity_factor(strategy) * math.sqrt((variances.sum() + settled) / num_steps)
 
 
-def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
+def relative_error(workload: LinearWorkload, strategy: Sequence[float]) -> float:
     """Returns the noise in the weights over that of independent noise, root mean squared.
 
     ||A C^-1||_F |c| / ||A||_F, at an equal noise multiplier. At equal epsilon it is multiplied by
@@ -216,11 +217,32 @@ def relative_error(workload: Workload, strategy: Sequence[float]) -> float:
     return sensitivity_factor(strategy) * math.sqrt(with_noise / without)
 
 
-def _inverse(strategy: Floats, length: int) -> Floats:
-    """Returns the first coefficients of 1 / c(x)."""
-    impulse = np.zeros(length)
-    impulse[0] = 1.0
-    return np.asarray(signal.lfilter([1.0], strategy, impulse))
+def _dot(one: Floats, other: Floats) -> float:
+    # Not BLAS, whose threads round differently by machine and wait for each other on few cores.
+    return float(np.einsum("i,i->", one, other))
+
+
+def _impulse(length: int) -> Floats:
+    return np.concatenate([[1.0], np.zeros(length - 1)])
+
+
+def _divided(series: Floats, strategy: Floats) -> Floats:
+    """Returns the first coefficients of series(x) / c(x), as many as there are of the series.
+
+    What has decayed below `NEGLIGIBLE` becomes 0: numbers near the smallest that 64 bits can hold
+    are a hundred times as slow.
+    """
+    if len(strategy) == 1:
+        return series / strategy[0]
+    found, state = np.zeros(len(series)), np.zeros(len(strategy) - 1)
+    last = int(np.flatnonzero(series).max(initial=0))
+    for start in range(0, len(series), CHUNK):
+        part = slice(start, start + CHUNK)
+        found[part], state = signal.lfilter([1.0], strategy, series[part], zi=state)
+        if start > last and np.abs(state).max() < NEGLIGIBLE:
+            break
+    found[np.abs(found) < NEGLIGIBLE] = 0.0
+    return found
 
 
 @dataclass(frozen=True)
@@ -236,21 +258,24 @@ class _Objective:
     """Coefficients of 1 / (1 - momentum x)."""
     starts: NDArray[np.int64]
     """Steps u, from 0, that are followed."""
-    weights: Floats
-    """Number of steps that each of them stands for."""
+    weights: Sequence[float | Floats]
+    """Number of steps that each of them stands for; for a constant rate, where the factors depend
+    on t - u alone, how often each t - u occurs."""
 
     @classmethod
-    def of(cls, workload: Workload, *, exact_up_to: int) -> _Objective:
+    def of(cls, workload: LinearWorkload, *, exact_up_to: int) -> _Objective:
         """Returns the objective; over all steps if there are at most `exact_up_to` of them."""
         num_steps = workload.num_steps
         rates = np.asarray(workload.learning_rates) / max(workload.learning_rates)
-        response = workload.momentum ** np.arange(num_steps, dtype=float)
+        response = _divided(_impulse(num_steps), np.array([1.0, -workload.momentum]))
+        if rates.min() == rates.max():
+            return cls(rates, response, np.zeros(1, int), [np.arange(num_steps, 0, -1.0)])
         if num_steps <= max(exact_up_to, NODES):
-            return cls(rates, response, np.arange(num_steps), np.ones(num_steps))
+            return cls(rates, response, np.arange(num_steps), [1.0] * num_steps)
         # The midpoint rule over cells of nearly equal size; f(u) is smooth in u for our schedules.
         edges = np.linspace(0, num_steps, NODES + 1).round().astype(np.int64)
         starts = (edges[:-1] + edges[1:] - 1) // 2
-        return cls(rates, response, starts, np.diff(edges).astype(float))
+        return cls(rates, response, starts, np.diff(edges).astype(float).tolist())
 
     def __call__(self, tail: Floats) -> tuple[float, Floats]:
         """Returns log ||A C^-1||_F^2 + log |c|^2 and its slope, over c_1 .. c_{b-1}."""
@@ -265,18 +290,19 @@ class _Objective:
     def squared(self, strategy: Floats, *, with_slope: bool) -> tuple[float, Floats]:
         """Returns ||A C^-1||_F^2, and its slope in c if asked for."""
         num_steps = len(self.rates)
-        noise = np.asarray(signal.lfilter([1.0], strategy, self.response))
+        noise = _divided(self.response, strategy)
         total, by_noise = 0.0, np.zeros(num_steps)
         for start, weight in zip(self.starts, self.weights, strict=True):
             rates = self.rates[start:]
             factors = np.cumsum(rates * noise[: len(rates)])
-            total += weight * float(factors @ factors)
+            weighted = weight * factors
+            total += _dot(weighted, factors)
             if with_slope:
-                later = np.cumsum(factors[::-1])[::-1]
-                by_noise[: len(rates)] += 2 * weight * rates * later
+                later = np.cumsum(weighted[::-1])[::-1]
+                by_noise[: len(rates)] += 2 * rates * later
         if not with_slope:
             return total, np.zeros(len(strategy))
         # h = r / c, hence dh / dc_j = -x^j h / c.
-        twice = np.asarray(signal.lfilter([1.0], strategy, noise))
-        slope = [-(by_noise[lag:] @ twice[: num_steps - lag]) for lag in range(len(strategy))]
-        return total, np.asarray(slope)
+        twice = _divided(noise, strategy)
+        lags = range(len(strategy))
+        return total, -np.array([_dot(by_noise[lag:], twice[: num_steps - lag]) for lag in lags])
