@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.linalg import solve_triangular, toeplitz
 
+from udp_ray.dp import noise_history
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.noise_history import NoiseHistory
@@ -91,8 +92,10 @@ def test_what_is_added_is_fresh_noise_off_by_one_rounding_however_long_the_run()
     ).mean() > 0.9
 
 
-def test_values_do_not_depend_on_how_a_step_is_cut_or_on_the_rank():
+def test_values_do_not_depend_on_how_a_step_is_cut_or_on_the_rank(monkeypatch):
     whole = generate(new_history(), range(1, STEPS + 1))
+    monkeypatch.setattr(noise_history, "BLOCK_VALUES", 101)
+    assert torch.equal(whole, generate(new_history(), range(1, STEPS + 1)))
     assert torch.equal(whole, generate(new_history(), range(1, STEPS + 1), cut=3))
     part, noise = NoiseHistory(STRATEGY, {"w": 100}), fresh()
     for step in range(1, STEPS + 1):
@@ -138,6 +141,13 @@ def test_noise_for_a_part_of_the_values_and_noise_twice_are_refused():
         history.past("w", 1)
     with pytest.raises(GuaranteeError, match="more than once"):
         history.correlated("w", 0, torch.ones(2))
+
+
+def test_noise_of_another_precision_is_refused():
+    history = NoiseHistory(STRATEGY, {"w": 4})
+    history.begin(1)
+    with pytest.raises(GuaranteeError, match="float64"):
+        history.correlated("w", 0, torch.ones(4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("strategy", [(1.0,), (), (0.0, 0.5), (-1.0, 0.5)])
