@@ -76,13 +76,14 @@ def test_the_fewest_bands_near_the_least_error_are_recommended():
     assert errors[4] <= errors[16] * (1 + TIE) < errors[2]
 
 
-def test_at_a_small_epsilon_and_few_steps_independent_noise_is_recommended():
+def test_where_sampling_amplifies_most_independent_noise_is_recommended():
     few = compare_bands(
-        workload=LinearWorkload.of_sums(10),
-        cohort_size=10,
-        population=10_000,
-        epsilon=0.05,
+        workload=LinearWorkload.of_sums(2000),
+        cohort_size=2048,
+        population=100_000,
+        epsilon=2.0,
         delta=1e-6,
+        candidates=[2, 4],
     )
     assert few.recommended.bands == 1
     assert "privacy.mechanism independent" in few.to_text()

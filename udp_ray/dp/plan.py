@@ -321,7 +321,8 @@ class PricedPlan:
             bound holds for every band.
 
         Reference:
-            The events in `accounting.py`; Choquette-Choo et al. 2023 [2], Theorem 4, for bands.
+            The events in `accounting.py`; for bands the theorem of Choquette-Choo et al. 2023
+            [2] on amplification by sampling.
         """
         steps = self._steps(num_steps)
         if self.max_cohort_size is not None:

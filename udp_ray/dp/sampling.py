@@ -24,8 +24,8 @@ Reference:
     [1] Charles et al. 2024, arXiv:2407.07737, Algorithms 1 (ELS) and 2 (ULS). Departure: a user
         brings min(G, own number) distinct examples; none is repeated to fill the group.
     [2] NIST FIPS 202 (SHAKE-256).
-    [3] Choquette-Choo et al. 2023, arXiv:2306.08153, Algorithm 3 (bands of users). Departure: users
-        have independent random bands, instead of bands of equal size.
+    [3] Choquette-Choo et al. 2023, arXiv:2306.08153 (sampling from bands). Departure: users have
+        independent random bands, instead of a given partition.
     [4] Floyd, in Bentley 1987, "Programming pearls: a sample of brilliance", CACM 30(9).
 """
 
