@@ -10,6 +10,7 @@ import pytest
 
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
 
@@ -125,7 +126,83 @@ def test_without_noise_epsilon_is_infinite_and_strict_json_holds_it():
     assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
 
 
-@pytest.mark.parametrize("plan", [plan_of(), els_plan()], ids=["uls", "els"])
+def banded_plan(**changes):
+    return plan_of(**{"mechanism": "banded", "bands": 4} | changes)
+
+
+def test_a_plan_before_there_were_bands_is_read_and_written_as_it_was():
+    values = plan_of().to_dict()
+    assert not {"bands", "strategy"} & set(values)
+    plan = PrivacyPlan.from_dict(values)
+    assert (plan.bands, plan.strategy) == (1, (1.0,))
+    assert plan.fresh_noise_stddev == plan.noise_stddev
+    assert plan.noise_gain == 1.0
+
+
+def test_a_plan_keeps_the_strategy_that_its_noise_is_drawn_with():
+    rates = tuple(1 - step / 1000 for step in range(1000))
+    plan = PrivacyPlan.from_config(
+        config(mechanism="banded", bands=4), num_users=10_000, workload=LinearWorkload(rates)
+    )
+    read = PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert read.strategy == plan.strategy != banded_plan().strategy
+    assert hash(read) == hash(plan)
+    assert plan.sampling_probability == 4 * 100 / 10_000
+    assert "correlated: 4 bands" in plan.to_text()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bands": 3},
+        {"strategy": [1.0, 0.5, 0.25]},
+        {"strategy": [1.0, 0.5, 0.25, "a"]},
+        {"strategy": [1.0, 0.5, 0.25, 3.0]},
+        {"strategy": [0.0, 0.5, 0.25, 0.1]},
+        {"strategy": 1.0},
+        {"max_cohort_size": 500},
+        {"population": 399},
+        {"num_steps": 3},
+    ],
+)
+def test_a_plan_whose_bands_do_not_fit_is_refused(changes):
+    values = {n: v for n, v in banded_plan().to_dict().items() if n != "sampling_probability"}
+    with pytest.raises(ConfigError):
+        PrivacyPlan.from_dict(values | changes)
+    assert PrivacyPlan.from_dict(values) == banded_plan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mechanism": "independent"}, r"bands is 4 but privacy\.mechanism is independent"),
+        (
+            {"sampling": "els", "cohort_size": None, "batch_size": 9},
+            r"banded and privacy\.sampling is els.*set privacy\.sampling uls",
+        ),
+        ({"max_cohort_size": 200}, r"banded and privacy\.max_cohort_size is set.*leave it out"),
+        ({"on_mismatch": "rekey"}, r"banded and privacy\.on_mismatch is rekey.*refuse"),
+        ({"bands": 1001}, r"privacy\.bands is 1001, above privacy\.num_steps = 1000"),
+        ({"population": 399}, r"bands need 400 users, above the population of 399"),
+    ],
+)
+def test_settings_that_bands_do_not_go_with_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        banded_plan(**changes)
+
+
+def test_more_bands_than_the_store_has_cohorts_are_refused():
+    with pytest.raises(ConfigError, match="bands need 400 users, above the population of 399"):
+        banded_plan(num_users=399)
+
+
+def test_one_band_is_independent_noise():
+    assert banded_plan(bands=1) == plan_of()
+
+
+@pytest.mark.parametrize(
+    "plan", [plan_of(), els_plan(), banded_plan()], ids=["uls", "els", "banded"]
+)
 def test_a_plan_survives_json_and_an_edited_one_is_refused(plan):
     values = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert PrivacyPlan.from_dict(values) == plan

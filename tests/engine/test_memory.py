@@ -106,6 +106,34 @@ def test_more_workers_share_what_zero_partitions(models: Path) -> None:
     assert shared.kernel == alone.kernel
 
 
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        pytest.param({}, 1, id="rank 0 holds all of it"),
+        pytest.param({"zero_stage": 3, "num_workers": 4}, 4, id="in slices under stage 3"),
+    ],
+)
+def test_correlated_noise_takes_one_value_a_weight_for_each_band_but_one(
+    models: Path, changes: dict, share: int
+) -> None:
+    config = settings(models, "gpt2", **changes)
+    values = config.privacy.model_dump() | {"num_steps": 9}
+    found = {}
+    for secure_noise in (False, True):
+        correlated = values | {"mechanism": "banded", "bands": 5, "secure_noise": secure_noise}
+        privacy = type(config.privacy).model_validate(correlated)
+        found[secure_noise] = estimated(config.model_copy(update={"privacy": privacy}))
+    plain = estimated(config)
+    weights = AutoModelForCausalLM.from_pretrained(models / "gpt2").parameters()
+    number = sum(weight.numel() for weight in weights)
+    assert plain.past_noise == 0
+    assert "past noise" not in plain.to_text()
+    assert "past noise" in found[False].to_text()
+    assert found[False].past_noise == pytest.approx(4 * 4 * number / share, rel=1e-6)
+    assert found[True].past_noise == 2 * found[False].past_noise
+    assert found[False].total_bytes - plain.total_bytes == found[False].past_noise
+
+
 def test_adapters_are_all_that_is_summed(models: Path) -> None:
     whole, adapters = (
         estimated(settings(models, "gpt2", lora=lora)) for lora in (None, {"rank": 4})

@@ -13,6 +13,8 @@ from tests.support.distributed import run_on_ranks
 from tests.support.training import TinyRun
 from tests.support.training_steps import self_check_many
 
+FORGOTTEN = "forgotten_noise"
+STRATEGY = (1.0, 0.6, 0.4)
 FAULTS = ["no_noise", "half_noise", "noise_twice", "noise_on_all"]
 
 
@@ -25,6 +27,11 @@ def verdicts(request):
     runs["sound, stage 3"] = sliced
     runs["sound, stage 3, offloaded"] = replace(sliced, offload="parameters")
     runs["sound, without noise"] = replace(sound, noise_multiplier=0.0, clip_norm=float("inf"))
+    runs["sound, correlated"] = replace(sound, strategy=STRATEGY, zero_stage=1)
+    runs["sound, correlated, secure"] = replace(runs["sound, correlated"], secure_noise=True)
+    runs["sound, correlated, stage 3"] = replace(sliced, strategy=STRATEGY)
+    for name, base in ((FORGOTTEN, sound), (f"{FORGOTTEN}, stage 3", sliced)):
+        runs[name] = replace(base, strategy=STRATEGY, fault=FORGOTTEN)
     for stage, fault in enumerate(FAULTS):
         runs[fault] = replace(sound, fault=fault, zero_stage=stage % 3)
         runs[f"{fault}, stage 3"] = replace(sliced, fault=fault)
@@ -39,7 +46,11 @@ def test_a_sound_step_passes_at_every_stage(verdicts):
 
 
 @pytest.mark.parametrize(
-    "fault", [*FAULTS, *(f"{fault}, stage 3" for fault in [*FAULTS, "misplaced_noise"])]
+    "fault",
+    [
+        *(f"{fault}{where}" for where in ("", ", stage 3") for fault in [*FAULTS, FORGOTTEN]),
+        "misplaced_noise, stage 3",
+    ],
 )
 def test_faulty_noise_is_refused(verdicts, fault):
     needs_another = fault.startswith(("noise_on_all", "misplaced_noise"))

@@ -279,7 +279,14 @@ def test_an_accountant_in_memory_knows_the_plan_that_it_admitted():
 
 
 PLAN = make_plan(expected_size=3, num_steps=7, **NOISY)
-DIGESTS = Digests(plan=plan_digest(PLAN.to_dict()), config="c", code="c", store="s")
+CORRELATED = make_plan(expected_size=2, num_steps=7, bands=3, strategy=(1.0, 0.6, 0.35), **NOISY)
+
+
+def digests_of(plan):
+    return Digests(plan=plan_digest(plan.to_dict()), config="c", code="c", store="s")
+
+
+DIGESTS = digests_of(PLAN)
 
 
 class Stopped(Exception):
@@ -298,23 +305,30 @@ class StoppingAccountant(LedgerAccountant):
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def plan():
+    return PLAN
+
+
+@pytest.fixture
+def ledger(tmp_path, plan):
     with Ledger.create(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
         ledger.register_dataset("chats")
         ledger.admit(
-            "run", "chats", epsilon=PLAN.epsilon(), delta=PLAN.delta, num_steps=PLAN.num_steps,
-            plan=PLAN.to_dict(), digests=DIGESTS, key=RunKey.from_seed(3),
+            "run", "chats", epsilon=plan.epsilon(), delta=plan.delta, num_steps=plan.num_steps,
+            plan=plan.to_dict(), digests=digests_of(plan), key=RunKey.from_seed(3),
         )  # fmt: skip
         yield ledger
 
 
-def attempt_with(ledger, folder, *, stop_at=0, users=None, loss=squared_error, microbatch_rows=64):
-    attempt = ledger.begin_attempt("run", DIGESTS)
+def attempt_with(
+    ledger, folder, *, stop_at=0, users=None, loss=squared_error, microbatch_rows=64, plan=PLAN
+):
+    attempt = ledger.begin_attempt("run", digests_of(plan))
     accountant = StoppingAccountant(ledger, attempt)
     accountant.stop_at = stop_at
     model = make_model()
     trainer = Trainer(
-        model, loss=loss, users=users or make_users(), plan=PLAN, settings=sgd(momentum=0.5),
+        model, loss=loss, users=users or make_users(), plan=plan, settings=sgd(momentum=0.5),
         accountant=accountant, attempt=attempt, key=ledger.key(attempt), checkpoints=folder,
         microbatch_rows=microbatch_rows,
     )  # fmt: skip
@@ -333,6 +347,24 @@ def test_a_run_continues_from_its_checkpoint_to_the_same_bits_and_pays_once(ledg
     assert Path(result.checkpoint).is_dir()
     assert "kept in memory" not in result.to_text()
     assert "in total" not in result.to_text()
+
+
+@pytest.mark.parametrize("plan", [CORRELATED], ids=["correlated noise"])
+@pytest.mark.parametrize("stop_at", [2, 4, 7])
+def test_a_run_with_correlated_noise_continues_to_the_same_bits(ledger, tmp_path, plan, stop_at):
+    undisturbed = trained(make_users(), plan, settings=sgd(momentum=0.5))
+    with pytest.raises(Stopped):
+        attempt_with(ledger, tmp_path / "checkpoints", stop_at=stop_at, plan=plan)
+    result, found = attempt_with(ledger, tmp_path / "checkpoints", plan=plan)
+    assert torch.equal(found, undisturbed)
+    assert (result.num_steps, result.charged_steps) == (7, 7)
+    independent = trained(make_users(), make_plan(expected_size=2, num_steps=7, **NOISY))
+    assert (found - independent).abs().max() > 1000 * ROUNDING
+
+
+def test_two_ranks_give_the_weights_of_one_with_correlated_noise():
+    one, two = trained(make_users(), CORRELATED), run_on_ranks(2, train_on_rank, CORRELATED)
+    assert all((found - one).abs().max() < ROUNDING for found in two)
 
 
 def test_a_repeated_step_on_other_users_is_refused_before_any_commit(ledger, tmp_path):

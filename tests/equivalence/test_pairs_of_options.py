@@ -35,6 +35,7 @@ MEANING = {
     "bfloat16": {"autocast": "bfloat16"},
     "dropout": {"dropout": 0.2},
     "secure noise": {"secure_noise": True},
+    "correlated": {"strategy": (1.0, 0.5)},
 }
 COMPUTING = {
     "ghost": GHOST,
@@ -47,7 +48,7 @@ COMPUTING = {
 }
 SLICED = ("stage 3", "offload")
 REFUSED = {
-    ("els", "cap"), ("secure noise", "fused"),
+    ("els", "cap"), ("secure noise", "fused"), ("els", "correlated"), ("cap", "correlated"),
     *(("dropout", other) for other in ("ghost", *SLICED)),
 }  # fmt: skip
 EXCLUSIVE = {  # values of one setting, or a setting that another has no effect under
@@ -121,6 +122,7 @@ SETTINGS = {
     "bfloat16": {"model": {"autocast": "bfloat16"}},
     "dropout": {"model": {"dropout": 0.1}},
     "secure noise": {"privacy": {"secure_noise": True}},
+    "correlated": {"privacy": {"mechanism": "banded", "bands": 2}},
     "ghost": {"train": {"kernel": "ghost"}},
     "stage 1": {"train": {"zero_stage": 1}},
     "stage 2": {"train": {"zero_stage": 2}},

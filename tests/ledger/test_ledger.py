@@ -370,6 +370,24 @@ def test_an_attempt_that_lost_its_key_gets_a_new_one_and_pays_for_what_it_repeat
     assert ledger.run("run").charged_steps == 4
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_run_with_correlated_noise_gets_no_new_key(ledger, is_lost):
+    """Its rounds would begin again, and its past noise could not be read."""
+    plan = {**PLAN, "bands": 4}
+    digests = dataclasses.replace(DIGESTS, plan=plan_digest(plan))
+    admit(ledger, "banded", plan=plan, digests=digests)
+    ledger.begin_attempt("banded", digests)
+    if is_lost:
+        with ledger._database.write() as connection:
+            connection.execute(update(tables.KEYS).values(secret=None))
+    else:
+        digests = dataclasses.replace(digests, code="other")
+    before = ledger.run("banded")
+    with pytest.raises(ReplayRefusedError, match="another output folder"):
+        ledger.begin_attempt("banded", digests, on_mismatch="rekey")
+    assert ledger.run("banded") == before
+
+
 # ---- replays
 
 

@@ -19,6 +19,8 @@ from tests.mutants.run import Mutant
 LOOP = "tests/guarantee/test_loop_against_plan.py"
 THEN_BOUND = "\n\n    @property\n    def clip_bound"
 TRAINER = "tests/engine/test_trainer.py"
+COVARIANCE = "tests/guarantee/test_correlated_noise.py"
+SEALED = "tests/engine/test_sealed_noise.py"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
 GHOST_SUM = "tests/engine/kernels/test_ghost.py::test_the_sum_is_that_of_a_plain_loop_over_users"
@@ -185,8 +187,8 @@ NOISE = [
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
         file="udp_ray/engine/loop.py",
-        text="            self.plan.noise_stddev,\n",
-        replacement="            self.plan.noise_stddev / self.world.size**0.5,\n",
+        text="            self.plan.fresh_noise_stddev,\n",
+        replacement="            self.plan.fresh_noise_stddev / self.world.size**0.5,\n",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
     ),
     Mutant(
@@ -205,7 +207,7 @@ NOISE = [
         file="udp_ray/engine/step.py",
         text="        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        if self._noise is not None:\n"
-        "            self._noise.noise_stddev = self.plan.noise_stddev / 2\n"
+        "            self._noise.noise_stddev = self.plan.fresh_noise_stddev / 2\n"
         "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
@@ -372,8 +374,8 @@ NOISE = [
         name="key_in_the_checkpoint",
         breaks="P38: a checkpoint holds the key in place of its public name",
         file="udp_ray/engine/loop.py",
-        text="key_id=self.keys.key_id,",
-        replacement="key_id=self.keys.sampling.secret.hex(),",
+        text="key_id=self.keys.key_id,\n            provenance=",
+        replacement="key_id=self.keys.sampling.secret.hex(),\n            provenance=",
         tests=(f"{LOOP}::test_no_key_is_in_a_checkpoint",),
     ),
 ]
@@ -1216,10 +1218,78 @@ STUDY = [
             "tests/experiments/test_study.py"
             "::test_held_out_users_are_whole_and_the_same_in_any_order_of_rows",
         ),
+]
+
+CORRELATED = [
+    Mutant(
+        name="past_noise_not_subtracted",
+        breaks="correlated noise is priced, and each step adds independent noise",
+        file="udp_ray/dp/noise_history.py",
+        text="                total[:size] -= past[:size]\n",
+        replacement="                total[:size] -= 0.0\n",
+        tests=(f"{COVARIANCE}::test_the_noise_of_all_steps_has_the_priced_covariance",),
+    ),
+    Mutant(
+        name="past_noise_is_not_what_was_added",
+        breaks="the kept noise is rounded further, so that errors pass on to later steps",
+        file="udp_ray/dp/noise_history.py",
+        text="[start:stop] = added",
+        replacement="[start:stop] = added.bfloat16()",
+        tests=(
+            "tests/dp/test_noise_history.py"
+            "::test_what_is_added_is_fresh_noise_off_by_one_rounding_however_long_the_run",
+        ),
+    ),
+    Mutant(
+        name="past_noise_lost_on_resume",
+        breaks="a resumed run begins with no past noise, as if it had taken no step",
+        file="udp_ray/engine/loop.py",
+        text="            self._restore_noise(saved)\n",
+        replacement="            if (history := self.private_step.history) is not None:\n"
+        "                history.restart(saved.step + 1)\n",
+        tests=(
+            "tests/equivalence/test_correlated_noise.py"
+            "::test_a_run_resumed_after_any_step_ends_with_the_same_bits",
+        ),
+    ),
+    Mutant(
+        name="rehearsed_noise_left_behind",
+        breaks="the first step subtracts the noise of the start-up check",
+        file="udp_ray/engine/noise_check.py",
+        text="    step.end_rehearsal()\n",
+        replacement="    if step.history is not None:\n        step.history.next_step = 1\n",
+        tests=(
+            "tests/equivalence/test_correlated_noise.py"
+            "::test_the_loop_ends_with_the_weights_of_the_judge",
+        ),
+    ),
+    Mutant(
+        name="past_noise_in_clear",
+        breaks="P51: past noise in a checkpoint, which can be subtracted from released weights",
+        file="udp_ray/engine/sealed_noise.py",
+        text="self._cipher.encrypt(self._nonce(), plain, self._line)",
+        replacement="plain + self._nonce()[:0] + bytes(TAG_BYTES)",
+        tests=(f"{SEALED}::test_nothing_of_the_noise_stands_in_the_file",),
+    ),
+    Mutant(
+        name="past_noise_under_one_nonce",
+        breaks="chunks are encrypted with the same stream, so that two of them give each other up",
+        file="udp_ray/engine/sealed_noise.py",
+        text="nonce = self._chunk.to_bytes",
+        replacement="nonce = (0).to_bytes",
+        tests=(f"{SEALED}::test_no_nonce_occurs_twice_in_a_file",),
+    ),
+    Mutant(
+        name="new_key_for_correlated_noise",
+        breaks="rounds of b steps begin again under a new key: one round more than was paid for",
+        file="udp_ray/ledger/ledger.py",
+        text="                _refuse_new_key(run_id, tables.plan_of(run), is_lost=kept is None)\n",
+        replacement="",
+        tests=("tests/ledger/test_ledger.py::test_a_run_with_correlated_noise_gets_no_new_key",),
     ),
 ]
 
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION, *STUDY,
+    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED,
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from udp_ray.config.privacy import PricingConfig, PrivacyConfig
 from udp_ray.data.store import MANIFEST_FILE, PrivateCounts, StoreCounts
 from udp_ray.dp.plan import PricedPlan, PrivacyPlan
 from udp_ray.errors import ConfigError
+from udp_ray.reports.price import PriceConfig, price_of
 
 PRIVACY = {
     "delta": 1e-6,
@@ -196,3 +197,53 @@ def test_a_plan_that_trains_needs_both(changes, missing):
 def test_settings_of_training_need_a_clip_norm():
     with pytest.raises(ValidationError, match="clip_norm"):
         PrivacyConfig(**(ELS | {"population": 4_000}))
+
+
+BANDED = {"cohort_size": 40, "num_steps": 96, "population": 2_000, "epsilon": 2.0}
+
+
+def test_bands_are_compared_when_they_are_used_and_when_they_are_asked_for(capsys):
+    assert "bands_comparison" not in answer(options(**BANDED), capsys)
+    asked = answer(["--bands", *options(**BANDED)], capsys)["bands_comparison"]
+    banded = answer(options(**BANDED, mechanism="banded", bands=4), capsys)
+    assert banded["bands_comparison"] == asked
+    assert (banded["bands"], len(banded["strategy"])) == (4, 4)
+    assert banded["sampling_probability"] == 4 * 40 / 2_000
+    option = next(o for o in asked["options"] if o["bands"] == 4)
+    assert option["noise_multiplier"] == pytest.approx(banded["noise_multiplier"], rel=1e-3)
+    assert option["sum_noise"] < 0.85
+    assert option["learning_rate_factor"] == option["step_noise"] > 2
+
+
+def test_bands_are_compared_for_the_optimizer_and_schedule_in_use(capsys):
+    plain = answer(["--bands", *options(**BANDED)], capsys)["bands_comparison"]
+    given = ["--bands", "--train.optimizer", "sgd", "--train.schedule", "linear"]
+    linear = answer([*given, *options(**BANDED)], capsys)["bands_comparison"]
+    assert linear["options"][1]["sum_noise"] != plain["options"][1]["sum_noise"]
+    assert {o["learning_rate_factor"] for o in linear["options"]} == {1.0}
+
+
+def test_the_text_recommends_a_number_of_bands(capsys):
+    assert price.main(options(**BANDED, mechanism="banded", bands=4)) == 0
+    text = capsys.readouterr().out
+    assert "4, each user in every 4th step at most" in text
+    assert "Recommended: privacy.mechanism banded, privacy.bands 4" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"sampling": "els", "batch_size": 9, "num_examples": 99, "cohort_size": None},
+            "needs privacy.sampling uls",
+        ),
+        (
+            {"noise_multiplier": 0, "epsilon": None, "accept_no_guarantee": True},
+            "no finite epsilon",
+        ),
+    ],
+)
+def test_bands_cannot_be_compared_without_users_or_a_promise(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        price_of(PriceConfig(privacy=PRIVACY | BANDED | changes), bands=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
@@ -55,17 +55,18 @@ def admit(
     epsilon: float = 1.0,
     delta: float = 1e-7,
     num_steps: int = 10,
+    plan: Mapping[str, Any] = PLAN,
     digests: Digests = DIGESTS,
     key: RunKey | None = None,
 ) -> None:
-    """Admits a run with the synthetic plan."""
+    """Admits a run, by default with the synthetic plan."""
     ledger.admit(
         run_id,
         DATASET,
         epsilon=epsilon,
         delta=delta,
         num_steps=num_steps,
-        plan=PLAN,
+        plan=plan,
         digests=digests,
         key=key or RunKey.generate(),
     )

@@ -46,7 +46,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 Fault = Literal[
     "none", "realized_divisor", "clip_each_microbatch", "noise_on_all", "no_noise", "half_noise",
-    "noise_twice", "misplaced_noise", "clip_weighted_pass",
+    "noise_twice", "misplaced_noise", "clip_weighted_pass", "forgotten_noise",
 ]  # fmt: skip
 
 
@@ -83,6 +83,8 @@ class TinyRun:
     """Trains adapters of this rank instead of the whole model."""
     dropout: float = 0.0
     secure_noise: bool = False
+    strategy: tuple[float, ...] = (1.0,)
+    """Coefficients of correlated noise, one for each band."""
     max_cohort_size: int | None = None
     fault: Fault = "none"
 
@@ -100,6 +102,8 @@ class TinyRun:
             population_is_declared=True,
             max_cohort_size=self.max_cohort_size,
             secure_noise=self.secure_noise,
+            bands=len(self.strategy),
+            strategy=self.strategy,
             delta=1e-3,
         )
 

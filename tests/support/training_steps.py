@@ -17,7 +17,7 @@ from tests.support.training import VOCABULARY, TinyOutcome, TinyRun, Weights, ti
 from udp_ray.data.batches import CohortReader, Group, SharedMicrobatch
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.clipping import clip_and_add, clip_factor
-from udp_ray.dp.keys import RunKey
+from udp_ray.dp.keys import RunKey, StreamKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.engine.distributed import World, join_world
 from udp_ray.engine.gradient_sum import own_slice
@@ -81,13 +81,17 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     plan, keys = run.plan(), run.keys(world.rank)
     kernel = _kernel(run, model, world)
     zero = ZeroEngine(model, parameters, run.settings(), num_steps=run.num_steps)
-    noise = None if keys.noise is None else GaussianNoise(keys.noise, plan.noise_stddev)
+    noise = _fresh_noise(run, keys.noise, plan.fresh_noise_stddev)
     step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
     step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce)
     if isinstance(step, _NoiseOnAllRanks):
         key = RunKey.from_seed(run.seed).noise()
-        step.everyones_noise = GaussianNoise(key, plan.noise_stddev)
+        step.everyones_noise = GaussianNoise(key, plan.fresh_noise_stddev)
     return step
+
+
+def _fresh_noise(run: TinyRun, key: StreamKey | None, stddev: float) -> GaussianNoise | None:
+    return None if key is None else GaussianNoise(key, stddev, is_secure=run.secure_noise)
 
 
 def self_check(run: TinyRun) -> str:
@@ -100,9 +104,9 @@ def self_check(run: TinyRun) -> str:
     private_step = build_step(run, model, world)
     before = _snapshot(private_step.engine)
     key = run.keys(world.rank).selfcheck
-    stddev = run.plan().noise_stddev * (0.5 if run.fault == "half_noise" else 1.0)
+    stddev = run.plan().fresh_noise_stddev * (0.5 if run.fault == "half_noise" else 1.0)
     try:
-        check_noise(private_step, None if key is None else GaussianNoise(key, stddev))
+        check_noise(private_step, _fresh_noise(run, key, stddev))
         verdict = ""
     except Exception as error:
         verdict = f"{type(error).__name__}: {error}"
@@ -297,10 +301,20 @@ class _MisplacedNoise(PrivateStep):
             part.copy_(before[name] + everyones[self.world.rank - 1])
 
 
+class _ForgottenNoise(PrivateStep):
+    """Loses the noise of earlier steps, so that noise is not correlated."""
+
+    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+        if self.history is not None:
+            self.history.restart(step)
+        super()._add_noise(noise, step)
+
+
 _FAULTY_STEPS: dict[str, Callable[..., PrivateStep]] = {
     "realized_divisor": _RealizedDivisor,
     "noise_on_all": _NoiseOnAllRanks,
     "no_noise": _NoNoise,
     "noise_twice": _NoiseTwice,
     "misplaced_noise": _MisplacedNoise,
+    "forgotten_noise": _ForgottenNoise,
 }

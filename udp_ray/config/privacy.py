@@ -59,6 +59,28 @@ def require_delta_below_inverse_population(
         )
 
 
+def require_bands_of_users(bands: int, cohort_size: int, population: int) -> None:
+    """Refuses more bands than there are cohorts among the users.
+
+    Args:
+        bands: Number of bands that the users are divided into, at least 1.
+        cohort_size: Expected users per step, all of one band.
+        population: Number of users, taken as public.
+
+    Raises:
+        ConfigError: If a band has fewer users than a step expects.
+
+    Example:
+        >>> require_bands_of_users(8, 100, 10_000)
+    """
+    if bands * cohort_size > population:
+        raise ConfigError(
+            f"privacy.bands is {bands} and privacy.cohort_size {cohort_size}, so that the bands"
+            f" need {bands * cohort_size} users, above the population of {population}: lower one of"
+            " them"
+        )
+
+
 class PricingConfig(Section):
     """The privacy settings of a run that is only priced: the clip norm may be left out.
 
@@ -94,6 +116,14 @@ class PricingConfig(Section):
     """Public number of users. Default: the store's count, which the statement then calls public."""
     num_examples: PositiveInt | None = None
     """Public number of examples kept (els). Default: the store's count, then called public."""
+    mechanism: Literal["independent", "banded"] = "independent"
+    """independent: each step has noise of its own. banded: later noise takes back a part of the
+    earlier steps' noise (banded matrix factorization); each step has more noise, and the weights
+    gather less of it. uls only."""
+    bands: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Number of bands b of mechanism banded: a user takes part in at most one of b steps in a row,
+    and each step's noise depends on that of the b - 1 before it. At most privacy.num_steps; 1 is
+    independent noise. jobs/price.py predicts which b has the least error."""
     adjacency: Literal["add_or_remove_one", "replace_one"] = "add_or_remove_one"
     """How adjacent datasets differ, in users. Only add_or_remove_one is accounted."""
     dataset_epsilon: PositiveFloat | None = None
@@ -115,6 +145,7 @@ class PricingConfig(Section):
     def _check(self) -> Self:
         self._check_noise()
         self._check_sampling()
+        self._check_mechanism()
         if (self.dataset_epsilon is None) != (self.dataset_delta is None):
             raise ValueError(
                 "privacy.dataset_epsilon and privacy.dataset_delta go together: give both or none"
@@ -183,6 +214,40 @@ class PricingConfig(Section):
                 f"privacy.cohort_size is {self.cohort_size}, above privacy.population ="
                 f" {self.population}: lower it"
             )
+
+    def _check_mechanism(self) -> None:
+        if self.mechanism == "independent":
+            if self.bands > 1:
+                raise ValueError(
+                    f"privacy.bands is {self.bands} but privacy.mechanism is independent: set"
+                    " privacy.mechanism banded, or leave privacy.bands at 1"
+                )
+            return
+        # Where another way to clip is a setting, only a fixed clip norm belongs here: the price is
+        # that of one noise stddev for all steps of a round.
+        refused = {
+            "privacy.sampling is els, whose users may take part in every step": (
+                self.sampling != "uls",
+                "set privacy.sampling uls",
+            ),
+            "privacy.max_cohort_size is set, whose cap lets one user move others": (
+                self.max_cohort_size is not None,
+                "leave it out",
+            ),
+            "privacy.on_mismatch is rekey, under which users change bands within a run": (
+                self.on_mismatch == "rekey",
+                "set it to refuse",
+            ),
+            f"privacy.bands is {self.bands}, above privacy.num_steps = {self.num_steps}": (
+                self.bands > self.num_steps,
+                "lower it",
+            ),
+        }
+        for problem, (applies, remedy) in refused.items():
+            if applies:
+                raise ValueError(f"privacy.mechanism is banded and {problem}: {remedy}")
+        if self.population is not None:
+            require_bands_of_users(self.bands, self.expected_size, self.population)
 
     def _check_cap(self, most: int) -> None:
         if self.sampling != "uls":

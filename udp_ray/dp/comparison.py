@@ -73,7 +73,7 @@ def compare(plan: PricedPlan) -> Comparison:
         )
     batch_size = float(plan.expected_size * (plan.group_size if plan.sampling == "uls" else 1))
     cohort_size = batch_size / plan.group_size
-    els_probability = plan.sampling_probability
+    els_probability = plan.sampling_probability / plan.bands  # without bands
     uls_probability = min(1.0, cohort_size / plan.population)
     steps, delta, group_size = plan.num_steps, plan.delta, plan.group_size
 

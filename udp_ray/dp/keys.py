@@ -39,6 +39,7 @@ _DERIVE = b"udp-ray derive"
 _STREAM = b"udp-ray stream"
 _KEYSTREAM = b"udp-ray cipher"
 _NUMBER = b"udp-ray number"
+_CIPHER_KEY = b"udp-ray sealing"
 _SEED = b"udp-ray seed"
 
 _CHACHA_KEY_BYTES = 32
@@ -77,6 +78,10 @@ class StreamKey:
         key = _keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES)
         encryptor = Cipher(ChaCha20(key, nonce=bytes(_CHACHA_NONCE_BYTES)), mode=None).encryptor()
         return lambda count: encryptor.update(bytes(count))
+
+    def cipher_key(self, *counters: int | str) -> bytes:
+        """Returns the 32 secret bytes of these counters, as in `generator`, to encrypt with."""
+        return _keyed(self.secret, _CIPHER_KEY, counters, size=_CHACHA_KEY_BYTES)
 
     def number(self, *counters: int | str) -> int:
         """Returns the secret number in [0, 2**63) of these counters, as in `generator`."""
@@ -161,6 +166,10 @@ class RunKey:
         """Returns the key of the run-time check, whose noise is never added to anything."""
         return StreamKey(self.derive("selfcheck"))
 
+    def sealing(self) -> StreamKey:
+        """Returns the key that encrypts past noise in checkpoints; it goes to rank 0 only."""
+        return StreamKey(self.derive("sealing"))
+
     def of_rank(self, rank: int) -> RankKeys:
         """Returns the keys that a rank needs, and no others."""
         is_first = rank == 0
@@ -170,6 +179,7 @@ class RunKey:
             dropout=self.dropout(),
             noise=self.noise() if is_first else None,
             selfcheck=self.selfcheck() if is_first else None,
+            sealing=self.sealing() if is_first else None,
         )
 
 
@@ -191,6 +201,8 @@ class RankKeys:
     """Rank 0 only; None on the others."""
     selfcheck: StreamKey | None
     """Rank 0 only; None on the others."""
+    sealing: StreamKey | None = None
+    """Rank 0 only; None on the others. Encrypts past noise in checkpoints."""
 
 
 def _keyed(

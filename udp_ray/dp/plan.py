@@ -19,6 +19,7 @@ plan is made from in `udp_ray.config.privacy`.
 
 Reference:
     [1] Charles et al. 2024, arXiv:2407.07737 (ELS and ULS).
+    [2] Choquette-Choo et al. 2023, arXiv:2306.08153 (banded matrix factorization).
 """
 
 from __future__ import annotations
@@ -29,15 +30,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-from udp_ray.config.privacy import PricingConfig, require_delta_below_inverse_population
+from udp_ray.config.privacy import (
+    PricingConfig,
+    require_bands_of_users,
+    require_delta_below_inverse_population,
+)
 from udp_ray.dp import accounting
 from udp_ray.dp.sensitivity import rounding_slack
+from udp_ray.dp.strategy import (
+    INDEPENDENT,
+    LinearWorkload,
+    is_stable,
+    noise_gain,
+    optimal_strategy,
+    sensitivity_factor,
+)
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
 Sampling = Literal["uls", "els"]
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
 """Properties that `PrivacyPlan.to_dict` adds to the fields; `from_dict` checks them."""
-INTEGERS = ("group_size", "num_steps", "expected_size", "population")
+INTEGERS = ("group_size", "num_steps", "expected_size", "population", "bands")
 INTEGERS_OR_NONE = ("num_examples", "max_cohort_size")
 SWITCHES = ("population_is_declared", "num_examples_is_declared", "secure_noise")
 """Fields by type, for `PrivacyPlan.from_dict`."""
@@ -107,6 +120,10 @@ class PricedPlan:
     """Whether noise comes from a cryptographic generator, against floating-point attacks."""
     target_epsilon: float | None = None
     """Epsilon that the noise was calibrated to; None if the noise was given."""
+    bands: int = 1
+    """Number of bands b that users are divided into; 1: independent noise."""
+    strategy: tuple[float, ...] = INDEPENDENT
+    """Coefficients c_0 .. c_{b-1} of the strategy matrix C, one for each band."""
     adjacency: Literal["add_or_remove_one"] = "add_or_remove_one"
     """How adjacent datasets differ, in users."""
 
@@ -124,6 +141,28 @@ class PricedPlan:
             )
         if self.population is not None:
             require_delta_below_inverse_population(self.delta, self.population)
+        self._check_bands()
+
+    def _check_bands(self) -> None:
+        is_right = is_stable(self.strategy) if self.bands > 1 else self.strategy == INDEPENDENT
+        if len(self.strategy) != self.bands or not is_right:
+            raise ConfigError(
+                f"the plan has {self.bands} bands and {len(self.strategy)} coefficients: it needs"
+                " one coefficient for each band, the first above 0, and noise that stays bounded"
+            )
+        if self.bands == 1:
+            return
+        if self.sampling != "uls" or self.max_cohort_size is not None:
+            raise ConfigError(
+                f"privacy.bands is {self.bands}, which has a price only for privacy.sampling uls"
+                " without privacy.max_cohort_size: set the one and leave out the other"
+            )
+        if self.bands > self.num_steps:
+            raise ConfigError(
+                f"privacy.bands is {self.bands}, above privacy.num_steps = {self.num_steps}:"
+                " lower it"
+            )
+        require_bands_of_users(self.bands, self.expected_size, self._pool)
 
     @classmethod
     def from_config(
@@ -132,6 +171,7 @@ class PricedPlan:
         *,
         num_users: int | None = None,
         num_examples: int | None = None,
+        workload: LinearWorkload | None = None,
     ) -> Self:
         """Returns the plan of the settings, with the noise calibrated if epsilon was given.
 
@@ -141,6 +181,8 @@ class PricedPlan:
                 privacy.population counts.
             num_examples: The store's number of examples once each user keeps at most
                 privacy.group_size (els), or None.
+            workload: The map from sums to weights that correlated noise is fitted to. None: prefix
+                sums, as for a constant learning rate. No effect on the price.
 
         Raises:
             ConfigError: If a count is missing, delta is too large, or the target out of reach.
@@ -189,6 +231,12 @@ class PricedPlan:
             max_cohort_size=privacy.max_cohort_size,
             secure_noise=privacy.secure_noise,
             target_epsilon=privacy.epsilon,
+            bands=privacy.bands,
+            strategy=optimal_strategy(
+                workload or LinearWorkload.of_sums(privacy.num_steps), bands=privacy.bands
+            )
+            if privacy.bands > 1
+            else INDEPENDENT,
             adjacency=privacy.adjacency,  # type: ignore[arg-type]  # __post_init__ refuses the other
         )
         return plan if privacy.epsilon is None else plan._calibrated(privacy.epsilon)
@@ -198,7 +246,7 @@ class PricedPlan:
             target_epsilon=target_epsilon,
             delta=self.delta,
             sampling_probability=self.sampling_probability,
-            num_steps=self.num_steps,
+            num_steps=self.participations(self.num_steps),
             examples_at_risk=self.examples_at_risk,
         )
         noise_multiplier = accounting.calibrate_noise_multiplier(
@@ -211,8 +259,11 @@ class PricedPlan:
 
     @property
     def sampling_probability(self) -> float:
-        """Probability that a user (uls) or a kept example (els) is in a step."""
-        return self.expected_size / self._pool
+        """Probability that a user (uls) or a kept example (els) is in a step.
+
+        With several bands it is that of a user of the step's band; others are never in it.
+        """
+        return self.bands * self.expected_size / self._pool
 
     @property
     def _pool(self) -> int:
@@ -240,6 +291,20 @@ class PricedPlan:
             return None
         return _noise_stddev(self.noise_multiplier, self.clip_norm)
 
+    @property
+    def noise_gain(self) -> float:
+        """Standard deviation of one step's noise over `noise_stddev`, root mean squared."""
+        return noise_gain(self.strategy, self.num_steps)
+
+    def participations(self, num_steps: int) -> int:
+        """Returns in how many of the first `num_steps` steps one user may be: one per round of b.
+
+        Privacy:
+            A user of any band takes part in every b-th step at most, and ceil(num_steps / b)
+            bounds how many of them there are.
+        """
+        return -(-num_steps // self.bands)
+
     def dp_event(self, num_steps: int | None = None) -> accounting.DpEvent:
         """Returns the event of the run, or of its first `num_steps` steps.
 
@@ -248,9 +313,16 @@ class PricedPlan:
 
         Privacy:
             It describes one user added or removed, also where the unit of sampling is an example.
+            With several bands it has one Poisson-sampled Gaussian for each round of b steps, of
+            which a user's band has at most one. The release of a round is A x + A C^-1 z, which
+            follows from C x + z; a user who is in step t moves C x by at most |c| clip norms, in b
+            rows that no other of their steps touches, and z has stddev z |c| clip norms. Rounds
+            compose adaptively. That the user's band is random or known makes no difference: the
+            bound holds for every band.
 
         Reference:
-            The events in `accounting.py`.
+            The events in `accounting.py`; for bands the theorem of Choquette-Choo et al. 2023
+            [2] on amplification by sampling.
         """
         steps = self._steps(num_steps)
         if self.max_cohort_size is not None:
@@ -263,7 +335,9 @@ class PricedPlan:
                 steps,
             )
         if self.sampling == "uls":
-            return accounting.uls_event(self.noise_multiplier, self.sampling_probability, steps)
+            return accounting.uls_event(
+                self.noise_multiplier, self.sampling_probability, self.participations(steps)
+            )
         return accounting.els_event(
             self.noise_multiplier, self.sampling_probability, self.group_size, steps
         )
@@ -300,7 +374,7 @@ class PricedPlan:
         return [min(last, _rough_epsilon(self, self._steps(step))) for step in steps]
 
     def to_text(self) -> str:
-        """Returns the plan and its certified price in four lines, for readers."""
+        """Returns the plan and its certified price in four or five lines, for readers."""
         is_uls = self.sampling == "uls"
         examples = f"{self.group_size:,} example{'s' if self.group_size > 1 else ''}"
         clip = "a clip norm" if self.clip_norm is None else f"L2 norm {self.clip_norm:g}"
@@ -316,7 +390,15 @@ class PricedPlan:
                 f"each user: {examples} {'per step' if is_uls else 'in the whole run'}, {clipped}",
                 f"noise: standard deviation {stddev} on the sum (noise multiplier"
                 f" {self.noise_multiplier:.4g}), then divided by {self.divisor:,}",
+                *([self._bands_to_text()] if self.bands > 1 else ()),
             ]
+        )
+
+    def _bands_to_text(self) -> str:
+        return (
+            f"correlated: {self.bands} bands, each user in every {self.bands}th step at most;"
+            f" {self.noise_gain:.4g} times that noise in a step, of which later steps take back"
+            " a part"
         )
 
     def assumptions(self) -> list[str]:
@@ -392,8 +474,21 @@ class PrivacyPlan(PricedPlan):
 
     @property
     def noise_stddev(self) -> float:
-        """Standard deviation of the noise on the clipped sum, before the division."""
+        """Standard deviation of the noise on the clipped sum, before the division.
+
+        With several bands it is that of independent noise at the same noise multiplier: what
+        `fresh_noise_stddev` and `noise_gain` are multiples of.
+        """
         return _noise_stddev(self.noise_multiplier, self.clip_norm)
+
+    @property
+    def fresh_noise_stddev(self) -> float:
+        """Standard deviation of the new noise in each step, z C |c| / c_0, before the division.
+
+        The noise of step t is y_t = fresh_noise_stddev xi_t - sum_{j=1..b-1} c_j y_{t-j} / c_0,
+        with xi_t independent standard normals. Independent noise: `noise_stddev`.
+        """
+        return self.noise_stddev * sensitivity_factor(self.strategy) / self.strategy[0]
 
     @property
     def clip_bound(self) -> float:
@@ -419,6 +514,11 @@ class PrivacyPlan(PricedPlan):
         """
         derived = {name: getattr(self, name) for name in DERIVED}
         values = dataclasses.asdict(self) | derived
+        if self.bands == 1:
+            # As before there was correlated noise: the digests of such plans stay what they were.
+            del values["bands"], values["strategy"]
+        else:
+            values["strategy"] = list(self.strategy)
         return {name: json_number(value) for name, value in values.items()}
 
     @classmethod
@@ -436,6 +536,8 @@ class PrivacyPlan(PricedPlan):
         }
         derived = {name: given.pop(name) for name in DERIVED if name in given}
         _require_types(given)
+        if "strategy" in given:
+            given["strategy"] = tuple(given["strategy"])
         try:
             plan = cls(**given)
         except TypeError as error:
@@ -468,6 +570,7 @@ def _require_types(given: Mapping[str, Any]) -> None:
             "noise_multiplier": _is_number(value) and 0 <= value < math.inf,
             "clip_norm": _is_number(value) and value > 0,
             "delta": _is_number(value) and 0 < value < 1,
+            "strategy": isinstance(value, list | tuple) and all(map(_is_number, value)),
             "target_epsilon": value is None or (_is_number(value) and 0 < value < math.inf),
         }.get(name, True)
         if not is_right:

@@ -24,7 +24,9 @@ Reference:
     [1] Charles et al. 2024, arXiv:2407.07737, Algorithms 1 (ELS) and 2 (ULS). Departure: a user
         brings min(G, own number) distinct examples; none is repeated to fill the group.
     [2] NIST FIPS 202 (SHAKE-256).
-    [3] Floyd, in Bentley 1987, "Programming pearls: a sample of brilliance", CACM 30(9).
+    [3] Choquette-Choo et al. 2023, arXiv:2306.08153 (sampling from bands). Departure: users have
+        independent random bands, instead of a given partition.
+    [4] Floyd, in Bentley 1987, "Programming pearls: a sample of brilliance", CACM 30(9).
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ class PoissonUserSampler:
         key: The run's sampling key. Secret.
         sampling_probability: Probability of each user to be in a step, in [0, 1]. Public.
         group_size: Most examples that a user brings into a step, at least 1. Public.
+        bands: Number of bands that users are divided into; step t draws from band t mod bands
+            alone. Public.
         max_cohort_size: Most users in a step; a larger draw is cut to a uniform subset of itself.
             Public. Changes the guarantee: the plan must price truncated Poisson sampling.
 
@@ -80,6 +84,8 @@ class PoissonUserSampler:
         Users join independently of each other and of other steps, each with the given
         probability, rounded down by less than 2**-64: never above what is priced. A user's
         examples are distinct and uniform among the user's own, whichever other users were sampled.
+        With several bands a user is in at most one of `bands` steps in a row, and in each step of
+        the user's own band with the given probability, independently of all else.
     """
 
     def __init__(
@@ -88,9 +94,12 @@ class PoissonUserSampler:
         *,
         sampling_probability: float,
         group_size: int,
+        bands: int = 1,
         max_cohort_size: int | None = None,
     ) -> None:
         _check(sampling_probability, group_size)
+        if bands < 1:
+            raise ConfigError(f"privacy.bands is {bands}: give 1 or more")
         if max_cohort_size is not None and max_cohort_size < 1:
             raise ConfigError(
                 f"privacy.max_cohort_size is {max_cohort_size}: give 1 or more, or leave it out"
@@ -98,6 +107,8 @@ class PoissonUserSampler:
         self._key = key
         self._probability = sampling_probability
         self._group_size = group_size
+        self._bands = bands
+        self._band_of_user: Indices | None = None  # drawn once, when the number of users is known
         self._max_cohort_size = max_cohort_size
 
     def cohort(self, step: int, user_offsets: Indices) -> Cohort:
@@ -118,7 +129,12 @@ class PoissonUserSampler:
         Reference:
             Charles et al. 2024 [1], Algorithm 2, line 1.
         """
-        users = poisson(_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)
+        num_users = len(user_offsets) - 1
+        users = poisson(_Stream(self._key, "users", step), num_users, self._probability)
+        if self._bands > 1:
+            if self._band_of_user is None or len(self._band_of_user) != num_users:
+                self._band_of_user = user_bands(self._key, num_users, self._bands)
+            users = users[self._band_of_user[users] == step % self._bands]
         if self._max_cohort_size is not None:
             users = users[_survivors(self._key, step, len(users), self._max_cohort_size)]
         sizes = (user_offsets[users + 1] - user_offsets[users]).astype(np.int64)
@@ -197,6 +213,23 @@ class _Stream:
         return self.bytes(label, 8 * count).view("<u8")
 
 
+def user_bands(key: StreamKey, num_users: int, bands: int) -> Indices:
+    """Returns the band of each user, in [0, bands), the same for all steps of a run.
+
+    Args:
+        key: The run's sampling key. Secret.
+        num_users: Number of users.
+        bands: Number of bands, at least 1.
+
+    Privacy:
+        A user's band follows from the key and the user's own place in the store, by bits that
+        decide nothing else; it does not depend on who else is there. Bands are independent and
+        uniform up to bands / 2**64, and nothing about their sizes is used. The price holds for
+        every assignment of users to bands, so uniformity is not needed for it.
+    """
+    return _below(_Stream(key, "bands", 0).words("band", num_users), np.asarray(bands))
+
+
 def poisson(stream: _Stream, num_units: int, probability: float) -> Indices:
     """Returns which of num_units units a Poisson draw includes, ascending.
 
@@ -245,7 +278,7 @@ def subsets(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indic
         not depend on them.
 
     Reference:
-        Floyd [3], for rows that are long in relation to the limit.
+        Floyd [4], for rows that are long in relation to the limit.
     """
     counts = np.minimum(sizes, limit)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

@@ -38,6 +38,7 @@ from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, so
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import Budget, PrivacyPlan, json_number
 from udp_ray.dp.selection import SelectionDraws, TrialCount, best_epsilon
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, GuaranteeError
 
 Counts = Mapping[DpEvent, int]
@@ -82,6 +83,8 @@ class SearchSpace:
     """Steps of every trial, T."""
     max_examples_per_user: int | None = None
     """Most examples that the store holds of a user; larger group sizes cannot run."""
+    workload: LinearWorkload | None = None
+    """What correlated noise is fitted to, as in `PrivacyPlan.from_config`; no effect on prices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +272,7 @@ def _points(
             _trial_privacy(space, sampling, group_size, own),
             num_users=num_users,
             num_examples=kept_examples(group_size) if sampling == "els" else None,
+            workload=space.workload,
         )
         return dataclasses.replace(plan, target_epsilon=None)
 
@@ -577,7 +581,7 @@ class _NoiseCurve:
             target_epsilon=epsilon,
             delta=self._delta,
             sampling_probability=self._plan.sampling_probability,
-            num_steps=self._plan.num_steps,
+            num_steps=self._plan.participations(self._plan.num_steps),
             examples_at_risk=self._plan.examples_at_risk,
         )
 

@@ -4,6 +4,7 @@
       checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
+      noise.sealed            only with correlated noise: that of the last steps, encrypted
 
 The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
 files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
@@ -38,6 +39,8 @@ FROZEN = "frozen_weights"
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+NOISE = "noise.sealed"
+"""Only with correlated noise; see `sealed_noise.py`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     """Kind of state, parameter name, whole tensor."""
+    past_noise: Path | None = None
+    """The file of encrypted past noise; None if the checkpoint has none."""
 
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
@@ -99,8 +104,18 @@ def write(
     key_id: str,
     provenance: Mapping[str, Any],
     world: World,
+    past_noise: Path | None = None,
 ) -> str:
     """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
+
+    Args:
+        directory: The folder to write.
+        engine: Gives weights and optimizer state.
+        step: The last step that it holds.
+        key_id: Public name of the run's key.
+        provenance: Public; see `Checkpoint`.
+        world: The ranks.
+        past_noise: A file in the same file system on rank 0, which is moved into the checkpoint.
 
     Raises:
         StorageError: There is no room, or the folder may not be written; on all ranks.
@@ -114,12 +129,16 @@ def write(
         temporary.mkdir(parents=True)
         save_file(weights, temporary / WEIGHTS)
         save_file(_flattened(optimizer), temporary / OPTIMIZER)
+        names = [WEIGHTS, OPTIMIZER]
+        if past_noise is not None:
+            os.replace(past_noise, temporary / NOISE)
+            names.append(NOISE)
         manifest = {
             "format": FORMAT,
             "step": step,
             "key_id": key_id,
             "provenance": dict(provenance),
-            "files": {name: _file_digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
+            "files": {name: _file_digest(temporary / name) for name in names},
         }
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (temporary / MANIFEST).write_text(text)
@@ -159,6 +178,7 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         provenance=manifest["provenance"],
         weights=_load(directory / WEIGHTS),
         optimizer=_unflattened(_load(directory / OPTIMIZER)),
+        past_noise=directory / NOISE if NOISE in manifest["files"] else None,
     )
 
 
@@ -186,7 +206,8 @@ def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, An
         )
     try:
         manifest = json.loads(content)
-        is_known = manifest["format"] == FORMAT and set(manifest["files"]) == {WEIGHTS, OPTIMIZER}
+        files = set(manifest["files"])
+        is_known = manifest["format"] == FORMAT and files - {NOISE} == {WEIGHTS, OPTIMIZER}
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
     if not is_known:

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from udp_ray.dp.clipping import accumulate
 from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
+from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.engine.distributed import World
 from udp_ray.errors import GuaranteeError
 
@@ -84,7 +85,12 @@ class ClippedSum:
     """The running sum on one rank, with whole parameters."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], world: World, *, fuse_reduce: bool = False
+        self,
+        parameters: Mapping[str, Tensor],
+        world: World,
+        *,
+        fuse_reduce: bool = False,
+        history: NoiseHistory | None = None,
     ) -> None:
         """Holds zeros.
 
@@ -92,9 +98,11 @@ class ClippedSum:
             parameters: The trainable parameters by name, in the same order on all ranks.
             world: The ranks.
             fuse_reduce: `reduce` leaves each rank its own sum, which ZeRO adds up later.
+            history: Makes correlated noise of fresh noise, on rank 0; None: noise is independent.
         """
         self._world = world
         self._fuse_reduce = fuse_reduce
+        self._history = history
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._buffer = SumBuffer(shapes, world.device)
         self.views: dict[str, Tensor] = self._buffer.views
@@ -129,9 +137,13 @@ class ClippedSum:
         """Adds the noise of a step in place on rank 0, which has it; it is None elsewhere."""
         if noise is None:
             return
+        if self._history is not None:
+            self._history.begin(step)
         for name, view in self.views.items():
             flat = view.view(-1)
             for start, values in noise.chunks(step, name, flat.numel()):
+                if self._history is not None:
+                    values = self._history.correlated(name, start, values)
                 flat[start : start + values.numel()].add_(values.to(flat.device))
 
     def mean(self, divisor: float) -> dict[str, Tensor]:
@@ -165,6 +177,16 @@ def slice_range(num_values: int, rank: int, num_ranks: int) -> tuple[int, int]:
     """Returns start and stop of the values of a flattened parameter that a rank's slice holds."""
     length = slice_length(num_values, num_ranks)
     return min(rank * length, num_values), min((rank + 1) * length, num_values)
+
+
+def num_held_values(
+    shapes: Mapping[str, torch.Size], rank: int, world: World, *, is_sliced: bool
+) -> dict[str, int]:
+    """Returns to how many values of each parameter a rank adds noise: all, none, or its slice."""
+    if not is_sliced:
+        return {name: shape.numel() if rank == 0 else 0 for name, shape in shapes.items()}
+    ranges = {name: slice_range(shape.numel(), rank, world.size) for name, shape in shapes.items()}
+    return {name: stop - start for name, (start, stop) in ranges.items()}
 
 
 def own_slice(whole: Tensor, rank: int, num_ranks: int) -> Tensor:
@@ -206,6 +228,7 @@ class SlicedSum:
         *,
         noise_dtype: torch.dtype = torch.float32,
         bucket_values: int = SLICED_BUCKET_VALUES,
+        history: NoiseHistory | None = None,
     ) -> None:
         """Holds zeros.
 
@@ -214,9 +237,12 @@ class SlicedSum:
             world: The ranks.
             noise_dtype: `GaussianNoise.dtype` of the noise that will be added.
             bucket_values: Values of a bucket, at least one per rank.
+            history: Makes correlated noise of the fresh noise in this rank's slices; None: noise is
+                independent.
         """
         self._world = world
         self._noise_dtype = noise_dtype
+        self._history = history
         self._shapes = dict(shapes)
         self._num_values = {name: shape.numel() for name, shape in shapes.items()}
         slices = {
@@ -278,6 +304,8 @@ class SlicedSum:
             noise: The noise on rank 0; None elsewhere.
             step: The step.
         """
+        if self._history is not None:
+            self._history.begin(step)
         for name in self.views:
             for start, stop in _chunks(self._num_values[name]):
                 if self._world.is_first:
@@ -338,6 +366,8 @@ class SlicedSum:
     def _add_piece(self, name: str, start: int, piece: Tensor) -> None:
         """Adds noise to this rank's slice, from a position in the whole parameter on."""
         offset = start - slice_range(self._num_values[name], self._world.rank, self._world.size)[0]
+        if self._history is not None:
+            piece = self._history.correlated(name, offset, piece).to(self._world.device)
         self.views[name][offset : offset + piece.numel()].add_(piece)
 
 

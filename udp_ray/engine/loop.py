@@ -43,7 +43,7 @@ from udp_ray.dp.keys import RankKeys, StreamKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
-from udp_ray.engine import checkpoint
+from udp_ray.engine import checkpoint, sealed_noise
 from udp_ray.engine.distributed import World
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.optim import learning_rate
@@ -175,6 +175,7 @@ class TrainingLoop(ABC):
         return TrainResult(self.step, self.location, self.digest, budget_message)
 
     def _set_up(self) -> None:
+        self._refuse_other_key()
         self.model.train()
         self._prepare_model()
         self.frozen = frozen_fingerprint(self.model)
@@ -192,6 +193,7 @@ class TrainingLoop(ABC):
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if saved is not None:
             saved.load_optimizer(self.engine)
+            self._restore_noise(saved)
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
         attempt = self.attempt
@@ -210,6 +212,35 @@ class TrainingLoop(ABC):
         self.location, self.digest = attempt.resume_checkpoint, digest
         return saved
 
+    def _restore_noise(self, saved: checkpoint.Checkpoint) -> None:
+        """Restores the past noise of a checkpoint, if noise is correlated."""
+        if (history := self.private_step.history) is not None:
+            sealed_noise.unseal(
+                saved.past_noise,
+                history,
+                self.engine.shapes,
+                step=saved.step,
+                key=self.keys.sealing,
+                key_id=self.keys.key_id,
+                world=self.world,
+                is_sliced=self.engine.is_sliced,
+            )
+
+    def _refuse_other_key(self) -> None:
+        """Refuses to correlate noise with that of another key, which no longer exists.
+
+        Under a new key the bands of users and the rounds of b steps would begin again, which costs
+        up to one round more than the plan's price for all steps.
+        """
+        attempt = self.attempt
+        if self.plan.bands == 1 or attempt is None:
+            return
+        if attempt.is_rekeyed or attempt.last_step < self.plan.num_steps:
+            raise CheckpointError(
+                f"run {attempt.run_id!r} has a new key, and privacy.mechanism banded cannot"
+                " continue under another key: start a new run in another output folder"
+            )
+
     def _private_step(self) -> PrivateStep:
         return PrivateStep(
             self.kernel,
@@ -225,7 +256,7 @@ class TrainingLoop(ABC):
             return None
         return GaussianNoise(
             key,
-            self.plan.noise_stddev,
+            self.plan.fresh_noise_stddev,
             num_threads=torch.get_num_threads(),
             is_secure=self.plan.secure_noise,
         )
@@ -278,12 +309,29 @@ class TrainingLoop(ABC):
             key_id=self.keys.key_id,
             provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
             world=self.world,
+            past_noise=self._seal_noise(directory),
         )
         location = publish(self.step, directory if self.world.is_first else None)
         self.location = self.world.from_first(lambda: self._commit(location, digest))
         self.digest = digest
         if self.world.is_first:
             shutil.rmtree(directory, ignore_errors=True)
+
+    def _seal_noise(self, directory: Path) -> Path | None:
+        """Writes past noise encrypted beside a checkpoint's folder; None if it is independent."""
+        if (history := self.private_step.history) is None:
+            return None
+        path = directory.with_name(directory.name + ".noise")
+        sealed_noise.seal(
+            path,
+            history,
+            self.engine.shapes,
+            key=self.keys.sealing,
+            key_id=self.keys.key_id,
+            world=self.world,
+            is_sliced=self.engine.is_sliced,
+        )
+        return path
 
     def _commit(self, location: str | None, digest: str) -> str:
         if location is None:
@@ -348,6 +396,7 @@ def cohorts(plan: PrivacyPlan, key: StreamKey, store: HasUserOffsets) -> Callabl
         key,
         sampling_probability=plan.sampling_probability,
         group_size=plan.group_size,
+        bands=plan.bands,
         max_cohort_size=plan.max_cohort_size,
     )
     return lambda step: sampler.cohort(step, store.user_offsets)

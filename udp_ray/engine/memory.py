@@ -147,6 +147,8 @@ class MemoryEstimate:
     """The running sum of clipped gradients, float64."""
     optimizer: int
     """The optimizer's state, and the master weights that ZeRO partitions."""
+    past_noise: int
+    """Noise of the last b - 1 steps, in host memory; 0 with independent noise."""
     kernel: int
     """Activations, and gradients before they are summed; freed before the update."""
     update: int
@@ -156,7 +158,7 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
-        persistent = self.weights + self.clipped_sum + self.optimizer
+        persistent = self.weights + self.clipped_sum + self.optimizer + self.past_noise
         return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -169,6 +171,7 @@ class MemoryEstimate:
             ("weights", self.weights),
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
+            *([("past noise", self.past_noise)] if self.past_noise else []),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
             ("at the peak", self.total_bytes),
@@ -220,6 +223,7 @@ def estimate_memory(
         weights=weights,
         clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
         optimizer=_optimizer_bytes(trained, train, num_workers),
+        past_noise=_past_noise_bytes(trained, plan, num_workers if is_sliced else 1),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
     )
@@ -256,6 +260,12 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     if train.zero_stage == 0:
         return trained * tensors
     return trained * (tensors + 1) // num_workers
+
+
+def _past_noise_bytes(trained: int, plan: PricedPlan, num_slices: int) -> int:
+    """Returns what correlated noise keeps of earlier steps: float64 if it is secure."""
+    factor = 2 if plan.secure_noise else 1
+    return factor * (plan.bands - 1) * trained // num_slices
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:

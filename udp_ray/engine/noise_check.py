@@ -6,6 +6,8 @@
        draws again and broadcasts chunk by chunk. Noise on each rank, on none, twice, or in the
        wrong slice fails here.
     3. Compare its standard deviation with the plan's. A generator of the wrong scale fails here.
+    4. With correlated noise, repeat this for a second step, whose noise depends on the first's. The
+       noise of both is forgotten afterwards.
 
 It runs before anything private is read.
 """
@@ -13,6 +15,7 @@ It runs before anything private is read.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -46,9 +49,16 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
     Raises:
         NoiseCheckError: The noise is missing, doubled, misplaced or of the wrong scale.
     """
-    arrived = step.rehearse(noise)
-    unit = step.plan.noise_stddev / step.plan.divisor
-    worst = _largest_difference(step, arrived, noise)
+    for number in range(1 if step.history is None else 2):
+        _check_rehearsal(step, noise, number)
+    step.end_rehearsal()
+
+
+def _check_rehearsal(step: PrivateStep, noise: GaussianNoise | None, number: int) -> None:
+    arrived = step.rehearse(noise, number)
+    response = _response(step.plan.strategy, number)
+    unit = step.plan.fresh_noise_stddev / step.plan.divisor * math.hypot(*response)
+    worst = _largest_difference(step, arrived, noise, response)
     num_values = sum(shape.numel() for shape in step.engine.shapes.values())
     scale = _root_mean_square(step, arrived)
     slack = unit * SCALE_DEVIATIONS / math.sqrt(2 * num_values)
@@ -62,8 +72,18 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
         )
 
 
+def _response(strategy: Sequence[float], number: int) -> list[float]:
+    """Returns how much the fresh noise of rehearsals 0 to `number` is in that of the last one."""
+    if number == 0:
+        return [1.0]
+    return [-strategy[1] / strategy[0], 1.0]
+
+
 def _largest_difference(
-    step: PrivateStep, arrived: dict[str, Tensor], noise: GaussianNoise | None
+    step: PrivateStep,
+    arrived: dict[str, Tensor],
+    noise: GaussianNoise | None,
+    response: Sequence[float],
 ) -> float:
     """Returns the largest difference on this rank between what arrived and the noise of rank 0."""
     worst = 0.0
@@ -76,7 +96,9 @@ def _largest_difference(
             stop = min(shape.numel(), start + BROADCAST_VALUES)
             expected = torch.zeros(stop - start, device=values.device)
             if noise is not None:
-                expected += noise.slice(0, name, shape.numel(), start=start, stop=stop).to(expected)
+                for number, share in enumerate(response):
+                    drawn = noise.slice(number, name, shape.numel(), start=start, stop=stop)
+                    expected += (share * drawn).to(expected)
             dist.broadcast(expected, src=0)
             begin, end = max(start, first), min(stop, last)
             if begin < end:

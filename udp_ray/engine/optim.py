@@ -1,11 +1,4 @@
-"""The optimizers of private training, and the learning rate as a pure function of the step.
-
-A restart needs no scheduler state, because the learning rate follows from the step alone:
-
->>> from udp_ray.config.experiment import TrainConfig
->>> settings = TrainConfig(learning_rate=1.0, schedule="linear", warmup_steps=2)
->>> [learning_rate(settings, step, num_steps=6) for step in range(1, 7)]
-[0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+"""The optimizers of private training; `config/schedule.py` has their learning rates.
 
 The optimizers are torch's own with one addition: they can be frozen. A frozen optimizer leaves
 weights and state unchanged, bit for bit, while the engine completes a step around it. The noise
@@ -14,39 +7,13 @@ check and the creation of optimizer state use this.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from udp_ray.config.experiment import TrainConfig
-
-
-def learning_rate(settings: TrainConfig, step: int, *, num_steps: int) -> float:
-    """Returns the learning rate of a step.
-
-    The warm-up reaches the peak at its last step. A decay then starts from the peak and would reach
-    zero one step after the last: each step is paid for, so none has a learning rate of zero.
-
-    Args:
-        settings: Peak, schedule and number of warm-up steps.
-        step: Number of the step, from 1 to num_steps.
-        num_steps: Steps of the run.
-    """
-    warmup = settings.warmup_steps
-    if step <= warmup:
-        return settings.learning_rate * step / warmup
-    progress = (step - 1 - warmup) / (num_steps - warmup)
-    return settings.learning_rate * _decay(settings.schedule, progress)
-
-
-def _decay(schedule: str, progress: float) -> float:
-    if schedule == "linear":
-        return 1 - progress
-    if schedule == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    return 1.0
+from udp_ray.config.schedule import learning_rate as learning_rate
 
 
 class Freezable(torch.optim.Optimizer):

@@ -3,6 +3,8 @@
     1. Clip:    each group's gradient to the clip norm, as a whole; add them up in float64.
     2. Reduce:  the ranks' sums to rank 0.
     3. Noise:   rank 0 adds Gaussian noise of standard deviation noise_multiplier * clip_norm, once.
+                With several bands the noise is fresh noise less a part of the last b - 1 steps'
+                (`dp/noise_history.py`).
     4. Divide:  by the plan's expected size, a public number; round to float32.
     5. Update:  the engine averages over ranks (hence the factor world size in 4) and the optimizer
                 moves the weights.
@@ -15,7 +17,8 @@ ranks are then rounded to float32, and added in float32, before the noise is in:
 noise, whose claim requires that rounding comes last.
 
 Under ZeRO 3 no rank holds the whole sum: 1 and 2 happen layer by layer, reduced and scattered into
-slices; in 3 rank 0 draws noise in chunks and sends each rank what falls into its slices.
+slices; in 3 rank 0 draws noise in chunks and sends each rank what falls into its slices. Past noise
+is then kept in slices too; in other stages rank 0 keeps all of it.
 
 Reference: Abadi et al. 2016, Algorithm 1, arXiv:1607.00133; per user as in Charles et al. 2024,
 arXiv:2407.07737, Algorithm 2.
@@ -31,9 +34,10 @@ from torch import Tensor
 
 from udp_ray.config.experiment import require_fusible
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.distributed import World
-from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
+from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, num_held_values
 from udp_ray.engine.types import Engine, Kernel
 from udp_ray.errors import GuaranteeError
 
@@ -67,10 +71,10 @@ class PrivateStep:
         """
         if (noise is not None) != world.is_first:
             raise GuaranteeError("rank 0, and no other rank, has the noise")
-        if noise is not None and noise.noise_stddev != plan.noise_stddev:
+        if noise is not None and noise.noise_stddev != plan.fresh_noise_stddev:
             raise GuaranteeError(
                 f"the noise has a standard deviation of {noise.noise_stddev:g}, and the plan's is"
-                f" {plan.noise_stddev:g}"
+                f" {plan.fresh_noise_stddev:g}"
             )
         if fuse_reduce and not engine.is_sliced:
             require_fusible(
@@ -83,12 +87,24 @@ class PrivateStep:
         self.engine = engine
         self._kernel = kernel
         self._noise = noise
+        noise_dtype = torch.float64 if plan.secure_noise else torch.float32
+        self.history: NoiseHistory | None = None
+        """What correlated noise needs of past steps, on this rank; None: noise is independent."""
+        if plan.bands > 1:
+            self.history = NoiseHistory(
+                plan.strategy,
+                num_held_values(engine.shapes, world.rank, world, is_sliced=engine.is_sliced),
+                dtype=noise_dtype,
+            )
         self._sum: ClippedSum | SlicedSum
         if engine.is_sliced:
-            noise_dtype = torch.float64 if plan.secure_noise else torch.float32
-            self._sum = SlicedSum(engine.shapes, world, noise_dtype=noise_dtype)
+            self._sum = SlicedSum(
+                engine.shapes, world, noise_dtype=noise_dtype, history=self.history
+            )
         else:
-            self._sum = ClippedSum(engine.parameters, world, fuse_reduce=fuse_reduce)
+            self._sum = ClippedSum(
+                engine.parameters, world, fuse_reduce=fuse_reduce, history=self.history
+            )
 
     def run(self, step: int, groups: Iterable[Any]) -> None:
         """Takes the step. Collective.
@@ -104,16 +120,30 @@ class PrivateStep:
         self._kernel.add_clipped(self._sum, groups)
         self.engine.apply(self._noisy_mean(self._noise, step), step)
 
-    def rehearse(self, noise: GaussianNoise | None) -> dict[str, Tensor]:
+    def rehearse(self, noise: GaussianNoise | None, number: int = 0) -> dict[str, Tensor]:
         """Returns what the optimizer would receive in a step without groups. Collective.
 
-        It moves nothing.
+        It moves nothing. Correlated noise starts at number 0 without a past; call `end_rehearsal`
+        after the last one, before past noise is restored and before the first step.
 
         Args:
             noise: Noise of the rehearsal, from a key of its own, on rank 0; None elsewhere.
+            number: Which rehearsal, from 0; noise of the next one is correlated with it.
+
+        Raises:
+            GuaranteeError: If there is past noise that a rehearsal would overwrite.
         """
+        if self.history is not None and number == 0:
+            if self.history.next_step > 1:
+                raise GuaranteeError("a rehearsal would overwrite the noise of past steps")
+            self.history.restart(next_step=0)
         self._sum.clear()
-        return self.engine.read_back(self._noisy_mean(noise, step=0))
+        return self.engine.read_back(self._noisy_mean(noise, step=number))
+
+    def end_rehearsal(self) -> None:
+        """Forgets the noise of rehearsals."""
+        if self.history is not None:
+            self.history.restart()
 
     def _noisy_mean(self, noise: GaussianNoise | None, step: int) -> dict[str, Tensor]:
         """Returns what makes the engine see (clipped sum + noise) / divisor."""

@@ -354,7 +354,8 @@ class TrainerResult:
             f"  mechanism  {plan.sampling}, {draw}, sampling probability"
             f" {plan.sampling_probability:.4g}",
             f"             clip norm {plan.clip_norm:g} per {unit}, noise multiplier"
-            f" {plan.noise_multiplier:.4g}",
+            f" {plan.noise_multiplier:.4g}"
+            + (f", correlated over {plan.bands} bands" if plan.bands > 1 else ""),
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
         ]
         if self.total is not None:

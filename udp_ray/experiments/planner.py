@@ -23,7 +23,9 @@ from typing import Any
 from udp_ray.config.planner import EstimateConfig, PlanConfig
 from udp_ray.console import COLUMNS, current
 from udp_ray.data.remote import read_counts
+from udp_ray.dp.banding import BandsComparison, compare_bands
 from udp_ray.dp.planning import TIE, Prediction, Workload, group_sizes, predict, ranked, recommend
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.plotting import (
     SAMPLING_COLOURS,
@@ -97,7 +99,21 @@ def compare(plan: PlanConfig) -> Comparison:
             f"plan.batch_size is {plan.batch_size}, which fits no group size: lower it if there are"
             " fewer examples, raise it if it is below one group"
         )
-    return Comparison(plan, workload, predictions)
+    return Comparison(plan, workload, predictions, _bands_of(workload, predictions))
+
+
+def _bands_of(workload: Workload, predictions: Sequence[Prediction]) -> BandsComparison | None:
+    """Returns numbers of bands for the best group size of ULS; None if none fits."""
+    uls = [prediction for prediction in predictions if prediction.sampling == "uls"]
+    if not uls:
+        return None
+    return compare_bands(
+        cohort_size=recommend(uls).expected_size,
+        population=workload.population,
+        epsilon=workload.epsilon,
+        delta=workload.delta,
+        workload=LinearWorkload.of_sums(workload.num_steps),
+    )
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,8 @@ class Comparison:
     workload: Workload
     predictions: Sequence[Prediction]
     """At least one."""
+    bands: BandsComparison | None = None
+    """Numbers of bands of correlated noise, for the best group size of ULS; None if none fits."""
 
     @property
     def recommended(self) -> Prediction:
@@ -137,6 +155,7 @@ class Comparison:
             self._table(),
             self._cost_of_larger_els_groups(),
             self._recommendation(),
+            self._correlated(),
             self._caveats(),
         ]
         text = "\n\n".join(part for part in parts if part)
@@ -149,6 +168,7 @@ class Comparison:
             "workload": asdict(self.workload),
             "recommended": asdict(self.recommended),
             "predictions": [asdict(prediction) for prediction in ranked(self.predictions)],
+            "bands": self.bands and self.bands.to_dict(),
         }
         return json.dumps(values, indent=2)
 
@@ -235,6 +255,15 @@ class Comparison:
                 f" {self.ranked_by}{tie}."
             )
         return "\n".join(lines)
+
+    def _correlated(self) -> str:
+        if self.bands is None:
+            return ""
+        best = recommend([p for p in self.predictions if p.sampling == "uls"])
+        return (
+            f"{self.bands.to_text()}\n(ULS with G = {best.group_size} and a constant learning rate;"
+            " jobs/price.py --bands takes the schedule and the optimizer of a run)"
+        )
 
     def _caveats(self) -> str:
         lines = [

@@ -295,6 +295,7 @@ class Ledger:
 
         Edge cases:
             The key was lost -> a new one, whatever on_mismatch says: nothing can be repeated.
+            A plan with several bands -> refused where it would get a new key.
         """
         with self._writing() as rows:
             run = rows.run(run_id, lock=True)
@@ -306,6 +307,7 @@ class Ledger:
             kept = rows.key(run)
             key = RunKey.generate() if differing or kept is None else kept
             if key is not kept:
+                _refuse_new_key(run_id, tables.plan_of(run), is_lost=kept is None)
                 rows.add_key(run_id, key)
             return self._begin(rows, run, key, digests, starting_checkpoint)
 
@@ -775,6 +777,21 @@ class LedgerAccountant:
     def commit(self, step: int, location: str, digest: str) -> None:
         """Records durably that the checkpoint holds all steps; see `Ledger.commit`."""
         self._ledger.commit(self._attempt, step, checkpoint=location, digest=digest)
+
+
+def _refuse_new_key(run_id: str, plan: Mapping[str, Any], *, is_lost: bool) -> None:
+    """Refuses a new key for a run with correlated noise.
+
+    Its past noise is encrypted under the old key. And rounds of b steps would begin again, so that
+    the run could take one round more than the price of its steps covers.
+    """
+    if plan.get("bands", 1) > 1:
+        cause = "its key is lost" if is_lost else "something else differs"
+        raise ReplayRefusedError(
+            f"run {run_id!r} has privacy.mechanism banded, which cannot continue under another key,"
+            f" and {cause}: {'' if is_lost else 'restore what it began with, or '}start a new run"
+            " in another output folder"
+        )
 
 
 def _total(epsilon: float, delta: float) -> Budget:

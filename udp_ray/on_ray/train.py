@@ -82,7 +82,8 @@ def _promise_text(statement: PrivacyStatement) -> str:
             *map(wrap, statement.warnings()),
             f"Promise: {promised if statement.is_guarantee else 'none'}",
             f"  sampling  {plan.expected_size:g} {drawn}; {plan.num_steps} steps",
-            f"  noise     multiplier {plan.noise_multiplier:.4g}, on sums of gradients {clipped}",
+            f"  noise     multiplier {plan.noise_multiplier:.4g}, on sums of gradients {clipped}"
+            + (f"; correlated over {plan.bands} bands" if plan.bands > 1 else ""),
         ]
     )
 

@@ -11,16 +11,20 @@ under els. Training requires more (`ExperimentConfig`).
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from udp_ray.config.base import AbsolutePath, Section
 from udp_ray.config.experiment import ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from udp_ray.config.privacy import PricingConfig
+from udp_ray.config.schedule import step_weights
 from udp_ray.data.remote import users_and_examples
+from udp_ray.dp.banding import BandsComparison, compare_bands
 from udp_ray.dp.comparison import Comparison
 from udp_ray.dp.comparison import compare as compare_accountants
 from udp_ray.dp.plan import PricedPlan, json_number
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError
 from udp_ray.reports.tables import wrap
 
@@ -55,6 +59,8 @@ class Price:
     """The run, with its noise multiplier; `plan.epsilon()` is its price per user."""
     comparison: Comparison | None = None
     """ELS by three accountants, and ULS at equal compute."""
+    bands: BandsComparison | None = None
+    """Numbers of bands of correlated noise."""
     memory: MemoryEstimate | None = None
     """What a worker holds in memory, in bytes."""
 
@@ -78,6 +84,8 @@ class Price:
             "cohort_size": plan.expected_size if plan.sampling == "uls" else None,
             "batch_size": plan.expected_size if plan.sampling == "els" else None,
             "max_cohort_size": plan.max_cohort_size,
+            "bands": plan.bands,
+            "strategy": list(plan.strategy),
             "num_steps": plan.num_steps,
             "population": plan.population,
             "population_is_declared": (
@@ -90,6 +98,8 @@ class Price:
         found: dict[str, Any] = {name: json_number(value) for name, value in values.items()}
         if self.comparison is not None:
             found["comparison"] = self.comparison.to_dict()
+        if self.bands is not None:
+            found["bands_comparison"] = self.bands.to_dict()
         if self.memory is not None:
             found["memory_bytes"] = self.memory.to_dict()
         return json.dumps(found, allow_nan=False)
@@ -103,6 +113,8 @@ class Price:
         parts = ["\n".join([title, rows, *assumptions, *warnings])]
         if self.comparison is not None:
             parts.append(self.comparison.to_text())
+        if self.bands is not None:
+            parts.append("\n".join(map(wrap, self.bands.to_text().splitlines())))
         if self.memory is not None:
             parts.append(self.memory.to_text())
         return "\n\n".join(parts)
@@ -123,12 +135,16 @@ class Price:
             ("group size", f"{plan.group_size}"),
             ("steps", f"{plan.num_steps:,}"),
         ]
+        if plan.bands > 1:
+            rows.append(("bands", _bands(plan)))
         if plan.max_cohort_size is not None:
             rows.append(("largest cohort", f"{plan.max_cohort_size:,} users in a step"))
         return rows
 
 
-def price_of(config: PriceConfig, *, compare: bool = False, memory: bool = False) -> Price:
+def price_of(
+    config: PriceConfig, *, compare: bool = False, bands: bool = False, memory: bool = False
+) -> Price:
     """Returns the price of a run.
 
     Counts that the settings do not declare come from data.store. A store that is not in a local
@@ -137,6 +153,7 @@ def price_of(config: PriceConfig, *, compare: bool = False, memory: bool = False
     Args:
         config: The settings.
         compare: Also price ELS by three accountants, and ULS at equal compute.
+        bands: Also compare numbers of bands; done in any case if privacy.mechanism is banded.
         memory: Also predict the memory of a worker, from the model's configuration.
 
     Raises:
@@ -150,11 +167,42 @@ def price_of(config: PriceConfig, *, compare: bool = False, memory: bool = False
         most_per_user=privacy.group_size,
         is_needed=declared is None,
     )
-    plan = PricedPlan.from_config(privacy, num_users=num_users, num_examples=num_examples)
+    is_banded = bands or privacy.mechanism == "banded"
+    workload = (
+        LinearWorkload(*step_weights(config.train, num_steps=privacy.num_steps))
+        if is_banded
+        else None
+    )
+    plan = PricedPlan.from_config(
+        privacy, num_users=num_users, num_examples=num_examples, workload=workload
+    )
     return Price(
         plan=plan,
         comparison=compare_accountants(plan) if compare else None,
+        bands=None if workload is None else _bands_of(config, plan, workload),
         memory=_memory_of(config, plan) if memory else None,
+    )
+
+
+def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -> BandsComparison:
+    if plan.sampling != "uls" or plan.max_cohort_size is not None:
+        raise ConfigError(
+            "--bands compares correlated noise, which needs privacy.sampling uls without"
+            " privacy.max_cohort_size: set the one, leave out the other, or leave out --bands"
+        )
+    target = plan.target_epsilon or plan.epsilon()
+    if not 0 < target < math.inf:
+        raise ConfigError(
+            f"privacy.noise_multiplier is {plan.noise_multiplier:g}, which gives no finite epsilon"
+            " to compare bands at: raise it"
+        )
+    return compare_bands(
+        cohort_size=plan.expected_size,
+        population=plan.population or 0,
+        epsilon=target,
+        delta=plan.delta,
+        workload=workload,
+        optimizer=config.train.optimizer,
     )
 
 
@@ -177,3 +225,8 @@ def _noise(plan: PricedPlan) -> str:
     if plan.noise_stddev is None:
         return f"stddev {plan.noise_multiplier:.6g} times the clip norm, which was not given"
     return f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g})"
+
+
+def _bands(plan: PricedPlan) -> str:
+    gain = f"{plan.noise_gain:.4g} times that noise in a step"
+    return f"{plan.bands:,}, each user in every {plan.bands:,}th step at most; {gain}"

@@ -569,9 +569,11 @@ class PrivacyStatement(Statement):
 def _mechanism(plan: PrivacyPlan) -> str:
     unit = "users" if plan.sampling == "uls" else "examples"
     level = "user-level" if plan.sampling == "uls" else "example-level"
-    return (
-        f"{level} Poisson sampling of {unit}, clipped sum, Gaussian noise, {plan.num_steps} steps"
-    )
+    noise = "Gaussian noise"
+    if plan.bands > 1:
+        unit = f"{unit} in {plan.bands} bands, one band a step"
+        noise = "correlated Gaussian noise (banded matrix factorization)"
+    return f"{level} Poisson sampling of {unit}, clipped sum, {noise}, {plan.num_steps} steps"
 
 
 def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
@@ -590,6 +592,14 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
     if plan.num_examples is not None:
         origin = _origin(plan.num_examples_is_declared)
         rows.append(("examples kept", f"{plan.num_examples} ({origin})"))
+    if plan.bands > 1:
+        rounds = plan.participations(plan.num_steps)
+        shown = ", ".join(f"{c:.4g}" for c in plan.strategy[:8])
+        more = ", ..." if plan.bands > 8 else ""
+        rows += [
+            ("bands b", f"{plan.bands}: a user is in at most {rounds} steps, b or more apart"),
+            ("strategy c", f"{shown}{more}; noise of a step {plan.noise_gain:.4g} z C"),
+        ]
     if plan.max_cohort_size is not None:
         rows.append(("largest cohort", f"{plan.max_cohort_size} users, accounted"))
     return [*rows, ("steps T", str(plan.num_steps))]
@@ -805,10 +815,12 @@ def describe_point(configuration: Configuration) -> str:
     """Returns a configuration of a sweep in one line."""
     plan = configuration.plan
     size = "M" if plan.sampling == "uls" else "B"
+    bands = f", {plan.bands} bands" if plan.bands > 1 else ""
     return (
         f"{plan.sampling.upper()}, clip norm C = {plan.clip_norm:g}, group size G ="
-        f" {plan.group_size}, {size} = {plan.expected_size}, T = {plan.num_steps}, noise multiplier"
-        f" z = {plan.noise_multiplier:.4g}, learning rate {configuration.learning_rate:g}"
+        f" {plan.group_size}, {size} = {plan.expected_size}{bands}, T = {plan.num_steps}, noise"
+        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate"
+        f" {configuration.learning_rate:g}"
     )
 
 

@@ -34,14 +34,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from udp_ray.config.experiment import DataConfig, ExperimentConfig
-from udp_ray.config.privacy import PrivacyConfig
+from udp_ray.config.experiment import DataConfig, ExperimentConfig, TrainConfig
+from udp_ray.config.privacy import PricingConfig, PrivacyConfig
+from udp_ray.config.schedule import step_weights
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.data.read import file_system
 from udp_ray.data.remote import is_at_hand, open_store
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
 from udp_ray.ledger.ledger import Ledger
@@ -117,7 +119,7 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     check_store(config, store)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
-    plan = _plan_on(config.privacy, store)
+    plan = _plan_on(config, store)
     return Run(
         run_id=run_id,
         config=config,
@@ -142,14 +144,35 @@ def plan_of(config: ExperimentConfig) -> PrivacyPlan:
     if config.privacy.population is None or is_at_hand(config.data.store):
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
         check_store(config, store)
-        return _plan_on(config.privacy, store)
+        return _plan_on(config, store)
     _require_positions(config, config.data.block_tokens)
-    return PrivacyPlan.from_config(config.privacy, num_users=None)
+    workload = workload_of(config.privacy, config.train)
+    return PrivacyPlan.from_config(config.privacy, num_users=None, workload=workload)
 
 
-def _plan_on(privacy: PrivacyConfig, store: TokenStore) -> PrivacyPlan:
-    num_examples = count_kept_examples(store, privacy.group_size)
-    return PrivacyPlan.from_config(privacy, num_users=store.num_users, num_examples=num_examples)
+def _plan_on(config: ExperimentConfig, store: TokenStore) -> PrivacyPlan:
+    privacy = config.privacy
+    return PrivacyPlan.from_config(
+        privacy,
+        num_users=store.num_users,
+        num_examples=count_kept_examples(store, privacy.group_size),
+        workload=workload_of(privacy, config.train),
+    )
+
+
+def workload_of(
+    privacy: PricingConfig, train: TrainConfig, *, num_steps: int | None = None
+) -> LinearWorkload | None:
+    """Returns what correlated noise is fitted to; None if each step has noise of its own.
+
+    Args:
+        privacy: The privacy settings.
+        train: The schedule and the optimizer.
+        num_steps: Steps of a run. Default: privacy.num_steps.
+    """
+    if privacy.bands == 1:
+        return None
+    return LinearWorkload(*step_weights(train, num_steps=num_steps or privacy.num_steps))
 
 
 def admit(run: Run, *, resume: bool) -> None:

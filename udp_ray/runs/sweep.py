@@ -39,6 +39,7 @@ from udp_ray.runs.admission import (
     record_admission,
     record_run,
     without_ledger_url,
+    workload_of,
 )
 
 TRIALS_FOLDER = "trials"
@@ -180,6 +181,7 @@ def plan_of_settings(
             f"sweep.total_examples is {total}, below one step of {examples} examples: raise it, or"
             " lower sweep.examples_per_step"
         )
+    num_steps = privacy.num_steps if total is None else total // examples
     space = SearchSpace(
         base=privacy,
         samplings=tuple(sweep.sampling or ()) or None,
@@ -188,8 +190,9 @@ def plan_of_settings(
         learning_rates=tuple(sweep.learning_rate or (config.train.learning_rate,)),
         epsilons=tuple(sweep.epsilon or ()) or None,
         examples_per_step=examples,
-        num_steps=None if total is None else total // examples,
+        num_steps=num_steps,
         max_examples_per_user=config.data.max_examples_per_user,
+        workload=workload_of(privacy, config.train, num_steps=num_steps),
     )
     return plan_sweep(
         space,
