@@ -4,6 +4,7 @@
       checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
+      average.safetensors     the average of the weights over the steps, float64, if one is kept
 
 The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
 files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ FROZEN = "frozen_weights"
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "average.safetensors"
+ALWAYS = {WEIGHTS, OPTIMIZER}
+OPTIONAL = {AVERAGE}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,29 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     """Kind of state, parameter name, whole tensor."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The average of the weights over the steps, float64; empty if none was kept."""
+    averaging: str | None = None
+    """How it was made; None if none was kept."""
+
+    def require_average(self, averaging: str) -> None:
+        """Raises CheckpointError if it lacks an average, or has one that was made in another way.
+
+        Args:
+            averaging: `TrainConfig.averaging`.
+        """
+        if self.averaging is None:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has no average of the weights, and train.average"
+                f" asks for one ({averaging}): the steps before it are gone, so set train.average"
+                " none"
+            )
+        if self.averaging != averaging:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has the average {self.averaging!r}, and the"
+                f" settings ask for {averaging!r}: resume with the train.average, average_decay and"
+                " average_share that the run began with"
+            )
 
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
@@ -99,8 +126,20 @@ def write(
     key_id: str,
     provenance: Mapping[str, Any],
     world: World,
+    average: Mapping[str, Tensor] | None = None,
+    averaging: str | None = None,
 ) -> str:
     """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
+
+    Args:
+        directory: The folder, which appears once it is complete.
+        engine: Gives weights and optimizer state.
+        step: The last step that they hold.
+        key_id: Names the run's key.
+        provenance: Public words.
+        world: The ranks.
+        average: The whole average of the weights, on rank 0; None if none is kept.
+        averaging: How it is made, `TrainConfig.averaging`.
 
     Raises:
         StorageError: There is no room, or the folder may not be written; on all ranks.
@@ -114,12 +153,16 @@ def write(
         temporary.mkdir(parents=True)
         save_file(weights, temporary / WEIGHTS)
         save_file(_flattened(optimizer), temporary / OPTIMIZER)
+        if average is not None:
+            save_file(dict(average), temporary / AVERAGE)
+        files = sorted(file.name for file in temporary.iterdir())
         manifest = {
             "format": FORMAT,
             "step": step,
             "key_id": key_id,
             "provenance": dict(provenance),
-            "files": {name: _file_digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
+            "files": {name: _file_digest(temporary / name) for name in files},
+            **({} if averaging is None else {"average": averaging}),
         }
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (temporary / MANIFEST).write_text(text)
@@ -159,6 +202,8 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         provenance=manifest["provenance"],
         weights=_load(directory / WEIGHTS),
         optimizer=_unflattened(_load(directory / OPTIMIZER)),
+        average=_load(directory / AVERAGE) if AVERAGE in manifest["files"] else {},
+        averaging=manifest.get("average"),
     )
 
 
@@ -186,7 +231,8 @@ def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, An
         )
     try:
         manifest = json.loads(content)
-        is_known = manifest["format"] == FORMAT and set(manifest["files"]) == {WEIGHTS, OPTIMIZER}
+        files = set(manifest["files"])
+        is_known = manifest["format"] == FORMAT and files >= ALWAYS and files <= ALWAYS | OPTIONAL
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
     if not is_known:
