@@ -193,12 +193,10 @@ RESTARTS = {
     "1 rank, stage 0, on to 2 ranks, stage 3": ((1, 0), (2, 3)),
     "2 ranks, stage 1, on to 3 ranks, stage 3": ((2, 1), (3, 3)),
 }
+FEW = [pytest.param(name, marks=pytest.mark.slow if "3 ranks" in name else ()) for name in RESTARTS]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [list(RESTARTS)[0], *(pytest.param(n, marks=pytest.mark.slow) for n in list(RESTARTS)[1:])],
-)
+@pytest.mark.parametrize("name", FEW)
 def test_a_run_resumed_elsewhere_has_the_same_average(run, recorded, tmp_path, name):
     (ranks, stage), (later_ranks, later_stage) = RESTARTS[name]
     changes = [("ema", 2), ("tail", 4)]

@@ -15,9 +15,9 @@ With w_t the weights after step t, the average moves at each step by
 and the share is a function of the step alone: a restart needs the average and the step. The first
 share is 1, so the initial weights are not in the average.
 
-- ema: share max(1 - decay, 9 / (t + 8)), that is a decay of min(decay, (t - 1) / (t + 8)). While the
-  second term decides, this is polynomial-decay averaging with eta = 8 [1]: about the last ninth of
-  the steps counts, whatever their number. The warm-up of [2], min(decay, (1 + t) / (10 + t)), is
+- ema: share max(1 - decay, 9 / (t + 8)), that is a decay of min(decay, (t - 1) / (t + 8)). While
+  the second term decides, this is polynomial-decay averaging with eta = 8 [1]: about the last ninth
+  of the steps counts, whatever their number. The warm-up of [2], min(decay, (1 + t) / (10 + t)), is
   nearly the same, and also counts the initial weights.
 - tail: the mean over the last steps [3]. Before the first of them, the average is the weights
   themselves; a run that its budget ends there publishes those of its last step.

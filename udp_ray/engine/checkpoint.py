@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,19 @@ class Checkpoint:
                 f" settings ask for {averaging!r}: resume with the train.average, average_decay and"
                 " average_share that the run began with"
             )
+
+    def of_average(self) -> Checkpoint:
+        """Returns the checkpoint with the average, rounded to float32, as its weights.
+
+        Raises:
+            CheckpointError: If it has none.
+        """
+        if not self.average:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has no average of the weights, which"
+                " train.publish asks for: set train.publish last"
+            )
+        return replace(self, weights={name: mean.float() for name, mean in self.average.items()})
 
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""

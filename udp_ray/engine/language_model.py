@@ -54,7 +54,8 @@ def train(
 
     Args:
         model: Float32 causal language model, the same initial weights on all ranks; on return it
-            holds the trained weights on all ranks (after ZeRO 3 in host memory).
+            holds the trained weights on all ranks (after ZeRO 3 in host memory), or with
+            `settings.publish` average their average over the steps.
         store: The users' examples; `store.heldout` (or None) is what evaluation reads.
         plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
         settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
@@ -66,7 +67,8 @@ def train(
             the initial weights, when not resumed) with a flat dict of public numbers: step,
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
-            heldout/num_tokens, heldout/num_users. Never a time or a rate.
+            heldout/num_tokens, heldout/num_users, with `settings.average` also the same of the
+            average, as heldout_average/token_loss. Never a time or a rate.
         on_phase: Called when training enters another phase, such as evaluating or writing.
         workspace: Local temporary folder for checkpoints that are being written, by rank 0.
         attempt: Where the ledger says that training continues; None where no ledger is asked, and

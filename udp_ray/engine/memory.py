@@ -151,12 +151,15 @@ class MemoryEstimate:
     """Activations, and gradients before they are summed; freed before the update."""
     update: int
     """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
-    works."""
+    works. An evaluation of the average needs no more: a copy of the weights."""
+    average: int = 0
+    """The average of the weights over the steps, float64; rank 0 keeps it, or each rank its slices.
+    """
 
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
-        persistent = self.weights + self.clipped_sum + self.optimizer
+        persistent = self.weights + self.clipped_sum + self.optimizer + self.average
         return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -169,6 +172,7 @@ class MemoryEstimate:
             ("weights", self.weights),
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
+            *([("average", self.average)] if self.average else []),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
             ("at the peak", self.total_bytes),
@@ -222,6 +226,7 @@ def estimate_memory(
         optimizer=_optimizer_bytes(trained, train, num_workers),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
+        average=_average_bytes(trained, train, num_workers),
     )
 
 
@@ -256,6 +261,13 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     if train.zero_stage == 0:
         return trained * tensors
     return trained * (tensors + 1) // num_workers
+
+
+def _average_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns the average of the weights on rank 0, in float64."""
+    if train.average == "none":
+        return 0
+    return 2 * trained // (num_workers if train.zero_stage == 3 else 1)
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:

@@ -106,7 +106,8 @@ class SlicedParameters:
         self._engine.empty_partition_cache()  # else parameters that are whole now would be used
         for name, parameter in self._parameters.items():
             start, stop = self.slice_range(name)
-            parameter.ds_tensor.data.view(-1)[: stop - start].copy_(value_of(name))
+            held: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+            held.view(-1)[: stop - start].copy_(value_of(name))
 
     def weight(self, name: str) -> Tensor | None:
         """Returns a whole parameter in host memory on rank 0, None elsewhere. Collective."""
