@@ -6,8 +6,10 @@ It shares no code with `udp_ray.engine.average`: each average is one weighted su
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from tests.support.training import TinyOutcome, TinyRun, Weights, train_tiny
+from udp_ray.engine import zero3
 from udp_ray.ledger import Attempt
 
 Averages = dict[str, NDArray[np.float64]]
@@ -27,6 +30,8 @@ class Case:
     run: TinyRun
     folder: str
     resume: Attempt | None = None
+    persistent_share: float | None = None
+    """In place of `zero3.PERSISTENT_SHARE`, by which no parameter of a tiny model stays whole."""
 
 
 def train_cases(cases: Sequence[Case]) -> list[TinyOutcome]:
@@ -35,7 +40,13 @@ def train_cases(cases: Sequence[Case]) -> list[TinyOutcome]:
         if dist.get_rank() == 0:
             Path(case.folder).mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    return [train_tiny(case.run, None, case.resume, case.folder) for case in cases]
+    return [_train(case) for case in cases]
+
+
+def _train(case: Case) -> TinyOutcome:
+    share = case.persistent_share
+    with nullcontext() if share is None else patch.object(zero3, "PERSISTENT_SHARE", share):
+        return train_tiny(case.run, None, case.resume, case.folder)
 
 
 def committed(outcome: TinyOutcome, step: int) -> tuple[Path, str]:
