@@ -424,6 +424,14 @@ TRAININGS = {
         "train", f"{TRAIN} --train.evaluate_every 3", "train.evaluate_every", "is 3",
         "a multiple of",
     ),
+    "an average to publish without one": bad(
+        "train", f"{TRAIN} --train.publish average", "train.publish", "average",
+        "set train.average ema or tail",
+    ),
+    "an average to publish in a sweep without one": bad(
+        "sweep", f"{SWEEP} --train.publish average", "train.publish", "average",
+        "set train.average ema or tail",
+    ),
     "offloading without stage 3": bad(
         "train", f"{TRAIN} --train.offload optimizer", "train.offload", "train.zero_stage is 0",
         "set train.zero_stage 3",

@@ -41,7 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, model: str, **changes: object) -> ExperimentConfig:
     train = {"microbatch_tokens": MICROBATCH, "zero_stage": changes.pop("zero_stage", 0),
-             "kernel": changes.pop("kernel", "ghost")}  # fmt: skip
+             "kernel": changes.pop("kernel", "ghost"),
+             "average": changes.pop("average", "none")}  # fmt: skip
     return ExperimentConfig.model_validate(
         {
             "privacy": {"noise_multiplier": 1.0, "delta": 1e-6, "clip_norm": 1.0, "group_size": 2,
@@ -74,6 +75,10 @@ CASES = [
         pytest.param(model, {"zero_stage": 3, "num_workers": workers}, marks=slow)
         for model in ("gpt2", "llama")
         for workers in (1, 2)
+    ),
+    *(
+        pytest.param("gpt2", {"average": "ema", "zero_stage": s, "num_workers": 2}, marks=slow)
+        for s in (0, 2, 3)
     ),
     pytest.param("gpt2", {"lora": {"rank": 8}}, marks=slow),
     pytest.param("llama", {"lora": {"rank": 8}, "kernel": "direct"}, marks=slow),
@@ -132,6 +137,20 @@ def test_correlated_noise_takes_one_value_a_weight_for_each_band_but_one(
     assert found[False].past_noise == pytest.approx(4 * 4 * number / share, rel=1e-6)
     assert found[True].past_noise == 2 * found[False].past_noise
     assert found[False].total_bytes - plain.total_bytes == found[False].past_noise
+
+
+def test_an_average_takes_eight_bytes_a_weight_and_less_in_slices(models: Path) -> None:
+    plain, whole, sliced = (
+        estimated(settings(models, "gpt2", average=average, zero_stage=stage, num_workers=4))
+        for average, stage in (("none", 0), ("tail", 0), ("ema", 3))
+    )
+    assert plain.average == 0
+    assert whole.average == plain.clipped_sum  # which is float64, too
+    assert whole.total_bytes - plain.total_bytes == whole.average
+    assert sliced.average == pytest.approx(whole.average / 4, rel=1e-3)
+    assert "average" in whole.to_text()
+    assert "average" not in plain.to_text()
+    assert whole.to_dict()["average"] == whole.average
 
 
 def test_adapters_are_all_that_is_summed(models: Path) -> None:

@@ -119,6 +119,19 @@ def test_texts_of_both_models_are_one_line_each(tmp_path):
     assert any(base != private for base, private in samples)
 
 
+def test_table_shows_the_weights_that_are_published(tmp_path):
+    rows = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        _left_behind(folder, (0, 400, 500, 0.0), (9, 90, 95, 7.9))
+        evaluations = json.loads((folder / "metrics.json").read_text())
+        evaluations[-1] |= {"average_token_perplexity": 70.0, "average_user_perplexity": 75.0}
+        (folder / "metrics.json").write_text(json.dumps(evaluations))
+    for publish in ("last", "average"):
+        found = compare(tmp_path / "a", tmp_path / "b", private_s=1.0, open_s=1.0, publish=publish)
+        rows.append([(row.token_perplexity, row.user_perplexity) for row in found])
+    assert rows == [[(400, 500), (90, 95), (90, 95)], [(400, 500), (70, 75), (70, 75)]]
+
+
 def test_run_without_evaluations_is_refused(tmp_path):
     _left_behind(tmp_path / "a", (9, 90, 95, 7.9))
     with pytest.raises(DataError, match="lacks an evaluation"):

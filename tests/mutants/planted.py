@@ -1335,7 +1335,56 @@ BANDS = [
     ),
 ]
 
+EQUAL_AVERAGE = "tests/equivalence/test_average.py"
+AVERAGE = [
+    Mutant(
+        name="trains_on_from_the_average",
+        breaks="the weights that an evaluation of the average replaced are not put back",
+        file="udp_ray/engine/average.py",
+        text="            self._engine.set_weights(own.__getitem__)",
+        replacement="            pass",
+        tests=(f"{EQUAL_AVERAGE}::test_training_is_the_same_bit_for_bit_with_an_average[1-0]",),
+    ),
+    Mutant(
+        name="average_forgotten_at_restart",
+        breaks="a resumed run averages from the restart on",
+        file="udp_ray/engine/loop.py",
+        text="                self.average.load(saved.average)",
+        replacement="                pass",
+        tests=(f"{EQUAL_AVERAGE}::test_a_resumed_run_ends_with_the_same_bits[ema]",),
+    ),
+    Mutant(
+        name="whole_parameters_of_before",
+        breaks="under ZeRO 3 an evaluation of the average reads parameters that were whole already",
+        file="udp_ray/engine/zero3.py",
+        text="        self._engine.empty_partition_cache()  # else parameters that are whole now",
+        replacement="        # else parameters that are whole now",
+        tests=(
+            f"{EQUAL_AVERAGE}::test_the_average_is_evaluated_beside_the_last_weights"
+            "[2 ranks-ema, stage 3, norms and biases stay whole]",
+        ),
+    ),
+    Mutant(
+        name="digest_without_the_average",
+        breaks="the ledger's digest of a checkpoint does not cover its average",
+        file="udp_ray/engine/checkpoint.py",
+        text="        files = sorted(file.name for file in temporary.iterdir())",
+        replacement="        files = sorted(ALWAYS)",
+        tests=("tests/engine/test_average.py::test_the_digest_covers_the_average",),
+    ),
+    Mutant(
+        name="sweep_ranks_other_weights",
+        breaks="a sweep chooses by the last weights and publishes their average",
+        file="udp_ray/on_ray/publish.py",
+        text="    return prefix + config.sweep.objective",
+        replacement="    return config.sweep.objective",
+        tests=(
+            "tests/on_ray/test_tune.py::test_trials_are_ranked_by_the_weights_that_are_published",
+        ),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS,
+    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE,
 ]  # fmt: skip

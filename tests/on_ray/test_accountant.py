@@ -197,12 +197,15 @@ def test_evaluations_are_kept_on_disk_and_a_repeated_step_replaces_itself(
         {"step": 2, "heldout/token_loss": 3.0},
         {"step": 0, "heldout/token_loss": 4.0},
         {"step": 1, "train/learning_rate": 0.1},
-        {"step": 2, "heldout/token_loss": 2.5},
+        {"step": 2, "heldout/token_loss": 2.5, "heldout_average/token_loss": 2.25},
     ]
     for row in rows:
         accountant.record_metrics(attempt.number, row)
     kept = read_evaluations(Path(config.metrics_file))
-    assert kept == [{"step": 0, "token_loss": 4.0}, {"step": 2, "token_loss": 2.5}]
+    assert kept == [
+        {"step": 0, "token_loss": 4.0},
+        {"step": 2, "token_loss": 2.5, "average_token_loss": 2.25},
+    ]
     assert accountant.progress(2).metrics == tuple(rows[2:])
 
 

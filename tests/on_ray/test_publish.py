@@ -53,8 +53,10 @@ def heldout(step: int, loss: float, perplexity: float | None = None) -> dict[str
     }  # fmt: skip
 
 
-def write_checkpoint(folder: Path, *, broken: float | None) -> str:
+def write_checkpoint(folder: Path, *, broken: float | None, has_average: bool = False) -> str:
     """Writes the tiny model as a checkpoint of step 2, with one weight broken; returns its digest.
+
+    Its average, if it has one, is twice its weights.
 
     Written by hand, so that it does not depend on an engine that refuses such weights.
     """
@@ -64,13 +66,13 @@ def write_checkpoint(folder: Path, *, broken: float | None) -> str:
         next(iter(weights.values())).view(-1)[3] = broken
     save_file(weights, folder / checkpoint.WEIGHTS)
     save_file({}, folder / checkpoint.OPTIMIZER)
-    files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)
-    }
+    if has_average:
+        twice = {name: 2 * weight.double() for name, weight in weights.items()}
+        save_file(twice, folder / checkpoint.AVERAGE)
+    files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
     text = json.dumps(
         {"format": checkpoint.FORMAT, "step": TAKEN, "key_id": "k", "provenance": {},
-         "files": files}
+         "files": files} | ({"average": "of a test"} if has_average else {})
     )  # fmt: skip
     (folder / checkpoint.MANIFEST).write_text(text)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -97,9 +99,17 @@ def executed(
             return stopped_by
         accountant.authorize(attempt.number, TAKEN, "start")
         place = run.folder.path / "checkpoint"
-        digest = write_checkpoint(place, broken=broken)
+        has_average = run.config.train.averaging is not None
+        digest = write_checkpoint(place, broken=broken, has_average=has_average)
         accountant.commit(attempt.number, TAKEN, str(place), digest)
-        accountant.record_metrics(attempt.number, heldout(TAKEN, loss, perplexity))
+        metrics = heldout(TAKEN, loss, perplexity)
+        if has_average:
+            metrics |= {
+                name.replace("heldout/", "heldout_average/"): value - 0.5
+                for name, value in metrics.items()
+                if name != "step"
+            }
+        accountant.record_metrics(attempt.number, metrics)
         return None
 
     monkeypatch.setattr(training, "start_accountant", RunAccountant)
@@ -180,6 +190,48 @@ def test_a_run_with_an_infinite_perplexity_is_published_as_any_other(
     assert not (result.output / "error.json").exists()
     model = AutoModelForCausalLM.from_pretrained(result.output)
     assert torch.equal(model.transformer.wte.weight, tiny_model().transformer.wte.weight)
+
+
+@pytest.mark.parametrize("publish", ["last", "average"])
+def test_the_average_is_published_if_the_settings_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish: str
+) -> None:
+    config = tiny_experiment(
+        tmp_path, privacy={"num_steps": NUM_STEPS}, train={"average": "ema", "publish": publish}
+    )
+    run = prepare_run(config, OutputFolder(Path(config.output)), run_id="test-run")
+    admit(run, resume=False)
+    result = executed(run, monkeypatch)
+    model = AutoModelForCausalLM.from_pretrained(result.output)
+    factor = 2 if publish == "average" else 1
+    assert torch.equal(model.transformer.wte.weight, factor * tiny_model().transformer.wte.weight)
+    first, last = strict(result.output / "metrics.json")
+    assert "average_token_loss" not in first
+    assert (last["token_loss"], last["average_token_loss"]) == (3.0, 2.5)
+    assert result.loss == (2.5 if publish == "average" else 3.0)
+    text = " ".join(result.to_text().split())
+    assert ("weights, averaged over the steps" in text) is (publish == "average")
+    assert "average: token loss" in text
+    assert "2.5000" in text
+    scalars = (result.output / "tensorboard").glob("*")
+    assert any(b"heldout_average/token_loss" in file.read_bytes() for file in scalars)
+    assert "so it costs nothing" in (result.output / "statement.md").read_text()
+    assert verify(result.output).agrees
+
+
+def test_an_average_that_is_not_finite_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_experiment(
+        tmp_path,
+        privacy={"num_steps": NUM_STEPS},
+        train={"average": "ema", "publish": "average"},
+    )
+    run = prepare_run(config, OutputFolder(Path(config.output)), run_id="test-run")
+    admit(run, resume=False)
+    with pytest.raises(DivergedError, match="are not finite"):
+        executed(run, monkeypatch, broken=NAN)
+    assert not (run.folder.path / "model.safetensors").exists()
 
 
 def test_a_run_that_could_not_be_written_has_not_ended(

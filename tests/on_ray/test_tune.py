@@ -238,6 +238,26 @@ def test_the_objective_is_the_one_asked_for(tmp_path: Path) -> None:
     assert publish_sweep(sweep).loss == 6.4
 
 
+@pytest.mark.parametrize(
+    ("objective", "publish", "loss", "number"),
+    [("token_loss", "last", 3.2, 2), ("token_loss", "average", 5.5, 4),
+     ("user_loss", "average", 11.0, 4)],
+)  # fmt: skip
+def test_trials_are_ranked_by_the_weights_that_are_published(
+    tmp_path: Path, objective: str, publish: str, loss: float, number: int
+) -> None:
+    train = {"average": "ema", "publish": publish}
+    sweep = admitted(tiny_sweep(tmp_path, ALL | {"objective": objective}, train=train))
+    losses = [3.4, 3.2, 3.3, 3.5]  # of the last weights; those of the average rank the other way
+    for trial, last in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
+        play_trial(sweep, trial, loss=last)
+    result = publish_sweep(sweep)
+    assert result.loss == pytest.approx(loss)
+    assert result.model is not None
+    assert result.model.name == f"{number:04d}"
+    assert "exponential moving average" in (result.output / "statement.md").read_text()
+
+
 def secret(tmp_path: Path) -> tuple[Sweep, SweepResult, Path]:
     """Plays a secret sweep of seven trials; the fourth wins and the last never ended."""
     losses = [3.41, 3.42, 3.43, 3.29, 3.45, 3.46, None]

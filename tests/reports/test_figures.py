@@ -57,6 +57,19 @@ def test_curves_are_drawn_with_and_without_held_out_users() -> None:
     assert full != bare
 
 
+def test_the_loss_of_an_average_is_drawn_and_stated_if_it_is_published(
+    messages: list[str],
+) -> None:
+    rows = [ROWS[0], ROWS[1] | {"average_token_loss": 1.5, "average_user_loss": 1.6}]
+    spent = [(0, 0.0), (5, 1.0)]
+    last, average = (
+        draw_curves(rows, spent, title="run", publish=which) for which in ("last", "average")
+    )
+    assert "from 3.000 to 2.000" in messages[0]
+    assert "from 3.000 to 1.500" in messages[1]
+    assert len({last, average, draw_curves(ROWS, spent, title="run")}) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "epsilons", "message"),
     [

@@ -2,16 +2,24 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from udp_ray.config.experiment import TrainConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import DataError
 from udp_ray.ledger.records import Budget
-from udp_ray.reports.statement import DatasetTotal, PrivacyStatement, RunIdentity
+from udp_ray.reports.statement import (
+    DatasetTotal,
+    PrivacyStatement,
+    RunIdentity,
+    describe_averaging,
+    load_statement,
+)
 
 RUN = RunIdentity(
     run_id="chats-1f",
@@ -83,6 +91,23 @@ def test_correlated_noise_is_named_and_its_steps_are_spent_in_rounds() -> None:
     read = PrivacyStatement.from_dict(json.loads(banded.to_json()))
     assert read.plan == banded.plan
     assert read.to_json() == banded.to_json()
+
+
+@pytest.mark.parametrize("publish", ["last", "average"])
+def test_an_average_is_named_and_said_to_be_free(publish: str, tmp_path: Path) -> None:
+    train = TrainConfig(average="tail", average_share=0.25, publish=publish)
+    averaging = describe_averaging(train)
+    found = replace(statement(), averaging=averaging)
+    for text in (found.to_text(), found.to_markdown()):
+        words = " ".join(text.split())
+        assert "mean over the last 0.25 of the steps" in words
+        assert f"the model is the {'average' if publish == 'average' else 'last weights'}" in words
+        assert "post-processing), so it costs nothing" in words
+    found.save(tmp_path)
+    assert load_statement(tmp_path / "privacy.json") == found
+    assert found.promised == statement().promised
+    assert describe_averaging(TrainConfig()) is None
+    assert "averaging" not in statement().to_dict()  # statements without it are as before
 
 
 def test_a_counted_population_is_said_to_be_taken_as_public() -> None:

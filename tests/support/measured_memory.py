@@ -13,6 +13,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.average import IterateAverage
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.kernels.select import select_kernel, synthetic_group
 from udp_ray.engine.step import PrivateStep
@@ -66,8 +67,15 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
     noise = GaussianNoise(key, plan.noise_stddev) if world.is_first else None
     step = PrivateStep(kernel, zero, plan, noise, world=world)
     group = synthetic_group(model, plan.group_size, config.data.block_tokens)
+    average = None
+    if config.train.averaging is not None:
+        average = IterateAverage(zero, config.train, num_steps=2, world=world)
     for number in (1, 2):
         step.run(number, [group] * num_groups)
+        if average is not None:
+            average.update(number)
+            with average.in_model():
+                pass
     zero.close()
 
 

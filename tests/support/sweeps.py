@@ -71,6 +71,8 @@ def play_trial(sweep: Sweep, trial: TrialRecord, *, loss: float) -> None:
         folder.write_json(ERROR_FILE, {"error": "training diverged", "diverged": True})
         return
     row = {"step": record.num_steps, "token_loss": loss, "user_loss": 2 * loss, "epsilon": 7.123}
+    if sweep.config.train.averaging is not None:
+        row |= {"average_token_loss": 9.0 - loss, "average_user_loss": 2 * (9.0 - loss)}
     folder.write_json(METRICS_FILE, [first, row])
     plan = sweep.planned.configurations[trial.configuration].plan
     PrivacyStatement(plan=plan, promised=record.charge).save(folder.path)

@@ -69,6 +69,10 @@ class TinyRun:
     momentum: float = 0.0
     learning_rate: float = 0.5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    average: Literal["none", "ema", "tail"] = "none"
+    average_decay: float = 0.999
+    average_share: float = 0.5
+    publish: Literal["last", "average"] = "last"
     noise_multiplier: float = 1.0
     clip_norm: float = 0.5
     cohort_size: int = 8
@@ -128,6 +132,10 @@ class TinyRun:
             momentum=self.momentum,
             learning_rate=self.learning_rate,
             schedule=self.schedule,
+            average=self.average,
+            average_decay=self.average_decay,
+            average_share=self.average_share,
+            publish=self.publish,
             checkpoint_every=self.checkpoint_every,
             fuse_reduce=self.fuse_reduce,
             kernel=self.kernel,

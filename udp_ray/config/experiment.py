@@ -205,6 +205,16 @@ class TrainConfig(Section):
     """AdamW's term that keeps the division finite, > 0."""
     momentum: Decay = 0.0
     """Momentum of sgd, in [0, 1)."""
+    average: Literal["none", "ema", "tail"] = "none"
+    """Average of the weights after each step, kept and evaluated beside the last ones: none; ema,
+    their exponential moving average; tail, the mean over the last steps. It costs no privacy."""
+    average_decay: Decay = 0.999
+    """Decay of ema, in [0, 1). At step t the decay is at most (t - 1) / (t + 8), so that a shorter
+    run averages over about the last ninth of its steps."""
+    average_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the steps, the last ones, that tail averages over, in (0, 1]."""
+    publish: Literal["last", "average"] = "last"
+    """Weights that are published as the model: those after the last step, or their average."""
     checkpoint_every: PositiveInt = 50
     """Number of steps between checkpoints; metrics are released with committed checkpoints only."""
     evaluate_every: PositiveInt | None = None
@@ -251,6 +261,11 @@ class TrainConfig(Section):
                 "train.zero_stage is 3 and train.kernel direct, which forms a user's whole gradient"
                 " while stage 3 keeps slices: set train.kernel auto, or train.zero_stage 2"
             )
+        if self.publish == "average" and self.average == "none":
+            raise ValueError(
+                "train.publish is average and train.average none, so there is no average to"
+                " publish: set train.average ema or tail, or train.publish last"
+            )
         return self
 
     def heldout_examples(self, *, expected_size: float, num_steps: int) -> int | None:
@@ -270,6 +285,15 @@ class TrainConfig(Section):
             return self.evaluate_examples
         steps = min(self.evaluate_every or self.checkpoint_every, num_steps)
         return max(1, min(MOST_EVALUATED, int(FORWARDS_PER_EXAMPLE * expected_size * steps)))
+
+    @property
+    def averaging(self) -> str | None:
+        """How weights are averaged over the steps, in words; None if they are not."""
+        if self.average == "none":
+            return None
+        if self.average == "ema":
+            return f"exponential moving average with decay {self.average_decay!r}"
+        return f"mean over the last {self.average_share!r} of the steps"
 
 
 class ClusterConfig(Section):

@@ -5,6 +5,7 @@
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
       noise.sealed            only with correlated noise: that of the last steps, encrypted
+      average.safetensors     the average of the weights over the steps, float64, if one is kept
 
 The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
 files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
@@ -19,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ WEIGHTS = "weights.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 NOISE = "noise.sealed"
 """Only with correlated noise; see `sealed_noise.py`."""
+AVERAGE = "average.safetensors"
+ALWAYS = {WEIGHTS, OPTIMIZER}
+OPTIONAL = {AVERAGE, NOISE}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,42 @@ class Checkpoint:
     """Kind of state, parameter name, whole tensor."""
     past_noise: Path | None = None
     """The file of encrypted past noise; None if the checkpoint has none."""
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """The average of the weights over the steps, float64; empty if none was kept."""
+    averaging: str | None = None
+    """How it was made; None if none was kept."""
+
+    def require_average(self, averaging: str) -> None:
+        """Raises CheckpointError if it lacks an average, or has one that was made in another way.
+
+        Args:
+            averaging: `TrainConfig.averaging`.
+        """
+        if self.averaging is None:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has no average of the weights, and train.average"
+                f" asks for one ({averaging}): the steps before it are gone, so set train.average"
+                " none"
+            )
+        if self.averaging != averaging:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has the average {self.averaging!r}, and the"
+                f" settings ask for {averaging!r}: resume with the train.average, average_decay and"
+                " average_share that the run began with"
+            )
+
+    def of_average(self) -> Checkpoint:
+        """Returns the checkpoint with the average, rounded to float32, as its weights.
+
+        Raises:
+            CheckpointError: If it has none.
+        """
+        if not self.average:
+            raise CheckpointError(
+                f"the checkpoint {self.directory} has no average of the weights, which"
+                " train.publish asks for: set train.publish last"
+            )
+        return replace(self, weights={name: mean.float() for name, mean in self.average.items()})
 
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
@@ -105,17 +145,21 @@ def write(
     provenance: Mapping[str, Any],
     world: World,
     past_noise: Path | None = None,
+    average: Mapping[str, Tensor] | None = None,
+    averaging: str | None = None,
 ) -> str:
     """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
 
     Args:
-        directory: The folder to write.
+        directory: The folder, which appears once it is complete.
         engine: Gives weights and optimizer state.
         step: The last step that it holds.
         key_id: Public name of the run's key.
         provenance: Public; see `Checkpoint`.
         world: The ranks.
         past_noise: A file in the same file system on rank 0, which is moved into the checkpoint.
+        average: The whole average of the weights, on rank 0; None if none is kept.
+        averaging: How it is made, `TrainConfig.averaging`.
 
     Raises:
         StorageError: There is no room, or the folder may not be written; on all ranks.
@@ -129,16 +173,18 @@ def write(
         temporary.mkdir(parents=True)
         save_file(weights, temporary / WEIGHTS)
         save_file(_flattened(optimizer), temporary / OPTIMIZER)
-        names = [WEIGHTS, OPTIMIZER]
         if past_noise is not None:
             os.replace(past_noise, temporary / NOISE)
-            names.append(NOISE)
+        if average is not None:
+            save_file(dict(average), temporary / AVERAGE)
+        files = sorted(file.name for file in temporary.iterdir())
         manifest = {
             "format": FORMAT,
             "step": step,
             "key_id": key_id,
             "provenance": dict(provenance),
-            "files": {name: _file_digest(temporary / name) for name in names},
+            "files": {name: _file_digest(temporary / name) for name in files},
+            **({} if averaging is None else {"average": averaging}),
         }
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (temporary / MANIFEST).write_text(text)
@@ -179,6 +225,8 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         weights=_load(directory / WEIGHTS),
         optimizer=_unflattened(_load(directory / OPTIMIZER)),
         past_noise=directory / NOISE if NOISE in manifest["files"] else None,
+        average=_load(directory / AVERAGE) if AVERAGE in manifest["files"] else {},
+        averaging=manifest.get("average"),
     )
 
 
@@ -207,7 +255,7 @@ def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, An
     try:
         manifest = json.loads(content)
         files = set(manifest["files"])
-        is_known = manifest["format"] == FORMAT and files - {NOISE} == {WEIGHTS, OPTIMIZER}
+        is_known = manifest["format"] == FORMAT and files >= ALWAYS and files <= ALWAYS | OPTIONAL
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
     if not is_known:

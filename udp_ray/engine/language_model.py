@@ -54,7 +54,8 @@ def train(
 
     Args:
         model: Float32 causal language model, the same initial weights on all ranks; on return it
-            holds the trained weights on all ranks (after ZeRO 3 in host memory).
+            holds the trained weights on all ranks (after ZeRO 3 in host memory), or with
+            `settings.publish` average their average over the steps.
         store: The users' examples; `store.heldout` (or None) is what evaluation reads.
         plan: The guarantee: sampling, clip norm, noise, divisor, number of steps.
         settings: Optimizer, ZeRO stage, microbatch, how often to checkpoint and evaluate.
@@ -67,7 +68,8 @@ def train(
             train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
             heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
             heldout/num_tokens, heldout/num_users, heldout/num_examples, heldout/stored_users,
-            heldout/stored_examples. Never a time or a rate.
+            heldout/stored_examples, with `settings.average` also the same of the average, as
+            heldout_average/token_loss. Never a time or a rate.
         on_phase: Called when training enters another phase, such as evaluating or writing, and
             while an evaluation lasts, with how far it is: "evaluating: 512 of 4,096 held-out
             examples".

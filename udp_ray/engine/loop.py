@@ -13,7 +13,7 @@ Each step:
 
 Each checkpoint:
 
-    6. Evaluate on held-out users.
+    6. Evaluate on held-out users, the average of the weights too if one is kept (`average.py`).
     7. Write the files to a temporary folder, publish them, commit them to the accountant.
     8. Report metrics, which must not leave before the commit: until then the steps may be repeated.
 
@@ -44,6 +44,7 @@ from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine import checkpoint, sealed_noise
+from udp_ray.engine.average import IterateAverage
 from udp_ray.engine.distributed import World
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.optim import learning_rate
@@ -107,6 +108,8 @@ class TrainingLoop(ABC):
     kernel: Kernel = field(init=False)
     engine: Engine = field(init=False)
     private_step: PrivateStep = field(init=False)
+    average: IterateAverage | None = field(init=False, default=None)
+    """Of the weights over the steps; None if none is kept."""
     phase: str = field(init=False, default="")
     step: int = field(init=False, default=0)
     """Last step taken."""
@@ -157,7 +160,7 @@ class TrainingLoop(ABC):
         self._set_up()
         last_step = self.plan.num_steps
         if self.step in (0, last_step):
-            self._report({"step": self.step, **self._evaluation(is_whole=True)})
+            self._report({"step": self.step, **self._evaluations(is_whole=True)})
         budget_message = None
         with self._open_groups() as source:
             while self.step < last_step:
@@ -170,7 +173,9 @@ class TrainingLoop(ABC):
         if self.step > self.committed:
             self._checkpoint(is_last=True)
         elif budget_message is not None and self.step > 0:
-            self._report({"step": self.step, **self._evaluation(is_whole=True)})
+            self._report({"step": self.step, **self._evaluations(is_whole=True)})
+        if self.average is not None and self.settings.publish == "average" and self.step > 0:
+            self.average.put_into_model()
         self.engine.close()
         return TrainResult(self.step, self.location, self.digest, budget_message)
 
@@ -180,10 +185,13 @@ class TrainingLoop(ABC):
         self._prepare_model()
         self.frozen = frozen_fingerprint(self.model)
         saved = self._read_checkpoint()
+        averaging = self.settings.averaging
         if saved is None:
             self.digest = self._weights_digest()
         else:
             saved.refuse_other_frozen(self.frozen)
+            if averaging is not None:
+                saved.require_average(averaging)
             saved.load_weights(self.parameters)
             _refuse_diverged(self.parameters, saved.step)
         self._enter("checking the model and noise")
@@ -191,9 +199,15 @@ class TrainingLoop(ABC):
         self.engine = self._make_engine()
         self.private_step = self._private_step()
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
+        if averaging is not None:
+            self.average = IterateAverage(
+                self.engine, self.settings, num_steps=self.plan.num_steps, world=self.world
+            )
         if saved is not None:
             saved.load_optimizer(self.engine)
             self._restore_noise(saved)
+            if self.average is not None:
+                self.average.load(saved.average)
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
         attempt = self.attempt
@@ -275,6 +289,8 @@ class TrainingLoop(ABC):
         before = _sample_weights(self.engine) if is_first else []
         self.private_step.run(self.step + 1, source.groups(self.step + 1))
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
         if is_first and self.plan.noise_stddev > 0:
             # An adapter's second matrix begins at zero: where it stays, the adapter has no effect.
             is_each = self.frozen is not None
@@ -293,11 +309,20 @@ class TrainingLoop(ABC):
         """Evaluates, writes, publishes and commits the weights, and only then reports metrics."""
         every = self.settings.evaluate_every or self.settings.checkpoint_every
         is_due = is_last or self._has_passed(every)
-        heldout = self._evaluation(is_whole=is_last) if is_due else {}
+        heldout = self._evaluations(is_whole=is_last) if is_due else {}
         if self.publish is not None:
             self._save(self.publish)
         self.committed = self.step
         self._report({**self._progress(), **heldout})
+
+    def _evaluations(self, *, is_whole: bool) -> Metrics:
+        """Returns the metrics of the last weights and, after a step, those of their average."""
+        metrics = self._evaluation(is_whole=is_whole)
+        if self.average is None or self.step == 0 or not metrics:
+            return metrics
+        with self.average.in_model():
+            averaged = self._evaluation(is_whole=is_whole)
+        return metrics | {of_average(name): value for name, value in averaged.items()}
 
     def _save(self, publish: Publish) -> None:
         self._enter("writing")
@@ -310,6 +335,8 @@ class TrainingLoop(ABC):
             provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
             world=self.world,
             past_noise=self._seal_noise(directory),
+            average=None if self.average is None else self.average.wholes(),
+            averaging=self.settings.averaging,
         )
         location = publish(self.step, directory if self.world.is_first else None)
         self.location = self.world.from_first(lambda: self._commit(location, digest))
@@ -372,6 +399,16 @@ class TrainingLoop(ABC):
     def _report(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:
             self.on_metrics(metrics)
+
+
+def of_average(name: str) -> str:
+    """Returns the name under which a metric of the averaged weights is reported.
+
+    >>> of_average("heldout/token_loss")
+    'heldout_average/token_loss'
+    """
+    head, slash, rest = name.partition("/")
+    return f"{head}_average{slash}{rest}"
 
 
 class HasUserOffsets(Protocol):

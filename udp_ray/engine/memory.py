@@ -153,12 +153,16 @@ class MemoryEstimate:
     """Activations, and gradients before they are summed; freed before the update."""
     update: int
     """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
-    works."""
+    works. An evaluation of the average needs no more: a copy of the weights."""
+    average: int = 0
+    """The average of the weights over the steps, float64; rank 0 keeps it, or each rank its slices.
+    """
 
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
-        persistent = self.weights + self.clipped_sum + self.optimizer + self.past_noise
+        persistent = self.weights + self.clipped_sum + self.optimizer
+        persistent += self.past_noise + self.average
         return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -172,6 +176,7 @@ class MemoryEstimate:
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
             *([("past noise", self.past_noise)] if self.past_noise else []),
+            *([("average", self.average)] if self.average else []),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
             ("at the peak", self.total_bytes),
@@ -226,6 +231,7 @@ def estimate_memory(
         past_noise=_past_noise_bytes(trained, plan, num_workers if is_sliced else 1),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
+        average=_average_bytes(trained, train, num_workers),
     )
 
 
@@ -266,6 +272,13 @@ def _past_noise_bytes(trained: int, plan: PricedPlan, num_slices: int) -> int:
     """Returns what correlated noise keeps of earlier steps: float64 if it is secure."""
     factor = 2 if plan.secure_noise else 1
     return factor * (plan.bands - 1) * trained // num_slices
+
+
+def _average_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+    """Returns the average of the weights on rank 0, in float64."""
+    if train.average == "none":
+        return 0
+    return 2 * trained // (num_workers if train.zero_stage == 3 else 1)
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:

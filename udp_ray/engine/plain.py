@@ -9,7 +9,7 @@ Gradients are averaged over ranks with `torch.distributed`, so that each rank ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,12 @@ class PlainEngine:
     def slice_range(self, name: str) -> tuple[int, int]:
         """Returns 0 and the parameter's number of values."""
         return 0, self.parameters[name].numel()
+
+    def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
+        """Sets whole parameters to the values that `value_of` returns for their names."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(value_of(name))
 
     def weights(self) -> dict[str, Tensor]:
         """Returns copies of the weights by name in host memory on rank 0, {} elsewhere."""

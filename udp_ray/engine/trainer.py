@@ -99,8 +99,9 @@ class Trainer:
             counts with its values. See `group_by_user`. Sensitive. A Dataset that draws random
             numbers, for example to augment, must not draw them from a public seed.
         plan: The guarantee. Public.
-        settings: Optimizer, learning rate, schedule, intervals of checkpoints and evaluations. What
-            concerns ZeRO, kernels and tokens must have its default.
+        settings: Optimizer, learning rate, schedule, average of the weights, intervals of
+            checkpoints and evaluations. What concerns ZeRO, kernels and tokens must have its
+            default. With `publish` average, `model` has the average when training has ended.
         accountant: Grants the steps. Default: a new `InMemoryAccountant`. This and the next two are
             read on rank 0 only.
         key: The key of the run, `ledger.key(attempt)` with a `LedgerAccountant`; else for tests.
@@ -108,7 +109,8 @@ class Trainer:
         checkpoints: Folder for checkpoints, which all ranks read; each run has a folder of its own
             in it. None writes none. Required with an attempt.
         evaluate: Returns metrics of the model on public held-out data; called in evaluation mode,
-            on all ranks, before the first step, at checkpoints and after the last step.
+            on all ranks, before the first step, at checkpoints and after the last step. With an
+            average, called with it too, whose heldout/loss is reported as heldout_average/loss.
         on_metrics: Called on rank 0 with each set of metrics as it may leave.
         microbatch_rows: Most examples in one backward pass. Speed and memory only.
         autocast: "off", or "bfloat16" inside forward and backward.
@@ -234,6 +236,7 @@ class Trainer:
             metrics=tuple(history),
             is_durable=attempt is not None,
             total=total,
+            averaging=self._settings.averaging,
         )
 
     def _begin(self, world: World) -> tuple[RunKey | None, RankKeys, Attempt | None]:
@@ -318,7 +321,7 @@ class TrainerResult:
 
     plan: PrivacyPlan
     num_steps: int
-    """Steps taken; the weights are those after the last one."""
+    """Steps taken; the weights are those after the last one, or their average up to it."""
     charged_steps: int
     """Noisy releases that were paid for."""
     checkpoint: str | None
@@ -332,6 +335,8 @@ class TrainerResult:
     total: Budget | None = None
     """What an accountant in memory has charged for all its runs so far, this one included: the
     guarantee of what they released together. None with a ledger, which says it itself."""
+    averaging: str | None = None
+    """How the weights were averaged over the steps; None if they were not."""
 
     @property
     def epsilon(self) -> float:
@@ -357,6 +362,11 @@ class TrainerResult:
             f" {plan.noise_multiplier:.4g}"
             + (f", correlated over {plan.bands} bands" if plan.bands > 1 else ""),
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
+            *(
+                [f"  average    {self.averaging} of the weights, which costs nothing more"]
+                if self.averaging
+                else []
+            ),
         ]
         if self.total is not None:
             lines.append(

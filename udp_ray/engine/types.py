@@ -139,6 +139,16 @@ class Engine(Protocol):
         """Returns start and stop of those values in the flattened parameter."""
         ...
 
+    def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
+        """Has passes through the model compute with other weights, until they are set again.
+
+        The optimizer need not know of them, so set the former ones before the next `apply`.
+
+        Args:
+            value_of: Returns values of a parameter by its name, float32, in the form of `local`. It
+                may be collective: names come in the order of `parameters` on all ranks.
+        """
+
     def weights(self) -> dict[str, Tensor]:
         """Returns whole weights by name in host memory on rank 0, {} elsewhere. Collective."""
         ...

@@ -157,6 +157,13 @@ class ZeroEngine:
         """Returns start and stop of those values in the flattened parameter."""
         return self._stage.slice_range(name)
 
+    def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
+        """Has passes through the model compute with other weights; see `Engine.set_weights`.
+
+        The copy that the optimizer of stages 1 to 3 moves is not changed.
+        """
+        self._stage.set_weights(value_of)
+
     def weights(self) -> dict[str, Tensor]:
         """Returns the whole weights by name, in host memory, on rank 0; else {}. Collective."""
         wholes = {name: self._stage.weight(name) for name in self.parameters}
@@ -232,6 +239,11 @@ class _WholeParameters:
 
     def slice_range(self, name: str) -> tuple[int, int]:
         return 0, self._parameters[name].numel()
+
+    @torch.no_grad()
+    def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(value_of(name))
 
     def weight(self, name: str) -> Tensor | None:
         return _on_first(self._parameters[name].detach())

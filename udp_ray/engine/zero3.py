@@ -7,7 +7,7 @@ host memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -100,6 +100,14 @@ class SlicedParameters:
     def slice_range(self, name: str) -> tuple[int, int]:
         """Returns start and stop of this rank's slice in the flattened parameter."""
         return slice_range(self._shapes[name].numel(), self._rank, self._num_ranks)
+
+    def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
+        """Sets the slices that whole parameters are gathered from, not those of the optimizer."""
+        self._engine.empty_partition_cache()  # else parameters that are whole now would be used
+        for name, parameter in self._parameters.items():
+            start, stop = self.slice_range(name)
+            held: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
+            held.view(-1)[: stop - start].copy_(value_of(name))
 
     def weight(self, name: str) -> Tensor | None:
         """Returns a whole parameter in host memory on rank 0, None elsewhere. Collective."""

@@ -18,13 +18,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.generate import GenerateConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.console import progress
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.io import METRICS_FILE, write_atomic
+from udp_ray.io import AVERAGE, METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.generate import one_line, sample_here
 from udp_ray.on_ray.prepare import prepare, require_usable
@@ -141,7 +142,11 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
     comparison = Comparison(
         samples=samples,
         rows=compare(
-            Path(config.output), Path(open_config.output), private_s=private_s, open_s=open_s
+            Path(config.output),
+            Path(open_config.output),
+            private_s=private_s,
+            open_s=open_s,
+            publish=config.train.publish,
         ),
         delta=config.privacy.delta,
         seconds=time.monotonic() - start,
@@ -215,19 +220,32 @@ def without_privacy(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def compare(
-    private: Path, unprotected: Path, *, private_s: float, open_s: float
+    private: Path,
+    unprotected: Path,
+    *,
+    private_s: float,
+    open_s: float,
+    publish: Literal["last", "average"] = "last",
 ) -> tuple[Row, ...]:
     """Returns the rows of the table from the output folders of two runs.
+
+    Args:
+        private: Of the run with privacy.
+        unprotected: Of the run without.
+        private_s: How long the first took, in seconds.
+        open_s: How long the second took.
+        publish: Which weights both runs have published; their losses are shown.
 
     Raises:
         DataError: If a folder has no evaluation from before or after training.
     """
     before, after = _first_and_last(private)
     _, open_after = _first_and_last(unprotected)
+    prefix = AVERAGE if publish == "average" else ""
     return (
         _row("base model", before, 0.0),
-        _row("fine-tuned with privacy", after, private_s),
-        _row("without noise and clipping", open_after, open_s),
+        _row("fine-tuned with privacy", after, private_s, prefix),
+        _row("without noise and clipping", open_after, open_s, prefix),
     )
 
 
@@ -256,11 +274,11 @@ def _first_and_last(output: Path) -> tuple[dict[str, float], dict[str, float]]:
     return rows[0], rows[-1]
 
 
-def _row(model: str, metrics: dict[str, float], seconds: float) -> Row:
+def _row(model: str, metrics: dict[str, float], seconds: float, prefix: str = "") -> Row:
     return Row(
         model=model,
-        token_perplexity=float(metrics["token_perplexity"]),
-        user_perplexity=float(metrics["user_perplexity"]),
+        token_perplexity=float(metrics[f"{prefix}token_perplexity"]),
+        user_perplexity=float(metrics[f"{prefix}user_perplexity"]),
         epsilon=float(metrics["epsilon"]),  # "inf" stands as text in JSON
         seconds=seconds,
     )

@@ -38,7 +38,7 @@ from udp_ray.errors import (
     LedgerUnavailableError,
     UdpRayError,
 )
-from udp_ray.io import write_atomic
+from udp_ray.io import AVERAGE, write_atomic
 from udp_ray.ledger import Attempt, Digests, RunRecord
 
 if TYPE_CHECKING:  # importing SQLAlchemy takes seconds, and only the actor needs it
@@ -53,6 +53,8 @@ PROGRESS_GROUP = "progress"
 
 EVALUATION = "heldout/"
 """Prefix of the metrics of an evaluation."""
+AVERAGED = "heldout_average/"
+"""Prefix of the metrics of an evaluation of the averaged weights."""
 
 
 @dataclass(frozen=True)
@@ -370,9 +372,10 @@ def _keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
     step = int(metrics["step"])
     kept = [row for row in read_evaluations(file) if row["step"] != step]
     values = {
-        name.removeprefix(EVALUATION): value
+        prefix + name.removeprefix(kind): value
+        for kind, prefix in ((EVALUATION, ""), (AVERAGED, AVERAGE))
         for name, value in metrics.items()
-        if name.startswith(EVALUATION)
+        if name.startswith(kind)
     }
     rows = sorted([*kept, {"step": step, **values}], key=lambda row: row["step"])
     content = json.dumps([to_strict_json(row) for row in rows], indent=2, allow_nan=False)

@@ -18,7 +18,7 @@ import ray
 
 from udp_ray.console import Display, current
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.on_ray.accountant import EVALUATION, Progress, RemoteAccountant
+from udp_ray.on_ray.accountant import AVERAGED, EVALUATION, Progress, RemoteAccountant
 
 POLL_S = 0.5
 LEDGER_SILENCE_S = 5.0
@@ -129,6 +129,8 @@ class _Follower:
         for metrics in progress.metrics:
             if (loss := metrics.get(f"{EVALUATION}token_loss")) is not None:
                 self._losses = {"held-out loss": f"{loss:.4g}"}
+                if (average := metrics.get(f"{AVERAGED}token_loss")) is not None:
+                    self._losses["of the average"] = f"{average:.4g}"
         phase, _, how_far = progress.phase.partition(": ")
         if phase not in PHASES_OF_STEPS:
             self._display.phase(progress.phase)

@@ -41,11 +41,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.dp.plan import json_number
 from udp_ray.engine.checkpoint import read
 from udp_ray.engine.optim import learning_rate
 from udp_ray.errors import CheckpointError, DataError, DivergedError, UdpRayError
 from udp_ray.io import (
+    AVERAGE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     CURVES_FILE,
@@ -62,6 +64,7 @@ from udp_ray.io import (
 from udp_ray.ledger.records import RunRecord, TrialRecord
 from udp_ray.models.load import frozen_fingerprint, load_model, load_tokenizer, trainable_parameters
 from udp_ray.on_ray.accountant import (
+    AVERAGED,
     EVALUATION,
     RemoteAccountant,
     divergence_of,
@@ -162,6 +165,8 @@ def publish_run(
         metrics=tuple(metrics),
         budget_message=budget_message,
         has_adapters=run.config.model.lora is not None,
+        averaging=run.config.train.averaging,
+        publishes_average=run.config.train.publish == "average",
     )
 
 
@@ -192,7 +197,8 @@ def _advice(run: Run, divergence: str) -> str:
 def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFolder) -> bool:
     """Writes the model of the last committed checkpoint in Hugging Face format.
 
-    Of a run with LoRA only the adapters are written, in the format of peft.
+    Its weights are those of the last step, or their average if `train.publish` says so. Of a run
+    with LoRA only the adapters are written, in the format of peft.
 
     Returns:
         Whether it was written; False if its weights are not finite.
@@ -204,6 +210,8 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
         )
     with open_checkpoint(record.checkpoint) as directory:
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
+    if config.train.publish == "average":
+        checkpoint = checkpoint.of_average()
     if not all(bool(torch.isfinite(weight).all()) for weight in checkpoint.weights.values()):
         return False
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
@@ -242,7 +250,8 @@ def _write_curves(
     write_event_file(folder.path / TENSORBOARD_FOLDER, _scalars(run, record, metrics, curve))
     points = curve.points(record.charged_steps)
     title = f"{run.run_id}: {record.committed_step} steps"
-    write_atomic(folder.path / CURVES_FILE, draw_curves(metrics, points, title=title))
+    curves = draw_curves(metrics, points, title=title, publish=run.config.train.publish)
+    write_atomic(folder.path / CURVES_FILE, curves)
 
 
 def _with_epsilon(
@@ -271,7 +280,7 @@ def _scalars(
     train, last_step = run.config.train, record.committed_step
     evaluations = {
         int(row["step"]): {
-            f"{EVALUATION}{name}": float(value)
+            _metric_name(name): float(value)
             for name, value in row.items()
             if name not in ("step", "epsilon")
         }
@@ -288,6 +297,13 @@ def _scalars(
     }
 
 
+def _metric_name(name: str) -> str:
+    """Returns the name of a metric by its name in a row of metrics.json."""
+    if name.startswith(AVERAGE):
+        return AVERAGED + name.removeprefix(AVERAGE)
+    return EVALUATION + name
+
+
 # ---- sweeps
 
 
@@ -299,9 +315,18 @@ def result_of(sweep: Sweep, trial: TrialRecord) -> TrialResult:
         configuration=sweep.planned.configurations[trial.configuration],
         folder=folder,
         charged_steps=trial.run.charged_steps,
-        loss=_final_loss(folder, trial.run, sweep.config.sweep.objective),
+        loss=_final_loss(folder, trial.run, _objective(sweep.config)),
         error=_error_of(folder),
     )
+
+
+def _objective(config: SweepJobConfig) -> str:
+    """Returns the name, in a row of metrics.json, of the loss that ranks trials.
+
+    It is that of the weights that are published as the model.
+    """
+    prefix = AVERAGE if config.train.publish == "average" else ""
+    return prefix + config.sweep.objective
 
 
 def _final_loss(folder: Path, record: RunRecord, objective: str) -> float | None:

@@ -20,7 +20,7 @@ from udp_ray.io import ERROR_FILE, OutputFolder
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests
 from udp_ray.on_ray.train import execute
-from udp_ray.reports.statement import PrivacyStatement
+from udp_ray.reports.statement import PrivacyStatement, describe_averaging
 from udp_ray.runs.admission import Run
 
 TRIAL = "trial"
@@ -54,6 +54,7 @@ class TrialJob:
                 plan=self.plan,
                 promised=self.alone,
                 is_seeded=self.config.privacy.seed is not None,
+                averaging=describe_averaging(self.config.train),
             ),
             sweep_id=self.sweep_id,
         )

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from udp_ray.io import write_atomic, writing
+from udp_ray.io import AVERAGE, write_atomic, writing
 
 if TYPE_CHECKING:
     from udp_ray.reports.generated import Comparison
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 TITLE, LABEL, SMALL = 14, 12, 10
 """Sizes of text in points, for figures of 7 inches that are shown at half their size."""
 LOSS_COLOUR, EPSILON_COLOUR, BEST_COLOUR = "#1f5a96", "#b3541e", "#d1372c"
+AVERAGE_COLOUR = "#3a8a4d"
 LOSS_COLOURS = "viridis"  # darker is lower, and lower is better
 DPI = 150
 
@@ -46,17 +47,22 @@ def draw_curves(
     epsilons: Sequence[tuple[int, float]],
     *,
     title: str,
+    publish: Literal["last", "average"] = "last",
 ) -> bytes:
     """Returns a PNG of held-out loss and, below it, epsilon spent over the steps of a run.
 
     Args:
-        evaluations: Rows with step, token_loss and user_loss in nats per token; may be empty.
-            Losses that are not finite are left out.
+        evaluations: Rows with step, token_loss and user_loss in nats per token, and perhaps the
+            same of averaged weights, with the prefix `AVERAGE`; may be empty. Losses that are not
+            finite are left out.
         epsilons: (steps taken, epsilon spent) by step; infinite values are left out. Drawn as a
             staircase: between two points the later value holds, which is never too low.
         title: Names the run; written below the figure.
+        publish: Which weights are published; the message states their loss.
     """
-    losses = [row["token_loss"] for row in evaluations if math.isfinite(row["token_loss"])]
+    name = f"{AVERAGE if publish == 'average' else ''}token_loss"
+    shown = [row.get(name, row["token_loss"]) for row in evaluations]  # no average before a step
+    losses = [loss for loss in shown if math.isfinite(loss)]
     spent = [point for point in epsilons if math.isfinite(point[1])]
     has_guarantee = len(spent) == len(epsilons)
     figure = _figure(7.0, 5.4)
@@ -86,15 +92,16 @@ def _draw_losses(
     if is_empty:
         _say(panel, "no held-out users" if not evaluations else "no finite loss")
         return
-    steps = [row["step"] for row in evaluations]
-    for name, style, label in (
-        ("token_loss", "o-", "mean over tokens"),
-        ("user_loss", "s--", "mean over users"),
+    for name, style, colour, label in (
+        ("token_loss", "o-", LOSS_COLOUR, "mean over tokens"),
+        ("user_loss", "s--", "0.45", "mean over users"),
+        (f"{AVERAGE}token_loss", "^:", AVERAGE_COLOUR, "mean over tokens, averaged weights"),
     ):
-        values = [_finite(row[name]) for row in evaluations]
-        size = 5 if len(steps) <= 40 else 0
-        colour = LOSS_COLOUR if name == "token_loss" else "0.45"
-        panel.plot(steps, values, style, color=colour, markersize=size, label=label)
+        rows = [row for row in evaluations if name in row]
+        if rows:
+            steps, values = [row["step"] for row in rows], [_finite(row[name]) for row in rows]
+            size = 5 if len(rows) <= 40 else 0
+            panel.plot(steps, values, style, color=colour, markersize=size, label=label)
     panel.legend(fontsize=SMALL, frameon=False)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from jinja2 import Environment, StrictUndefined
 
+from udp_ray.config.experiment import TrainConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan, json_number
 from udp_ray.dp.selection import PoissonTrials, TrialCount, TruncatedNegativeBinomial
@@ -368,6 +369,17 @@ def _read_json(file: Path) -> Any:
         ) from None
 
 
+def describe_averaging(train: TrainConfig) -> str | None:
+    """Returns how the weights are averaged and why that is free, in words; None if they are not."""
+    if train.averaging is None:
+        return None
+    published = "average" if train.publish == "average" else "last weights"
+    return (
+        f"{train.averaging}; the model is the {published}. The average is computed from weights"
+        " that count as released (post-processing), so it costs nothing"
+    )
+
+
 def _reason(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
@@ -395,16 +407,21 @@ class PrivacyStatement(Statement):
     """Whether the run released weights. One that diverged may have none that are finite."""
     is_seeded: bool = False
     """Whether the keys came from a seed, with which the noise can be subtracted."""
+    averaging: str | None = None
+    """`describe_averaging`; None if the weights are not averaged over the steps."""
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
 
     @classmethod
-    def promise(cls, privacy: PrivacyConfig, plan: PrivacyPlan) -> Self:
+    def promise(
+        cls, privacy: PrivacyConfig, plan: PrivacyPlan, *, averaging: str | None = None
+    ) -> Self:
         """Returns the statement of a run that has not begun."""
         epsilon = plan.epsilon() if privacy.epsilon is None else privacy.epsilon
         promised = Budget(epsilon, plan.delta)
-        return cls(plan=plan, promised=promised, is_seeded=privacy.seed is not None)
+        is_seeded = privacy.seed is not None
+        return cls(plan=plan, promised=promised, is_seeded=is_seeded, averaging=averaging)
 
     def with_spent(self, *, num_steps: int) -> Self:
         """Returns the statement after `num_steps` charged steps."""
@@ -490,6 +507,8 @@ class PrivacyStatement(Statement):
             kept = "the weights are released" if self.has_weights else "no weights are released"
             rows.append(("outcome", f"TRAINING DIVERGED: {self.divergence}; {kept}"))
         rows += _plan_rows(self.plan)
+        if self.averaging:
+            rows.append(("average of the weights", self.averaging))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.dataset:
             rows.append((f"dataset {self.dataset.name}", self.dataset.to_text()))
@@ -514,6 +533,7 @@ class PrivacyStatement(Statement):
             "has_weights": self.has_weights,
             "is_seeded": self.is_seeded,
             "plan": self.plan.to_dict(),
+            **({"averaging": self.averaging} if self.averaging else {}),
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
@@ -546,6 +566,7 @@ class PrivacyStatement(Statement):
                 divergence=values.get("divergence"),
                 has_weights=values.get("has_weights", True),
                 is_seeded=values["is_seeded"],
+                averaging=_text_or_none(values, "averaging"),
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
@@ -564,6 +585,18 @@ class PrivacyStatement(Statement):
             DataError: If there is none, or it is damaged.
         """
         return cls.from_dict(_read_json(file), source=str(file))
+
+
+def _text_or_none(values: Mapping[str, Any], name: str) -> str | None:
+    """Returns a text that older statements lack.
+
+    Raises:
+        TypeError: If it is no text.
+    """
+    value = values.get(name)
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, not a text")
+    return value
 
 
 def _mechanism(plan: PrivacyPlan) -> str:
@@ -639,6 +672,8 @@ class SweepStatement(Statement):
     winner: Configuration | None = None
     outcome: str | None = None
     """Why no model is released; None if one is."""
+    averaging: str | None = None
+    """`describe_averaging`; None if the weights are not averaged over the steps."""
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
@@ -732,6 +767,8 @@ class SweepStatement(Statement):
         if self.spent and planned.release != "public":
             rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
         rows.append(("held-out users", "not covered: their losses decide, without noise"))
+        if self.averaging:
+            rows.append(("average of the weights", self.averaging))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.winner:
             rows.append(("chosen", describe_point(self.winner)))
@@ -760,6 +797,7 @@ class SweepStatement(Statement):
             "sweep": self.planned.to_dict(),
             "winner": self.winner and self.winner.to_dict(),
             "outcome": self.outcome,
+            **({"averaging": self.averaging} if self.averaging else {}),
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
@@ -792,6 +830,7 @@ class SweepStatement(Statement):
                 spent=budget_from_dict(values["spent"]) if values["spent"] else None,
                 winner=Configuration.from_dict(winner) if winner else None,
                 outcome=values.get("outcome"),
+                averaging=_text_or_none(values, "averaging"),
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],

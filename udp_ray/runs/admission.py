@@ -49,7 +49,7 @@ from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
 from udp_ray.models.positions import require_positions
-from udp_ray.reports.statement import PrivacyStatement, RunIdentity
+from udp_ray.reports.statement import PrivacyStatement, RunIdentity, describe_averaging
 from udp_ray.runs.provenance import code_digest, git_commit
 
 AnyConfig = TypeVar("AnyConfig", ExperimentConfig, SweepJobConfig)
@@ -128,7 +128,9 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         ledger_url=ledger_url,
         plan=plan,
         digests=digests_of(plan.to_dict(), config, store),
-        statement=PrivacyStatement.promise(config.privacy, plan),
+        statement=PrivacyStatement.promise(
+            config.privacy, plan, averaging=describe_averaging(config.train)
+        ),
     )
 
 

@@ -10,7 +10,12 @@ import textwrap
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.engine.memory import estimate
-from udp_ray.reports.statement import PrivacyStatement, SweepStatement, describe_point
+from udp_ray.reports.statement import (
+    PrivacyStatement,
+    SweepStatement,
+    describe_averaging,
+    describe_point,
+)
 from udp_ray.runs.admission import plan_of, without_ledger_url
 from udp_ray.runs.sweep import plan_of_sweep
 
@@ -23,7 +28,8 @@ def describe_run(config: ExperimentConfig) -> str:
     With privacy.population declared, neither the store nor the ledger has to exist.
     """
     plan = plan_of(config)
-    statement = PrivacyStatement.promise(config.privacy, plan)
+    averaging = describe_averaging(config.train)
+    statement = PrivacyStatement.promise(config.privacy, plan, averaging=averaging)
     return "\n\n".join(
         [
             statement.to_text(),
@@ -41,6 +47,10 @@ def describe_sweep(config: SweepJobConfig) -> str:
         f"  {number:4d}  {describe_point(point)}; epsilon {point.epsilon:.4g} alone"
         for number, point in enumerate(planned.configurations, start=1)
     ]
-    statement = SweepStatement(planned, is_seeded=config.privacy.seed is not None)
+    statement = SweepStatement(
+        planned,
+        is_seeded=config.privacy.seed is not None,
+        averaging=describe_averaging(config.train),
+    )
     title = "Configurations" if planned.release == "best" else "Trials"
     return "\n".join([statement.to_text(), "", title, *points, "", NOTHING_DONE])

@@ -17,12 +17,14 @@ from typing import Any
 
 from udp_ray.dp.sweep import Configuration
 from udp_ray.errors import GuaranteeError, UdpRayError
+from udp_ray.io import AVERAGE
 from udp_ray.reports.statement import PrivacyStatement, SweepStatement, describe_point
 from udp_ray.reports.tables import table_to_text, trials_to_text, wrap
 
 BEST_FILE = "best.yaml"
 """Settings of a sweep's chosen trial, in the sweep's output folder."""
 EVALUATION_COLUMNS = ("step", "token loss", "perplexity", "user loss", "epsilon")
+AVERAGE_COLUMNS = ("average: token loss", "perplexity", "user loss")
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,62 @@ class RunResult:
     """Why training ended before its last step; None if it did not."""
     has_adapters: bool = False
     """Whether only LoRA adapters were trained, which are saved without their base model."""
+    averaging: str | None = None
+    """How the weights were averaged over the steps; None if they were not."""
+    publishes_average: bool = False
+    """Whether the average is published as the model, instead of the weights of the last step."""
+
+    @property
+    def loss(self) -> float | None:
+        """Loss per token of the published weights on held-out users; None without such users."""
+        if not self.metrics:
+            return None
+        prefix = AVERAGE if self.publishes_average else ""
+        return self.metrics[-1][f"{prefix}token_loss"]
 
     def to_text(self) -> str:
         """Returns the statement, the held-out losses, and where the model is."""
         lines = [self.statement.to_text(), ""]
         if self.metrics:
-            rows = [_evaluation_row(row) for row in self.metrics]
-            table = table_to_text(rows, header=EVALUATION_COLUMNS, left=())
             part = part_measured(self.metrics[-1])
             of_part = f"; {part}" if part else ""
+            has_average = self.averaging is not None
+            rows = [_evaluation_row(row, has_average=has_average) for row in self.metrics]
+            header = EVALUATION_COLUMNS + AVERAGE_COLUMNS * has_average
+            table = table_to_text(rows, header=header, left=())
             lines += [f"Held-out users (losses in nats per token{of_part})", table, ""]
         if self.budget_message:
             lines.append(wrap(f"Training ended early: {self.budget_message}."))
         what = "adapters" if self.has_adapters else "weights"
+        if self.averaging is not None and self.publishes_average:
+            what = f"{what}, averaged over the steps ({self.averaging}), up to step"
+        else:
+            what = f"{what} of step"
         kind = "AutoPeftModelForCausalLM" if self.has_adapters else "AutoModelForCausalLM"
         lines += [
             f"Written to {self.output}",
-            f"  the {what} of step {self.step}; load them with {kind}.from_pretrained",
+            f"  the {what} {self.step}; load them with {kind}.from_pretrained",
         ]
         return "\n".join(lines)
 
 
-def _evaluation_row(row: dict[str, float]) -> tuple[str, ...]:
-    return (
+def _evaluation_row(row: dict[str, float], *, has_average: bool) -> tuple[str, ...]:
+    columns = (
         f"{row['step']:.0f}",
         f"{row['token_loss']:.4f}",
         f"{row['token_perplexity']:.2f}",
         f"{row['user_loss']:.4f}",
         f"{float(row['epsilon']):.3f}",
+    )
+    if not has_average:
+        return columns
+    if f"{AVERAGE}token_loss" not in row:  # before the first step there is no average
+        return *columns, "-", "-", "-"
+    return (
+        *columns,
+        f"{row[f'{AVERAGE}token_loss']:.4f}",
+        f"{row[f'{AVERAGE}token_perplexity']:.2f}",
+        f"{row[f'{AVERAGE}user_loss']:.4f}",
     )
 
 

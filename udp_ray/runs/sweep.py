@@ -26,7 +26,7 @@ from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Attempt, Budget, Digests, TrialAdmission, plan_digest
-from udp_ray.reports.statement import RunIdentity, SweepStatement
+from udp_ray.reports.statement import RunIdentity, SweepStatement, describe_averaging
 from udp_ray.runs.admission import (
     charge,
     check_store,
@@ -143,7 +143,11 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
         ledger_url=ledger_url,
         planned=planned,
         digests=digests_of(planned.to_dict(), config, store),
-        statement=SweepStatement(planned, is_seeded=config.privacy.seed is not None),
+        statement=SweepStatement(
+            planned,
+            is_seeded=config.privacy.seed is not None,
+            averaging=describe_averaging(config.train),
+        ),
     )
 
 
