@@ -17,7 +17,6 @@ from __future__ import annotations
 from tests.mutants.run import Mutant
 
 LOOP = "tests/guarantee/test_loop_against_plan.py"
-THEN_BOUND = "\n\n    @property\n    def clip_bound"
 TRAINER = "tests/engine/test_trainer.py"
 ACCUMULATION = "tests/guarantee/test_accumulation.py"
 NOISE_AND_DIVISOR = f"{LOOP}::test_noise_divisor_and_number_of_steps_are_the_plans"
@@ -34,9 +33,9 @@ CLIPPING = [
         name="no_clip_above_one_microbatch",
         breaks="review: a user of several microbatches is not clipped",
         file="udp_ray/engine/kernels/direct.py",
-        text="self.group_gradient(group), self._clip_norm",
-        replacement="self.group_gradient(group),"
-        " self._clip_norm if len(group.microbatches) == 1 else float('inf')",
+        text="clip_and_add(views, gradient, bound,",
+        replacement="clip_and_add(views, gradient,"
+        " bound if len(group.microbatches) == 1 else float('inf'),",
         tests=(
             "tests/engine/kernels/test_direct.py::test_the_sum_is_that_of_a_plain_loop_over_users[13-0.1]",
         ),
@@ -45,8 +44,8 @@ CLIPPING = [
         name="ghost_does_not_clip",
         breaks="P30: the clip norm of the settings is not applied",
         file="udp_ray/engine/kernels/ghost.py",
-        text="clip_factor(squared.sqrt(), self._clip_norm)",
-        replacement="clip_factor(squared.sqrt(), float('inf'))",
+        text="self._factor_by(norms, bound)",
+        replacement="self._factor_by(norms, float('inf'))",
         tests=(GHOST_SUM,),
     ),
     Mutant(
@@ -250,8 +249,8 @@ NOISE = [
         name="noise_on_the_mean",
         breaks="P1: noise of z C on the mean, so M times too little on the sum",
         file="udp_ray/dp/plan.py",
-        text=f"_noise_stddev(self.noise_multiplier, self.clip_norm){THEN_BOUND}",
-        replacement=f"self.noise_multiplier * self.clip_norm / self.expected_size{THEN_BOUND}",
+        text="return _noise_stddev(self.gradient_noise_multiplier, clip_norm)",
+        replacement="return self.noise_multiplier * clip_norm / self.expected_size",
         tests=("tests/dp/test_plan.py::test_rate_divisor_and_noise_come_from_public_numbers",),
     ),
     Mutant(
@@ -285,10 +284,10 @@ NOISE = [
         name="divisor_realized",
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
-        text="        self._kernel.add_clipped(self._sum, groups)\n"
+        text="        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
         "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
-        "        self._kernel.add_clipped(self._sum, groups)\n"
+        "        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
         "        mean = self._noisy_mean(self._noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
         "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
@@ -298,18 +297,18 @@ NOISE = [
         name="sum_not_cleared",
         breaks="review, P31: the sum of earlier steps is in the next, again and again",
         file="udp_ray/engine/step.py",
-        text="        self._sum.clear()\n        self._kernel",
-        replacement="        self._kernel",
+        text="        self._sum.clear()\n        balance",
+        replacement="        balance",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
         name="empty_cohort_skipped",
         breaks="P4: a step without users adds no noise, which tells that there were none",
         file="udp_ray/engine/step.py",
-        text="        self._kernel.add_clipped(self._sum, groups)\n",
+        text="        balance = self._kernel",
         replacement="        if not list(groups):\n"
         "            return\n"
-        "        self._kernel.add_clipped(self._sum, groups)\n",
+        "        balance = self._kernel",
         tests=(f"{LOOP}::test_a_step_whose_draw_is_empty_is_taken_and_noised_like_any_other",),
     ),
     Mutant(
@@ -916,7 +915,7 @@ ROUNDING = [
         name="replay_by_another_kernel",
         breaks="P46: the same noise on a sum that bfloat16 rounds otherwise",
         file="udp_ray/config/experiment.py",
-        text='if self.model.autocast != "off" or self.model.dropout > 0:',
+        text='if self.model.autocast != "off" or self.model.dropout > 0 or is_adaptive:',
         replacement="if self.model.dropout > 1:",
         tests=(
             "tests/config/test_cli.py"

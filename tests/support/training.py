@@ -71,6 +71,9 @@ class TinyRun:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     noise_multiplier: float = 1.0
     clip_norm: float = 0.5
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    count_noise_stddev: float | None = None
+    """Under adaptive clipping, whose clip norm then follows the median of the norms."""
     cohort_size: int = 8
     """Expected units per step: users under uls, examples under els."""
     group_size: int = 2
@@ -92,6 +95,8 @@ class TinyRun:
             sampling=self.sampling,
             noise_multiplier=self.noise_multiplier,
             clip_norm=self.clip_norm,
+            clipping=self.clipping,
+            count_noise_stddev=self.count_noise_stddev,
             group_size=self.group_size,
             num_examples=self.num_examples,
             num_steps=self.num_steps,

@@ -1,7 +1,8 @@
 """Writes and reads checkpoints: float32 tensors by name, for any world size and ZeRO stage.
 
     checkpoint/
-      checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
+      checkpoint.json         step, key id, provenance, under adaptive clipping the next step's clip
+                              norm (public), and the SHA-256 of the files below
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -53,6 +55,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, dict[str, Tensor]]
     """Kind of state, parameter name, whole tensor."""
+    clip_norm: float | None = None
+    """Of the next step, under adaptive clipping; None for other clippings."""
 
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
@@ -99,6 +103,7 @@ def write(
     key_id: str,
     provenance: Mapping[str, Any],
     world: World,
+    clip_norm: float | None = None,
 ) -> str:
     """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
 
@@ -121,6 +126,8 @@ def write(
             "provenance": dict(provenance),
             "files": {name: _file_digest(temporary / name) for name in (WEIGHTS, OPTIMIZER)},
         }
+        if clip_norm is not None:
+            manifest["clip_norm"] = clip_norm  # JSON keeps all digits of a float
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (temporary / MANIFEST).write_text(text)
         os.rename(temporary, directory)
@@ -159,6 +166,7 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         provenance=manifest["provenance"],
         weights=_load(directory / WEIGHTS),
         optimizer=_unflattened(_load(directory / OPTIMIZER)),
+        clip_norm=manifest.get("clip_norm"),
     )
 
 
@@ -187,6 +195,8 @@ def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, An
     try:
         manifest = json.loads(content)
         is_known = manifest["format"] == FORMAT and set(manifest["files"]) == {WEIGHTS, OPTIMIZER}
+        if not 0 < manifest.get("clip_norm", 1.0) < math.inf:
+            raise ValueError
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
     if not is_known:

@@ -46,8 +46,9 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
     Raises:
         NoiseCheckError: The noise is missing, doubled, misplaced or of the wrong scale.
     """
+    noise = step.clip_norm.scaled(noise)
     arrived = step.rehearse(noise)
-    unit = step.plan.noise_stddev / step.plan.divisor
+    unit = step.clip_norm.noise_stddev / step.plan.divisor
     worst = _largest_difference(step, arrived, noise)
     num_values = sum(shape.numel() for shape in step.engine.shapes.values())
     scale = _root_mean_square(step, arrived)

@@ -326,7 +326,8 @@ class TrainerResult:
     budget_message: str | None
     """The accountant's message if it ended training early; None if all steps were taken."""
     metrics: tuple[Metrics, ...] = field(repr=False)
-    """Public metrics in order: step, train/learning_rate and what `evaluate` returned."""
+    """Public metrics in order: step, train/learning_rate, train/clip_norm (adaptive clipping) and
+    what `evaluate` returned."""
     is_durable: bool
     """Whether the charge outlives the process, in a ledger."""
     total: Budget | None = None
@@ -355,6 +356,7 @@ class TrainerResult:
             f" {plan.sampling_probability:.4g}",
             f"             clip norm {plan.clip_norm:g} per {unit}, noise multiplier"
             f" {plan.noise_multiplier:.4g}",
+            *([f"             {plan.clipping_in_words()}"] if plan.clipping != "flat" else []),
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
         ]
         if self.total is not None:
@@ -633,6 +635,7 @@ class _ModuleTraining(TrainingLoop):
             self.model,
             self.parameters,
             clip_norm=self.plan.clip_bound,
+            clipping=self.plan.clipping,
             autocast=self.autocast,
             device=self.world.device,
             loss=self.loss,

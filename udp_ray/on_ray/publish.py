@@ -62,6 +62,7 @@ from udp_ray.io import (
 from udp_ray.ledger.records import RunRecord, TrialRecord
 from udp_ray.models.load import frozen_fingerprint, load_model, load_tokenizer, trainable_parameters
 from udp_ray.on_ray.accountant import (
+    CLIP_NORM,
     EVALUATION,
     RemoteAccountant,
     divergence_of,
@@ -264,7 +265,7 @@ def _scalars(
     train, last_step = run.config.train, record.committed_step
     evaluations = {
         int(row["step"]): {
-            f"{EVALUATION}{name}": float(value)
+            CLIP_NORM if name == "clip_norm" else f"{EVALUATION}{name}": float(value)
             for name, value in row.items()
             if name not in ("step", "epsilon")
         }

@@ -570,8 +570,18 @@ def _mechanism(plan: PrivacyPlan) -> str:
     unit = "users" if plan.sampling == "uls" else "examples"
     level = "user-level" if plan.sampling == "uls" else "example-level"
     return (
-        f"{level} Poisson sampling of {unit}, clipped sum, Gaussian noise, {plan.num_steps} steps"
+        f"{level} Poisson sampling of {unit}, {_clipped(plan)}, Gaussian noise,"
+        f" {plan.num_steps} steps"
     )
+
+
+def _clipped(plan: PrivacyPlan) -> str:
+    """Returns what the sum of a step is made of, and what is released beside it."""
+    return {
+        "flat": "clipped sum",
+        "automatic": "automatically clipped sum",
+        "adaptive": "clipped sum and count of unclipped ones",
+    }[plan.clipping]
 
 
 def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
@@ -582,6 +592,7 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
         ("noise multiplier z", f"{plan.noise_multiplier:.6g}"),
         ("noise generator", generator),
         ("clip norm C", _clip_norm(plan)),
+        *([] if plan.clipping == "flat" else [("clipping", plan.clipping_in_words())]),
         ("group size G", str(plan.group_size)),
         (size, f"{plan.expected_size}"),
         ("sampling probability", f"{plan.sampling_probability:.6g}"),
@@ -599,7 +610,8 @@ def _clip_norm(plan: PrivacyPlan) -> str:
     if not math.isfinite(plan.clip_norm):
         return "none"
     kept = 1 - plan.clip_bound / plan.clip_norm
-    return f"{plan.clip_norm:g}, of which {kept:.2%} is kept for roundings of the sum"
+    first = " in the first step" if plan.clipping == "adaptive" else ""
+    return f"{plan.clip_norm:g}{first}, of which {kept:.2%} is kept for roundings of the sum"
 
 
 def _origin(is_declared: bool) -> str:
@@ -805,8 +817,9 @@ def describe_point(configuration: Configuration) -> str:
     """Returns a configuration of a sweep in one line."""
     plan = configuration.plan
     size = "M" if plan.sampling == "uls" else "B"
+    clipped = "" if plan.clipping == "flat" else f"{plan.clipping} clipping, "
     return (
-        f"{plan.sampling.upper()}, clip norm C = {plan.clip_norm:g}, group size G ="
+        f"{plan.sampling.upper()}, {clipped}clip norm C = {plan.clip_norm:g}, group size G ="
         f" {plan.group_size}, {size} = {plan.expected_size}, T = {plan.num_steps}, noise multiplier"
         f" z = {plan.noise_multiplier:.4g}, learning rate {configuration.learning_rate:g}"
     )
