@@ -257,6 +257,11 @@ def train_many(runs: list[TinyRun]) -> list[Weights]:
     return [train_tiny(run).weights for run in runs]
 
 
+def train_outcomes(runs: list[TinyRun]) -> list[TinyOutcome]:
+    """Trains several runs in one world, and returns their outcomes."""
+    return [train_tiny(run) for run in runs]
+
+
 @contextmanager
 def chunks_of(logits: int | None) -> Iterator[None]:
     """Has training hold so few logits at once."""

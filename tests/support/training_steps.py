@@ -81,7 +81,9 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     plan, keys = run.plan(), run.keys(world.rank)
     kernel = _kernel(run, model, world)
     zero = ZeroEngine(model, parameters, run.settings(), num_steps=run.num_steps)
-    noise = None if keys.noise is None else GaussianNoise(keys.noise, plan.noise_stddev)
+    noise = None
+    if keys.noise is not None:
+        noise = GaussianNoise(keys.noise, plan.noise_stddev, is_secure=plan.secure_noise)
     step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
     step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce)
     if isinstance(step, _NoiseOnAllRanks):

@@ -10,9 +10,9 @@
 Under adaptive clipping a count of the unclipped groups is released with 3, with noise of its own,
 and gives the clip norm and the scale of the noise of the next step (`clip_norm.py`).
 
-How many groups a step has is used nowhere else. A rank without groups, or a step without any, runs the
-same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives the
-engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
+How many groups a step has is used nowhere else. A rank without groups, or a step without any, runs
+the same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives
+the engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
 ranks are then rounded to float32, and added in float32, before the noise is in: within
 `sensitivity.rounding_slack` for cohorts of up to `MOST_FUSED` groups, and refused with secure
 noise, whose claim requires that rounding comes last.

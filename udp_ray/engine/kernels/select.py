@@ -5,8 +5,9 @@ depends on public numbers alone: the model, the group size, the longest example 
 hold and the microbatch. In float32 the kernels differ by rounding only, so that a resumed run may
 select again. Under autocast they round gradients differently, by far more, and a repeated step must
 be the same release: there the choice follows from the numbers, ghost where a microbatch holds
-several groups. So it does with adaptive clipping, whose count a rounding could change by one. Under ZeRO 3 only the ghost kernel works, because gradients exist layer by layer,
-and each group must fit a microbatch.
+several groups. So it does with adaptive clipping, whose count a rounding could change by one. Under
+ZeRO 3 only the ghost kernel works, because gradients exist layer by layer, and each group must fit
+a microbatch.
 
 Completeness check. Before the ghost kernel is used, it must give the gradients of plain autograd on
 synthetic tokens, parameter by parameter, norms and sums. So a weight that is used in a way which
