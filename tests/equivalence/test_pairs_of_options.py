@@ -35,6 +35,8 @@ MEANING = {
     "bfloat16": {"autocast": "bfloat16"},
     "dropout": {"dropout": 0.2},
     "secure noise": {"secure_noise": True},
+    "automatic": {"clipping": "automatic"},
+    "adaptive": {"clipping": "adaptive", "count_noise_stddev": 1.0},
 }
 COMPUTING = {
     "ghost": GHOST,
@@ -51,6 +53,7 @@ REFUSED = {
     *(("dropout", other) for other in ("ghost", *SLICED)),
 }  # fmt: skip
 EXCLUSIVE = {  # values of one setting, or a setting that another has no effect under
+    ("automatic", "adaptive"),
     ("stage 1", "stage 2"), *((s, t) for s in ("stage 1", "stage 2") for t in SLICED),
     ("stage 3", "offload"), ("stage 1", "fused"), ("stage 2", "fused"), ("stage 3", "fused"),
     ("offload", "fused"), ("ghost", "stage 3"), ("ghost", "offload"),
@@ -121,6 +124,8 @@ SETTINGS = {
     "bfloat16": {"model": {"autocast": "bfloat16"}},
     "dropout": {"model": {"dropout": 0.1}},
     "secure noise": {"privacy": {"secure_noise": True}},
+    "automatic": {"privacy": {"clipping": "automatic"}},
+    "adaptive": {"privacy": {"clipping": "adaptive"}},
     "ghost": {"train": {"kernel": "ghost"}},
     "stage 1": {"train": {"zero_stage": 1}},
     "stage 2": {"train": {"zero_stage": 2}},

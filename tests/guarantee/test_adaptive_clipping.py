@@ -200,10 +200,10 @@ def test_the_count_has_the_noise_of_the_plan(is_secure):
     plan = plan_of(cohort_size=100, count_noise_stddev=4.0, secure_noise=is_secure)
     clip_norm = ClipNorm(plan, join_world())
     noise = GaussianNoise(RunKey.from_seed(3).noise(), plan.noise_stddev, is_secure=is_secure)
-    nobody = torch.zeros((), dtype=torch.int64)
+    no_groups = torch.zeros((), dtype=torch.int64)
     released = [clip_norm.value]
     for step in range(1, 2001):
-        clip_norm.follow(nobody, noise, step)
+        clip_norm.follow(no_groups, noise, step)
         released.append(clip_norm.value)
     shares = plan.clip_quantile - np.diff(np.log(released)) / plan.clip_learning_rate
     counts = (shares - 0.5) * plan.expected_size

@@ -49,6 +49,25 @@ CLIPPING = [
         tests=(GHOST_SUM,),
     ),
     Mutant(
+        name="automatic_clipping_above_the_norm",
+        breaks="automatic clipping leaves gradients longer than the clip norm",
+        file="udp_ray/dp/clipping.py",
+        text="(norm + AUTOMATIC_SHARE * clip_norm)",
+        replacement="(norm - AUTOMATIC_SHARE * clip_norm).abs()",
+        tests=("tests/dp/test_adaptive.py::test_automatic_clipping_bounds_every_gradient",),
+    ),
+    Mutant(
+        name="empty_rounds_count_as_unclipped",
+        breaks="adaptive clipping: rounds of ZeRO 3 without groups count, by how many ranks wait",
+        file="udp_ray/engine/kernels/ghost.py",
+        text="            self.add_microbatch(sums, without_groups(), bound)\n",
+        replacement="            total += self.add_microbatch(sums, without_groups(), bound)\n",
+        tests=(
+            "tests/equivalence/test_adaptive_clipping.py"
+            "::test_clip_norms_and_weights_are_those_of_a_plain_loop[4]",
+        ),
+    ),
+    Mutant(
         name="bias_outside_the_norm",
         breaks="review: biases are added to the sum and not counted in the norm",
         file="udp_ray/engine/kernels/ghost.py",
@@ -252,6 +271,49 @@ NOISE = [
         text="return _noise_stddev(self.gradient_noise_multiplier, clip_norm)",
         replacement="return self.noise_multiplier * clip_norm / self.expected_size",
         tests=("tests/dp/test_plan.py::test_rate_divisor_and_noise_come_from_public_numbers",),
+    ),
+    Mutant(
+        name="gradient_noise_ignores_the_count",
+        breaks="P18: the noisy count of adaptive clipping is released without being paid for",
+        file="udp_ray/dp/adaptive.py",
+        text="square = total * count / (count - total)",
+        replacement="square = total * count / count",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py"
+            "::test_sum_and_count_together_cost_what_the_plan_says",
+        ),
+    ),
+    Mutant(
+        name="count_noise_halved",
+        breaks="P18: the count of adaptive clipping has less noise than was priced",
+        file="udp_ray/engine/clip_norm.py",
+        text="self._plan.count_noise)",
+        replacement="self._plan.count_noise / 2)",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py::test_the_count_has_the_noise_of_the_plan",
+        ),
+    ),
+    Mutant(
+        name="noise_of_the_first_clip_norm",
+        breaks="P18: the noise stays that of the first clip norm while gradients grow",
+        file="udp_ray/engine/clip_norm.py",
+        text="        return noise.with_stddev(self.noise_stddev)\n",
+        replacement="        return noise\n",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py"
+            "::test_the_noise_of_a_step_has_the_scale_of_its_own_clip_norm",
+        ),
+    ),
+    Mutant(
+        name="clip_norm_forgotten_on_resume",
+        breaks="a resumed run clips to the first clip norm again: its repeated steps are others",
+        file="udp_ray/engine/loop.py",
+        text="            self.private_step.restore(saved.clip_norm)\n",
+        replacement="            pass\n",
+        tests=(
+            "tests/equivalence/test_adaptive_clipping.py"
+            "::test_a_killed_run_continues_with_the_clip_norm_of_its_checkpoint[1-0]",
+        ),
     ),
     Mutant(
         name="noise_in_bfloat16",
