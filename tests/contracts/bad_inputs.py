@@ -296,6 +296,19 @@ TRAININGS = {
         "train", f"{TRAIN} --privacy.clip_norm inf", "privacy.clip_norm", "infinite",
         "give a finite one",
     ),
+    "automatic clipping to an infinite norm": bad(
+        "train",
+        f"{TRAIN} --privacy.clipping automatic --privacy.noise_multiplier 0 --privacy.epsilon null"
+        " --privacy.accept_no_guarantee true --privacy.clip_norm inf",
+        "privacy.clip_norm", "infinite", "give a finite one",
+    ),
+    "a quantile without adaptive clipping": bad(
+        "train", f"{TRAIN} --privacy.clip_quantile 0.9", "privacy.clip_quantile", "0.9", "drop it",
+    ),
+    "adaptive clipping whose count has too little noise": bad(
+        "train", f"{TRAIN} --privacy.clipping adaptive --privacy.count_noise_stddev 0.01",
+        "privacy.count_noise_stddev", "0.01", "raise it",
+    ),
     "secure noise with a fused reduction": bad(
         "train",
         f"{TRAIN} --privacy.secure_noise true --train.fuse_reduce true --cluster.num_workers 2",

@@ -35,6 +35,8 @@ MEANING = {
     "bfloat16": {"autocast": "bfloat16"},
     "dropout": {"dropout": 0.2},
     "secure noise": {"secure_noise": True},
+    "automatic": {"clipping": "automatic"},
+    "adaptive": {"clipping": "adaptive", "count_noise_stddev": 1.0},
     "correlated": {"strategy": (1.0, 0.5)},
 }
 COMPUTING = {
@@ -49,9 +51,11 @@ COMPUTING = {
 SLICED = ("stage 3", "offload")
 REFUSED = {
     ("els", "cap"), ("secure noise", "fused"), ("els", "correlated"), ("cap", "correlated"),
+    ("adaptive", "correlated"),
     *(("dropout", other) for other in ("ghost", *SLICED)),
 }  # fmt: skip
 EXCLUSIVE = {  # values of one setting, or a setting that another has no effect under
+    ("automatic", "adaptive"),
     ("stage 1", "stage 2"), *((s, t) for s in ("stage 1", "stage 2") for t in SLICED),
     ("stage 3", "offload"), ("stage 1", "fused"), ("stage 2", "fused"), ("stage 3", "fused"),
     ("offload", "fused"), ("ghost", "stage 3"), ("ghost", "offload"),
@@ -122,6 +126,8 @@ SETTINGS = {
     "bfloat16": {"model": {"autocast": "bfloat16"}},
     "dropout": {"model": {"dropout": 0.1}},
     "secure noise": {"privacy": {"secure_noise": True}},
+    "automatic": {"privacy": {"clipping": "automatic"}},
+    "adaptive": {"privacy": {"clipping": "adaptive"}},
     "correlated": {"privacy": {"mechanism": "banded", "bands": 2}},
     "ghost": {"train": {"kernel": "ghost"}},
     "stage 1": {"train": {"zero_stage": 1}},

@@ -34,9 +34,9 @@ CLIPPING = [
         name="no_clip_above_one_microbatch",
         breaks="review: a user of several microbatches is not clipped",
         file="udp_ray/engine/kernels/direct.py",
-        text="self.group_gradient(group), self._clip_norm",
-        replacement="self.group_gradient(group),"
-        " self._clip_norm if len(group.microbatches) == 1 else float('inf')",
+        text="clip_and_add(views, gradient, bound,",
+        replacement="clip_and_add(views, gradient,"
+        " bound if len(group.microbatches) == 1 else float('inf'),",
         tests=(
             "tests/engine/kernels/test_direct.py::test_the_sum_is_that_of_a_plain_loop_over_users[13-0.1]",
         ),
@@ -45,9 +45,28 @@ CLIPPING = [
         name="ghost_does_not_clip",
         breaks="P30: the clip norm of the settings is not applied",
         file="udp_ray/engine/kernels/ghost.py",
-        text="clip_factor(squared.sqrt(), self._clip_norm)",
-        replacement="clip_factor(squared.sqrt(), float('inf'))",
+        text="self._factor_by(norms, bound)",
+        replacement="self._factor_by(norms, float('inf'))",
         tests=(GHOST_SUM,),
+    ),
+    Mutant(
+        name="automatic_clipping_above_the_norm",
+        breaks="automatic clipping leaves gradients longer than the clip norm",
+        file="udp_ray/dp/clipping.py",
+        text="(norm + AUTOMATIC_SHARE * clip_norm)",
+        replacement="(norm - AUTOMATIC_SHARE * clip_norm).abs()",
+        tests=("tests/dp/test_adaptive.py::test_automatic_clipping_bounds_every_gradient",),
+    ),
+    Mutant(
+        name="empty_rounds_count_as_unclipped",
+        breaks="adaptive clipping: rounds of ZeRO 3 without groups count, by how many ranks wait",
+        file="udp_ray/engine/kernels/ghost.py",
+        text="            self.add_microbatch(sums, without_groups(), bound)\n",
+        replacement="            total += self.add_microbatch(sums, without_groups(), bound)\n",
+        tests=(
+            "tests/equivalence/test_adaptive_clipping.py"
+            "::test_clip_norms_and_weights_are_those_of_a_plain_loop[4]",
+        ),
     ),
     Mutant(
         name="bias_outside_the_norm",
@@ -250,9 +269,52 @@ NOISE = [
         name="noise_on_the_mean",
         breaks="P1: noise of z C on the mean, so M times too little on the sum",
         file="udp_ray/dp/plan.py",
-        text=f"_noise_stddev(self.noise_multiplier, self.clip_norm){THEN_BOUND}",
-        replacement=f"self.noise_multiplier * self.clip_norm / self.expected_size{THEN_BOUND}",
+        text="return _noise_stddev(self.gradient_noise_multiplier, clip_norm)",
+        replacement="return self.noise_multiplier * clip_norm / self.expected_size",
         tests=("tests/dp/test_plan.py::test_rate_divisor_and_noise_come_from_public_numbers",),
+    ),
+    Mutant(
+        name="gradient_noise_ignores_the_count",
+        breaks="P18: the noisy count of adaptive clipping is released without being paid for",
+        file="udp_ray/dp/adaptive.py",
+        text="square = total * count / (count - total)",
+        replacement="square = total * count / count",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py"
+            "::test_sum_and_count_together_cost_what_the_plan_says",
+        ),
+    ),
+    Mutant(
+        name="count_noise_halved",
+        breaks="P18: the count of adaptive clipping has less noise than was priced",
+        file="udp_ray/engine/clip_norm.py",
+        text="self._plan.count_noise)",
+        replacement="self._plan.count_noise / 2)",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py::test_the_count_has_the_noise_of_the_plan",
+        ),
+    ),
+    Mutant(
+        name="noise_of_the_first_clip_norm",
+        breaks="P18: the noise stays that of the first clip norm while gradients grow",
+        file="udp_ray/engine/clip_norm.py",
+        text="        return noise.with_stddev(self.noise_stddev)\n",
+        replacement="        return noise\n",
+        tests=(
+            "tests/guarantee/test_adaptive_clipping.py"
+            "::test_the_noise_of_a_step_has_the_scale_of_its_own_clip_norm",
+        ),
+    ),
+    Mutant(
+        name="clip_norm_forgotten_on_resume",
+        breaks="a resumed run clips to the first clip norm again: its repeated steps are others",
+        file="udp_ray/engine/loop.py",
+        text="            self.private_step.restore(saved.clip_norm)\n",
+        replacement="            pass\n",
+        tests=(
+            "tests/equivalence/test_adaptive_clipping.py"
+            "::test_a_killed_run_continues_with_the_clip_norm_of_its_checkpoint[1-0]",
+        ),
     ),
     Mutant(
         name="noise_in_bfloat16",
@@ -285,10 +347,10 @@ NOISE = [
         name="divisor_realized",
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
-        text="        self._kernel.add_clipped(self._sum, groups)\n"
+        text="        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
         "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
         replacement="        groups = list(groups)\n"
-        "        self._kernel.add_clipped(self._sum, groups)\n"
+        "        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
         "        mean = self._noisy_mean(self._noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
         "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
@@ -298,18 +360,18 @@ NOISE = [
         name="sum_not_cleared",
         breaks="review, P31: the sum of earlier steps is in the next, again and again",
         file="udp_ray/engine/step.py",
-        text="        self._sum.clear()\n        self._kernel",
-        replacement="        self._kernel",
+        text="        self._sum.clear()\n        balance",
+        replacement="        balance",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
         name="empty_cohort_skipped",
         breaks="P4: a step without users adds no noise, which tells that there were none",
         file="udp_ray/engine/step.py",
-        text="        self._kernel.add_clipped(self._sum, groups)\n",
+        text="        balance = self._kernel",
         replacement="        if not list(groups):\n"
         "            return\n"
-        "        self._kernel.add_clipped(self._sum, groups)\n",
+        "        balance = self._kernel",
         tests=(f"{LOOP}::test_a_step_whose_draw_is_empty_is_taken_and_noised_like_any_other",),
     ),
     Mutant(
@@ -951,7 +1013,7 @@ ROUNDING = [
         name="replay_by_another_kernel",
         breaks="P46: the same noise on a sum that bfloat16 rounds otherwise",
         file="udp_ray/config/experiment.py",
-        text='if self.model.autocast != "off" or self.model.dropout > 0:',
+        text='if self.model.autocast != "off" or self.model.dropout > 0 or is_adaptive:',
         replacement="if self.model.dropout > 1:",
         tests=(
             "tests/config/test_cli.py"
@@ -1210,8 +1272,8 @@ STUDY = [
         name="study_heldout_in_order_of_rows",
         breaks="variants whose held-out text is stored in another order are evaluated on others",
         file="udp_ray/experiments/study/run.py",
-        text="for code in sorted(sizes):",
-        replacement="for code in sizes:",
+        text="for user in sorted(rows_of):",
+        replacement="for user in rows_of:",
         tests=(
             "tests/experiments/test_study.py"
             "::test_held_out_users_are_whole_and_the_same_in_any_order_of_rows",

@@ -169,15 +169,17 @@ class _NotingKernel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
+    def add_clipped(
+        self, sums: RunningSum, groups: Iterable[Group], clip_bound: float | None = None
+    ) -> torch.Tensor:
         if self.step is None:
-            self._kernel.add_clipped(sums, groups)
-            return
+            return self._kernel.add_clipped(sums, groups, clip_bound)
         groups = list(groups)
         self._seen.groups[self.step] = [_rows(group) for group in groups]
         self._seen.mask_seeds += [group.mask_seed for group in groups]
         for name, view in sums.views.items():
             sums.add(name, torch.full(view.shape, self._added))
+        return torch.zeros((), dtype=torch.int64)
 
 
 def _rows(group: Group) -> Rows:

@@ -75,6 +75,9 @@ class TinyRun:
     publish: Literal["last", "average"] = "last"
     noise_multiplier: float = 1.0
     clip_norm: float = 0.5
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    count_noise_stddev: float | None = None
+    """Under adaptive clipping, whose clip norm then follows the median of the norms."""
     cohort_size: int = 8
     """Expected units per step: users under uls, examples under els."""
     group_size: int = 2
@@ -98,6 +101,8 @@ class TinyRun:
             sampling=self.sampling,
             noise_multiplier=self.noise_multiplier,
             clip_norm=self.clip_norm,
+            clipping=self.clipping,
+            count_noise_stddev=self.count_noise_stddev,
             group_size=self.group_size,
             num_examples=self.num_examples,
             num_steps=self.num_steps,
@@ -262,6 +267,11 @@ def train_tiny(
 def train_many(runs: list[TinyRun]) -> list[Weights]:
     """Trains several runs in one world, and returns their weights."""
     return [train_tiny(run).weights for run in runs]
+
+
+def train_outcomes(runs: list[TinyRun]) -> list[TinyOutcome]:
+    """Trains several runs in one world, and returns their outcomes."""
+    return [train_tiny(run) for run in runs]
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _kernel(run: TinyRun, model: nn.Module, world: World) -> Kernel:
             microbatch_tokens=run.microbatch_tokens,
         )  # fmt: skip
     return select_kernel(
-        run.kernel, model, parameters, clip_norm=run.plan().clip_bound,
+        run.kernel, model, parameters, clip_norm=run.plan().clip_bound, clipping=run.clipping,
         rows_per_group=run.group_size, tokens_per_row=16, microbatch_tokens=run.microbatch_tokens,
         autocast=run.autocast, world=world, is_sliced=run.zero_stage == 3,
     )  # fmt: skip
@@ -221,11 +221,14 @@ def _arrived(step: PrivateStep, store: TokenStore, run: TinyRun, users: Iterable
 class _ClipEachMicrobatch(DirectKernel):
     """Clips microbatches instead of groups: a user of k microbatches counts k times."""
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
+    def add_clipped(
+        self, sums: RunningSum, groups: Iterable[Group], clip_bound: float | None = None
+    ) -> Tensor:
         views = list(sums.views.values())
         for group in groups:
             for microbatch in group.microbatches:
                 clip_and_add(views, self._microbatch_gradient(microbatch), self._clip_norm)
+        return torch.zeros((), dtype=torch.int64)
 
 
 class _ClipWeightedPass(GhostKernel):
@@ -233,7 +236,9 @@ class _ClipWeightedPass(GhostKernel):
     weight gradients of the whole microbatch are then bfloat16 values.
     """
 
-    def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
+    def add_microbatch(
+        self, sums: RunningSum, microbatch: SharedMicrobatch, clip_bound: float | None = None
+    ) -> Tensor:
         squared = sum(g.squared_norms() for g in self.group_gradients(microbatch).values())
         factors = clip_factor(torch.as_tensor(squared).sqrt(), self._clip_norm)
         counts = torch.tensor(microbatch.rows_of_groups)
@@ -245,6 +250,7 @@ class _ClipWeightedPass(GhostKernel):
         )
         for name, gradient in zip(self._parameters, gradients, strict=True):
             sums.add(name, gradient.float())
+        return torch.zeros((), dtype=torch.int64)
 
 
 class _RealizedDivisor(PrivateStep):

@@ -476,7 +476,8 @@ class ExperimentConfig(Section):
         Under `model.autocast` the kernel, the microbatch, whether weights are sharded, and the
         kind of device decide how gradients are rounded to bfloat16: one step by two kernels
         differed by 0.027 clip norms, which the same noise on both would reveal. With dropout
-        they decide the shapes of its masks. Then they are part of the digest.
+        they decide the shapes of its masks. With adaptive clipping a rounding could change the
+        count of unclipped users by one. Then they are part of the digest.
         """
         kept = self.model_dump(
             mode="json",
@@ -484,7 +485,8 @@ class ExperimentConfig(Section):
         )
         kept["data"] = {"name": self.data.name}  # the store has a digest of its own
         kept["privacy"].pop("on_mismatch")
-        if self.model.autocast != "off" or self.model.dropout > 0:
+        is_adaptive = self.privacy.clipping == "adaptive"
+        if self.model.autocast != "off" or self.model.dropout > 0 or is_adaptive:
             kept["rounding"] = {
                 "kernel": self.train.kernel,
                 "microbatch_tokens": self.train.microbatch_tokens,

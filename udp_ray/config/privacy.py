@@ -21,6 +21,9 @@ Epsilon = Annotated[float, Field(gt=0, le=1000)]
 """A target epsilon; a larger one would promise nothing."""
 NumSteps = Annotated[int, Field(gt=0, le=10_000_000)]
 LEAST_NOISE = 1e-3
+LEAST_CLIP_NORM = 2e-6
+MOST_CLIP_NORM = 1e6
+"""Range of adaptive clip norms: within what the float32 squares of both kernels resolve."""
 MOST_KEPT = 10_000
 """Largest group size of els that the accountant prices; its work grows with the square."""
 
@@ -101,6 +104,18 @@ class PricingConfig(Section):
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     """L2 bound on one user's (uls) or one example's (els) gradient, > 0; infinite only without
     noise. The price does not depend on it."""
+    clipping: Literal["flat", "automatic", "adaptive"] = "flat"
+    """flat: scales gradients above the clip norm C down to it. automatic: gradients times
+    C / (norm + 0.01 C), which with adamw leaves no clip norm to tune. adaptive: flat, with a C that
+    follows a quantile of the norms, by a noisy count that is part of the price."""
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of users (els: examples) that adaptive clipping leaves unclipped, in (0, 1)."""
+    clip_learning_rate: PositiveFloat = 0.2
+    """Adaptive clipping multiplies C by exp(-clip_learning_rate * (noisy share - clip_quantile)) in
+    each step; privacy.clip_norm is the first C."""
+    count_noise_stddev: PositiveFloat | None = None
+    """Standard deviation of the noise on adaptive clipping's count, above half the noise
+    multiplier. Default: a twentieth of cohort_size (els: batch_size)."""
     group_size: PositiveInt = 1
     """Examples per user: drawn again at each step (uls), or kept once for the whole run (els)."""
     cohort_size: PositiveInt | None = None
@@ -144,6 +159,7 @@ class PricingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_noise()
+        self._check_clipping()
         self._check_sampling()
         self._check_mechanism()
         if (self.dataset_epsilon is None) != (self.dataset_delta is None):
@@ -180,6 +196,35 @@ class PricingConfig(Section):
             )
         if math.isnan(self.clip_norm):
             raise ValueError("privacy.clip_norm is not a number: give a positive one")
+
+    def _check_clipping(self) -> None:
+        if self.clipping != "adaptive":
+            fields = type(self).model_fields
+            for name in ("clip_quantile", "clip_learning_rate", "count_noise_stddev"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(
+                        f"privacy.{name} is {getattr(self, name):g} but privacy.clipping is"
+                        f" {self.clipping}: drop it, or set privacy.clipping to adaptive"
+                    )
+        if self.clipping == "flat":
+            return
+        if self.clip_norm is not None and math.isinf(self.clip_norm):
+            raise ValueError(
+                f"privacy.clip_norm is infinite but privacy.clipping is {self.clipping}, which"
+                " scales by it: give a finite one, or set privacy.clipping to flat"
+            )
+        if self.clipping == "automatic":
+            return
+        if self.clip_norm is not None and not LEAST_CLIP_NORM <= self.clip_norm <= MOST_CLIP_NORM:
+            raise ValueError(
+                f"privacy.clip_norm is {self.clip_norm:g}, outside the {LEAST_CLIP_NORM:g} to"
+                f" {MOST_CLIP_NORM:g} of privacy.clipping adaptive: give one inside"
+            )
+        if self.noise_multiplier == 0 and self.count_noise_stddev is not None:
+            raise ValueError(
+                f"privacy.count_noise_stddev is {self.count_noise_stddev:g} but"
+                " privacy.noise_multiplier is 0, where the count has no noise either: drop it"
+            )
 
     def _check_sampling(self) -> None:
         needed, other = (
@@ -223,8 +268,6 @@ class PricingConfig(Section):
                     " privacy.mechanism banded, or leave privacy.bands at 1"
                 )
             return
-        # Where another way to clip is a setting, only a fixed clip norm belongs here: the price is
-        # that of one noise stddev for all steps of a round.
         refused = {
             "privacy.sampling is els, whose users may take part in every step": (
                 self.sampling != "uls",
@@ -233,6 +276,10 @@ class PricingConfig(Section):
             "privacy.max_cohort_size is set, whose cap lets one user move others": (
                 self.max_cohort_size is not None,
                 "leave it out",
+            ),
+            "privacy.clipping is adaptive, whose noise changes within a round of bands": (
+                self.clipping == "adaptive",
+                "set it to flat or automatic",
             ),
             "privacy.on_mismatch is rekey, under which users change bands within a run": (
                 self.on_mismatch == "rekey",

@@ -1,12 +1,12 @@
 """Gradient clipping per group, and the sum of the clipped gradients.
 
 A group is what is clipped as one: the mean gradient of one user (ULS) or of one example (ELS). Here
-belong norm, factor and addition; the noise stands in `noise.py`, the price in `plan.py`, and how
-far one user moves the sum in `sensitivity.py`.
+belong norm, factor and addition; the noise stands in `noise.py`, the price in `plan.py`, how far
+one user moves the sum in `sensitivity.py`, and how an adaptive clip norm moves in `adaptive.py`.
 
     >>> sums = [torch.zeros(2, dtype=torch.float64)]
-    >>> bool(clip_and_add(sums, [torch.tensor([3.0, 4.0])], clip_norm=1.0))
-    True
+    >>> float(clip_and_add(sums, [torch.tensor([3.0, 4.0])], clip_norm=1.0))
+    5.0
     >>> sums[0]
     tensor([0.6000, 0.8000], dtype=torch.float64)
 
@@ -25,11 +25,12 @@ Reference:
         arXiv:2407.07737, Algorithm 2. Departure: a group whose norm is not finite adds zero.
     [2] Casacuberta et al. 2022, "Widespread underestimation of sensitivity in differentially
         private libraries and how to fix it", arXiv:2207.10635.
+    [3] Bu et al. 2023, arXiv:2206.07136 (automatic clipping, AUTO-S).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,8 +41,11 @@ from udp_ray.errors import ConfigError
 __all__ = [
     "Adjacency",
     "accumulate",
+    "automatic_factor",
+    "balance",
     "clip_and_add",
     "clip_factor",
+    "factor_of",
     "group_norm",
     "sensitivity",
     "squared_norms",
@@ -50,6 +54,9 @@ __all__ = [
 # Clipped groups aim this much below the bound, so that the roundings on the way (factor and
 # products to float32, each at most 2**-24 relative, norms to float64) end below it.
 ROUNDING_MARGIN = 2.0**-20
+
+AUTOMATIC_SHARE = 0.01
+"""Automatic clipping's gamma, in clip norms: small norms are scaled up by at most its inverse."""
 
 # On a CPU torch makes a float64 copy to take a float64 norm of float32 values; blocks of 1 MiB stay
 # in its cache, five times faster than one copy of a large parameter. Accelerators make no copy.
@@ -134,6 +141,80 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
         raise ConfigError(f"privacy.clip_norm is {clip_norm:g}: give a positive number")
     norm = norm.to(torch.float64)
     factor = (clip_norm * (1 - ROUNDING_MARGIN) / norm).clamp(max=1.0)
+    return _rounded_down(factor, norm)
+
+
+def automatic_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """Returns the factor of automatic clipping, by which all gradients get nearly the clip norm.
+
+    Args:
+        norm: Norms of groups, any shape, float64. Sensitive.
+        clip_norm: L2 bound per group, > 0 and finite. Public.
+
+    Returns:
+        Factors in [0, 100], float32, same shape and device. Sensitive.
+
+    Raises:
+        ConfigError: If clip_norm is not positive and finite.
+
+    Privacy:
+        A float32 gradient of this norm, multiplied in float32, has a norm below clip_norm: the
+        factor is (1 - 2**-20) * clip_norm / (norm + 0.01 clip_norm), rounded down.
+
+    Edge cases:
+        A norm that is not finite -> 0. Norm 0 -> about 100, and the gradient of zeros stays zero.
+
+    Reference:
+        Bu et al. 2023 [3], AUTO-S, with gamma = 0.01 clip_norm.
+
+    Example:
+        >>> automatic_factor(torch.tensor([0.0, 0.99, torch.nan]).double(), clip_norm=1.0)
+        tensor([99.9999,  1.0000,  0.0000])
+    """
+    if not 0 < clip_norm < torch.inf:
+        raise ConfigError(
+            f"privacy.clip_norm is {clip_norm:g}, and automatic clipping scales by it: give a"
+            " positive, finite number"
+        )
+    norm = norm.to(torch.float64)
+    factor = clip_norm * (1 - ROUNDING_MARGIN) / (norm + AUTOMATIC_SHARE * clip_norm)
+    return _rounded_down(factor, norm)
+
+
+Factor = Callable[[Tensor, float], Tensor]
+"""Norms of groups and a clip norm -> the factors that bound each group's gradient by it."""
+
+_FACTORS: Mapping[str, Factor] = {
+    "flat": clip_factor,
+    "automatic": automatic_factor,
+    "adaptive": clip_factor,
+}
+
+
+def factor_of(clipping: str) -> Factor:
+    """Returns the factor of one kind of clipping, by its name in `PrivacyPlan.clipping`."""
+    return _FACTORS[clipping]
+
+
+def balance(norm: Tensor, clip_norm: float) -> Tensor:
+    """Returns how many groups are unclipped less how many are clipped, for adaptive clipping.
+
+    Args:
+        norm: Norms of groups, any shape, float64. Sensitive.
+        clip_norm: The bound that they are compared with, finite. Public.
+
+    Returns:
+        An int64 scalar on the device of the norms; each group adds exactly 1 or -1. Sensitive.
+
+    Edge cases:
+        A norm that is not finite -> clipped, and clipped to nothing. No groups -> 0.
+    """
+    is_within = norm <= clip_norm  # false for a NaN, and for infinity as the bound is finite
+    return (2 * is_within.to(torch.int64) - 1).sum()
+
+
+def _rounded_down(factor: Tensor, norm: Tensor) -> Tensor:
+    """Returns factors as float32, not above their values; 0 where the norm is not finite."""
     factor = torch.where(torch.isfinite(norm), factor, torch.zeros_like(norm))
     rounded = factor.to(torch.float32)
     # Rounding down matters where factors are subnormal and float32 has few digits left.
@@ -142,7 +223,11 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 
 
 def clip_and_add(
-    accumulators: Sequence[Tensor], grads: Sequence[Tensor], clip_norm: float
+    accumulators: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    clip_norm: float,
+    *,
+    factor_by: Factor = clip_factor,
 ) -> Tensor:
     """Adds one group's gradient, scaled down to the clip norm, to the running sums.
 
@@ -150,10 +235,11 @@ def clip_and_add(
         accumulators: One float64 tensor per parameter, contiguous; changed in place. Sensitive.
         grads: The group's gradient in the same order and shapes, float32. Sensitive.
         clip_norm: L2 bound per group, > 0; infinity leaves gradients as they are. Public.
+        factor_by: `clip_factor`, or `automatic_factor`.
 
     Returns:
-        A boolean scalar on the device of the gradients: whether the norm was finite. A tensor, so
-        that an accelerator need not synchronize. Sensitive.
+        The group's norm, a float64 scalar on the device of the gradients. A tensor, so that an
+        accelerator need not synchronize. Sensitive.
 
     Raises:
         ValueError: If lengths, shapes or types disagree.
@@ -166,14 +252,14 @@ def clip_and_add(
         n groups in any order give the same sum up to n**2 * 2**-53 clip norms.
 
     Edge cases:
-        A gradient with a NaN or an infinity contributes exactly zero. No parameters -> True.
+        A gradient with a NaN or an infinity contributes exactly zero. No parameters -> 0.
 
     Reference:
         Abadi et al. 2016 [1], "clip gradient".
     """
     _check_alike(accumulators, grads)
     norm = group_norm(grads)
-    factor = clip_factor(norm, clip_norm)
+    factor = factor_by(norm, clip_norm)
     is_finite = torch.isfinite(norm)
     # 0 * NaN is NaN, so values that are not finite have to be masked; on a CPU, where reading the
     # flag costs nothing, only if there are any.
@@ -181,7 +267,7 @@ def clip_and_add(
     for accumulator, grad in zip(accumulators, grads, strict=True):
         kept = torch.where(is_finite, grad, 0.0) if must_mask else grad
         accumulate(accumulator, kept, factor)
-    return is_finite
+    return norm
 
 
 def accumulate(total: Tensor, values: Tensor, factor: Tensor | None = None) -> None:

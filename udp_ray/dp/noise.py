@@ -155,6 +155,34 @@ class GaussianNoise:
                 fill(chunk)
         return result
 
+    def with_stddev(self, noise_stddev: float) -> GaussianNoise:
+        """Returns the same noise at another scale: equal normals, multiplied by another number."""
+        return GaussianNoise(
+            self._key, noise_stddev, num_threads=self._num_threads, is_secure=self._is_secure
+        )
+
+    def number(self, step: int, name: str, stddev: float) -> float:
+        """Returns one normal of a step, for a number that is released beside the gradients.
+
+        Args:
+            step: Number of the step, from 0.
+            name: What it is added to; unrelated to the names of parameters.
+            stddev: Its standard deviation, at least 0. Public.
+
+        Returns:
+            A float64 number. Secret until it has been added, in float64.
+
+        Privacy:
+            It is independent of the noise of all parameters: the counters of its stream begin with
+            a text, theirs with the number of the step.
+        """
+        if stddev == 0:
+            return 0.0
+        if self._is_secure:
+            return float(secure_normals(self._key, (name, step), 1)[0]) * stddev
+        generator = np.random.Generator(self._key.generator(name, step))
+        return float(generator.standard_normal()) * stddev
+
     def chunks(self, step: int, name: str, numel: int) -> Iterator[tuple[int, Tensor]]:
         """Yields (start, values) over the flattened noise of a parameter, chunk by chunk.
 

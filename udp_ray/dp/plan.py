@@ -36,6 +36,7 @@ from udp_ray.config.privacy import (
     require_delta_below_inverse_population,
 )
 from udp_ray.dp import accounting
+from udp_ray.dp.adaptive import COUNT_NOISE_SHARE, QuantileRule, gradient_noise_multiplier
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.dp.strategy import (
     INDEPENDENT,
@@ -48,6 +49,10 @@ from udp_ray.dp.strategy import (
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
 
 Sampling = Literal["uls", "els"]
+Clipping = Literal["flat", "automatic", "adaptive"]
+CLIPPINGS = ("flat", "automatic", "adaptive")
+OF_ADAPTIVE = ("clip_quantile", "clip_learning_rate", "count_noise_stddev")
+"""Fields that `PrivacyPlan.to_dict` gives for adaptive clipping only."""
 DERIVED = ("sampling_probability", "noise_stddev", "divisor")
 """Properties that `PrivacyPlan.to_dict` adds to the fields; `from_dict` checks them."""
 INTEGERS = ("group_size", "num_steps", "expected_size", "population", "bands")
@@ -97,7 +102,17 @@ class PricedPlan:
     noise_multiplier: float
     """Standard deviation of the noise on the clipped sum, in clip norms; 0 means no guarantee."""
     clip_norm: float | None = None
-    """L2 bound on one user's (uls) or one example's (els) gradient; None: unknown."""
+    """L2 bound on one user's (uls) or one example's (els) gradient; None: unknown. Under adaptive
+    clipping that of the first step."""
+    clipping: Clipping = "flat"
+    """flat, automatic or adaptive; see `PrivacyConfig`. The price is the same."""
+    clip_quantile: float = 0.5
+    """Share of groups that adaptive clipping leaves unclipped."""
+    clip_learning_rate: float = 0.2
+    """Step size of the logarithm of an adaptive clip norm."""
+    count_noise_stddev: float | None = None
+    """Standard deviation of the noise on adaptive clipping's count; None for other clippings. A
+    plan without noise has none on the count either."""
     group_size: int
     """Examples per user: drawn again at each step (uls), or kept once for the whole run (els)."""
     num_steps: int
@@ -133,6 +148,7 @@ class PricedPlan:
                 f"privacy.adjacency is {self.adjacency}, for which neither sampler has a proven"
                 " price here: use add_or_remove_one"
             )
+        self._check_clipping()
         if self.expected_size > self._pool:
             size, whole = _names_of_rate(self.sampling)
             raise ConfigError(
@@ -157,12 +173,30 @@ class PricedPlan:
                 f"privacy.bands is {self.bands}, which has a price only for privacy.sampling uls"
                 " without privacy.max_cohort_size: set the one and leave out the other"
             )
+        if self.clipping == "adaptive":
+            raise ConfigError(
+                f"privacy.bands is {self.bands} and privacy.clipping adaptive, which have no price"
+                " together: set privacy.clipping flat or automatic"
+            )
         if self.bands > self.num_steps:
             raise ConfigError(
                 f"privacy.bands is {self.bands}, above privacy.num_steps = {self.num_steps}:"
                 " lower it"
             )
         require_bands_of_users(self.bands, self.expected_size, self._pool)
+
+    def _check_clipping(self) -> None:
+        is_adaptive = self.clipping == "adaptive"
+        if is_adaptive != (self.count_noise_stddev is not None):
+            raise ConfigError(
+                f"the plan's clipping is {self.clipping} and its count_noise_stddev"
+                f" {self.count_noise_stddev}: adaptive clipping has one, and no other"
+            )
+        if self.clipping != "flat" and self.clip_norm is not None and math.isinf(self.clip_norm):
+            raise ConfigError(
+                f"privacy.clip_norm is infinite but privacy.clipping is {self.clipping}: give a"
+                " finite one"
+            )
 
     @classmethod
     def from_config(
@@ -220,6 +254,7 @@ class PricedPlan:
             sampling=privacy.sampling,
             noise_multiplier=privacy.noise_multiplier or 0.0,
             clip_norm=privacy.clip_norm,
+            **clipping_of(privacy, privacy.expected_size),
             group_size=privacy.group_size,
             num_steps=privacy.num_steps,
             expected_size=privacy.expected_size,
@@ -239,7 +274,9 @@ class PricedPlan:
             else INDEPENDENT,
             adjacency=privacy.adjacency,  # type: ignore[arg-type]  # __post_init__ refuses the other
         )
-        return plan if privacy.epsilon is None else plan._calibrated(privacy.epsilon)
+        plan = plan if privacy.epsilon is None else plan._calibrated(privacy.epsilon)
+        plan.require_count_noise()
+        return plan
 
     def _calibrated(self, target_epsilon: float) -> Self:
         guess = accounting.guess_noise_multiplier(
@@ -285,11 +322,34 @@ class PricedPlan:
         return self.expected_size
 
     @property
+    def gradient_noise_multiplier(self) -> float:
+        """Standard deviation of the noise on the clipped sum, in clip norms.
+
+        It is `noise_multiplier`, and more under adaptive clipping, where a noisy count is released
+        beside the sum: both together have `noise_multiplier`.
+
+        Raises:
+            ConfigError: If the noise of the count is too small for that.
+        """
+        if self.count_noise_stddev is None:
+            return self.noise_multiplier
+        return gradient_noise_multiplier(
+            self.noise_multiplier, count_noise_stddev=self.count_noise_stddev
+        )
+
+    def require_count_noise(self) -> None:
+        """Raises ConfigError if adaptive clipping's count has too little noise for the plan."""
+        _ = self.gradient_noise_multiplier
+
+    @property
     def noise_stddev(self) -> float | None:
-        """Standard deviation of the noise on the clipped sum; None if the clip norm is unknown."""
+        """Standard deviation of the noise on the clipped sum; None if the clip norm is unknown.
+
+        Under adaptive clipping that of the first step.
+        """
         if self.clip_norm is None:
             return None
-        return _noise_stddev(self.noise_multiplier, self.clip_norm)
+        return _noise_stddev(self.gradient_noise_multiplier, self.clip_norm)
 
     @property
     def noise_gain(self) -> float:
@@ -379,6 +439,8 @@ class PricedPlan:
         examples = f"{self.group_size:,} example{'s' if self.group_size > 1 else ''}"
         clip = "a clip norm" if self.clip_norm is None else f"L2 norm {self.clip_norm:g}"
         clipped = f"{'mean gradient' if is_uls else 'each gradient'} clipped to {clip}"
+        if self.clipping != "flat":
+            clipped += f" ({self.clipping_in_words()})"
         stddev = "z clip norms" if self.noise_stddev is None else f"{self.noise_stddev:.4g}"
         return "\n".join(
             [
@@ -399,6 +461,20 @@ class PricedPlan:
             f"correlated: {self.bands} bands, each user in every {self.bands}th step at most;"
             f" {self.noise_gain:.4g} times that noise in a step, of which later steps take back"
             " a part"
+        )
+
+    def clipping_in_words(self) -> str:
+        """Returns how gradients are clipped, in a clause without numbers that may be unknown."""
+        if self.clipping == "flat":
+            return "flat: larger gradients are scaled down to the clip norm C"
+        if self.clipping == "automatic":
+            return "automatic: each gradient is multiplied by C / (norm + 0.01 C)"
+        count = self.count_noise_stddev if self.noise_multiplier else 0.0
+        return (
+            f"adaptive: C follows the quantile {self.clip_quantile:g} of the norms at rate"
+            f" {self.clip_learning_rate:g}, by a count with noise of standard deviation {count:g};"
+            f" the gradients' noise is {self.gradient_noise_multiplier:.4g} C, so that both"
+            f" together have noise multiplier {self.noise_multiplier:.4g}"
         )
 
     def assumptions(self) -> list[str]:
@@ -456,11 +532,14 @@ class PrivacyPlan(PricedPlan):
     Privacy:
         One user moves the clipped sum of a step by at most `sensitivity()` (uls), or by that much
         for each of their sampled examples (els). Noise of stddev `noise_stddev` on that sum, and a
-        division by the fixed `divisor`, make each step the event that `dp_event` prices.
+        division by the fixed `divisor`, make each step the event that `dp_event` prices. Under
+        adaptive clipping the same holds of each step's own clip norm and `noise_stddev_at`, of sum
+        and count together (`adaptive.py`).
     """
 
     clip_norm: float
-    """L2 bound on one user's (uls) or one example's (els) gradient."""
+    """L2 bound on one user's (uls) or one example's (els) gradient; under adaptive clipping that of
+    the first step."""
     population: int
     """Number of users, taken as public."""
 
@@ -477,9 +556,18 @@ class PrivacyPlan(PricedPlan):
         """Standard deviation of the noise on the clipped sum, before the division.
 
         With several bands it is that of independent noise at the same noise multiplier: what
-        `fresh_noise_stddev` and `noise_gain` are multiples of.
+        `fresh_noise_stddev` and `noise_gain` are multiples of. Under adaptive clipping it is that
+        of the first step: see `noise_stddev_at`.
         """
-        return _noise_stddev(self.noise_multiplier, self.clip_norm)
+        return self.noise_stddev_at(self.clip_norm)
+
+    def noise_stddev_at(self, clip_norm: float) -> float:
+        """Returns the standard deviation of the noise on the sum of a step with this clip norm.
+
+        It is `gradient_noise_multiplier` times the clip norm; every step of a plan whose clipping
+        is not adaptive has the plan's own clip norm.
+        """
+        return _noise_stddev(self.gradient_noise_multiplier, clip_norm)
 
     @property
     def fresh_noise_stddev(self) -> float:
@@ -488,29 +576,55 @@ class PrivacyPlan(PricedPlan):
         The noise of step t is y_t = fresh_noise_stddev xi_t - sum_{j=1..b-1} c_j y_{t-j} / c_0,
         with xi_t independent standard normals. Independent noise: `noise_stddev`.
         """
-        return self.noise_stddev * sensitivity_factor(self.strategy) / self.strategy[0]
+        return self.fresh_noise_stddev_at(self.clip_norm)
+
+    def fresh_noise_stddev_at(self, clip_norm: float) -> float:
+        """Returns `fresh_noise_stddev` of a step with this clip norm."""
+        factor = sensitivity_factor(self.strategy) / self.strategy[0]
+        return self.noise_stddev_at(clip_norm) * factor
 
     @property
     def clip_bound(self) -> float:
         """The L2 norm that groups are clipped to: (1 - `rounding_slack`) times the clip norm.
 
         The noise is that of the whole clip norm. The difference covers roundings of the sum, so
-        that the sum as computed moves by at most the clip norm.
+        that the sum as computed moves by at most the clip norm. Under adaptive clipping it is that
+        of the first step: see `clip_bound_at`.
         """
-        return self.clip_norm * (1 - rounding_slack(self.expected_size))
+        return self.clip_bound_at(self.clip_norm)
+
+    def clip_bound_at(self, clip_norm: float) -> float:
+        """Returns the L2 norm that groups are clipped to in a step with this clip norm."""
+        return clip_norm * (1 - rounding_slack(self.expected_size))
+
+    @property
+    def count_noise(self) -> float:
+        """Standard deviation of the noise on adaptive clipping's count; 0 in a plan without noise.
+
+        The count adds 1/2 for each unclipped group and -1/2 for each clipped one.
+        """
+        return (self.count_noise_stddev or 0.0) if self.noise_multiplier else 0.0
+
+    def quantile_rule(self) -> QuantileRule | None:
+        """Returns the rule that moves an adaptive clip norm; None for other clippings."""
+        if self.clipping != "adaptive":
+            return None
+        return QuantileRule(self.clip_quantile, self.clip_learning_rate, self.expected_size)
 
     def sensitivity(self) -> float:
         """Returns the largest L2 change of the clipped sum by one sampled unit.
 
         The unit is a user (uls) or an example (els; a user brings up to group_size of them, which
-        the mixture event accounts for).
+        the mixture event accounts for). Under adaptive clipping it is that of the first step; each
+        step's is its own clip norm.
         """
         return self.clip_norm
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the plan as JSON-ready values, with the derived ones (`DERIVED`) for readers.
 
-        Infinite numbers become "inf", which strict JSON can hold.
+        Infinite numbers become "inf", which strict JSON can hold. Flat clipping is not mentioned,
+        so that the digests of plans from before there were others stay the same.
         """
         derived = {name: getattr(self, name) for name in DERIVED}
         values = dataclasses.asdict(self) | derived
@@ -519,6 +633,10 @@ class PrivacyPlan(PricedPlan):
             del values["bands"], values["strategy"]
         else:
             values["strategy"] = list(self.strategy)
+        for name in () if self.clipping == "adaptive" else OF_ADAPTIVE:
+            del values[name]
+        if self.clipping == "flat":
+            del values["clipping"]
         return {name: json_number(value) for name, value in values.items()}
 
     @classmethod
@@ -552,6 +670,23 @@ class PrivacyPlan(PricedPlan):
         return plan
 
 
+def clipping_of(privacy: PricingConfig, expected_size: int) -> dict[str, Any]:
+    """Returns a plan's fields that say how it clips, from the settings.
+
+    Args:
+        privacy: The settings.
+        expected_size: Of a step of the plan; it gives the default noise of the count.
+    """
+    given = privacy.count_noise_stddev
+    default = expected_size / COUNT_NOISE_SHARE if privacy.clipping == "adaptive" else None
+    return {
+        "clipping": privacy.clipping,
+        "clip_quantile": privacy.clip_quantile,
+        "clip_learning_rate": privacy.clip_learning_rate,
+        "count_noise_stddev": default if given is None else given,
+    }
+
+
 def json_number(value: Any) -> Any:
     """Returns the value, or "inf" for infinity, which strict JSON cannot hold as a number."""
     return "inf" if isinstance(value, float) and math.isinf(value) else value
@@ -569,6 +704,10 @@ def _require_types(given: Mapping[str, Any]) -> None:
             "sampling": value in ("uls", "els"),
             "noise_multiplier": _is_number(value) and 0 <= value < math.inf,
             "clip_norm": _is_number(value) and value > 0,
+            "clipping": value in CLIPPINGS,
+            "clip_quantile": _is_number(value) and 0 < value < 1,
+            "clip_learning_rate": _is_number(value) and 0 < value < math.inf,
+            "count_noise_stddev": value is None or (_is_number(value) and 0 < value < math.inf),
             "delta": _is_number(value) and 0 < value < 1,
             "strategy": isinstance(value, list | tuple) and all(map(_is_number, value)),
             "target_epsilon": value is None or (_is_number(value) and 0 < value < math.inf),

@@ -36,7 +36,7 @@ from udp_ray.config.privacy import PrivacyConfig, require_delta_below_inverse_po
 from udp_ray.dp import accounting
 from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, solve_within
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.plan import Budget, PrivacyPlan, json_number
+from udp_ray.dp.plan import OF_ADAPTIVE, Budget, PrivacyPlan, clipping_of, json_number
 from udp_ray.dp.selection import SelectionDraws, TrialCount, best_epsilon
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, GuaranteeError
@@ -245,6 +245,8 @@ def plan_sweep(
     else:
         target = None
         charge = Budget(price_sweep(plans, way, delta), 0.0 if release == "public" else delta)
+    for plan in plans:
+        plan.require_count_noise()
     return PlannedSweep(
         release=release,
         count=count,
@@ -266,7 +268,7 @@ def _points(
 ) -> tuple[list[tuple[PrivacyPlan, float]], list[str]]:
     """Returns plans and learning rates that can run, and why the other combinations cannot."""
 
-    @functools.cache  # the clip norm is set later: the price does not depend on it
+    @functools.cache  # clip norm and clipping are set later: the price does not depend on them
     def plan_of(sampling: Literal["uls", "els"], group_size: int, own: float | None) -> PrivacyPlan:
         plan = PrivacyPlan.from_config(
             _trial_privacy(space, sampling, group_size, own),
@@ -291,14 +293,16 @@ def _points(
         except ConfigError as error:
             left_out.append(f"{sampling.upper()} with G = {group_size} is left out: {error}")
             continue
-        points.append((dataclasses.replace(plan, clip_norm=clip_norm), learning_rate))
+        clipping = clipping_of(base, plan.expected_size)
+        plan = dataclasses.replace(plan, clip_norm=clip_norm, **clipping)
+        points.append((plan, learning_rate))
     return points, list(dict.fromkeys(left_out))
 
 
 def _trial_privacy(
     space: SearchSpace, sampling: Literal["uls", "els"], group_size: int, own_epsilon: float | None
 ) -> PrivacyConfig:
-    """Returns the settings of a trial, its clip norm yet to be set.
+    """Returns the settings of a trial, its clip norm and clipping yet to be set.
 
     With `own_epsilon` None the noise is the given one, or is yet to be calibrated for the sweep.
     """
@@ -316,6 +320,8 @@ def _trial_privacy(
         group_size=group_size,
         num_steps=space.num_steps or base.num_steps,
         clip_norm=base.clip_norm if math.isinf(base.clip_norm) else 1.0,
+        clipping="flat",  # that of the others depends on noise that may be yet to be calibrated
+        **{name: PrivacyConfig.model_fields[name].default for name in OF_ADAPTIVE},
         epsilon=own_epsilon,
         noise_multiplier=given if own_epsilon is None else None,
     )

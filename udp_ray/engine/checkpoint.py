@@ -1,7 +1,8 @@
 """Writes and reads checkpoints: float32 tensors by name, for any world size and ZeRO stage.
 
     checkpoint/
-      checkpoint.json         step, key id, provenance, and the SHA-256 of the files below
+      checkpoint.json         step, key id, provenance, under adaptive clipping the next step's clip
+                              norm (public), and the SHA-256 of the files below
       weights.safetensors     the trainable parameters
       optimizer.safetensors   the optimizer's state, as kind/parameter
       noise.sealed            only with correlated noise: that of the last steps, encrypted
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -99,6 +101,9 @@ class Checkpoint:
             )
         return replace(self, weights={name: mean.float() for name, mean in self.average.items()})
 
+    clip_norm: float | None = None
+    """Of the next step, under adaptive clipping; None for other clippings."""
+
     def load_weights(self, parameters: Mapping[str, Tensor]) -> None:
         """Sets the trainable parameters; they must have the names and shapes of the checkpoint."""
         expected = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -147,6 +152,7 @@ def write(
     past_noise: Path | None = None,
     average: Mapping[str, Tensor] | None = None,
     averaging: str | None = None,
+    clip_norm: float | None = None,
 ) -> str:
     """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
 
@@ -186,6 +192,8 @@ def write(
             "files": {name: _file_digest(temporary / name) for name in files},
             **({} if averaging is None else {"average": averaging}),
         }
+        if clip_norm is not None:
+            manifest["clip_norm"] = clip_norm  # JSON keeps all digits of a float
         text = json.dumps(manifest, indent=2, sort_keys=True)
         (temporary / MANIFEST).write_text(text)
         os.rename(temporary, directory)
@@ -227,6 +235,7 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         past_noise=directory / NOISE if NOISE in manifest["files"] else None,
         average=_load(directory / AVERAGE) if AVERAGE in manifest["files"] else {},
         averaging=manifest.get("average"),
+        clip_norm=manifest.get("clip_norm"),
     )
 
 
@@ -256,6 +265,8 @@ def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, An
         manifest = json.loads(content)
         files = set(manifest["files"])
         is_known = manifest["format"] == FORMAT and files >= ALWAYS and files <= ALWAYS | OPTIONAL
+        if not 0 < manifest.get("clip_norm", 1.0) < math.inf:
+            raise ValueError
     except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"the checkpoint {directory} is damaged: {MANIFEST}") from None
     if not is_known:

@@ -65,10 +65,10 @@ def train(
         publish: Called by all ranks after each checkpoint was written, before it is committed.
         on_metrics: Rank 0 only; called after the commit that covers them (and once at step 0, from
             the initial weights, when not resumed) with a flat dict of public numbers: step,
-            train/learning_rate (absent at step 0), and after evaluations heldout/token_loss,
-            heldout/user_loss, heldout/token_perplexity, heldout/user_perplexity,
-            heldout/num_tokens, heldout/num_users, heldout/num_examples, heldout/stored_users,
-            heldout/stored_examples, with `settings.average` also the same of the average, as
+            train/learning_rate (absent at step 0), train/clip_norm (adaptive clipping), and after
+            evaluations heldout/token_loss, heldout/user_loss, heldout/token_perplexity,
+            heldout/user_perplexity, heldout/num_tokens, heldout/num_users, heldout/num_examples,
+            heldout/stored_users, heldout/stored_examples, with `settings.average` also the same of the average, as
             heldout_average/token_loss. Never a time or a rate.
         on_phase: Called when training enters another phase, such as evaluating or writing, and
             while an evaluation lasts, with how far it is: "evaluating: 512 of 4,096 held-out
@@ -149,6 +149,7 @@ class LanguageModelTraining(TrainingLoop):
             self.model,
             self.parameters,
             clip_norm=self.plan.clip_bound,
+            clipping=self.plan.clipping,
             rows_per_group=self.plan.group_size if self.plan.sampling == "uls" else 1,
             tokens_per_row=self.store.manifest.block_tokens,
             microbatch_tokens=self.settings.microbatch_tokens,

@@ -198,6 +198,8 @@ class TrainingLoop(ABC):
         self.kernel = self._make_kernel()
         self.engine = self._make_engine()
         self.private_step = self._private_step()
+        if saved is not None:
+            self.private_step.restore(saved.clip_norm)
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if averaging is not None:
             self.average = IterateAverage(
@@ -337,6 +339,7 @@ class TrainingLoop(ABC):
             past_noise=self._seal_noise(directory),
             average=None if self.average is None else self.average.wholes(),
             averaging=self.settings.averaging,
+            clip_norm=self.private_step.clip_norm.to_save,
         )
         location = publish(self.step, directory if self.world.is_first else None)
         self.location = self.world.from_first(lambda: self._commit(location, digest))
@@ -372,9 +375,14 @@ class TrainingLoop(ABC):
         return self.accountant
 
     def _progress(self) -> Metrics:
-        """Returns step and learning rate; no time or rate, which depend on who is in a cohort."""
+        """Returns step, learning rate and an adaptive clip norm, that of the next step.
+
+        No time or rate of anything is among them, which would depend on who is in a cohort.
+        """
         rate = learning_rate(self.settings, self.step, num_steps=self.plan.num_steps)
-        return {"step": self.step, "train/learning_rate": rate}
+        clip_norm = self.private_step.clip_norm.to_save
+        found = {} if clip_norm is None else {"train/clip_norm": clip_norm}
+        return {"step": self.step, "train/learning_rate": rate, **found}
 
     def _enter(self, phase: str) -> None:
         if phase != self.phase and self.on_phase is not None:

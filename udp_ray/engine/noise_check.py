@@ -49,6 +49,7 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
     Raises:
         NoiseCheckError: The noise is missing, doubled, misplaced or of the wrong scale.
     """
+    noise = step.clip_norm.scaled(noise)
     for number in range(1 if step.history is None else 2):
         _check_rehearsal(step, noise, number)
     step.end_rehearsal()
@@ -57,7 +58,7 @@ def check_noise(step: PrivateStep, noise: GaussianNoise | None) -> None:
 def _check_rehearsal(step: PrivateStep, noise: GaussianNoise | None, number: int) -> None:
     arrived = step.rehearse(noise, number)
     response = _response(step.plan.strategy, number)
-    unit = step.plan.fresh_noise_stddev / step.plan.divisor * math.hypot(*response)
+    unit = step.clip_norm.noise_stddev / step.plan.divisor * math.hypot(*response)
     worst = _largest_difference(step, arrived, noise, response)
     num_values = sum(shape.numel() for shape in step.engine.shapes.values())
     scale = _root_mean_square(step, arrived)

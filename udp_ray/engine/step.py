@@ -9,9 +9,12 @@
     5. Update:  the engine averages over ranks (hence the factor world size in 4) and the optimizer
                 moves the weights.
 
-How many groups a step has is used nowhere. A rank without groups, or a step without any, runs the
-same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives the
-engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
+Under adaptive clipping a count of the unclipped groups is released with 3, with noise of its own,
+and gives the clip norm and the scale of the noise of the next step (`clip_norm.py`).
+
+How many groups a step has is used nowhere else. A rank without groups, or a step without any, runs
+the same path and adds the noise all the same. With `fuse_reduce`, 2 is left out: every rank gives
+the engine its own sum, rank 0 its sum plus noise, and ZeRO's reduction adds them up. Sums of other
 ranks are then rounded to float32, and added in float32, before the noise is in: within
 `sensitivity.rounding_slack` for cohorts of up to `MOST_FUSED` groups, and refused with secure
 noise, whose claim requires that rounding comes last.
@@ -36,6 +39,7 @@ from udp_ray.config.experiment import require_fusible
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.clip_norm import ClipNorm
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, num_held_values
 from udp_ray.engine.types import Engine, Kernel
@@ -85,6 +89,7 @@ class PrivateStep:
         self.world = world
         self.plan = plan
         self.engine = engine
+        self.clip_norm = ClipNorm(plan, world)
         self._kernel = kernel
         self._noise = noise
         noise_dtype = torch.float64 if plan.secure_noise else torch.float32
@@ -117,8 +122,19 @@ class PrivateStep:
             Nothing that depends on the groups leaves the step, except the moved weights.
         """
         self._sum.clear()
-        self._kernel.add_clipped(self._sum, groups)
+        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)
         self.engine.apply(self._noisy_mean(self._noise, step), step)
+        self.clip_norm.follow(balance, self._noise, step)
+        self._noise = self.clip_norm.scaled(self._noise)
+
+    def restore(self, clip_norm: float | None) -> None:
+        """Continues with what a checkpoint holds beside weights and optimizer state.
+
+        Args:
+            clip_norm: `ClipNorm.to_save` when it was written.
+        """
+        self.clip_norm.restore(clip_norm)
+        self._noise = self.clip_norm.scaled(self._noise)
 
     def rehearse(self, noise: GaussianNoise | None, number: int = 0) -> dict[str, Tensor]:
         """Returns what the optimizer would receive in a step without groups. Collective.

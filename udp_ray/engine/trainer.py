@@ -329,7 +329,8 @@ class TrainerResult:
     budget_message: str | None
     """The accountant's message if it ended training early; None if all steps were taken."""
     metrics: tuple[Metrics, ...] = field(repr=False)
-    """Public metrics in order: step, train/learning_rate and what `evaluate` returned."""
+    """Public metrics in order: step, train/learning_rate, train/clip_norm (adaptive clipping) and
+    what `evaluate` returned."""
     is_durable: bool
     """Whether the charge outlives the process, in a ledger."""
     total: Budget | None = None
@@ -361,6 +362,7 @@ class TrainerResult:
             f"             clip norm {plan.clip_norm:g} per {unit}, noise multiplier"
             f" {plan.noise_multiplier:.4g}"
             + (f", correlated over {plan.bands} bands" if plan.bands > 1 else ""),
+            *([f"             {plan.clipping_in_words()}"] if plan.clipping != "flat" else []),
             *(f"  assumed    {sentence}" for sentence in plan.assumptions()),
             *(
                 [f"  average    {self.averaging} of the weights, which costs nothing more"]
@@ -644,6 +646,7 @@ class _ModuleTraining(TrainingLoop):
             self.model,
             self.parameters,
             clip_norm=self.plan.clip_bound,
+            clipping=self.plan.clipping,
             autocast=self.autocast,
             device=self.world.device,
             loss=self.loss,

@@ -91,8 +91,10 @@ class Kernel(Protocol):
     def packing(self) -> Packing | None:
         """How the reader packs groups for this kernel; None: each has microbatches of its own."""
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Any]) -> None:
-        """Adds each group's gradient, clipped as a whole to the clip norm, to `sums`.
+    def add_clipped(
+        self, sums: RunningSum, groups: Iterable[Any], clip_bound: float | None = None
+    ) -> Tensor:
+        """Adds each group's gradient, clipped as a whole to a bound, to `sums`.
 
         Nothing else may change: `grad` of parameters stays unset. Ranks wait for each other only in
         `sums` and, under ZeRO 3, in the model.
@@ -100,7 +102,12 @@ class Kernel(Protocol):
         Args:
             sums: The running sum.
             groups: This rank's groups of the step, in the form that the kernel reads. Sensitive.
+            clip_bound: The L2 bound of this step; None: that of all steps, as the kernel was made.
+
+        Returns:
+            This rank's unclipped groups less its clipped ones, as `dp.clipping.balance`. Sensitive.
         """
+        ...
 
 
 class Engine(Protocol):

@@ -24,6 +24,7 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.generate import GenerateConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.console import progress
+from udp_ray.dp.plan import OF_ADAPTIVE
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import AVERAGE, METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
@@ -209,6 +210,8 @@ def without_privacy(config: ExperimentConfig) -> ExperimentConfig:
         "epsilon": None,
         "noise_multiplier": 0.0,
         "clip_norm": math.inf,
+        "clipping": "flat",
+        **{name: PrivacyConfig.model_fields[name].default for name in OF_ADAPTIVE},
         "accept_no_guarantee": True,
     }
     return config.model_copy(

@@ -55,6 +55,8 @@ EVALUATION = "heldout/"
 """Prefix of the metrics of an evaluation."""
 AVERAGED = "heldout_average/"
 """Prefix of the metrics of an evaluation of the averaged weights."""
+CLIP_NORM = "train/clip_norm"
+"""Metric of an adaptive clip norm, which is kept with evaluations as `clip_norm`."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +379,8 @@ def _keep_evaluation(file: Path, metrics: dict[str, float]) -> None:
         for name, value in metrics.items()
         if name.startswith(kind)
     }
+    if CLIP_NORM in metrics:
+        values["clip_norm"] = metrics[CLIP_NORM]
     rows = sorted([*kept, {"step": step, **values}], key=lambda row: row["step"])
     content = json.dumps([to_strict_json(row) for row in rows], indent=2, allow_nan=False)
     write_atomic(file, content + "\n")

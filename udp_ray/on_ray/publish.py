@@ -65,6 +65,7 @@ from udp_ray.ledger.records import RunRecord, TrialRecord
 from udp_ray.models.load import frozen_fingerprint, load_model, load_tokenizer, trainable_parameters
 from udp_ray.on_ray.accountant import (
     AVERAGED,
+    CLIP_NORM,
     EVALUATION,
     RemoteAccountant,
     divergence_of,
@@ -299,6 +300,8 @@ def _scalars(
 
 def _metric_name(name: str) -> str:
     """Returns the name of a metric by its name in a row of metrics.json."""
+    if name == "clip_norm":
+        return CLIP_NORM
     if name.startswith(AVERAGE):
         return AVERAGED + name.removeprefix(AVERAGE)
     return EVALUATION + name

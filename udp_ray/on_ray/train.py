@@ -76,6 +76,8 @@ def _promise_text(statement: PrivacyStatement) -> str:
     if plan.sampling == "els":
         drawn = f"examples per step expected, from at most {plan.group_size} of each user"
     clipped = f"clipped to L2 norm {plan.clip_norm:g}" if math.isfinite(plan.clip_norm) else "whole"
+    if plan.clipping != "flat":
+        clipped += f" ({plan.clipping})"
     promised = f"{statement.promised}-differential privacy of each user with all their examples"
     return "\n".join(
         [

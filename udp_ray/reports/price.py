@@ -79,6 +79,9 @@ class Price:
             "noise_multiplier": plan.noise_multiplier,
             "noise_stddev": plan.noise_stddev,
             "clip_norm": plan.clip_norm,
+            "clipping": plan.clipping,
+            "gradient_noise_multiplier": plan.gradient_noise_multiplier,
+            "count_noise_stddev": plan.count_noise_stddev,
             "sampling_probability": plan.sampling_probability,
             "group_size": plan.group_size,
             "cohort_size": plan.expected_size if plan.sampling == "uls" else None,
@@ -137,6 +140,8 @@ class Price:
         ]
         if plan.bands > 1:
             rows.append(("bands", _bands(plan)))
+        if plan.clipping != "flat":
+            rows.append(("clipping", plan.clipping_in_words()))
         if plan.max_cohort_size is not None:
             rows.append(("largest cohort", f"{plan.max_cohort_size:,} users in a step"))
         return rows
@@ -223,7 +228,8 @@ def _memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
 
 def _noise(plan: PricedPlan) -> str:
     if plan.noise_stddev is None:
-        return f"stddev {plan.noise_multiplier:.6g} times the clip norm, which was not given"
+        multiplier = plan.gradient_noise_multiplier
+        return f"stddev {multiplier:.6g} times the clip norm, which was not given"
     return f"stddev {plan.noise_stddev:.6g} (clip norm {plan.clip_norm:g})"
 
 

@@ -606,7 +606,16 @@ def _mechanism(plan: PrivacyPlan) -> str:
     if plan.bands > 1:
         unit = f"{unit} in {plan.bands} bands, one band a step"
         noise = "correlated Gaussian noise (banded matrix factorization)"
-    return f"{level} Poisson sampling of {unit}, clipped sum, {noise}, {plan.num_steps} steps"
+    return f"{level} Poisson sampling of {unit}, {_clipped(plan)}, {noise}, {plan.num_steps} steps"
+
+
+def _clipped(plan: PrivacyPlan) -> str:
+    """Returns what the sum of a step is made of, and what is released beside it."""
+    return {
+        "flat": "clipped sum",
+        "automatic": "automatically clipped sum",
+        "adaptive": "clipped sum and count of unclipped ones",
+    }[plan.clipping]
 
 
 def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
@@ -617,6 +626,7 @@ def _plan_rows(plan: PrivacyPlan) -> list[tuple[str, str]]:
         ("noise multiplier z", f"{plan.noise_multiplier:.6g}"),
         ("noise generator", generator),
         ("clip norm C", _clip_norm(plan)),
+        *([] if plan.clipping == "flat" else [("clipping", plan.clipping_in_words())]),
         ("group size G", str(plan.group_size)),
         (size, f"{plan.expected_size}"),
         ("sampling probability", f"{plan.sampling_probability:.6g}"),
@@ -642,7 +652,8 @@ def _clip_norm(plan: PrivacyPlan) -> str:
     if not math.isfinite(plan.clip_norm):
         return "none"
     kept = 1 - plan.clip_bound / plan.clip_norm
-    return f"{plan.clip_norm:g}, of which {kept:.2%} is kept for roundings of the sum"
+    first = " in the first step" if plan.clipping == "adaptive" else ""
+    return f"{plan.clip_norm:g}{first}, of which {kept:.2%} is kept for roundings of the sum"
 
 
 def _origin(is_declared: bool) -> str:
@@ -855,11 +866,11 @@ def describe_point(configuration: Configuration) -> str:
     plan = configuration.plan
     size = "M" if plan.sampling == "uls" else "B"
     bands = f", {plan.bands} bands" if plan.bands > 1 else ""
+    clipped = "" if plan.clipping == "flat" else f"{plan.clipping} clipping, "
     return (
-        f"{plan.sampling.upper()}, clip norm C = {plan.clip_norm:g}, group size G ="
+        f"{plan.sampling.upper()}, {clipped}clip norm C = {plan.clip_norm:g}, group size G ="
         f" {plan.group_size}, {size} = {plan.expected_size}{bands}, T = {plan.num_steps}, noise"
-        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate"
-        f" {configuration.learning_rate:g}"
+        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate {configuration.learning_rate:g}"
     )
 
 

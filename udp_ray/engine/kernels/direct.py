@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from udp_ray.dp.clipping import clip_and_add
+from udp_ray.dp.clipping import balance, clip_and_add, factor_of
 from udp_ray.engine.loss import autocast_context, weighted_loss
 from udp_ray.engine.types import RunningSum
 
@@ -54,6 +54,7 @@ class DirectKernel:
         parameters: Mapping[str, nn.Parameter],
         *,
         clip_norm: float,
+        clipping: str = "flat",
         autocast: str = "off",
         device: torch.device | str = "cpu",
         loss: Callable[[nn.Module, Any, torch.device], Tensor] = weighted_loss,
@@ -63,7 +64,8 @@ class DirectKernel:
         Args:
             model: The model, on its device.
             parameters: The trainable ones by name, float32.
-            clip_norm: L2 bound of a group's gradient.
+            clip_norm: L2 bound of a group's gradient, unless `add_clipped` is given another.
+            clipping: `PrivacyPlan.clipping`.
             autocast: `ModelConfig.autocast`.
             device: Where the model is.
             loss: Returns the weighted loss of a microbatch as a scalar. By default the token loss
@@ -73,17 +75,25 @@ class DirectKernel:
         self._loss = loss
         self._parameters = list(parameters.values())
         self._clip_norm = clip_norm
+        self._factor_by = factor_of(clipping)
         self._autocast = autocast
         self._device = torch.device(device)
         self.num_rejected = torch.zeros((), dtype=torch.int64, device=self._device)
         """Groups so far on this rank whose gradient was not finite. Sensitive: never leaves."""
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Clippable]) -> None:
+    def add_clipped(
+        self, sums: RunningSum, groups: Iterable[Clippable], clip_bound: float | None = None
+    ) -> Tensor:
         """Adds each group's gradient, clipped, to `sums`; see `types.Kernel`."""
+        bound = self._clip_norm if clip_bound is None else clip_bound
         views = list(sums.views.values())
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
         for group in groups:
-            is_finite = clip_and_add(views, self.group_gradient(group), self._clip_norm)
-            self.num_rejected += ~is_finite.to(self._device)
+            gradient = self.group_gradient(group)
+            norm = clip_and_add(views, gradient, bound, factor_by=self._factor_by)
+            self.num_rejected += ~torch.isfinite(norm).to(self._device)
+            total += balance(norm, bound).to(self._device)
+        return total
 
     def group_gradient(self, group: Clippable) -> list[Tensor]:
         """Returns the group's unclipped gradient, float32. Sensitive."""

@@ -38,7 +38,7 @@ from udp_ray.data.batches import (
     pack_groups,
     without_groups,
 )
-from udp_ray.dp.clipping import clip_factor
+from udp_ray.dp.clipping import balance, factor_of
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.gradients import GroupGradients, summed_squared_norms, total
 from udp_ray.engine.kernels.hooks import capturing
@@ -68,6 +68,7 @@ class GhostKernel:
         *,
         clip_norm: float,
         microbatch_tokens: int,
+        clipping: str = "flat",
         autocast: str = "off",
         device: torch.device | str = "cpu",
         is_sliced: bool = False,
@@ -77,8 +78,9 @@ class GhostKernel:
         Args:
             model: The model, which may still be on another device.
             parameters: The trainable ones by name.
-            clip_norm: The plan's.
+            clip_norm: The plan's, unless `add_clipped` is given another.
             microbatch_tokens: Most tokens, padding included, of a microbatch.
+            clipping: `PrivacyPlan.clipping`.
             autocast: `ModelConfig.autocast`.
             device: Where it trains.
             is_sliced: Parameters will be in slices.
@@ -97,11 +99,17 @@ class GhostKernel:
         self._model = model
         self._parameters = dict(parameters)
         self._clip_norm = clip_norm
+        self._factor_by = factor_of(clipping)
         self._microbatch_tokens = microbatch_tokens
         self._autocast = autocast
         self._device = torch.device(device)
         self._direct = DirectKernel(
-            model, parameters, clip_norm=clip_norm, autocast=autocast, device=device
+            model,
+            parameters,
+            clip_norm=clip_norm,
+            clipping=clipping,
+            autocast=autocast,
+            device=device,
         )
         names = {parameter: name for name, parameter in parameters.items()}
         layers = {path: make_layer(module, names) for path, module in model.named_modules()}
@@ -123,27 +131,40 @@ class GhostKernel:
             max_length=getattr(self._model.config, "max_position_embeddings", None),
         )
 
-    def add_clipped(self, sums: RunningSum, groups: Iterable[Group]) -> None:
+    def add_clipped(
+        self, sums: RunningSum, groups: Iterable[Group], clip_bound: float | None = None
+    ) -> Tensor:
         """Adds each group's gradient, clipped, to `sums`; see `types.Kernel`."""
+        bound = self._clip_norm if clip_bound is None else clip_bound
         packed = groups if isinstance(groups, PackedGroups) else self.pack(groups)
         if packed.packing != self.packing:
             raise GuaranteeError(f"the groups were packed with {packed.packing}, not the kernel's")
         num_missing = sums.num_rounds(len(packed.shared)) - len(packed.shared)
-        for microbatch in [*packed.shared, *([without_groups()] * num_missing)]:
-            self.add_microbatch(sums, microbatch)
-        self._direct.add_clipped(sums, packed.large)
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for microbatch in packed.shared:
+            total += self.add_microbatch(sums, microbatch, bound)
+        for _ in range(num_missing):  # no group of anyone's, so that it does not count either
+            self.add_microbatch(sums, without_groups(), bound)
+        return total + self._direct.add_clipped(sums, packed.large, bound)
 
     def pack(self, groups: Iterable[Group]) -> PackedGroups:
         """Returns groups that no reader has packed, as in checks at startup."""
         return pack_groups(groups, self._microbatch_tokens, self.packing)
 
-    def add_microbatch(self, sums: RunningSum, microbatch: SharedMicrobatch) -> None:
-        """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter."""
+    def add_microbatch(
+        self, sums: RunningSum, microbatch: SharedMicrobatch, clip_bound: float | None = None
+    ) -> Tensor:
+        """Adds the clipped gradients of one microbatch's groups: one `add` for each parameter.
+
+        It returns the groups' `balance`.
+        """
         gradients = self.group_gradients(microbatch)
         squared = summed_squared_norms(gradients.values())
         is_rejected = ~torch.isfinite(squared)
         self._num_rejected += is_rejected.sum()
-        factors = clip_factor(squared.sqrt(), self._clip_norm)
+        bound = self._clip_norm if clip_bound is None else clip_bound
+        norms = squared.sqrt()
+        factors = self._factor_by(norms, bound)
         # 0 * NaN is NaN, so that what is not finite must be masked. On a CPU, where reading the
         # flags costs nothing, this is done only where there are any.
         must_mask = self._device.type != "cpu" or bool(is_rejected.any())
@@ -154,6 +175,7 @@ class GhostKernel:
                 continue
             kept = gradient.without(is_rejected) if must_mask else gradient
             sums.add_by(name, partial(kept.add_weighted, factors_U=factors))
+        return balance(norms, bound)
 
     def group_gradients(self, microbatch: SharedMicrobatch) -> dict[str, GroupGradients]:
         """Returns the unclipped gradients of one microbatch's groups, by parameter. Sensitive."""

@@ -5,8 +5,9 @@ depends on public numbers alone: the model, the group size, the longest example 
 hold and the microbatch. In float32 the kernels differ by rounding only, so that a resumed run may
 select again. Under autocast they round gradients differently, by far more, and a repeated step must
 be the same release: there the choice follows from the numbers, ghost where a microbatch holds
-several groups. Under ZeRO 3 only the ghost kernel works, because gradients exist layer by layer,
-and each group must fit a microbatch.
+several groups. So it does with adaptive clipping, whose count a rounding could change by one. Under
+ZeRO 3 only the ghost kernel works, because gradients exist layer by layer, and each group must fit
+a microbatch.
 
 Completeness check. Before the ghost kernel is used, it must give the gradients of plain autograd on
 synthetic tokens, parameter by parameter, norms and sums. So a weight that is used in a way which
@@ -134,6 +135,7 @@ def select_kernel(
     parameters: Mapping[str, nn.Parameter],
     *,
     clip_norm: float,
+    clipping: str = "flat",
     rows_per_group: int,
     tokens_per_row: int,
     microbatch_tokens: int,
@@ -147,7 +149,8 @@ def select_kernel(
         wanted: `TrainConfig.kernel`.
         model: On its device, as it will train; under ZeRO 3 it may still be in host memory.
         parameters: The trainable ones by name.
-        clip_norm: The plan's.
+        clip_norm: The plan's, unless `add_clipped` is given another.
+        clipping: `PrivacyPlan.clipping`.
         rows_per_group: Most examples of a group: the group size under uls, 1 under els.
         tokens_per_row: Most tokens of an example that the store may hold.
         microbatch_tokens: Most tokens of a microbatch.
@@ -162,7 +165,12 @@ def select_kernel(
     if is_sliced:
         require_fitting_groups(rows_per_group, tokens_per_row, microbatch_tokens)
     direct = DirectKernel(
-        model, parameters, clip_norm=clip_norm, autocast=autocast, device=world.device
+        model,
+        parameters,
+        clip_norm=clip_norm,
+        clipping=clipping,
+        autocast=autocast,
+        device=world.device,
     )
 
     def ghost() -> GhostKernel:
@@ -171,6 +179,7 @@ def select_kernel(
             parameters,
             clip_norm=clip_norm,
             microbatch_tokens=microbatch_tokens,
+            clipping=clipping,
             autocast=autocast,
             device=world.device,
             is_sliced=is_sliced,
@@ -188,7 +197,7 @@ def select_kernel(
             return False
         if wanted == "ghost" or is_sliced:
             return True
-        if autocast != "off":
+        if autocast != "off" or clipping == "adaptive":
             return 2 * rows_per_group * tokens_per_row <= microbatch_tokens
         groups = _synthetic_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
         return _is_faster(candidate, direct, ClippedSum(parameters, world), groups)
