@@ -843,7 +843,7 @@ DATA = [
     Mutant(
         name="examples_in_order_of_arrival",
         breaks="the order of rows decides which examples survive a bound",
-        file="udp_ray/data/build.py",
+        file="udp_ray/data/assemble.py",
         text="    order = _sorted_by(users, own)\n    if max_examples",
         replacement="    order = _sorted_by(users, np.zeros_like(own))\n    if max_examples",
         tests=("tests/data/test_assemble.py::test_arrival_order_cannot_be_seen_in_the_bytes",),
