@@ -29,6 +29,8 @@ NUMBER, DATE, TEXT = b"\1", b"\2", b"\3"
 
 _WHOLE_BYTES = 12
 _OFFSET = 1 << (8 * _WHOLE_BYTES - 1)
+_MOST_DIGITS = 100
+_SIGN_BIT, _ALL_BITS = 1 << 63, (1 << 64) - 1
 _NUMBER = re.compile(r"([+-]?)([0-9]+)(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _NS_IN = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 _DAY_NS = 24 * 3600 * 10**9
@@ -79,21 +81,22 @@ def order_keys(column: pa.ChunkedArray | pa.Array, name: str) -> pa.Array:
 
 
 def _key(kind: bytes, whole: int, fraction: float) -> bytes:
-    """Returns the key of whole + fraction, 0 <= fraction <= 1."""
-    # abs: the bytes of -0.0 would sort after those of any fraction.
-    number = (whole + _OFFSET).to_bytes(_WHOLE_BYTES, "big") + struct.pack(">d", abs(fraction))
-    return kind + number
+    """Returns the key of whole + fraction, where whole is rounded towards zero."""
+    (bits,) = struct.unpack(">Q", struct.pack(">d", fraction + 0.0))  # -0.0 becomes 0.0
+    # Bits of floats sort as the floats do once negative ones are inverted and come first.
+    bits ^= _ALL_BITS if bits & _SIGN_BIT else _SIGN_BIT
+    return kind + (whole + _OFFSET).to_bytes(_WHOLE_BYTES, "big") + bits.to_bytes(8, "big")
 
 
 def _key_of_float(value: float) -> bytes | None:
     if math.isnan(value):
         return None
-    whole = math.floor(value)
+    whole = math.trunc(value)
     return _key(NUMBER, whole, value - whole)
 
 
 def _key_of_date(value: date) -> bytes:
-    return _key(DATE, value.toordinal() * _DAY_NS - date(1970, 1, 1).toordinal() * _DAY_NS, 0.0)
+    return _key(DATE, (value - date(1970, 1, 1)).days * _DAY_NS, 0.0)
 
 
 def _key_of_text(value: str) -> bytes | None:
@@ -105,9 +108,7 @@ def _key_of_text(value: str) -> bytes | None:
     sign, digits, fraction, exponent = number.groups()
     if exponent is not None:
         return _key_of_float(float(value))
-    if len(digits) > 8 * _WHOLE_BYTES:  # int() takes quadratic time
+    if len(digits) > _MOST_DIGITS:  # int() takes quadratic time
         raise OverflowError
-    whole, part = int(digits), float("0" + (fraction or ".") + "0")
-    if sign != "-":
-        return _key(NUMBER, whole, part)
-    return _key(NUMBER, -whole - 1, 1 - part) if part else _key(NUMBER, -whole, 0.0)
+    factor = -1 if sign == "-" else 1
+    return _key(NUMBER, factor * int(digits), factor * float(f"0{fraction or '.'}0"))
