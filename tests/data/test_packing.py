@@ -406,9 +406,7 @@ def test_held_out_texts_are_stored_as_without_packing(tmp_path, has_order):
     rows, case = plain_rows(), Case(has_order=has_order)
     share = Placement(KEY, NUM_SHARDS, heldout_share=0.4)
     packed = prepare(tmp_path / "a", rows, case, placement=share)
-    unpacked = prepare(
-        tmp_path / "b", rows, Case(has_order=False), placement=share, pack=False
-    )
+    unpacked = prepare(tmp_path / "b", rows, Case(has_order=False), placement=share, pack=False)
     assert packed.heldout is not None
     assert unpacked.heldout is not None
     assert packed.heldout.digest == unpacked.heldout.digest
@@ -416,6 +414,20 @@ def test_held_out_texts_are_stored_as_without_packing(tmp_path, has_order):
     assert (packed.manifest.pack, packed.heldout.manifest.pack) == (True, False)
     assert packed.num_examples < unpacked.num_examples
     assert packed.manifest.order_column == ("when" if has_order else None)
+
+
+def test_a_held_out_input_needs_no_order(tmp_path):
+    made = build_settings(tmp_path / "s", Case(), has_heldout_input=True)
+    trained, heldout = plain_rows(), [Row("other", (5, 6)), Row("other", (7,))]
+    tokenized = list(tokenize_batch(table(trained, Case()), made))
+    without_order = table(heldout, Case(has_order=False))
+    tokenized += tokenize_batch(without_order, made, is_heldout_input=True)
+    results = StageResults.of(write_shards(pa.concat_tables(tokenized), made).to_pylist())
+    finish(made, results, ORIGIN)
+    store = TokenStore.open(tmp_path / "s", verify=True)
+    assert stored(store) == expected(trained, Case())
+    assert store.heldout is not None
+    assert sorted(store.heldout.tokens(i).tolist() for i in range(2)) == [[5, 6, EOS], [7, EOS]]
 
 
 def test_a_store_that_is_not_packed_has_the_manifest_of_earlier_versions(tmp_path):

@@ -116,13 +116,14 @@ def tokenize_batch(
     Raises:
         DataError: If a user id is missing, or a column is of a wrong type; names the file.
     """
+    columns = settings.columns.without_order() if is_heldout_input else settings.columns
     paths = rows[PATH] if PATH in rows.column_names and PATH not in settings.columns.names else None
     for path in [None] if paths is None else pc.unique(paths).to_pylist():
         some = rows if path is None else rows.filter(pc.equal(paths, path))
         try:
             tokenized = tokenize_rows(
                 some,
-                settings.columns,
+                columns,
                 settings.encoder,
                 settings.placement,
                 is_heldout_input=is_heldout_input,

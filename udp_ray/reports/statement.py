@@ -398,13 +398,24 @@ class PrivacyStatement(Statement):
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    example: str | None = None
+    """What one example of the store holds, in words; None if the store was not opened."""
 
     @classmethod
-    def promise(cls, privacy: PrivacyConfig, plan: PrivacyPlan) -> Self:
-        """Returns the statement of a run that has not begun."""
+    def promise(
+        cls, privacy: PrivacyConfig, plan: PrivacyPlan, *, example: str | None = None
+    ) -> Self:
+        """Returns the statement of a run that has not begun.
+
+        Args:
+            privacy: The settings.
+            plan: The plan made of them.
+            example: `Manifest.what_an_example_is` of the store, if it was opened.
+        """
         epsilon = plan.epsilon() if privacy.epsilon is None else privacy.epsilon
         promised = Budget(epsilon, plan.delta)
-        return cls(plan=plan, promised=promised, is_seeded=privacy.seed is not None)
+        is_seeded = privacy.seed is not None
+        return cls(plan=plan, promised=promised, is_seeded=is_seeded, example=example)
 
     def with_spent(self, *, num_steps: int) -> Self:
         """Returns the statement after `num_steps` charged steps."""
@@ -483,6 +494,8 @@ class PrivacyStatement(Statement):
             ("mechanism", _mechanism(self.plan)),
             ("promised", str(self.promised)),
         ]
+        if self.example:
+            rows.insert(1, ("example", self.example))
         if self.spent:
             steps = f" ({self.num_steps_spent} of {self.plan.num_steps} steps charged)"
             rows.append(("spent", str(self.spent) + steps))
@@ -504,6 +517,7 @@ class PrivacyStatement(Statement):
             "is_guarantee": self.is_guarantee,
             "unit": "user",
             "unit_meaning": "all examples of one user",
+            "example": self.example,
             "adjacency": self.plan.adjacency,
             "mechanism": _mechanism(self.plan),
             "accountant": "privacy loss distribution (dp_accounting)",
@@ -549,6 +563,7 @@ class PrivacyStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
+                example=values.get("example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -632,6 +647,8 @@ class SweepStatement(Statement):
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    example: str | None = None
+    """What one example of the store holds, in words; None if the store was not opened."""
 
     def after(
         self,
@@ -719,6 +736,8 @@ class SweepStatement(Statement):
             ("configurations", f"{len(planned.configurations)}, fixed beforehand"),
             ("price", _price(planned)),
         ]
+        if self.example:
+            rows.insert(1, ("example", self.example))
         if self.spent and planned.release != "public":
             rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
         rows.append(("held-out users", "not covered: their losses decide, without noise"))
@@ -741,6 +760,7 @@ class SweepStatement(Statement):
             "is_guarantee": self.is_guarantee,
             "unit": "user",
             "unit_meaning": "all examples of one user",
+            "example": self.example,
             "adjacency": "add_or_remove_one",
             "heldout_users_are_covered": False,
             "accountant": "privacy loss distribution (dp_accounting)",
@@ -785,6 +805,7 @@ class SweepStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
+                example=values.get("example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(

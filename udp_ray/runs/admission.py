@@ -126,7 +126,9 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         ledger_url=ledger_url,
         plan=plan,
         digests=digests_of(plan.to_dict(), config, store),
-        statement=PrivacyStatement.promise(config.privacy, plan),
+        statement=PrivacyStatement.promise(
+            config.privacy, plan, example=store.manifest.what_an_example_is
+        ),
     )
 
 

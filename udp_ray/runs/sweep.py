@@ -124,7 +124,11 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
         ledger_url=ledger_url,
         planned=planned,
         digests=digests_of(planned.to_dict(), config, store),
-        statement=SweepStatement(planned, is_seeded=config.privacy.seed is not None),
+        statement=SweepStatement(
+            planned,
+            is_seeded=config.privacy.seed is not None,
+            example=store.manifest.what_an_example_is,
+        ),
     )
 
 
