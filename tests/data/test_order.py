@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import decimal
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ def keys(values: list[Any], kind: pa.DataType | None = None) -> list[bytes]:
 
 def signs(values: list[Any]) -> list[int]:
     """Of each value and the next: -1 if it is below, 0 if equal, 1 if above."""
-    return [(a > b) - (a < b) for a, b in zip(values, values[1:], strict=False)]
+    return [(a > b) - (a < b) for a, b in pairwise(values)]
 
 
 numbers = st.one_of(

@@ -454,7 +454,7 @@ def test_a_shard_with_a_mask_is_read_back_and_noticed_when_it_is_cut_short(tmp_p
     assert read.loss_bits is not None
     assert read.loss_bits.tolist() == bits.tolist()
     assert read.tokens.tolist() == tokens.tolist()
-    with pytest.raises(ValueError, match="smaller than|sizes disagree"):
+    with pytest.raises(ValueError, match=r"smaller than|sizes disagree"):
         Shard.from_buffer(content[:-8])
 
 

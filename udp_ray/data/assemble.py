@@ -174,7 +174,7 @@ def _order_of_texts(pieces: pa.Table, key: bytes) -> Order:
     def repeated(row: int, rank: int) -> bytes:
         return hash_example(key, users[row].tobytes(), 0, texts[row].tobytes(), rank)
 
-    # Equal texts get different hashes, so that a user's five hundred "ok" are not all neighbours.
+    # Equal texts get different hashes, so that a user's five hundred "ok" are not all adjacent.
     # Only texts of equal rank, which are alike in all respects, may be told apart by arrival.
     order = _sorted_by(users, ranks, texts, numbers)
     is_new = _is_new(users[order], ranks[order], texts[order], numbers[order])
@@ -235,7 +235,7 @@ def _tell_repeats_apart(
 
     Args:
         hashes: Hash of each row.
-        order: The rows, sorted so that equal ones are neighbours.
+        order: The rows, sorted so that equal ones are adjacent.
         is_new: Where a row of that order differs from the row before.
         repeated: Returns the hash of a row that is this repetition, from 1 on.
     """

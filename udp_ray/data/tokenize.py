@@ -206,10 +206,9 @@ def tokenize_rows(
         without_text += not examples
         shard, user_hash = places.of(user)
         if is_joined and placement.is_for_training(shard):
+            order = None if keys is None else keys[number]
             is_predicted = not prompt_tokens and not encoder.prefix
-            builder.add_text(
-                shard, user_hash, examples, keys and keys[number], is_predicted=is_predicted
-            )
+            builder.add_text(shard, user_hash, examples, order, is_predicted=is_predicted)
         else:
             builder.add(shard, user_hash, examples)
     return Tokenized(builder.table(), rows.num_rows, without_text)
