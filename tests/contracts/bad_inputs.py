@@ -335,6 +335,13 @@ TRAININGS = {
         "train", f"{TRAIN} --data.tokenizer WORLD/other_tokenizer", "data.tokenizer",
         "other_tokenizer", "name that one",
     ),
+    "a store that is not packed as it should be": bad(
+        "train", f"{TRAIN} --data.pack true", "data.pack", "prepared with false", "leave data.pack",
+    ),
+    "a store without the order that it should have": bad(
+        "train", f"{TRAIN} --data.order_column time", "data.order_column", "prepared with none",
+        "leave data.order_column",
+    ),
     "a store of another name": bad(
         "train", f"{TRAIN} --data.name others", "data.name", "others", "correct one",
     ),
@@ -611,6 +618,16 @@ PREPARATIONS = {
     ),
     "a text column that is not there": bad(
         "prepare", f"{PREPARE} --data.text_column body", "data.text_column", "'body'", "it has",
+    ),
+    "an order column that is missing": bad(
+        "prepare", f"{PREPARE} --data.order_column time", "data.order_column", "'time'", "it has",
+    ),
+    "an order of texts that are not joined": bad(
+        "prepare", f"{PREPARE} --data.order_column text --data.pack false", "data.order_column",
+        "'text'", "set data.pack true",
+    ),
+    "packing that is neither on nor off": bad(
+        "prepare", f"{PREPARE} --data.pack perhaps", "data.pack", "'perhaps'", "boolean",
     ),
     "a prompt without a response": bad(
         "prepare", f"{PREPARE} --data.prompt_column text", "data.prompt_column",

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from udp_ray.data.build import assemble_shard
+from udp_ray.data.assemble import assemble_shard
 from udp_ray.data.hashing import hash_example, hash_user
 from udp_ray.data.store import Shard
 from udp_ray.data.tokenize import example_schema

@@ -147,7 +147,9 @@ def test_a_manifest_of_an_older_version_is_refused_in_one_sentence(tmp_path):
     for shard in values["shards"]:
         shard["bytes"] = 120
     manifest.write_text(json.dumps(values))
-    with pytest.raises(DataError, match=r"has schema version 1, and .* reads 2: prepare") as caught:
+    with pytest.raises(
+        DataError, match=r"has schema version 1, and .* reads 2 and 3: prepare"
+    ) as caught:
         TokenStore.open(path, verify=False)
     assert len(str(caught.value).splitlines()) == 1
 

@@ -940,10 +940,51 @@ DATA = [
     Mutant(
         name="examples_in_order_of_arrival",
         breaks="the order of rows decides which examples survive a bound",
-        file="udp_ray/data/build.py",
+        file="udp_ray/data/assemble.py",
         text="    order = _sorted_by(users, own)\n    if max_examples",
         replacement="    order = _sorted_by(users, np.zeros_like(own))\n    if max_examples",
         tests=("tests/data/test_assemble.py::test_arrival_order_cannot_be_seen_in_the_bytes",),
+    ),
+    Mutant(
+        name="texts_joined_over_users",
+        breaks="an example holds the text of two users, and is clipped as one of them",
+        file="udp_ray/data/assemble.py",
+        text="is_new_user | (pieces",
+        replacement="(is_new_user & ~is_new_user) | (pieces",
+        tests=(
+            "tests/data/test_packing.py"
+            "::test_failing_arm_texts_joined_over_users_are_caught_by_the_oracle",
+        ),
+    ),
+    Mutant(
+        name="texts_joined_in_order_of_arrival",
+        breaks="the order of rows decides which texts share an example",
+        file="udp_ray/data/assemble.py",
+        text="    order = _sorted_by(users, ranks, own, numbers)",
+        replacement="    order = _sorted_by(users, ranks)",
+        tests=(
+            "tests/data/test_packing.py"
+            "::test_failing_arm_a_join_in_order_of_arrival_is_caught_by_the_shuffle",
+        ),
+    ),
+    Mutant(
+        name="prompts_within_an_example_carry_loss",
+        breaks="the loss mask of a joined prompt is dropped",
+        file="udp_ray/data/batches.py",
+        text="                labels[number, :end][~row.mask] = NO_LOSS\n",
+        replacement="                pass\n",
+        tests=(
+            "tests/data/test_packing.py"
+            "::test_a_reader_gives_labels_where_there_is_loss_and_nowhere_else",
+        ),
+    ),
+    Mutant(
+        name="held_out_texts_joined",
+        breaks="held-out losses of packed and unpacked training are not comparable",
+        file="udp_ray/data/build.py",
+        text="if not self.pack or number >= self.placement.num_shards:",
+        replacement="if not self.pack:",
+        tests=("tests/data/test_packing.py::test_held_out_texts_are_stored_as_without_packing",),
     ),
     Mutant(
         name="equal_examples_have_one_hash",

@@ -38,7 +38,7 @@ def made_up_rows() -> list[Row]:
     for user in range(60):
         for n in range(1 + user * 5 % 17):
             text = ["ok", None, "", f"line {n} of user {user}", f"üser {user}: " + "x" * n][n % 5]
-            rows.append({"who": f"user {user}", "text": text})
+            rows.append({"who": f"user {user}", "text": text, "place": str(n // 2)})
     return rows
 
 
@@ -124,7 +124,8 @@ def test_a_store_holds_every_text_under_its_user(tmp_path, byte_tokenizer, token
     rows, others = made_up_rows(), [{"who": "someone else", "text": "held out"}]
     inputs = [write_parquet(tmp_path / "rows.parquet", rows)]
     heldout = [write_json_lines(tmp_path / "heldout.jsonl", others)]
-    prepared = run(settings(tmp_path / "made", byte_tokenizer, inputs, heldout=heldout))
+    changes = {"heldout": heldout, "pack": False}
+    prepared = run(settings(tmp_path / "made", byte_tokenizer, inputs, **changes))
     store = TokenStore.open(prepared.path, verify=True)
     with Ledger.open(store.manifest.ledger_url, store.manifest.ledger_id) as ledger:
         record = ledger.dataset("chats")
@@ -144,10 +145,50 @@ def test_a_store_holds_every_text_under_its_user(tmp_path, byte_tokenizer, token
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
+def test_a_packed_store_joins_each_users_texts_in_their_order(
+    tmp_path, byte_tokenizer, token_of_byte
+):
+    rows, others = made_up_rows(), [{"who": "someone else", "text": "held out"}] * 2
+    for n, row in enumerate(rows):
+        row["place"] = str(-n)
+    inputs = [write_parquet(tmp_path / "rows.parquet", rows)]
+    heldout = [write_json_lines(tmp_path / "heldout.jsonl", others)]  # which needs no order
+    changes = {"heldout": heldout, "order_column": "place"}
+    prepared = run(settings(tmp_path / "made", byte_tokenizer, inputs, **changes))
+    assert "joined in the order of column 'place' up to 8 tokens" in prepared.to_text()
+    store = TokenStore.open(prepared.path, verify=True)
+    with Ledger.open(store.manifest.ledger_url, store.manifest.ledger_id) as ledger:
+        key = ledger.dataset("chats").user_hash_key
+    expected: Texts = {}
+    for user in {row["who"] for row in rows}:
+        joined: list[list[int]] = []
+        for row in reversed([row for row in rows if row["who"] == user and row["text"]]):
+            tokens = [*(token_of_byte[byte] for byte in str(row["text"]).encode()), 256]
+            if joined and len(joined[-1]) + len(tokens) <= BLOCK_TOKENS:
+                joined[-1] += tokens
+                continue
+            while len(tokens) > 1:
+                joined.append(tokens[:BLOCK_TOKENS])
+                tokens = tokens[BLOCK_TOKENS - 1 :]
+        if joined:
+            expected[hash_user(key, str(user))] = Counter(map(tuple, joined))
+    assert texts(store) == expected
+    assert store.heldout is not None
+    assert texts(store.heldout) == expected_texts(others, key, token_of_byte)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(tmp_path, byte_tokenizer):
     rows = made_up_rows()
-    changes = {"heldout": 0.25, "max_examples_per_user": 3, "ledger": f"sqlite:///{tmp_path}/l"}
-    once = [write_parquet(tmp_path / "rows.parquet", rows)]
+    changes = {
+        "heldout": 0.25,
+        "max_examples_per_user": 3,
+        "ledger": f"sqlite:///{tmp_path}/l",
+        "order_column": "place",
+    }
+    numbered = [row | {"place": int(str(row["place"]))} for row in rows]
+    pq.write_table(pa.Table.from_pylist(numbered), tmp_path / "rows.parquet")
+    once = [str(tmp_path / "rows.parquet")]
     first = run(settings(tmp_path / "a", byte_tokenizer, once, **changes))
     random.Random(0).shuffle(rows)
     write_parquet(tmp_path / "1.parquet", rows[:50])

@@ -145,7 +145,7 @@ class Section(BaseModel):
 
 
 def _is_switch(section: type[BaseModel], field: str) -> bool:
-    return section.model_fields[field].annotation is bool
+    return section.model_fields[field].annotation in (bool, bool | None)
 
 
 def _override_items(overrides: Mapping[str, Any] | Sequence[str]) -> Iterator[tuple[str, Any]]:

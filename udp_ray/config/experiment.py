@@ -56,6 +56,12 @@ class DataConfig(Section):
     several examples."""
     max_examples_per_user: PositiveInt | None = None
     """Most examples stored per user, selected by a keyed hash. Default: all."""
+    pack: bool | None = None
+    """Joins a user's texts to examples of up to data.block_tokens. Held-out users' texts are never
+    joined. Default: true for text, false for prompts and responses."""
+    order_column: str | None = None
+    """Column with numbers, dates or texts, in whose order data.pack joins a user's texts. Default:
+    the order of a keyed hash."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
     """Number of shard files of the store; part of its identity, independent of the cluster."""
     store: AbsolutePath
@@ -97,7 +103,18 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.heldout is {self.heldout:g}: a fraction lies strictly between 0 and 1"
             )
+        if self.order_column is not None and not self.is_packed:
+            raise ValueError(
+                f"data.order_column is {self.order_column!r}, but data.pack is false (its default"
+                " for prompts and responses), so no texts are joined in an order: set data.pack"
+                " true, or leave data.order_column out"
+            )
         return self
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a user's texts are joined: `pack`, with its default filled in."""
+        return self.prompt_column is None if self.pack is None else self.pack
 
     @property
     def ledger_url(self) -> str:

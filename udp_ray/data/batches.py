@@ -326,6 +326,10 @@ class TokenSource(Protocol):
         """Returns the first position, at least 1, whose token is predicted and counted."""
         ...
 
+    def loss_mask(self, index: int) -> NDArray[np.bool_] | None:
+        """Returns which tokens carry loss; None if all do from `loss_start` on."""
+        ...
+
 
 class Draw(Protocol):
     """What a reader needs of a sampler's cohort: group i has examples[offsets[i]:offsets[i+1]]."""
@@ -348,6 +352,8 @@ class _Row:
     tokens: NDArray[np.unsignedinteger]
     first_label: int
     weight: float
+    mask: NDArray[np.bool_] | None = None
+    """Which tokens carry loss; None if all do from first_label on."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -482,7 +488,8 @@ class CohortReader:
             # Nothing comes before position 0 to predict it from.
             first_label = max(self._store.loss_start(index), 1)
             if first_label < len(tokens):
-                rows.append(_Row(tokens, first_label, weight=1 / len(examples)))
+                mask = self._store.loss_mask(index)
+                rows.append(_Row(tokens, first_label, weight=1 / len(examples), mask=mask))
         rows.sort(key=lambda row: -len(row.tokens))
         return _GroupRows(
             rows, self._mask_seed(step, int(examples[0])) if self._mask_seed else None
@@ -515,5 +522,7 @@ class CohortReader:
             end = len(row.tokens)
             input_ids[number, :end] = row.tokens
             labels[number, row.first_label : end] = row.tokens[row.first_label :]
+            if row.mask is not None:
+                labels[number, :end][~row.mask] = NO_LOSS
         weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         return torch.from_numpy(input_ids), torch.from_numpy(labels), weights

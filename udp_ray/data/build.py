@@ -10,7 +10,8 @@ stage has to tell the driver travels as rows of the data, in columns of their ow
 kept elsewhere, a row is counted once even when a task is retried.
 
 Which shard a user is in, and the order inside a shard, follow from keyed hashes alone, so that the
-store does not depend on the order of the rows, on their files or on the parallelism.
+store does not depend on the order of the rows, on their files or on the parallelism. A user's texts
+are joined (`data/assemble.py`) where they are together: by the task that writes their shard.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from udp_ray.data.hashing import HASH_BYTES, hash_example
+from udp_ray.data.assemble import Joining, assemble_shard
+from udp_ray.data.hashing import HASH_BYTES
 from udp_ray.data.read import Columns, Piece
 from udp_ray.data.remote import put
 from udp_ray.data.store import (
     HELDOUT_FOLDER,
+    PACKED_SCHEMA_VERSION,
+    SCHEMA_VERSION,
     Manifest,
     PrivateCounts,
     Shard,
@@ -40,11 +43,9 @@ from udp_ray.data.store import (
     StoreCounts,
     write_shard,
 )
-from udp_ray.data.tokenize import Placement, TextEncoder, example_schema, tokenize_rows
+from udp_ray.data.tokenize import Placement, TextEncoder, tokenize_rows
 from udp_ray.errors import DataError, GuaranteeError, StorageError, UdpRayError
 from udp_ray.io import below
-
-Order = NDArray[np.int64]
 
 PATH = "path"
 """Column of the rows that names their file, where there is one; Ray Data's name for it."""
@@ -67,6 +68,8 @@ class BuildSettings:
     """Whether a separate input is held out."""
     url: str | None = None
     """Where each shard goes as soon as it is written, instead of staying in the folder."""
+    pack: bool = False
+    """Whether the texts of a user who trains are joined to examples."""
 
     @property
     def has_heldout(self) -> bool:
@@ -77,6 +80,13 @@ class BuildSettings:
     def num_shards(self) -> int:
         """Shards of both parts; those of held-out users are numbered last."""
         return self.placement.num_shards * (2 if self.has_heldout else 1)
+
+    def joining_of(self, number: int) -> Joining | None:
+        """Returns how a shard's texts are joined; None for held-out ones, which never are."""
+        if not self.pack or number >= self.placement.num_shards:
+            return None
+        has_mask = self.columns.prompt is not None or bool(self.encoder.prefix)
+        return Joining(self.encoder.block_tokens, has_mask)
 
     def folder_of(self, number: int) -> Path:
         """Returns the folder of a shard."""
@@ -106,16 +116,18 @@ def tokenize_batch(
     Raises:
         DataError: If a user id is missing, or a column is of a wrong type; names the file.
     """
+    columns = settings.columns.without_order() if is_heldout_input else settings.columns
     paths = rows[PATH] if PATH in rows.column_names and PATH not in settings.columns.names else None
     for path in [None] if paths is None else pc.unique(paths).to_pylist():
         some = rows if path is None else rows.filter(pc.equal(paths, path))
         try:
             tokenized = tokenize_rows(
                 some,
-                settings.columns,
+                columns,
                 settings.encoder,
                 settings.placement,
                 is_heldout_input=is_heldout_input,
+                is_joined=settings.pack,
             )
         except DataError as error:
             raise DataError(f"{path}: {error}" if path else str(error)) from None
@@ -124,7 +136,7 @@ def tokenize_batch(
             ROWS_READ: tokenized.num_rows,
             ROWS_WITHOUT_TEXT: tokenized.num_rows_without_text,
         }
-        yield _with_counts(example_schema(settings.encoder.token_type).empty_table(), counts)
+        yield _with_counts(tokenized.examples.slice(0, 0), counts)
 
 
 def _with_counts(examples: pa.Table, counts: Mapping[str, int] | None) -> pa.Table:
@@ -150,10 +162,11 @@ RESULT_SCHEMA = pa.schema(
         (ROWS_READ, pa.int64()),
         (ROWS_WITHOUT_TEXT, pa.int64()),
         ("refusal", pa.string()),
+        ("is_refusal_of_data", pa.bool_()),
     ]
 )
-"""Of a shard: what was written, or why it could not be, as an error of this stage would reach the
-driver as Ray's, without its cause. Else: counts of rows."""
+"""Of a shard: what was written, or why it could not be (a fault of the data or of the storage), as
+an error of this stage would reach the driver as Ray's, without its cause. Else: counts of rows."""
 
 
 def write_shards(block: pa.Table, settings: BuildSettings) -> pa.Table:
@@ -174,11 +187,19 @@ def write_shards(block: pa.Table, settings: BuildSettings) -> pa.Table:
         results.append(sums)
         for number in pc.unique(examples["shard"]).to_pylist():
             own = examples.filter(pc.equal(examples["shard"], number))
-            shard = assemble_shard(own, settings.placement.key, settings.max_examples_per_user)
             try:
+                shard = assemble_shard(
+                    own,
+                    settings.placement.key,
+                    settings.max_examples_per_user,
+                    settings.joining_of(number),
+                )
                 results.append(_write(number, shard, settings))
             except UdpRayError as refusal:
-                results.append({"shard": number, "refusal": str(refusal)})
+                is_of_data = isinstance(refusal, DataError)
+                results.append(
+                    {"shard": number, "refusal": str(refusal), "is_refusal_of_data": is_of_data}
+                )
                 break
     return pa.Table.from_pylist(results, RESULT_SCHEMA)
 
@@ -217,90 +238,6 @@ def _target_folder(number: int, settings: BuildSettings) -> Iterator[Path]:
     yield folder
 
 
-def assemble_shard(examples: pa.Table, key: bytes, max_examples_per_user: int | None) -> Shard:
-    """Returns the shard of some examples: users by hash, each user's examples by hash.
-
-    Examples of equal hash have equal tokens, so the order in which they arrive cannot be seen in
-    the result. Nor can it decide who survives `max_examples_per_user`: the first by hash do.
-
-    Args:
-        examples: All examples of the shard's users, with the columns of `example_schema`.
-        key: The secret key of the data's name.
-        max_examples_per_user: Most examples kept of one user; None keeps all.
-    """
-    examples = examples.combine_chunks()
-    users = _hashes(examples["user"])
-    tokens, offsets = _token_lists(examples["tokens"])
-    loss_starts = examples["loss_start"].to_numpy().astype(np.int32)
-    own = _tell_repeats_apart(
-        key, users, _hashes(examples["example"]), loss_starts, tokens, offsets
-    )
-    order = _sorted_by(users, own)
-    if max_examples_per_user is not None:
-        order = order[_rank_in_run(_is_new(users[order])) < max_examples_per_user]
-    begins = np.flatnonzero(_is_new(users[order]))
-    lengths = np.diff(offsets)[order]
-    return Shard(
-        user_hashes=users[order][begins],
-        user_offsets=np.append(begins, len(order)).astype(np.int64),
-        example_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        loss_starts=loss_starts[order],
-        tokens=_token_lists(examples["tokens"].take(pa.array(order)))[0],
-    )
-
-
-def _tell_repeats_apart(
-    key: bytes,
-    users: NDArray[np.uint8],
-    own: NDArray[np.uint8],
-    loss_starts: NDArray[np.int32],
-    tokens: NDArray,
-    offsets: NDArray[np.int64],
-) -> NDArray[np.uint8]:
-    """Gives the second, third, ... of a user's equal examples a hash of its own."""
-    order = _sorted_by(users, own)
-    rank = _rank_in_run(_is_new(users[order]) | _is_new(own[order]))
-    own = own.copy()
-    for position in np.flatnonzero(rank):
-        row = order[position]
-        content = tokens[offsets[row] : offsets[row + 1]].tobytes()
-        digest = hash_example(
-            key, users[row].tobytes(), int(loss_starts[row]), content, int(rank[position])
-        )
-        own[row] = np.frombuffer(digest, np.uint8)
-    return own
-
-
-def _hashes(column: pa.ChunkedArray) -> NDArray[np.uint8]:
-    array = column.combine_chunks()
-    flat = np.frombuffer(array.buffers()[1], np.uint8) if len(array) else np.zeros(0, np.uint8)
-    first = array.offset * HASH_BYTES
-    return flat[first : first + len(array) * HASH_BYTES].reshape(len(array), HASH_BYTES)
-
-
-def _token_lists(column: pa.ChunkedArray) -> tuple[NDArray, NDArray[np.int64]]:
-    array = column.combine_chunks()
-    return array.values.to_numpy(), array.offsets.to_numpy()
-
-
-def _sorted_by(users: NDArray[np.uint8], own: NDArray[np.uint8]) -> Order:
-    words = np.hstack([users, own]).view(">u8").astype(np.uint64)
-    return np.lexsort(words.T[::-1])
-
-
-def _is_new(sorted_hashes: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Returns where a row differs from the row before; true for the first."""
-    is_new = np.ones(len(sorted_hashes), bool)
-    is_new[1:] = (sorted_hashes[1:] != sorted_hashes[:-1]).any(axis=1)
-    return is_new
-
-
-def _rank_in_run(is_new: NDArray[np.bool_]) -> Order:
-    """Returns each row's distance from the beginning of its run."""
-    rows = np.arange(len(is_new))
-    return rows - np.maximum.accumulate(np.where(is_new, rows, 0))
-
-
 # ---- what was written -> the manifests
 
 
@@ -328,7 +265,8 @@ class StageResults:
         """Collects rows of `RESULT_SCHEMA`.
 
         Raises:
-            StorageError: If a worker could not write a shard.
+            DataError: If a worker could not join the texts of a shard.
+            StorageError: If a worker could not write one.
             GuaranteeError: If a shard came in two parts, so that a user is split.
         """
         results = cls()
@@ -340,7 +278,7 @@ class StageResults:
         """Adds one row of `RESULT_SCHEMA`."""
         number = row["shard"]
         if row["refusal"] is not None:
-            raise StorageError(row["refusal"])
+            raise (DataError if row["is_refusal_of_data"] else StorageError)(row["refusal"])
         if number is None:
             self.rows_read += row[ROWS_READ]
             self.rows_without_text += row[ROWS_WITHOUT_TEXT]
@@ -403,11 +341,12 @@ def finish(
     _refuse_overlap(train, heldout)
     heldout_digest = None
     if counts.heldout is not None:
-        part = _manifest(settings, heldout, origin, None)
+        # Unpacked always, so that losses are comparable however the training text is packed.
+        part = _manifest(settings, heldout, origin, None, pack=False)
         folder = settings.folder / HELDOUT_FOLDER
         _write_manifests(folder, part, PrivateCounts(train=counts.heldout))
         heldout_digest = part.digest()
-    manifest = _manifest(settings, train, origin, heldout_digest)
+    manifest = _manifest(settings, train, origin, heldout_digest, pack=settings.pack)
     _write_manifests(settings.folder, manifest, counts)
     return manifest, counts
 
@@ -422,9 +361,15 @@ def _write_empty(number: int, settings: BuildSettings) -> dict[str, Any]:
 
 
 def _manifest(
-    settings: BuildSettings, shards: Sequence[ShardResult], origin: Origin, heldout: str | None
+    settings: BuildSettings,
+    shards: Sequence[ShardResult],
+    origin: Origin,
+    heldout: str | None,
+    *,
+    pack: bool,
 ) -> Manifest:
     return Manifest(
+        schema_version=PACKED_SCHEMA_VERSION if pack else SCHEMA_VERSION,
         name=origin.name,
         ledger_id=origin.ledger_id,
         ledger_url=origin.ledger_url,
@@ -435,6 +380,8 @@ def _manifest(
         created_by=origin.created_by,
         shards=[shard.entry for shard in shards],
         heldout=heldout,
+        pack=pack,
+        order_column=settings.columns.order if pack else None,
     )
 
 
@@ -515,6 +462,8 @@ def describe_input(pieces: list[Piece], columns: Columns) -> list[str]:
     roles = [f"user {columns.user!r}", f"text {columns.text!r}"]
     if columns.prompt:
         roles[1] = f"prompt {columns.prompt!r}, response {columns.text!r} (loss on the response)"
+    if columns.order:
+        roles.append(f"order {columns.order!r}")
     size = sum(piece.num_bytes for piece in pieces)
     return [
         f"would read {_size(size)} in {len(files)} files:",
@@ -536,8 +485,11 @@ def estimate(num_bytes: int, num_shards: int, token_bytes: int) -> list[str]:
 def describe_store(place: str, manifest: Manifest) -> str:
     """Returns what may be said of a store in public."""
     heldout = ", with a held-out part" if manifest.heldout else ""
+    if manifest.heldout and manifest.pack:
+        heldout += ", whose texts are not joined"
     return (
         f"prepared {manifest.name} into {manifest.num_shards} shards{heldout}: {place}\n"
+        f"an example: {manifest.what_an_example_is}\n"
         f"ledger {manifest.ledger_id}: {manifest.ledger_url}"
     )
 

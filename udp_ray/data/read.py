@@ -19,8 +19,9 @@ Columns of text files are read as the text that stands there, never guessed to b
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -70,11 +71,17 @@ class Columns:
     user: str
     text: str
     prompt: str | None = None
+    order: str | None = None
 
     @property
     def names(self) -> list[str]:
         """The names, each once."""
-        return list(dict.fromkeys(n for n in (self.user, self.text, self.prompt) if n))
+        given = (self.user, self.text, self.prompt, self.order)
+        return list(dict.fromkeys(name for name in given if name))
+
+    def without_order(self) -> Columns:
+        """Returns the columns of held-out input, whose texts are not joined."""
+        return replace(self, order=None)
 
 
 @dataclass(frozen=True)
@@ -296,7 +303,8 @@ def require_columns(existing: Sequence[str], wanted: Sequence[str], location: st
         raise DataError(
             f"{location} has no column {missing[0]!r}: it has"
             f" {', '.join(map(repr, existing)) or 'none at all'}; set data.user_column,"
-            " data.text_column or the prompt and response columns to one of these"
+            " data.text_column, data.order_column or the prompt and response columns to one of"
+            " these"
         )
 
 
@@ -365,7 +373,7 @@ def _read_json_lines(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
         require_columns(list(existing), columns.names, piece.location)
         values: dict[str, list[str | None]] = {}
         for name in columns.names:
-            convert = _json_id if name == columns.user else _json_text
+            convert = _json_converter(name, columns)
             values[name] = []
             for (number, _), row in zip(some, rows, strict=True):
                 try:
@@ -374,6 +382,25 @@ def _read_json_lines(piece: Piece, columns: Columns) -> Iterator[pa.Table]:
                     place = f"line {_lines_before(piece) + number} of {piece.location}"
                     raise DataError(f"{place}: {error}") from None
         yield pa.table(values, pa.schema([(name, pa.string()) for name in values]))
+
+
+def _json_converter(name: str, columns: Columns) -> Callable[[object, str], str | None]:
+    """Returns what makes text of the values of a column."""
+    if name == columns.user:
+        return _json_id
+    return _json_text if name in (columns.text, columns.prompt) else _json_order
+
+
+def _json_order(value: object, name: str) -> str | None:
+    """Returns a number or a text as text; `data/order.py` reads text that is a number as one."""
+    if value is None or isinstance(value, str):
+        return _json_text(value, name)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return repr(value)
+    raise DataError(
+        f"data.order_column {name!r} holds a JSON {type(value).__name__}: give finite numbers,"
+        " dates or text"
+    )
 
 
 def _json_id(value: object, name: str) -> str | None:

@@ -4,7 +4,7 @@ A store is a folder with a manifest, shard files and perhaps a held-out store in
 and examples have global indices in shard order: the users of shard 0, then those of shard 1. A
 shard file is a header of four int64 (magic and version, users, examples, bytes per token) and
 then, each padded to 8 bytes, the arrays of `Shard`: little endian, so that a shard written
-anywhere has the same bytes.
+anywhere has the same bytes. A shard with a loss mask has a version of its own.
 
     >>> store = TokenStore.open("stores/irc", verify=True)                        # doctest: +SKIP
     >>> first, last = store.user_offsets[7:9]                                     # doctest: +SKIP
@@ -35,7 +35,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from udp_ray.errors import DataError
 from udp_ray.io import flush, writing
@@ -43,6 +43,10 @@ from udp_ray.io import flush, writing
 MANIFEST_FILE = "manifest.json"
 PRIVATE_FILE = "private.json"
 SCHEMA_VERSION: Literal[2] = 2
+PACKED_SCHEMA_VERSION: Literal[3] = 3
+"""Of a store whose examples are joined texts. What is not packed keeps version 2, its manifest and
+its digest, so that earlier versions of this package read it, and refuse only packed stores."""
+_PACKING_FIELDS = {"pack", "order_column"}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -76,7 +80,7 @@ class ShardEntry(_Part):
 class Manifest(_Part):
     """The public part of a store. Holds no count of users or of their texts."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2, 3] = SCHEMA_VERSION
     name: str
     """`data.name`: whose data this is. All stores of one name share one privacy budget."""
     ledger_id: str
@@ -94,6 +98,25 @@ class Manifest(_Part):
     shards: list[ShardEntry]
     heldout: Sha256 | None = None
     """Digest of the held-out store in the folder `heldout`, if there is one."""
+    pack: bool = False
+    """Whether an example holds a user's texts, joined up to block_tokens. False in the manifest of
+    a held-out store: losses on it are comparable whether or not the training text is packed."""
+    order_column: str | None = None
+    """Column in whose order the texts were joined; None: the order of a keyed hash."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pack != (self.schema_version == PACKED_SCHEMA_VERSION):
+            raise ValueError(f"pack is {self.pack} in schema version {self.schema_version}")
+        return self
+
+    @property
+    def what_an_example_is(self) -> str:
+        """What one example holds, in words."""
+        if not self.pack:
+            return f"one text of one user, or a piece of it, of at most {self.block_tokens} tokens"
+        order = f"column {self.order_column!r}" if self.order_column else "a keyed hash"
+        return f"texts of one user, joined in the order of {order} up to {self.block_tokens} tokens"
 
     def digest(self) -> str:
         """Returns a SHA-256 over what training sees: whose text, and which tokens.
@@ -109,7 +132,8 @@ class Manifest(_Part):
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into a store's folder."""
-        _write_durably(directory / MANIFEST_FILE, self.model_dump_json(indent=1) + "\n", 0o644)
+        text = self.model_dump_json(indent=1, exclude=None if self.pack else _PACKING_FIELDS)
+        _write_durably(directory / MANIFEST_FILE, text + "\n", 0o644)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -131,16 +155,16 @@ class Manifest(_Part):
             return cls.model_validate_json(text)
         except ValidationError as error:
             version = _version_in(text)
-            if version not in (None, SCHEMA_VERSION):
+            if version not in (None, SCHEMA_VERSION, PACKED_SCHEMA_VERSION):
                 raise DataError(
                     f"{place} has schema version {version}, and this version of udp-ray reads"
-                    f" {SCHEMA_VERSION}: prepare the store again in another folder, under the same"
-                    " data.name and data.ledger"
+                    f" {SCHEMA_VERSION} and {PACKED_SCHEMA_VERSION}: prepare the store again in"
+                    " another folder, under the same data.name and data.ledger"
                 ) from error
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or "the file"
             raise DataError(
-                f"{place} is not a manifest of version {SCHEMA_VERSION}"
+                f"{place} is not a manifest of version {version or SCHEMA_VERSION}"
                 f" ({field}: {first['msg']}): prepare the store again with this version"
             ) from error
 
@@ -214,6 +238,7 @@ def _write_durably(path: Path, text: str, mode: int) -> None:
 HELDOUT_FOLDER = "heldout"
 USER_HASH_BYTES = 16
 MAGIC = int.from_bytes(b"udp-ray\x01", "little")
+MAGIC_WITH_MASK = int.from_bytes(b"udp-ray\x02", "little")
 _HASHED_AT_ONCE = 1 << 22
 
 Int64Array = NDArray[np.int64]
@@ -233,6 +258,9 @@ class Shard:
     """First position of each example whose token carries loss; shape (examples,)."""
     tokens: NDArray[np.unsignedinteger]
     """All tokens, uint16 or uint32."""
+    loss_bits: NDArray[np.uint8] | None = None
+    """One bit per token, the lowest of a byte first: whether it carries loss. None: all tokens of
+    an example do from its loss_start on. Needed where one example holds several prompts."""
 
     @property
     def num_users(self) -> int:
@@ -246,16 +274,20 @@ class Shard:
 
     def to_parts(self) -> list[bytes | memoryview]:
         """Returns the file's contents piece by piece."""
-        header = [MAGIC, self.num_users, self.num_examples, self.tokens.dtype.itemsize]
+        magic = MAGIC if self.loss_bits is None else MAGIC_WITH_MASK
+        header = [magic, self.num_users, self.num_examples, self.tokens.dtype.itemsize]
         parts: list[bytes | memoryview] = [np.array(header, "<i8").tobytes()]
         token_type = self.tokens.dtype.newbyteorder("<")
-        for array, dtype in (
+        arrays: list[tuple[NDArray, Any]] = [
             (self.user_hashes, "u1"),
             (self.user_offsets, "<i8"),
             (self.example_offsets, "<i8"),
             (self.loss_starts, "<i4"),
             (self.tokens, token_type),
-        ):
+        ]
+        if self.loss_bits is not None:
+            arrays.append((self.loss_bits, "u1"))
+        for array, dtype in arrays:
             flat = np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8)
             parts += [flat.data, b"\0" * (-flat.nbytes % 8)]
         return parts
@@ -268,7 +300,7 @@ class Shard:
             ValueError: If the contents are not those of a whole shard.
         """
         magic, num_users, num_examples, token_bytes = np.frombuffer(buffer, "<i8", 4).tolist()
-        if magic != MAGIC or token_bytes not in (2, 4):
+        if magic not in (MAGIC, MAGIC_WITH_MASK) or token_bytes not in (2, 4):
             raise ValueError("not a shard")
         position = 32
 
@@ -283,9 +315,10 @@ class Shard:
         example_offsets = take(num_examples + 1, "<i8")
         loss_starts = take(num_examples, "<i4")
         tokens = take(int(example_offsets[-1]), f"<u{token_bytes}")
+        loss_bits = take(-(-len(tokens) // 8), "u1") if magic == MAGIC_WITH_MASK else None
         if position != len(buffer) or user_offsets[-1] != num_examples:
             raise ValueError("sizes disagree")
-        return cls(user_hashes, user_offsets, example_offsets, loss_starts, tokens)
+        return cls(user_hashes, user_offsets, example_offsets, loss_starts, tokens, loss_bits)
 
 
 class TokenStore:
@@ -369,6 +402,15 @@ class TokenStore:
         """Returns the first position, at least 1, whose token is predicted and counted."""
         shard, local = self._locate(index)
         return int(shard.loss_starts[local])
+
+    def loss_mask(self, index: int) -> NDArray[np.bool_] | None:
+        """Returns which tokens carry loss; None if all do from `loss_start` on."""
+        shard, local = self._locate(index)
+        if shard.loss_bits is None:
+            return None
+        first, last = shard.example_offsets[local : local + 2].tolist()
+        bits = np.unpackbits(shard.loss_bits[first // 8 : -(-last // 8)], bitorder="little")
+        return bits[first % 8 :][: last - first].astype(np.bool_)
 
     def example_lengths(self, indices: Int64Array) -> Int64Array:
         """Returns the number of tokens of each of these examples."""

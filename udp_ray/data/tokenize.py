@@ -6,7 +6,7 @@ beginning-of-text token each piece starts with the last token of the piece befor
 token. A prompt and its response become one example with the loss on the response; a prompt that
 leaves too little room loses its beginning, down to half a block, and what still does not fit of
 the response follows as plain text. Every example has at least one token that carries loss.
-Nothing is packed: an example holds text of one row, so of one user.
+An example holds text of one row, so of one user; `data/assemble.py` joins the texts of one user.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from udp_ray.data.hashing import (
     is_text,
     shard_of,
 )
+from udp_ray.data.order import order_keys
 from udp_ray.data.read import Columns
 from udp_ray.data.store import TokenizerInfo
 from udp_ray.errors import DataError
@@ -141,6 +142,10 @@ class Placement:
             number += self.num_shards
         return number
 
+    def is_for_training(self, shard: int) -> bool:
+        """Returns whether a shard, by its number, holds users who train."""
+        return shard < self.num_shards
+
     def __repr__(self) -> str:
         return f"Placement(num_shards={self.num_shards}, heldout_share={self.heldout_share})"
 
@@ -160,8 +165,11 @@ def tokenize_rows(
     placement: Placement,
     *,
     is_heldout_input: bool = False,
+    is_joined: bool = False,
 ) -> Tokenized:
     """Returns the examples of some rows, each with its shard, user hash and own hash.
+
+    With `is_joined` the rows of users who train are pieces of texts that are to be joined.
 
     Args:
         rows: A table with the columns.
@@ -169,9 +177,11 @@ def tokenize_rows(
         encoder: The tokenizer.
         placement: Where users go.
         is_heldout_input: Whether the rows come from a separate held-out input.
+        is_joined: Whether a user's texts will be joined.
 
     Raises:
-        DataError: If a user id is missing, or a column is of a wrong type.
+        DataError: If a user id or a value of the order column is missing, or a column is of a
+            wrong type.
     """
     users = canonical_user_ids(rows[columns.user], columns.user)
     if users.null_count:
@@ -186,27 +196,57 @@ def tokenize_rows(
     if columns.prompt:
         prompt = pc.fill_null(_texts(rows, columns.prompt), "")
         prompts = encoder.encode(prompt.filter(kept).to_pylist())
+    keys = _order_of_rows(rows, columns, kept) if is_joined else None
     places = _Places(placement, is_heldout_input)
-    builder = _ExampleTable(placement.key, encoder.token_type)
+    builder = _ExampleTable(placement.key, encoder.token_type, is_joined=is_joined)
     without_text = rows.num_rows - len(texts)
     for number, user in enumerate(users.filter(kept).to_pylist()):
-        examples = encoder.examples(texts[number], prompts[number] if prompts else None)
+        prompt_tokens = prompts[number] if prompts else None
+        examples = encoder.examples(texts[number], prompt_tokens)
         without_text += not examples
-        builder.add(*places.of(user), examples)
+        shard, user_hash = places.of(user)
+        if is_joined and placement.is_for_training(shard):
+            order = None if keys is None else keys[number]
+            is_predicted = not prompt_tokens and not encoder.prefix
+            builder.add_text(shard, user_hash, examples, order, is_predicted=is_predicted)
+        else:
+            builder.add(shard, user_hash, examples)
     return Tokenized(builder.table(), rows.num_rows, without_text)
 
 
-def example_schema(token_type: np.dtype) -> pa.Schema:
-    """Returns the columns of examples on their way to their shard."""
-    return pa.schema(
-        [
-            ("shard", pa.int32()),
-            ("user", pa.binary(HASH_BYTES)),
-            ("example", pa.binary(HASH_BYTES)),
-            ("loss_start", pa.int32()),
-            ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
-        ]
-    )
+def _order_of_rows(rows: pa.Table, columns: Columns, kept: pa.Array) -> list[bytes] | None:
+    """Returns the keys of rows with text; None if there is no order column."""
+    if columns.order is None:
+        return None
+    keys = order_keys(rows[columns.order].filter(kept), columns.order)
+    if keys.null_count:
+        raise DataError(
+            f"data.order_column {columns.order!r} is null or empty in {keys.null_count} of"
+            f" {len(keys)} rows with text: fill it in, or leave data.order_column out"
+        )
+    return keys.to_pylist()
+
+
+def example_schema(token_type: np.dtype, *, is_joined: bool = False) -> pa.Schema:
+    """Returns the columns of examples on their way to their shard.
+
+    Args:
+        token_type: Type of tokens.
+        is_joined: Whether the rows of users who train are pieces of texts that are to be joined.
+            Then `example` is the hash of the whole text, `piece` numbers the pieces of a text,
+            `order` is null or the key of the text's value in the order column, and `loss_start`
+            counts the first tokens that carry no loss after another text, perhaps 0.
+    """
+    fields = [
+        ("shard", pa.int32()),
+        ("user", pa.binary(HASH_BYTES)),
+        ("example", pa.binary(HASH_BYTES)),
+        ("loss_start", pa.int32()),
+        ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
+    ]
+    if is_joined:
+        fields += [("piece", pa.int32()), ("order", pa.large_binary())]
+    return pa.schema(fields)
 
 
 class _Places:
@@ -228,32 +268,83 @@ class _Places:
 class _ExampleTable:
     """Collects examples into one Arrow table."""
 
-    def __init__(self, key: bytes, token_type: np.dtype) -> None:
+    def __init__(self, key: bytes, token_type: np.dtype, *, is_joined: bool) -> None:
         self._key = key
         self._token_type = token_type.newbyteorder("<")
+        self._is_joined = is_joined
         self._shards: list[int] = []
         self._users: list[bytes] = []
         self._examples: list[bytes] = []
         self._loss_starts: list[int] = []
         self._tokens: list[np.ndarray] = []
+        self._pieces: list[int] = []
+        self._orders: list[bytes | None] = []
 
     def add(self, shard: int, user: bytes, examples: list[Example]) -> None:
+        """Adds examples as they are."""
         for tokens, loss_start in examples:
             array = np.array(tokens, self._token_type)
-            self._shards.append(shard)
-            self._users.append(user)
-            self._examples.append(hash_example(self._key, user, loss_start, array.tobytes(), 0))
-            self._loss_starts.append(loss_start)
-            self._tokens.append(array)
+            own = hash_example(self._key, user, loss_start, array.tobytes(), 0)
+            self._append(shard, user, own, loss_start, array, 0, None)
+
+    def add_text(
+        self,
+        shard: int,
+        user: bytes,
+        pieces: list[Example],
+        order: bytes | None,
+        *,
+        is_predicted: bool,
+    ) -> None:
+        """Adds the pieces of a text that will be joined with others of its user.
+
+        Args:
+            shard: The user's shard.
+            user: The user's hash.
+            pieces: The text, cut to blocks.
+            order: Key of its value in the order column.
+            is_predicted: Whether its first token carries loss after another text.
+        """
+        arrays = [np.array(tokens, self._token_type) for tokens, _ in pieces]
+        starts = [loss_start for _, loss_start in pieces]
+        if is_predicted:
+            starts[:1] = [0] * len(starts[:1])
+        content = b"".join(array.tobytes() for array in arrays)
+        own = hash_example(self._key, user, starts[0] if starts else 0, content, 0)
+        for number, (array, loss_start) in enumerate(zip(arrays, starts, strict=True)):
+            self._append(shard, user, own, loss_start, array, number, order)
+
+    def _append(
+        self,
+        shard: int,
+        user: bytes,
+        own: bytes,
+        loss_start: int,
+        tokens: np.ndarray,
+        piece: int,
+        order: bytes | None,
+    ) -> None:
+        self._shards.append(shard)
+        self._users.append(user)
+        self._examples.append(own)
+        self._loss_starts.append(loss_start)
+        self._tokens.append(tokens)
+        if self._is_joined:
+            self._pieces.append(piece)
+            self._orders.append(order)
 
     def table(self) -> pa.Table:
-        schema = example_schema(self._token_type)
+        schema = example_schema(self._token_type, is_joined=self._is_joined)
         offsets = np.cumsum([0, *map(len, self._tokens)], dtype=np.int64)
         values = np.concatenate([*self._tokens, np.zeros(0, self._token_type)])
         tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
         columns = (self._shards, self._users, self._examples, self._loss_starts)
         arrays = [pa.array(column, schema.field(i).type) for i, column in enumerate(columns)]
-        return pa.table([*arrays, tokens], schema=schema)
+        arrays.append(tokens)
+        if self._is_joined:
+            arrays.append(pa.array(self._pieces, schema.field("piece").type))
+            arrays.append(pa.array(self._orders, schema.field("order").type))
+        return pa.table(arrays, schema=schema)
 
 
 def _texts(rows: pa.Table, name: str) -> pa.ChunkedArray:

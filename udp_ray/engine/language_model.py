@@ -68,8 +68,8 @@ def train(
             train/learning_rate (absent at step 0), train/clip_norm (adaptive clipping), and after
             evaluations heldout/token_loss, heldout/user_loss, heldout/token_perplexity,
             heldout/user_perplexity, heldout/num_tokens, heldout/num_users, heldout/num_examples,
-            heldout/stored_users, heldout/stored_examples, with `settings.average` also the same of the average, as
-            heldout_average/token_loss. Never a time or a rate.
+            heldout/stored_users, heldout/stored_examples, with `settings.average` also the same of
+            the average, as heldout_average/token_loss. Never a time or a rate.
         on_phase: Called when training enters another phase, such as evaluating or writing, and
             while an evaluation lasts, with how far it is: "evaluating: 512 of 4,096 held-out
             examples".

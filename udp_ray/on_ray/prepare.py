@@ -100,6 +100,14 @@ class Input:
         return [*self.pieces, *self.heldout_pieces]
 
     @property
+    def parts(self) -> list[tuple[list[Piece], Columns, bool]]:
+        """Both inputs: pieces, their columns, and whether they are held out."""
+        return [
+            (self.pieces, self.columns, False),
+            (self.heldout_pieces, self.columns.without_order(), True),
+        ]
+
+    @property
     def num_bytes(self) -> int:
         """Size of the input, of parquet before compression. Public, as sizes of files are."""
         return sum(piece.num_bytes for piece in self.all_pieces)
@@ -152,11 +160,12 @@ def find_input(data: DataConfig) -> Input:
         user=data.user_column,
         text=data.response_column or data.text_column,
         prompt=data.prompt_column,
+        order=data.order_column,
     )
     heldout = data.heldout if isinstance(data.heldout, list) else []
     return Input(
         _find_pieces("data.input", data.input, data.input_split, columns),
-        _find_pieces("data.heldout", heldout, data.input_split, columns),
+        _find_pieces("data.heldout", heldout, data.input_split, columns.without_order()),
         columns,
     )
 
@@ -221,6 +230,9 @@ def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) 
         f"tokenizer: {tokenizer}, {encoder.info.vocab_size:,} tokens; examples of at most"
         f" {data.block_tokens} tokens"
     )
+    if data.is_packed:
+        order = f"column {data.order_column!r}" if data.order_column else "a keyed hash"
+        lines.append(f"packing: texts of one user are joined, in the order of {order}")
     if isinstance(data.heldout, float):
         lines.append(f"held out: {data.heldout:g} of the users, by a hash of the user")
     elif data.heldout:
@@ -304,6 +316,7 @@ def prepare(
             folder=folder,
             has_heldout_input=bool(found.heldout_pieces),
             url=data.store if is_url(data.store) else None,
+            pack=data.is_packed,
         )
         display.phase("reading, tokenizing and shuffling")
         results = run_stages(found, settings)
@@ -347,8 +360,8 @@ def _written_shards(found: Input, settings: BuildSettings) -> Dataset:
             batch_size=ROWS_AT_ONCE,
             batch_format="pyarrow",
         )
-        for pieces, is_heldout_input in ((found.pieces, False), (found.heldout_pieces, True))
-        for rows in read_datasets(pieces, found.columns)
+        for pieces, columns, is_heldout_input in found.parts
+        for rows in read_datasets(pieces, columns)
     ]
     return (
         reduce(Dataset.union, examples)
@@ -459,7 +472,8 @@ def _own_error(error: BaseException, found: Input) -> BaseException:
         innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__
     if isinstance(innermost, UNREADABLE):
         try:
-            refuse_unreadable(found.all_pieces, found.columns)
+            for pieces, columns, _ in found.parts:
+                refuse_unreadable(pieces, columns)
         except DataError as refusal:
             return refusal
     return error
@@ -470,6 +484,8 @@ def _origin(data: DataConfig, found: Input, registration: Registration) -> Origi
     source["text_column"] = found.columns.text
     if found.columns.prompt:
         source["prompt_column"] = found.columns.prompt
+    if found.columns.order:
+        source["order_column"] = found.columns.order
     if data.heldout is not None:
         heldout = data.heldout
         source["heldout"] = ", ".join(heldout) if isinstance(heldout, list) else f"{heldout:g}"

@@ -412,16 +412,36 @@ class PrivacyStatement(Statement):
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    example: str | None = None
+    """What one example of the store holds, in words; None if the store was not opened."""
 
     @classmethod
     def promise(
-        cls, privacy: PrivacyConfig, plan: PrivacyPlan, *, averaging: str | None = None
+        cls,
+        privacy: PrivacyConfig,
+        plan: PrivacyPlan,
+        *,
+        averaging: str | None = None,
+        example: str | None = None,
     ) -> Self:
-        """Returns the statement of a run that has not begun."""
+        """Returns the statement of a run that has not begun.
+
+        Args:
+            privacy: The settings.
+            plan: The plan made of them.
+            averaging: `describe_averaging`.
+            example: `Manifest.what_an_example_is` of the store, if it was opened.
+        """
         epsilon = plan.epsilon() if privacy.epsilon is None else privacy.epsilon
         promised = Budget(epsilon, plan.delta)
         is_seeded = privacy.seed is not None
-        return cls(plan=plan, promised=promised, is_seeded=is_seeded, averaging=averaging)
+        return cls(
+            plan=plan,
+            promised=promised,
+            is_seeded=is_seeded,
+            averaging=averaging,
+            example=example,
+        )
 
     def with_spent(self, *, num_steps: int) -> Self:
         """Returns the statement after `num_steps` charged steps."""
@@ -500,6 +520,8 @@ class PrivacyStatement(Statement):
             ("mechanism", _mechanism(self.plan)),
             ("promised", str(self.promised)),
         ]
+        if self.example:
+            rows.insert(1, ("example", self.example))
         if self.spent:
             steps = f" ({self.num_steps_spent} of {self.plan.num_steps} steps charged)"
             rows.append(("spent", str(self.spent) + steps))
@@ -523,6 +545,7 @@ class PrivacyStatement(Statement):
             "is_guarantee": self.is_guarantee,
             "unit": "user",
             "unit_meaning": "all examples of one user",
+            "example": self.example,
             "adjacency": self.plan.adjacency,
             "mechanism": _mechanism(self.plan),
             "accountant": "privacy loss distribution (dp_accounting)",
@@ -570,6 +593,7 @@ class PrivacyStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
+                example=values.get("example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -688,6 +712,8 @@ class SweepStatement(Statement):
     run: RunIdentity | None = None
     dataset: DatasetTotal | None = None
     versions: dict[str, str] = field(default_factory=versions)
+    example: str | None = None
+    """What one example of the store holds, in words; None if the store was not opened."""
 
     def after(
         self,
@@ -775,6 +801,8 @@ class SweepStatement(Statement):
             ("configurations", f"{len(planned.configurations)}, fixed beforehand"),
             ("price", _price(planned)),
         ]
+        if self.example:
+            rows.insert(1, ("example", self.example))
         if self.spent and planned.release != "public":
             rows.append(("spent", f"{self.spent}, as admitted, also if trials fail or end early"))
         rows.append(("held-out users", "not covered: their losses decide, without noise"))
@@ -799,6 +827,7 @@ class SweepStatement(Statement):
             "is_guarantee": self.is_guarantee,
             "unit": "user",
             "unit_meaning": "all examples of one user",
+            "example": self.example,
             "adjacency": "add_or_remove_one",
             "heldout_users_are_covered": False,
             "accountant": "privacy loss distribution (dp_accounting)",
@@ -845,6 +874,7 @@ class SweepStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
+                example=values.get("example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -870,7 +900,8 @@ def describe_point(configuration: Configuration) -> str:
     return (
         f"{plan.sampling.upper()}, {clipped}clip norm C = {plan.clip_norm:g}, group size G ="
         f" {plan.group_size}, {size} = {plan.expected_size}{bands}, T = {plan.num_steps}, noise"
-        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate {configuration.learning_rate:g}"
+        f" multiplier z = {plan.noise_multiplier:.4g}, learning rate"
+        f" {configuration.learning_rate:g}"
     )
 
 

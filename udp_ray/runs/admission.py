@@ -40,7 +40,7 @@ from udp_ray.config.schedule import step_weights
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.data.read import file_system
 from udp_ray.data.remote import is_at_hand, open_store
-from udp_ray.data.store import TokenStore
+from udp_ray.data.store import Manifest, TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.strategy import LinearWorkload
@@ -129,7 +129,10 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         plan=plan,
         digests=digests_of(plan.to_dict(), config, store),
         statement=PrivacyStatement.promise(
-            config.privacy, plan, averaging=describe_averaging(config.train)
+            config.privacy,
+            plan,
+            averaging=describe_averaging(config.train),
+            example=store.manifest.what_an_example_is,
         ),
     )
 
@@ -241,6 +244,7 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
             f"data.name is {config.data.name}, but data.store {config.data.store} was prepared as"
             f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
         )
+    _refuse_other_packing(config.data, manifest)
     # Imports transformers, which takes seconds and which the driver of a trial does not need.
     from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
 
@@ -253,6 +257,23 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
     is_given = "block_tokens" in config.data.model_fields_set
     given = config.data.block_tokens if is_given else manifest.block_tokens
     _require_positions(config, max(given, manifest.block_tokens))
+
+
+def _refuse_other_packing(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses a store that was packed otherwise than was said; what was not said may be either."""
+    for field, given, made in (
+        ("data.pack", data.pack, manifest.pack),
+        ("data.order_column", data.order_column, manifest.order_column),
+    ):
+        if given is not None and given != made:
+            raise DataError(
+                f"{field} is {_word(given)}, but data.store {data.store} was prepared with"
+                f" {_word(made)}: prepare it again in another folder, or leave {field} out"
+            )
+
+
+def _word(value: bool | str | None) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else value
 
 
 def _require_positions(config: ExperimentConfig, block_tokens: int) -> None:

@@ -147,6 +147,7 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
             planned,
             is_seeded=config.privacy.seed is not None,
             averaging=describe_averaging(config.train),
+            example=store.manifest.what_an_example_is,
         ),
     )
 
