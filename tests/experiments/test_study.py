@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.support.runs import tiny_experiment
+from udp_ray.config.experiment import DataConfig
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.folder import StudyFolder
@@ -200,26 +201,28 @@ def test_a_mistake_in_the_settings_is_named(
 
 
 def test_held_out_users_are_whole_and_the_same_in_any_order_of_rows(tmp_path: Path) -> None:
+    data = DataConfig(name="chats", store="none", max_examples_per_user=4)
     users = [f"u{n % 40}" for n in range(200)]
     table = pa.table({"user_id": users, "text": [f"text {n}" for n in range(200)]})
     shuffled = table.take(np.random.default_rng(0).permutation(200))
     kept = []
     for name, rows in (("a", table), ("b", shuffled)):
         pq.write_table(rows, tmp_path / f"{name}.parquet")
-        file = bounded_heldout(tmp_path / f"{name}.parquet", "user_id", 52, tmp_path / "kept")
+        file = bounded_heldout(tmp_path / f"{name}.parquet", data, 52, tmp_path / "kept")
         kept.append(pq.read_table(file).to_pandas())
     assert set(kept[0].text) == set(kept[1].text)
-    assert kept[0].user_id.nunique() == 10  # 5 rows each
-    assert (kept[0].groupby("user_id").size() == 5).all()
+    assert kept[0].user_id.nunique() == 13  # with 4 of 5 rows each
+    assert (kept[0].groupby("user_id").size() == 4).all()
 
 
 def test_held_out_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    data = DataConfig(name="chats", store="none")
     (tmp_path / "a.parquet").write_text("no parquet")
     pq.write_table(pa.table({"who": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"a\.parquet is not a readable"):
-        bounded_heldout(tmp_path / "a.parquet", "user_id", 9, tmp_path)
+        bounded_heldout(tmp_path / "a.parquet", data, 9, tmp_path)
     with pytest.raises(DataError, match="no column 'user_id'"):
-        bounded_heldout(tmp_path / "b.parquet", "user_id", 9, tmp_path)
+        bounded_heldout(tmp_path / "b.parquet", data, 9, tmp_path)
 
 
 # ---- the comparison
@@ -318,6 +321,7 @@ def test_tables_and_files_say_what_was_measured_and_what_is_missing(
     text = (folder.path / "table.txt").read_text()
     for words in ("-0.0750", "(-0.1000..-0.0500)", "rate rate=0.1", "the text ran out", "void"):
         assert words in text
+    assert "NOT COMPARABLE" not in text
     known = results.provenance
     assert all(
         f"{name} {version}" in " ".join(text.split()) for name, version in known["versions"].items()
@@ -397,6 +401,7 @@ def test_a_study_trains_each_cell_and_goes_on_after_a_failed_one(
     assert all(row.num_seeds == 2 for row in rows.values())
     assert rows["flat"].token_loss.mean < results.frame.token_loss_before.iloc[0]
     assert "not finite" in text or "infinite" in text
+    assert "NOT COMPARABLE" in text  # examples of 4 tokens have fewer tokens with a loss
     stores = [place for place in (folder.path / "stores" / "chats").iterdir() if place.is_dir()]
     assert len(stores) == 2  # of examples of 32 tokens and of 4
     assert (folder.path / "differences.png").is_file()

@@ -190,6 +190,11 @@ class Results:
             "The text is public and the runs are seeded, so their privacy statements are void:"
             " epsilon is the price that an unseeded run would have.",
         ]
+        notes += [
+            f"NOT COMPARABLE: variants of block {block} on {dataset} were evaluated on different"
+            " numbers of held-out tokens, since they cut or bound the text differently."
+            for block, dataset in self._unequal_texts()
+        ]
         if self.num_missing:
             notes.append(f"Not run yet: {self.num_missing} cells.")
         notes += [f"Failed: {label}: {error}" for label, error in self._failures()]
@@ -225,6 +230,12 @@ class Results:
             f"Block {block}, data set {dataset}: before training {before.token_loss_before:.4f} per"
             f" token, {before.user_loss_before:.4f} per user"
         )
+
+    def _unequal_texts(self) -> list[tuple[str, str]]:
+        if self.frame.empty:
+            return []
+        counts = self.frame.groupby(PANEL, sort=False).heldout_tokens.nunique()
+        return list(counts.index[counts > 1])
 
     def _failures(self) -> Iterator[tuple[str, str]]:
         """Yields each error once, with the first cell that has it."""

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from udp_ray.config.base import one_line
-from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.experiments.study.figures import draw_differences
@@ -145,10 +144,7 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
         raise DataError(f"{cell.label}: {cell.error}")
     data, train = cell.config.data, cell.config.train
     heldout = bounded_heldout(
-        Path(cell.dataset.heldout),
-        data.user_column,
-        cell.heldout_examples,
-        folder / HELDOUT,
+        Path(cell.dataset.heldout), data, cell.heldout_examples, folder / HELDOUT
     )
     data = data.model_copy(update={"heldout": [str(heldout)], "store": "", "ledger": None})
     key = digest_of([data.model_dump(mode="json", exclude={"cache"}), cell.config.tokenizer])
@@ -163,53 +159,55 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
     return cell.config.model_copy(update={"data": data, "train": train})
 
 
-def bounded_heldout(source: Path, user_column: str, most: int, folder: Path) -> Path:
+def bounded_heldout(source: Path, data: DataConfig, most: int, folder: Path) -> Path:
     """Returns a parquet file with the rows of some held-out users, which is made if it is missing.
 
     Users are taken in the order of a SHA-256 of their id, until the next one's rows would exceed
-    the bound; at least one is taken. So they are the same on each machine and for each variant.
+    the bound; at least one is taken. Of a user with more than data.max_examples_per_user rows,
+    those are kept whose SHA-256 comes first. So the text is the same for each variant, in each
+    folder: the store would select by a hash under the key of its ledger.
 
     Args:
         source: Parquet file with the rows of all held-out users.
-        user_column: Its column with the user.
+        data: The data section: its user column, and how much of a user is kept.
         most: Most rows.
         folder: Where the file is kept.
 
     Raises:
         DataError: If the source cannot be read, or has no such column.
     """
-    name = digest_of([str(source), user_column, most])
+    user_column = data.user_column
+    name = digest_of([str(source), user_column, data.max_examples_per_user, most])
     file = folder / f"{source.stem}-{most}-{name[:8]}.parquet"
     if file.is_file():
         return file
     try:
         table = pq.read_table(source)
-        users = table[user_column].to_pylist()
     except (OSError, pa.ArrowInvalid):
         raise DataError(
             f"study.datasets: heldout {source} is not a readable parquet file: give one"
         ) from None
-    except KeyError:
+    if user_column not in table.column_names:
         raise DataError(
             f"study.datasets: heldout {source} has no column {user_column!r}: it has"
             f" {', '.join(map(repr, table.column_names))}; set data.user_column"
-        ) from None
-    codes = [hashlib.sha256(str(user).encode()).digest() for user in users]
-    sizes: dict[bytes, int] = {}
-    for code in codes:
-        sizes[code] = sizes.get(code, 0) + 1
-    kept: set[bytes] = set()
-    total = 0
-    for code in sorted(sizes):
-        total += sizes[code]
-        if kept and total > most:
+        )
+    rows_of: dict[bytes, list[tuple[bytes, int]]] = {}
+    for number, row in enumerate(table.to_pylist()):
+        user = hashlib.sha256(str(row[user_column]).encode()).digest()
+        order = hashlib.sha256(repr(sorted(row.items())).encode()).digest()
+        rows_of.setdefault(user, []).append((order, number))
+    kept: list[int] = []
+    for user in sorted(rows_of):
+        rows = sorted(rows_of[user])[: data.max_examples_per_user]
+        if kept and len(kept) + len(rows) > most:
             break
-        kept.add(code)
+        kept += [number for _, number in rows]
     with writing(file.name, folder):
         folder.mkdir(parents=True, exist_ok=True)
-    rows = pa.BufferOutputStream()
-    pq.write_table(table.filter(pa.array(np.array([code in kept for code in codes]))), rows)
-    write_atomic(file, rows.getvalue().to_pybytes())
+    content = pa.BufferOutputStream()
+    pq.write_table(table.take(kept), content)
+    write_atomic(file, content.getvalue().to_pybytes())
     return file
 
 
