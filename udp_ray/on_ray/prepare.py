@@ -70,7 +70,7 @@ from udp_ray.data.read import (
 from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupied
 from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.errors import ConfigError, DataError
+from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
