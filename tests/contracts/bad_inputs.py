@@ -1086,6 +1086,10 @@ GENERATIONS = {
         "generate", "--run WORLD/model --output WORLD/full", "output", "WORLD/full",
         "give another folder",
     ),
+    "generated text for the model's own folder": bad(
+        "generate", "--run WORLD/model --output WORLD/model", "output", "WORLD/model",
+        "give another folder",
+    ),
     "generated text for a URL": bad(
         "generate", "--run WORLD/model --output s3://bucket/x", "output", "s3://bucket/x",
         "give a folder",

@@ -1251,7 +1251,7 @@ GENERATION = [
         ),
     ),
     Mutant(
-        name="temperature_after_the_draw",
+        name="no_temperature",
         breaks="generation: the temperature has no effect",
         file="udp_ray/models/generate.py",
         text="processors.append(TemperatureLogitsWarper(sampling.temperature))",

@@ -166,7 +166,7 @@ def test_workers_write_the_same_texts(run: Path, tmp_path: Path, ray_2_cpus: Non
         ({"max_new_tokens": 40}, ["max_new_tokens is 40", "32 positions", "lower max_new_tokens"]),
         ({"prompt": "w1 " * 30}, ["start of a text has 30 tokens", "32 positions", "shorten"]),
         ({"prompts": "TMP/a.docx"}, ["prompts is", "a.docx", "ends in"]),
-        ({"output": "RUN"}, ["output", "not empty", "give another folder"]),
+        ({"output": "RUN/.."}, ["output", "not empty", "give another folder"]),
     ],
 )
 def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
@@ -187,9 +187,10 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
             text = text.replace(name, place) if isinstance(text, str) else text
         return text
 
+    given = {"run": str(run)} | {name: placed(value) for name, value in fields.items()}
+    config = settings(Path(given.pop("run")), **given)
     with pytest.raises(UdpRayError) as caught:
-        given = {"run": str(run)} | {name: placed(value) for name, value in fields.items()}
-        generate(settings(Path(given.pop("run")), **given))
+        generate(config)
     assert "\n" not in str(caught.value)
     for word in words:
         assert placed(word) in str(caught.value)

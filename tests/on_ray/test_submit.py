@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
@@ -102,6 +103,19 @@ def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenSto
     assert len(trials) == 2
     assert verify(output, ledger_url=None).agrees
     assert (output / "best.yaml").is_file()
+
+
+def test_a_submitted_job_generates_text_on_workers(head: RayHead, project: Path) -> None:
+    output = project / "generated"
+    done = head.submit(
+        "python", "jobs/generate.py", "--run", str(project / "model"), "--output", str(output),
+        "--num_samples", "12", "--max_new_tokens", "8", working_dir=REPOSITORY,
+        runtime_env=RUNTIME_ENV,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "starting workers and loading the model" in done.stdout
+    assert pq.read_table(output / "samples.parquet").num_rows == 12
+    assert "NO STATEMENT" in done.stdout
 
 
 def test_a_users_mistake_is_one_sentence_and_a_failed_job(head: RayHead, project: Path) -> None:

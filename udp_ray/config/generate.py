@@ -31,9 +31,9 @@ class GenerateConfig(Section):
     prompts: AbsolutePath | None = None
     """File of prompts instead: .txt with one in each line, or JSON lines or parquet."""
     prompt_column: str = "prompt"
-    """Column of the prompts in JSON lines and parquet."""
+    """Column of the prompts, if the file is JSON lines or parquet; a text file has none."""
     num_samples: PositiveInt = 3
-    """Texts for each prompt; without prompts, texts in all."""
+    """Number of texts for each prompt; without prompts, number of texts in all."""
     max_new_tokens: PositiveInt = 60
     """Most tokens of a text, without its prompt; with it, at most the model's positions."""
     temperature: Annotated[float, Field(ge=0)] = 1.0
@@ -55,7 +55,7 @@ class GenerateConfig(Section):
     """File of held-out text to compare with, as for prompts. Default: the held-out part of the
     run's store, where it is in reach."""
     heldout_column: str = "text"
-    """Column of the held-out text in JSON lines and parquet."""
+    """Column of the held-out text, if the file is JSON lines or parquet."""
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
@@ -63,6 +63,10 @@ class GenerateConfig(Section):
         if self.prompt is not None and self.prompts is not None:
             raise ValueError(
                 f"prompts is {self.prompts} and prompt is given too: give one of the two"
+            )
+        if self.output is not None and self.output == self.run:
+            raise ValueError(
+                f"output is {self.output}, the folder of the model itself: give another folder"
             )
         if self.heldout is not None and self.output is None:
             raise ValueError(

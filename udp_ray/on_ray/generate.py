@@ -179,8 +179,12 @@ def _check(config: GenerateConfig, prompts: Sequence[str] | None) -> _Job:
     _require_model(config.run)
     settings = _settings_of(config.run)
     base = _base_of(config, settings)
-    configuration = model_config(base if _has_adapters(config.run) and base else config.run,
-                                 field="run")  # fmt: skip
+    has_adapters = _has_adapters(config.run)
+    configuration = (
+        model_config(base, field="base")
+        if has_adapters and base
+        else model_config(config.run, field="run")
+    )
     if base is not None:
         _require_same_words(config.run, configuration, base)
     tokenizer = load_tokenizer(config.run, field="run")
@@ -281,6 +285,8 @@ def _require_same_words(run: str, configuration: Any, base: str) -> None:
 
 def _prompts(config: GenerateConfig, prompts: Sequence[str] | None) -> list[str | None]:
     """Returns the prompts; a single None to begin from nothing."""
+    if isinstance(prompts, str):
+        raise ConfigError("prompts is one text, and not a list of texts: give [prompt]")
     if prompts is not None:
         return [*prompts] or [None]
     if config.prompts is not None:
