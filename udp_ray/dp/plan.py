@@ -157,6 +157,11 @@ class PricedPlan:
                 f"privacy.bands is {self.bands}, which has a price only for privacy.sampling uls"
                 " without privacy.max_cohort_size: set the one and leave out the other"
             )
+        if getattr(self, "clipping", "flat") == "adaptive":
+            raise ConfigError(
+                f"privacy.bands is {self.bands} and privacy.clipping adaptive, whose noise is"
+                " another in each step: set privacy.clipping to another"
+            )
         if self.bands > self.num_steps:
             raise ConfigError(
                 f"privacy.bands is {self.bands}, above privacy.num_steps = {self.num_steps}:"
