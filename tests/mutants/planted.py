@@ -1407,9 +1407,8 @@ BANDS = [
         name="bands_move_from_round_to_round",
         breaks="a user takes part twice within b steps, whose columns of C share rows",
         file="udp_ray/dp/sampling.py",
-        text="self._band_of_user[users] == step % self._bands",
-        replacement="(self._band_of_user[users] + step // self._bands) % self._bands"
-        " == step % self._bands",
+        text="[users] == step % self._bands",
+        replacement="[users] == (step + step // self._bands) % self._bands",
         tests=(f"{BANDED}::test_no_user_takes_part_twice_within_b_steps",),
     ),
     Mutant(

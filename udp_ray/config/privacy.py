@@ -278,6 +278,7 @@ class PricingConfig(Section):
                 "leave it out",
             ),
             "privacy.clipping is adaptive, whose noise changes within a round of bands": (
+                # One column of the strategy spans b steps, so all of them need one clip norm.
                 self.clipping == "adaptive",
                 "set it to flat or automatic",
             ),
