@@ -1113,7 +1113,10 @@ AVERAGE = [
         file="udp_ray/engine/zero3.py",
         text="        self._engine.empty_partition_cache()  # else parameters that are whole now",
         replacement="        # else parameters that are whole now",
-        tests=(f"{EQUAL_AVERAGE}::test_parameters_that_stay_whole_under_stage_3_are_averaged_too",),
+        tests=(
+            f"{EQUAL_AVERAGE}::test_the_average_is_evaluated_beside_the_last_weights"
+            "[2 ranks-ema, stage 3, norms and biases stay whole]",
+        ),
     ),
     Mutant(
         name="digest_without_the_average",
