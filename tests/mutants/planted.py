@@ -1456,15 +1456,12 @@ AVERAGE = [
         tests=(f"{EQUAL_AVERAGE}::test_a_resumed_run_ends_with_the_same_bits[ema]",),
     ),
     Mutant(
-        name="whole_parameters_of_before",
-        breaks="under ZeRO 3 an evaluation of the average reads parameters that were whole already",
-        file="udp_ray/engine/zero3.py",
-        text="        self._engine.empty_partition_cache()  # else parameters that are whole now",
-        replacement="        # else parameters that are whole now",
-        tests=(
-            f"{EQUAL_AVERAGE}::test_the_average_is_evaluated_beside_the_last_weights"
-            "[2 ranks-ema, stage 3, norms and biases stay whole]",
-        ),
+        name="tail_from_the_first_step",
+        breaks="the mean over the last steps counts all steps",
+        file="udp_ray/engine/average.py",
+        text="    return 1 / max(1, step - (num_steps - num_averaged))",
+        replacement="    return 1 / step",
+        tests=("tests/engine/test_average.py::test_tail_weighs_the_last_steps_alike",),
     ),
     Mutant(
         name="digest_without_the_average",

@@ -153,7 +153,7 @@ class MemoryEstimate:
     """Activations, and gradients before they are summed; freed before the update."""
     update: int
     """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
-    works. An evaluation of the average needs no more: a copy of the weights."""
+    works. An evaluation of the average takes less: a copy of the weights."""
     average: int = 0
     """The average of the weights over the steps, float64; rank 0 keeps it, or each rank its slices.
     """

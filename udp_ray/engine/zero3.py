@@ -103,7 +103,8 @@ class SlicedParameters:
 
     def set_weights(self, value_of: Callable[[str], Tensor]) -> None:
         """Sets the slices that whole parameters are gathered from, not those of the optimizer."""
-        self._engine.empty_partition_cache()  # else parameters that are whole now would be used
+        # An evaluation leaves no parameter whole, a step may; what is whole would be used as it is.
+        self._engine.empty_partition_cache()
         for name, parameter in self._parameters.items():
             start, stop = self.slice_range(name)
             held: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
