@@ -1,5 +1,6 @@
 """What a statement says: everything an auditor needs, and loudly what voids it."""
 
+import dataclasses
 import json
 import math
 from functools import cache
@@ -65,6 +66,15 @@ def test_a_finished_statement_also_names_run_ledger_totals_and_what_is_not_cover
         "how long all of them took",
     ):  # fmt: skip
         assert needed in page, needed
+
+
+def test_a_statement_says_what_an_example_is_if_the_store_was_opened(tmp_path: Path) -> None:
+    joined = "texts of one user, joined in the order of a keyed hash up to 128 tokens"
+    promised = dataclasses.replace(statement(), example=joined)
+    assert joined in " ".join(promised.to_text().split())
+    promised.save(tmp_path)
+    assert PrivacyStatement.load(tmp_path / "privacy.json") == promised
+    assert "joined" not in statement().to_text()
 
 
 def test_a_counted_population_is_said_to_be_taken_as_public() -> None:
