@@ -110,6 +110,15 @@ def test_an_average_is_named_and_said_to_be_free(publish: str, tmp_path: Path) -
     assert "averaging" not in statement().to_dict()  # statements without it are as before
 
 
+def test_a_statement_says_what_an_example_is_if_the_store_was_opened(tmp_path: Path) -> None:
+    joined = "texts of one user, joined in the order of a keyed hash up to 128 tokens"
+    promised = replace(statement(), example=joined)
+    assert joined in " ".join(promised.to_text().split())
+    promised.save(tmp_path)
+    assert PrivacyStatement.load(tmp_path / "privacy.json") == promised
+    assert "joined" not in statement().to_text()
+
+
 def test_a_counted_population_is_said_to_be_taken_as_public() -> None:
     privacy = PrivacyConfig(
         noise_multiplier=1.0, delta=1e-5, clip_norm=1.0, cohort_size=20, num_steps=5
