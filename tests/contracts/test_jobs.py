@@ -91,6 +91,18 @@ def assert_one_sentence(done: Done, *words: str) -> None:
         assert word in done.err, done.err
 
 
+def unanchored(ignored: str, names: set[str]) -> set[str]:
+    """Returns the folders of the package that a line without a leading slash leaves out."""
+    return {line.rstrip("/") for line in ignored.splitlines() if not line.startswith("/")} & names
+
+
+def test_a_submitted_job_gets_every_folder_of_the_package() -> None:
+    folders = [path for path in (REPOSITORY / "udp_ray").rglob("*") if path.is_dir()]
+    names = {folder.name for folder in folders} - {"__pycache__"}
+    assert not unanchored((REPOSITORY / ".rayignore").read_text(), names)
+    assert unanchored("build/\nruns/\n/data/", names) == {"runs"}  # the failing arm
+
+
 # ---- dry runs
 
 DEMO = ["--config", str(CONFIGS / "demo.yaml")]
