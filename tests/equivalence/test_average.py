@@ -187,8 +187,11 @@ def test_the_average_is_evaluated_beside_the_last_weights(outcomes, recorded, ru
     assert is_same == ([True, True, False] if case.startswith("tail") else [False] * 3)
 
 
+RANKS = [1, pytest.param(2, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", RANKS)
 def test_training_is_the_same_bit_for_bit_with_an_average(run, tmp_path, stage, num_ranks):
     """The model computes with the average in evaluations, and with its own weights after them."""
     plain = replace(run, momentum=0.0, checkpoint_every=1, **STAGES[stage])
