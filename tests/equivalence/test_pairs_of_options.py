@@ -115,7 +115,8 @@ def test_what_a_pair_means_would_show(meant, name):
     if name == "lora":
         assert plain.keys() != meant[pair].keys()
     else:
-        least = 1e-5 if name == "bfloat16" else 1e-3
+        # The clip norm is far below all norms, where automatic clipping is nearly flat.
+        least = 1e-5 if name in ("bfloat16", "automatic") else 1e-3
         assert distance(plain, meant[pair]) > least
 
 

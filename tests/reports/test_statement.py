@@ -207,3 +207,16 @@ def test_a_promise_warns_of_a_tight_cap_on_the_cohort():
     tight = statement(population=2_000, max_cohort_size=21)
     assert "privacy.max_cohort_size is 21" in tight.to_text()
     assert "privacy.max_cohort_size" not in "".join(tight.with_spent(num_steps=1).warnings())
+
+
+def test_a_statement_says_how_gradients_are_clipped_and_comes_back():
+    settings = {"noise_multiplier": 1.0, "delta": 1e-6, "clip_norm": 0.5, "cohort_size": 100}
+    for clipping, words in {
+        "automatic": "multiplied by C / (norm + 0.01 C)",
+        "adaptive": "noise is 1.005 C, so that both together have noise multiplier 1",
+    }.items():
+        privacy = PrivacyConfig(**settings, num_steps=10, clipping=clipping)
+        plan = PrivacyPlan.from_config(privacy, num_users=10_000)
+        statement = PrivacyStatement.promise(privacy, plan)
+        assert words in " ".join(statement.to_text().split())
+        assert PrivacyStatement.from_dict(json.loads(statement.to_json())).plan == plan
