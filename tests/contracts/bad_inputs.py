@@ -219,6 +219,23 @@ PRICES = {
         "price", f"{PRICE} --privacy.max_cohort_size 10", "privacy.max_cohort_size", "is 10",
         "raise it",
     ),
+    "bands without their mechanism": bad(
+        "price", f"{PRICE} --privacy.bands 4", "privacy.bands", "is 4", "privacy.mechanism banded",
+    ),
+    "more bands than steps": bad(
+        "price", f"{PRICE} --privacy.mechanism banded --privacy.bands 1000 --privacy.num_steps 9",
+        "privacy.bands", "1000", "lower it",
+    ),
+    "more bands than cohorts": bad(
+        "price",
+        f"{PRICE} --privacy.mechanism banded --privacy.bands 9 --privacy.population 10000"
+        " --privacy.cohort_size 5000 --privacy.num_steps 50",
+        "privacy.bands", "45000 users", "lower one",
+    ),
+    "correlated noise of examples": bad(
+        "price", "--config WORLD/els.yaml --privacy.mechanism banded", "privacy.mechanism", "els",
+        "set privacy.sampling uls",
+    ),
     "half a user": bad(
         "price", f"{PRICE} --privacy.cohort_size 1.5", "privacy.cohort_size", "'1.5'", "integer",
     ),

@@ -367,3 +367,47 @@ def test_what_cannot_be_priced_is_refused() -> None:
     for target in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match=r"privacy\.epsilon"):
             calibrate_sweep(PLANS, BEST, target_epsilon=target, delta=DELTA)
+
+
+# ---- correlated noise
+
+BANDED = {"mechanism": "banded", "bands": 8}
+
+
+def test_trials_with_bands_are_priced_by_their_rounds() -> None:
+    found = planned(config(privacy=BANDED | FIXED, clip_norm=[0.5, 1.0]))
+    step = dp_event.PoissonSampledDpEvent(8 * 16 / USERS, dp_event.GaussianDpEvent(0.9))
+    rounds = dp_event.SelfComposedDpEvent(step, 2 * 5)  # of 40 steps, in two trials
+    assert found.charge.epsilon == pytest.approx(accounting.epsilon(rounds, 1e-5), abs=1e-3)
+    by_steps = accounting.epsilon(dp_event.SelfComposedDpEvent(step, 2 * 40), 1e-5)
+    assert found.charge.epsilon < by_steps
+    assert len({c.plan.strategy for c in found.configurations}) == 1
+    again = PlannedSweep.from_dict(
+        json.loads(json.dumps(found.to_dict())), charge=found.charge, count=None
+    )
+    assert again == found
+    trial = found.configurations[0]
+    assert trial.privacy(config(privacy=BANDED).privacy).bands == 8
+
+
+def test_a_calibrated_sweep_with_bands_costs_its_target() -> None:
+    settings = config(
+        privacy=BANDED, release="best", expected_trials=3, group_size=[2, 4], learning_rate=[1, 2]
+    )
+    found = planned(settings)
+    assert 4.0 - WINDOW <= found.price() <= 4.0
+    assert {c.plan.bands for c in found.configurations} == {8}
+
+
+def test_group_sizes_whose_bands_lack_users_are_left_out() -> None:
+    settings = config(privacy=BANDED | FIXED | {"population": 200}, group_size=[1, 4])
+    found = planned(settings)
+    assert [c.plan.group_size for c in found.configurations] == [4]
+    assert "the bands need 512 users" in found.left_out[0]
+    with pytest.raises(ConfigError, match=r"its 4 steps are fewer than privacy\.bands = 8"):
+        planned(config(privacy=BANDED | FIXED, total_examples=4 * 64))
+
+
+def test_a_sweep_over_els_and_bands_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"banded and sweep\.sampling has els.*drop els"):
+        config(privacy=BANDED, sampling=["uls", "els"])

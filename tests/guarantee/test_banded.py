@@ -1,4 +1,4 @@
-"""Bands: nobody takes part twice within b steps, and ceil(t / b) rounds cover what one user moves.
+"""Bands: no user takes part twice within b steps, and ceil(t / b) rounds cover what one user moves.
 
     pytest tests/guarantee/test_banded.py
 
@@ -142,7 +142,7 @@ def table(store):
     return presence(plan_of(), store)
 
 
-def test_nobody_takes_part_twice_within_b_steps(table, store):
+def test_no_user_takes_part_twice_within_b_steps(table, store):
     assert closest(table) == BANDS
     assert (np.ptp(np.argwhere(table)[:, 0] % BANDS)) == BANDS - 1  # and all bands take part
     loose = replace(plan_of(), bands=1, strategy=(1.0,))

@@ -1160,7 +1160,51 @@ CORRELATED = [
     ),
 ]
 
+BANDED = "tests/guarantee/test_banded.py"
+BANDS = [
+    Mutant(
+        name="bands_left_out_of_the_loop",
+        breaks="users are sampled in every step at the rate of their band",
+        file="udp_ray/engine/loop.py",
+        text="bands=plan.bands,",
+        replacement="bands=1,",
+        tests=(f"{BANDED}::test_no_user_takes_part_twice_within_b_steps",),
+    ),
+    Mutant(
+        name="bands_move_from_round_to_round",
+        breaks="a user takes part twice within b steps, whose columns of C share rows",
+        file="udp_ray/dp/sampling.py",
+        text="[users] == step % self._bands",
+        replacement="[users] == (step + step // self._bands) % self._bands",
+        tests=(f"{BANDED}::test_no_user_takes_part_twice_within_b_steps",),
+    ),
+    Mutant(
+        name="a_round_begun_is_free",
+        breaks="a run that ends early, or whose steps are no multiple of b, pays a round too few",
+        file="udp_ray/dp/plan.py",
+        text="return -(-num_steps // self.bands)",
+        replacement="return num_steps // self.bands",
+        tests=(f"{BANDED}::test_a_run_that_ends_early_has_paid_for_the_rounds_begun",),
+    ),
+    Mutant(
+        name="sensitivity_of_one_row",
+        breaks="the noise covers a step's own row of C x and not the b - 1 after it",
+        file="udp_ray/dp/strategy.py",
+        text="math.sqrt(math.fsum(c * c for c in strategy))",
+        replacement="max(strategy)",
+        tests=(f"{BANDED}::test_one_user_moves_the_mechanism_by_at_most_what_the_rounds_charge",),
+    ),
+    Mutant(
+        name="bands_sampled_at_the_rate_of_all_users",
+        breaks="steps have a b-th of the users that their sum is divided by",
+        file="udp_ray/dp/plan.py",
+        text="return self.bands * self.expected_size / self._pool",
+        replacement="return self.expected_size / self._pool",
+        tests=(f"{BANDED}::test_in_its_band_each_user_is_drawn_as_often_as_charged",),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *CORRELATED, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING,
-    *OWN_MODULE, *OUTPUTS,
+    *OWN_MODULE, *OUTPUTS, *BANDS,
 ]  # fmt: skip

@@ -67,6 +67,24 @@ def test_a_finished_statement_also_names_run_ledger_totals_and_what_is_not_cover
         assert needed in page, needed
 
 
+def test_correlated_noise_is_named_and_its_steps_are_spent_in_rounds() -> None:
+    banded = statement(mechanism="banded", bands=5)
+    text = banded.to_text()
+    for needed in (
+        "users in 5 bands, one band a step",
+        "correlated Gaussian noise (banded matrix factorization), 50 steps",
+        "5: a user is in at most 10 steps, b or more apart",
+        "strategy c",
+    ):
+        assert needed in " ".join(text.split()), needed
+    assert "banded" not in statement().to_text()
+    spent = [banded.with_spent(num_steps=steps).spent for steps in (5, 6, 10)]
+    assert spent[0].epsilon < spent[1].epsilon == spent[2].epsilon
+    read = PrivacyStatement.from_dict(json.loads(banded.to_json()))
+    assert read.plan == banded.plan
+    assert read.to_json() == banded.to_json()
+
+
 def test_a_counted_population_is_said_to_be_taken_as_public() -> None:
     privacy = PrivacyConfig(
         noise_multiplier=1.0, delta=1e-5, clip_norm=1.0, cohort_size=20, num_steps=5

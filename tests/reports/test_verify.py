@@ -42,12 +42,25 @@ PRIVACY = PrivacyConfig(
 )
 
 
+BANDED = PrivacyConfig.model_validate(PRIVACY.model_dump() | {"mechanism": "banded", "bands": 2})
+
+
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     """A finished run whose fifth step was never taken."""
-    plan = PrivacyPlan.from_config(PRIVACY, num_users=None)
+    return finished_run(tmp_path, PRIVACY)
+
+
+@pytest.fixture
+def banded_output(tmp_path: Path) -> Path:
+    """The same with correlated noise: two of three rounds were begun."""
+    return finished_run(tmp_path, BANDED)
+
+
+def finished_run(tmp_path: Path, privacy: PrivacyConfig) -> Path:
+    plan = PrivacyPlan.from_config(privacy, num_users=None)
     digests = Digests(plan_digest(plan.to_dict()), config="c" * 64, code="d" * 64, store="e" * 64)
-    statement = PrivacyStatement.promise(PRIVACY, plan)
+    statement = PrivacyStatement.promise(privacy, plan)
     with Ledger.create(f"sqlite:///{tmp_path / 'ledger.sqlite'}") as ledger:
         ledger.register_dataset("chats")
         ledger.admit(
@@ -126,6 +139,21 @@ def test_an_honest_run_agrees(output: Path) -> None:
     assert verdict.agrees, verdict.to_text()
     assert "DISAGREES" not in verdict.to_text()
     assert json.loads(verdict.to_json())["agrees"] is True
+
+
+def test_correlated_noise_is_verified_from_its_rounds(banded_output: Path) -> None:
+    verdict = verify(banded_output)
+    assert verdict.agrees, verdict.to_text()
+    file = banded_output / "privacy.json"
+    values = json.loads(file.read_text())
+    assert values["plan"]["bands"] == len(values["plan"]["strategy"]) == 2
+    one_round = PrivacyPlan.from_config(BANDED, num_users=None).epsilon(2)
+    assert one_round < values["spent"]["epsilon"] < values["promised"]["epsilon"]
+    file.write_text(json.dumps(values | {"spent": values["spent"] | {"epsilon": one_round}}))
+    assert not verify(banded_output).agrees  # what fewer rounds would cost
+    values["plan"]["strategy"][1] *= 0.5
+    file.write_text(json.dumps(values))
+    assert not verify(banded_output).agrees
 
 
 def test_an_honest_sweep_agrees_and_its_statement_is_read_back(sweep_output: Path) -> None:

@@ -223,9 +223,12 @@ class PricingConfig(Section):
                     " privacy.mechanism banded, or leave privacy.bands at 1"
                 )
             return
-        # Where another way to clip is a setting, only a fixed clip norm belongs here: the price is
-        # that of one noise stddev for all steps of a round.
         refused = {
+            "privacy.clipping is adaptive, whose noise is another in each step": (
+                # One column of the strategy spans b steps, so all of them need one clip norm.
+                getattr(self, "clipping", "flat") == "adaptive",
+                "set privacy.clipping to another",
+            ),
             "privacy.sampling is els, whose users may take part in every step": (
                 self.sampling != "uls",
                 "set privacy.sampling uls",

@@ -176,6 +176,11 @@ class SweepJobConfig(Section):
                 "privacy.max_cohort_size belongs to one cohort size, and the trials of a sweep have"
                 " several: drop it"
             )
+        if self.privacy.mechanism == "banded" and "els" in (self.sweep.sampling or ()):
+            raise ValueError(
+                "privacy.mechanism is banded and sweep.sampling has els, whose users may take part"
+                " in every step: drop els"
+            )
         if self.sweep.release == "best" and self.privacy.on_mismatch != "refuse":
             raise ValueError(
                 f"privacy.on_mismatch is {self.privacy.on_mismatch}, but a secret trial must not be"

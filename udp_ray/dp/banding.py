@@ -33,7 +33,8 @@ from udp_ray.dp.strategy import (
 
 TIE = 0.05
 """Errors this close count as equal; then fewer bands win, with less noise per step and memory."""
-MOST_BANDS = 1024
+MOST_BANDS = 256
+"""Most bands of the default candidates; 255 copies of the weights are kept as past noise."""
 RISES = 2
 """Candidates in a row with growing error after which larger ones are left out."""
 
@@ -159,8 +160,9 @@ def compare_bands(
     Raises:
         ConfigError: If the target epsilon is out of reach.
     """
-    most = min(population // cohort_size, workload.num_steps, MOST_BANDS)
-    wanted = sorted({1, *(candidates or (2**power for power in range(1, most.bit_length())))})
+    most = min(population // cohort_size, workload.num_steps)
+    powers = [2**power for power in range(min(most, MOST_BANDS).bit_length())]
+    wanted = sorted({1, *(candidates or powers)})
     options: list[BandsOption] = []
     rises = 0
     for bands in wanted:

@@ -157,6 +157,11 @@ class PricedPlan:
                 f"privacy.bands is {self.bands}, which has a price only for privacy.sampling uls"
                 " without privacy.max_cohort_size: set the one and leave out the other"
             )
+        if getattr(self, "clipping", "flat") == "adaptive":
+            raise ConfigError(
+                f"privacy.bands is {self.bands} and privacy.clipping adaptive, whose noise is"
+                " another in each step: set privacy.clipping to another"
+            )
         if self.bands > self.num_steps:
             raise ConfigError(
                 f"privacy.bands is {self.bands}, above privacy.num_steps = {self.num_steps}:"
@@ -482,15 +487,6 @@ class PrivacyPlan(PricedPlan):
         return _noise_stddev(self.noise_multiplier, self.clip_norm)
 
     @property
-    def fresh_noise_stddev(self) -> float:
-        """Standard deviation of the new noise in each step, z C |c| / c_0, before the division.
-
-        The noise of step t is y_t = fresh_noise_stddev xi_t - sum_{j=1..b-1} c_j y_{t-j} / c_0,
-        with xi_t independent standard normals. Independent noise: `noise_stddev`.
-        """
-        return self.noise_stddev * sensitivity_factor(self.strategy) / self.strategy[0]
-
-    @property
     def clip_bound(self) -> float:
         """The L2 norm that groups are clipped to: (1 - `rounding_slack`) times the clip norm.
 
@@ -498,6 +494,15 @@ class PrivacyPlan(PricedPlan):
         that the sum as computed moves by at most the clip norm.
         """
         return self.clip_norm * (1 - rounding_slack(self.expected_size))
+
+    @property
+    def fresh_noise_stddev(self) -> float:
+        """Standard deviation of the new noise in each step, z C |c| / c_0, before the division.
+
+        The noise of step t is y_t = fresh_noise_stddev xi_t - sum_{j=1..b-1} c_j y_{t-j} / c_0,
+        with xi_t independent standard normals. Independent noise: `noise_stddev`.
+        """
+        return self.noise_stddev * sensitivity_factor(self.strategy) / self.strategy[0]
 
     def sensitivity(self) -> float:
         """Returns the largest L2 change of the clipped sum by one sampled unit.

@@ -129,18 +129,20 @@ class PoissonUserSampler:
         Reference:
             Charles et al. 2024 [1], Algorithm 2, line 1.
         """
-        num_users = len(user_offsets) - 1
-        users = poisson(_Stream(self._key, "users", step), num_users, self._probability)
+        users = poisson(_Stream(self._key, "users", step), len(user_offsets) - 1, self._probability)
         if self._bands > 1:
-            if self._band_of_user is None or len(self._band_of_user) != num_users:
-                self._band_of_user = user_bands(self._key, num_users, self._bands)
-            users = users[self._band_of_user[users] == step % self._bands]
+            users = users[self._bands_of(len(user_offsets) - 1)[users] == step % self._bands]
         if self._max_cohort_size is not None:
             users = users[_survivors(self._key, step, len(users), self._max_cohort_size)]
         sizes = (user_offsets[users + 1] - user_offsets[users]).astype(np.int64)
         positions, offsets = subsets(_Stream(self._key, "examples", step), sizes, self._group_size)
         starts = np.repeat(user_offsets[users], np.diff(offsets))
         return Cohort(users, (starts + positions).astype(np.int64), offsets)
+
+    def _bands_of(self, num_users: int) -> Indices:
+        if self._band_of_user is None or len(self._band_of_user) != num_users:
+            self._band_of_user = user_bands(self._key, num_users, self._bands)
+        return self._band_of_user
 
 
 class PoissonExampleSampler:

@@ -174,7 +174,8 @@ def sensitivity_factor(strategy: Sequence[float]) -> float:
     return math.nextafter(math.sqrt(math.fsum(c * c for c in strategy)), math.inf)
 
 
-def is_stable(strategy: Sequence[float]) -> bool:
+@functools.lru_cache(maxsize=256)  # plans are made often, and roots take the cube of the bands
+def is_stable(strategy: tuple[float, ...]) -> bool:
     """Returns whether the noise of a step stays bounded: whether 1 / c(x) decays."""
     if not all(math.isfinite(c) for c in strategy) or strategy[0] <= 0:
         return False

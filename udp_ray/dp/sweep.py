@@ -32,7 +32,11 @@ from typing import Any, Literal, Protocol
 
 from dp_accounting import dp_event
 
-from udp_ray.config.privacy import PrivacyConfig, require_delta_below_inverse_population
+from udp_ray.config.privacy import (
+    PrivacyConfig,
+    require_bands_of_users,
+    require_delta_below_inverse_population,
+)
 from udp_ray.dp import accounting
 from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, solve_within
 from udp_ray.dp.keys import RunKey
@@ -308,13 +312,18 @@ def _trial_privacy(
     size = _expected_size(space.examples_per_step, sampling, group_size)
     if sampling == "uls" and base.population is not None and size > base.population:
         raise ConfigError(f"its cohort size M = {size} is above the population")
+    num_steps = space.num_steps or base.num_steps
+    if base.bands > num_steps:
+        raise ConfigError(f"its {num_steps} steps are fewer than privacy.bands = {base.bands}")
+    if base.population is not None:
+        require_bands_of_users(base.bands, size, base.population)
     given = 1.0 if base.noise_multiplier is None else base.noise_multiplier
     return _privacy_of(
         base,
         sampling=sampling,
         expected_size=size,
         group_size=group_size,
-        num_steps=space.num_steps or base.num_steps,
+        num_steps=num_steps,
         clip_norm=base.clip_norm if math.isinf(base.clip_norm) else 1.0,
         epsilon=own_epsilon,
         noise_multiplier=given if own_epsilon is None else None,
