@@ -28,6 +28,7 @@ def test_by_default_an_evaluation_costs_no_more_than_the_training_in_between() -
         trained = size * min(every, steps)
         assert forwards == 3 * trained  # forward and backward: three forward passes
     assert bound(10, checkpoint_every=2, evaluate_every=8) == 3 * 10 * 8
+    assert bound(10, checkpoint_every=2, average="ema") == 3 * 10 * 2 // 2  # of two models
     assert bound(1000) == 4096
 
 

@@ -291,6 +291,7 @@ class TrainConfig(Section):
         With "auto" an evaluation takes at most as long as the training between two of them, where
         held-out examples are as long as those that train. A forward pass is a third of the
         arithmetic of a forward and backward pass, and a user in a step has at least one example.
+        With an average of the weights an evaluation measures both, so it has half as many.
 
         Args:
             expected_size: Users (uls) or examples (els) expected in a step.
@@ -301,7 +302,9 @@ class TrainConfig(Section):
         if self.evaluate_examples != "auto":
             return self.evaluate_examples
         steps = min(self.evaluate_every or self.checkpoint_every, num_steps)
-        return max(1, min(MOST_EVALUATED, int(FORWARDS_PER_EXAMPLE * expected_size * steps)))
+        num_models = 1 if self.average == "none" else 2
+        affordable = int(FORWARDS_PER_EXAMPLE * expected_size * steps) // num_models
+        return max(1, min(MOST_EVALUATED, affordable))
 
     @property
     def averaging(self) -> str | None:

@@ -190,7 +190,7 @@ class LanguageModelTraining(TrainingLoop):
             mask_seed=self.keys.dropout.number,
         )
 
-    def _evaluation(self, *, is_whole: bool) -> Metrics:
+    def _evaluation(self) -> Metrics:
         if self.store.heldout is None:
             return {}
         self._enter("evaluating")

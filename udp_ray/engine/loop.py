@@ -132,12 +132,8 @@ class TrainingLoop(ABC):
         """Returns what reads the groups of the steps."""
 
     @abstractmethod
-    def _evaluation(self, *, is_whole: bool) -> Metrics:
-        """Returns public metrics of the present weights on held-out data; {} without such data.
-
-        Args:
-            is_whole: Whether it is before the first or after the last step.
-        """
+    def _evaluation(self) -> Metrics:
+        """Returns public metrics of the present weights on held-out data; {} without such data."""
 
     def _prepare_model(self) -> None:  # noqa: B027  # a hook that few runs need
         """Changes the model before anything reads it; refuses what the settings rule out."""
@@ -160,7 +156,7 @@ class TrainingLoop(ABC):
         self._set_up()
         last_step = self.plan.num_steps
         if self.step in (0, last_step):
-            self._report({"step": self.step, **self._evaluations(is_whole=True)})
+            self._report({"step": self.step, **self._evaluations()})
         budget_message = None
         with self._open_groups() as source:
             while self.step < last_step:
@@ -173,7 +169,7 @@ class TrainingLoop(ABC):
         if self.step > self.committed:
             self._checkpoint(is_last=True)
         elif budget_message is not None and self.step > 0:
-            self._report({"step": self.step, **self._evaluations(is_whole=True)})
+            self._report({"step": self.step, **self._evaluations()})
         if self.average is not None and self.settings.publish == "average" and self.step > 0:
             self.average.put_into_model()
         self.engine.close()
@@ -311,19 +307,19 @@ class TrainingLoop(ABC):
         """Evaluates, writes, publishes and commits the weights, and only then reports metrics."""
         every = self.settings.evaluate_every or self.settings.checkpoint_every
         is_due = is_last or self._has_passed(every)
-        heldout = self._evaluations(is_whole=is_last) if is_due else {}
+        heldout = self._evaluations() if is_due else {}
         if self.publish is not None:
             self._save(self.publish)
         self.committed = self.step
         self._report({**self._progress(), **heldout})
 
-    def _evaluations(self, *, is_whole: bool) -> Metrics:
+    def _evaluations(self) -> Metrics:
         """Returns the metrics of the last weights and, after a step, those of their average."""
-        metrics = self._evaluation(is_whole=is_whole)
+        metrics = self._evaluation()
         if self.average is None or self.step == 0 or not metrics:
             return metrics
         with self.average.in_model():
-            averaged = self._evaluation(is_whole=is_whole)
+            averaged = self._evaluation()
         return metrics | {of_average(name): value for name, value in averaged.items()}
 
     def _save(self, publish: Publish) -> None:

@@ -668,7 +668,7 @@ class _ModuleTraining(TrainingLoop):
         )
         return nullcontext(reader)
 
-    def _evaluation(self, *, is_whole: bool) -> Metrics:
+    def _evaluation(self) -> Metrics:
         if self.evaluate is None:
             return {}
         with evaluating(self.model):
