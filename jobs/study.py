@@ -1,7 +1,8 @@
 """Compare variants of a training run on public text, over data sets and seeds.
 
     python jobs/study.py --quick
-    python jobs/study.py --output runs/options --data_folder /data/medium
+    python jobs/study.py --output runs/options
+    python jobs/study.py --config jobs/configs/study_arxiv.yaml --data_folder /data --output runs/2
     ray job submit --working-dir . -- python jobs/study.py --output /data/study
 
 Each variant is a list of overrides of one training file, and is trained by the engine of every

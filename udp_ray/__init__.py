@@ -10,6 +10,7 @@ The public API. Importing it loads neither torch nor Ray: each name is loaded wh
     result = udp_ray.train(config)          # on Ray Train and DeepSpeed, under the plan
     print(result.to_text())
     print(udp_ray.verify(config.output).to_text())
+    print(udp_ray.generate(udp_ray.GenerateConfig(run=config.output)).to_text())
 
 One's own torch module and tensors, in one process and without Ray: `udp_ray.engine.Trainer`.
 """

@@ -32,6 +32,7 @@ from tests.support.own_module import (
 )
 from udp_ray.dp.keys import RunKey
 from udp_ray.engine import InMemoryAccountant, Trainer, group_by_user
+from udp_ray.engine.distributed import join_world
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -430,7 +431,7 @@ def digest_of(ledger, **changes):
     trainer = Trainer(
         make_model(), accountant=LedgerAccountant(ledger, attempt), attempt=attempt, **given
     )
-    return trainer._inputs_digest(RunKey.from_seed(3))
+    return trainer._inputs_digest(RunKey.from_seed(3), join_world())
 
 
 LOSSES = {

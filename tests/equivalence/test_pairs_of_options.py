@@ -52,6 +52,7 @@ SLICED = ("stage 3", "offload")
 REFUSED = {
     ("els", "cap"), ("secure noise", "fused"), ("els", "correlated"), ("cap", "correlated"),
     ("adaptive", "correlated"),
+    *(("adaptive", other) for other in ("ghost", *SLICED)),
     *(("dropout", other) for other in ("ghost", *SLICED)),
 }  # fmt: skip
 EXCLUSIVE = {  # values of one setting, or a setting that another has no effect under

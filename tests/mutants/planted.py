@@ -58,14 +58,15 @@ CLIPPING = [
         tests=("tests/dp/test_adaptive.py::test_automatic_clipping_bounds_every_gradient",),
     ),
     Mutant(
-        name="empty_rounds_count_as_unclipped",
-        breaks="adaptive clipping: rounds of ZeRO 3 without groups count, by how many ranks wait",
-        file="udp_ray/engine/kernels/ghost.py",
-        text="            self.add_microbatch(sums, without_groups(), bound)\n",
-        replacement="            total += self.add_microbatch(sums, without_groups(), bound)\n",
+        name="adaptive_clipping_in_shared_passes",
+        breaks="adaptive clipping: a longer text changes how many other users count as unclipped",
+        file="udp_ray/engine/kernels/select.py",
+        text="        require_separate_passes(kernel=wanted, is_sliced=is_sliced)\n"
+        '        wanted = "direct"\n',
+        replacement="        pass\n",
         tests=(
             "tests/equivalence/test_adaptive_clipping.py"
-            "::test_clip_norms_and_weights_are_those_of_a_plain_loop[4]",
+            "::test_a_kernel_in_which_users_share_a_pass_is_refused",
         ),
     ),
     Mutant(

@@ -148,7 +148,7 @@ def test_workers_write_the_same_texts(run: Path, tmp_path: Path, ray_2_cpus: Non
     with pytest.MonkeyPatch.context() as patch:
         # A folder that this machine has and the workers lack.
         patch.setattr(generating, "_base_of", lambda *_: str(tmp_path / "gone"))
-        patch.setattr(generating, "_require_same_words", lambda *_: None)
+        patch.setattr(generating, "_require_same_vocabulary", lambda *_: None)
         with pytest.raises(UdpRayError, match="there is no such folder") as caught:
             generate(lost, announce=lambda text: None)
     assert "\n" not in str(caught.value)

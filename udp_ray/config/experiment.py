@@ -435,6 +435,34 @@ class Sections(Protocol):
     def cluster(self) -> ClusterConfig: ...
 
 
+def require_separate_passes(*, kernel: str, is_sliced: bool) -> None:
+    """Refuses adaptive clipping with a kernel that computes several groups in one pass.
+
+    In a shared pass the rounding of a group's norm depends on the others: on the longest row, and
+    on the number of rows. The sum is continuous in a norm, and the clip norm's slack covers that.
+    The count of unclipped groups is not: 30 users with equal texts changed from clipped to
+    unclipped when one longer text joined them, which moved the count by 30 instead of 1/2.
+
+    Args:
+        kernel: `TrainConfig.kernel`.
+        is_sliced: Whether parameters are in slices, which only the ghost kernel can clip.
+
+    Raises:
+        ConfigError: If groups may share a pass.
+    """
+    if kernel == "ghost":
+        raise ConfigError(
+            "privacy.clipping is adaptive and train.kernel ghost, in which one user may change how"
+            " many others count as unclipped: set train.kernel auto, or privacy.clipping automatic"
+        )
+    if is_sliced:
+        raise ConfigError(
+            "privacy.clipping is adaptive and train.zero_stage 3, where only the ghost kernel"
+            " works, in which one user may change how many others count as unclipped: set"
+            " train.zero_stage 2, or privacy.clipping automatic"
+        )
+
+
 def require_consistent_sections(config: Sections, *, rows_per_group: int) -> None:
     """Raises ConfigError if a setting of one section contradicts one of another.
 
@@ -443,6 +471,8 @@ def require_consistent_sections(config: Sections, *, rows_per_group: int) -> Non
         rows_per_group: Most examples that are clipped as one.
     """
     privacy, model, train, cluster = config.privacy, config.model, config.train, config.cluster
+    if privacy.clipping == "adaptive":
+        require_separate_passes(kernel=train.kernel, is_sliced=train.zero_stage == 3)
     if train.fuse_reduce and train.zero_stage < 3:
         require_fusible(
             is_secure=privacy.secure_noise,

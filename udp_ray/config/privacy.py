@@ -132,7 +132,7 @@ class PricingConfig(Section):
     num_examples: PositiveInt | None = None
     """Public number of examples kept (els). Default: the store's count, then called public."""
     mechanism: Literal["independent", "banded"] = "independent"
-    """independent: each step has noise of its own. banded: later noise takes back a part of the
+    """independent: each step has noise of its own. banded: later noise cancels a part of the
     earlier steps' noise (banded matrix factorization); each step has more noise, and the weights
     gather less of it. uls only."""
     bands: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -100,7 +100,8 @@ def _key_of_date(value: date) -> bytes:
 
 
 def _key_of_text(value: str) -> bytes | None:
-    if not value.strip():
+    value = value.strip()
+    if not value:
         return None
     number = _NUMBER.fullmatch(value)
     if number is None:

@@ -84,7 +84,9 @@ def _lines(file: str, column: str | None, column_field: str) -> list[str | None]
     """Returns the lines of a file, or a column of its JSON lines."""
     system, path = file_system(file)
     with system.open_input_stream(path, compression=None) as stream:
-        lines = stream.read().decode().splitlines()
+        # Not splitlines(), which also splits at characters that JSON allows inside a string.
+        text = stream.read().decode("utf-8-sig")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     if column is None:
         return list(lines)
     values: list[str | None] = []

@@ -149,7 +149,7 @@ class NoiseHistory:
                 past[:size] *= share
                 total[:size] -= past[:size]
             block.copy_(total[:size])
-        self._row(name, step)[start:stop] = added  # the row of step - b, which no step needs now
+        self._row(name, step)[start:stop] = added  # the row of the oldest step, which was just read
         return added
 
     def past(self, name: str, lag: int) -> Tensor:

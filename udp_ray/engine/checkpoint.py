@@ -78,8 +78,8 @@ class Checkpoint:
         if self.averaging is None:
             raise CheckpointError(
                 f"the checkpoint {self.directory} has no average of the weights, and train.average"
-                f" asks for one ({averaging}): the steps before it are gone, so set train.average"
-                " none"
+                f" asks for one ({averaging}): the steps before it are gone; resume with the"
+                " settings that the run began with"
             )
         if self.averaging != averaging:
             raise CheckpointError(

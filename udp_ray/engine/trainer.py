@@ -213,7 +213,7 @@ class Trainer:
                 workspace=(folder or Path(temporary)) / "workspace",
                 attempt=attempt,
                 resume_from=None if resume is None else Path(resume),
-                provenance=world.from_first(lambda: {INPUTS: self._inputs_digest(key)}),
+                provenance=world.from_first(lambda: {INPUTS: self._inputs_digest(key, world)}),
                 users=self._users,
                 loss=self._loss,
                 evaluate=self._evaluate,
@@ -294,12 +294,13 @@ class Trainer:
                 "the ranks have different users: give all ranks the same ones, in the same order"
             )
 
-    def _inputs_digest(self, key: RunKey | None) -> str:
+    def _inputs_digest(self, key: RunKey | None, world: World) -> str:
         """Returns a digest of what a step computes on, keyed so that it does not reveal the data.
 
         The same noise on the sum of other data would reveal the difference. So a ledger's run only
         continues with what it began with, `microbatch_rows` included, on which dropout masks
-        depend. A run in memory repeats no step and needs no digest.
+        depend, and with the kind of device where roundings may show. A run in memory repeats no
+        step and needs no digest.
         """
         if self._attempt is None or key is None:
             return ""
@@ -307,6 +308,8 @@ class Trainer:
         settings = self._settings.model_dump(mode="json", exclude=SPEED_ONLY)
         code = [_source(self._loss.loss), _source(self._collate), repr(self.model)]
         public = [self.plan.to_dict(), settings, code, self._autocast, self._microbatch_rows]
+        if self._autocast != "off" or self.plan.clipping == "adaptive":
+            public.append(world.device.type)
         digest.update(json.dumps(public, sort_keys=True).encode())
         digest.update(self._users.user_offsets.tobytes())
         for index in range(int(self._users.user_offsets[-1])):

@@ -1,1 +1,1 @@
-"""Experiments as library functions: demo, pretraining, planner, mean estimation, benchmark."""
+"""Experiments as library functions: demo, pretraining, planner, studies, benchmark."""

@@ -25,7 +25,7 @@ from udp_ray.config.generate import GenerateConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.console import progress
 from udp_ray.dp.plan import OF_ADAPTIVE
-from udp_ray.errors import ConfigError, DataError
+from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import AVERAGE, METRICS_FILE, write_atomic
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.generate import one_line, sample_here
@@ -139,7 +139,7 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
             announce("\n3/3  The same without noise and clipping, for comparison: no promise")
             open_s = _timed(lambda: train(open_config, announce=_ignore))
         display.phase("generating text")
-        samples = sample_both(Path(config.output))
+        samples = _samples(Path(config.output), announce)
     comparison = Comparison(
         samples=samples,
         rows=compare(
@@ -155,6 +155,15 @@ def demo(config: ExperimentConfig, *, announce: Callable[[str], None] = print) -
     )
     write_atomic(folder / COMPARISON_FILE, comparison.to_json())
     return comparison
+
+
+def _samples(output: Path, announce: Callable[[str], None]) -> tuple[tuple[str, str], ...]:
+    """Returns a few texts of both models; none, with the reason, if they cannot be generated."""
+    try:
+        return sample_both(output)
+    except UdpRayError as error:
+        announce(f"No text is shown: {error}")
+        return ()
 
 
 def demo_folder(config: ExperimentConfig) -> Path:

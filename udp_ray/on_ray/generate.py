@@ -185,8 +185,11 @@ def _check(config: GenerateConfig, prompts: Sequence[str] | None) -> _Job:
         if has_adapters and base
         else model_config(config.run, field="run")
     )
+    positions = num_positions(configuration)
     if base is not None:
-        _require_same_words(config.run, configuration, base)
+        _require_same_vocabulary(config.run, configuration, base)
+        of_base = num_positions(model_config(base, field="base"))
+        positions = min((each for each in (positions, of_base) if each), default=None)
     tokenizer = load_tokenizer(config.run, field="run")
     encoder = TextEncoder.of(tokenizer, name=config.run, fingerprint="0" * 64, block_tokens=2**24)
     start = list(encoder.prefix) or [encoder.info.eos_id]
@@ -195,7 +198,7 @@ def _check(config: GenerateConfig, prompts: Sequence[str] | None) -> _Job:
         start if text is None else ([*encoder.prefix, *tokens] or start)
         for text, tokens in zip(texts, encoder.encode([t or "" for t in texts]), strict=True)
     ]
-    _require_room(config, contexts, num_positions(configuration))
+    _require_room(config, contexts, positions)
     source = ModelSource(config.run, base, _device(config), config.autocast)
     job = _Job(
         config=config,
@@ -247,7 +250,7 @@ def _settings_of(run: str) -> Mapping[str, Any]:
         settings = yaml.safe_load(file.read_text()) if file.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not _are_of_a_run(settings):
         raise ConfigError(
             f"{file} cannot be read as the settings of a run: restore it from a copy, or remove it"
             " and give base"
@@ -255,13 +258,31 @@ def _settings_of(run: str) -> Mapping[str, Any]:
     return settings
 
 
+def _are_of_a_run(settings: Mapping[str, Any]) -> bool:
+    """Returns whether settings have the form of a run's, as far as they are read here."""
+    model, data = settings.get("model", {}), settings.get("data", {})
+    if not isinstance(model, dict) or not isinstance(data, dict):
+        return False
+    return all(isinstance(each, str | None) for each in (model.get("name"), data.get("store")))
+
+
+def _base_of_adapters(run: str) -> Any:
+    """Returns the model that adapters without a run's settings say they belong to."""
+    file = Path(run) / ADAPTERS_FILE
+    try:
+        return json.loads(file.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{file} cannot be read, or does not name a base model: restore it from a copy"
+        ) from None
+
+
 def _base_of(config: GenerateConfig, settings: Mapping[str, Any]) -> str | None:
     """Returns the base model that is needed: for adapters, or to compare with; None if none is."""
     named = settings.get("model", {}).get("name")
     has_adapters = _has_adapters(config.run)
     if named is None and has_adapters:
-        adapters = json.loads((Path(config.run) / ADAPTERS_FILE).read_text())
-        named = adapters["base_model_name_or_path"]
+        named = _base_of_adapters(config.run)
     is_missing = named and Path(named).is_absolute() and not Path(named).is_dir()
     if config.base is None and is_missing and (has_adapters or config.compare_base):
         other = "" if has_adapters else ", or set compare_base false"
@@ -273,12 +294,13 @@ def _base_of(config: GenerateConfig, settings: Mapping[str, Any]) -> str | None:
     return str(base) if base and (has_adapters or config.compare_base) else None
 
 
-def _require_same_words(run: str, configuration: Any, base: str) -> None:
+def _require_same_vocabulary(run: str, configuration: Any, base: str) -> None:
     other = model_config(base, field="base")
     sizes = [each.get_text_config().vocab_size for each in (configuration, other)]
     if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"base is {base}, with {sizes[1]:,} words, and run is {run}, with {sizes[0]:,}: give"
+            f"base is {base}, with a vocabulary of {sizes[1]:,} tokens, and run is {run},"
+            f" with one of {sizes[0]:,}: give"
             " the model that the run was trained from, or set compare_base false"
         )
 
@@ -304,7 +326,7 @@ def _require_room(
     what = f"{name} has {longest} token{'s' * (longest > 1)}"
     raise ConfigError(
         f"max_new_tokens is {config.max_new_tokens} and {what}, together more than the {positions}"
-        f" positions of {config.run}: lower max_new_tokens, or shorten the prompt"
+        f" positions of {config.run} or its base: lower max_new_tokens, or shorten the prompt"
     )
 
 
@@ -328,11 +350,12 @@ def _uses_ray(config: GenerateConfig) -> bool:
 def _find_heldout(
     job: _Job, encoder: TextEncoder, data: Mapping[str, Any], fingerprint: str
 ) -> None:
-    """Reads held-out texts into a job, as many as will be generated; else notes why there are none.
+    """Reads held-out texts into a job; else notes why there are none.
 
-    Texts are cut to `max_new_tokens`, as generated ones are.
+    They are as many as will be generated, and at least `FEWEST_TEXTS`, each cut to
+    `max_new_tokens`, as generated ones are.
     """
-    config, wanted = job.config, len(job.prompts)
+    config, wanted = job.config, max(len(job.prompts), FEWEST_TEXTS)
     if config.heldout is not None:
         texts = read_texts(config.heldout, config.heldout_column, field="heldout")
         drawn = np.random.default_rng(config.seed).permutation(len(texts))[:wanted]
@@ -368,7 +391,7 @@ def _of_store(
     if store.manifest.tokenizer.fingerprint != fingerprint:
         return [], f"the store {place} was made with another tokenizer"
     found = heldout_texts(store.heldout, num_texts=wanted, prefix=job.prefix, seed=job.config.seed)
-    return found, f"the store {place} has only a few held-out texts, or few were asked for"
+    return found, f"the store {place} has only a few held-out texts"
 
 
 def dry_run_text(config: GenerateConfig) -> str:

@@ -39,6 +39,8 @@ class TrialJob:
     digests: Digests
     ledger_id: str
     sweep_id: str
+    example: str | None = None
+    """What an example of the store is; see `PrivacyStatement.example`."""
 
     def run(self, folder: OutputFolder, ledger: Ledger, ledger_url: str) -> Run:
         """Returns the trial as a run; the sweep's driver has verified the store and the plan."""
@@ -55,6 +57,7 @@ class TrialJob:
                 promised=self.alone,
                 is_seeded=self.config.privacy.seed is not None,
                 averaging=describe_averaging(self.config.train),
+                example=self.example,
             ),
             sweep_id=self.sweep_id,
         )

@@ -191,6 +191,7 @@ def _job(sweep: Sweep, trial: TrialRecord) -> TrialJob:
         ),
         ledger_id=sweep.ledger.id,
         sweep_id=sweep.sweep_id,
+        example=sweep.statement.example,
     )
 
 

@@ -5,9 +5,9 @@ depends on public numbers alone: the model, the group size, the longest example 
 hold and the microbatch. In float32 the kernels differ by rounding only, so that a resumed run may
 select again. Under autocast they round gradients differently, by far more, and a repeated step must
 be the same release: there the choice follows from the numbers, ghost where a microbatch holds
-several groups. So it does with adaptive clipping, whose count a rounding could change by one. Under
-ZeRO 3 only the ghost kernel works, because gradients exist layer by layer, and each group must fit
-a microbatch.
+several groups. With adaptive clipping it is direct: in a pass that groups share, one group may
+change the rounding of the others' norms, and so how many count as unclipped. Under ZeRO 3 only the
+ghost kernel works, because gradients exist layer by layer, and each group must fit a microbatch.
 
 Completeness check. Before the ghost kernel is used, it must give the gradients of plain autograd on
 synthetic tokens, parameter by parameter, norms and sums. So a weight that is used in a way which
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from udp_ray.config.experiment import require_fitting_groups
+from udp_ray.config.experiment import require_fitting_groups, require_separate_passes
 from udp_ray.data.batches import NO_LOSS, Group, Microbatch, Packing, SharedMicrobatch, pack_groups
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
@@ -162,6 +162,9 @@ def select_kernel(
         UnsupportedModelError: The ghost kernel was asked for and cannot clip this model.
         ConfigError: It was asked for and cannot work with these settings.
     """
+    if clipping == "adaptive":
+        require_separate_passes(kernel=wanted, is_sliced=is_sliced)
+        wanted = "direct"
     if is_sliced:
         require_fitting_groups(rows_per_group, tokens_per_row, microbatch_tokens)
     direct = DirectKernel(
@@ -197,7 +200,7 @@ def select_kernel(
             return False
         if wanted == "ghost" or is_sliced:
             return True
-        if autocast != "off" or clipping == "adaptive":
+        if autocast != "off":
             return 2 * rows_per_group * tokens_per_row <= microbatch_tokens
         groups = _synthetic_groups(model, rows_per_group, tokens_per_row, microbatch_tokens)
         return _is_faster(candidate, direct, ClippedSum(parameters, world), groups)
