@@ -25,7 +25,7 @@ def execute(notebook: nbformat.NotebookNode) -> str:
 def test_the_notebook_runs_and_ends_with_a_verified_run() -> None:
     text = execute(nbformat.read(NOTEBOOK, as_version=4))
     assert "the statement, the ledger and the accountant agree" in text
-    assert "6 of 6 steps charged" in text
+    assert "8 of 8 steps charged" in text
 
 
 def test_progress_in_a_notebook_is_one_line_that_is_kept_up_to_date() -> None:
