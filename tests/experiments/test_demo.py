@@ -74,16 +74,20 @@ def test_shipped_files_stay_small():
     assert 0 < model < 12e6
 
 
-def test_comparison_run_differs_in_noise_and_clipping_only():
+def test_comparison_run_differs_in_noise_clipping_and_the_rate_that_suits_them():
     config = _shipped()
     other = without_privacy(config)
     assert other.privacy.noise_multiplier == 0
     assert math.isinf(other.privacy.clip_norm)
     assert other.output != config.output
-    ours = {"privacy": {"epsilon", "noise_multiplier", "clip_norm", "accept_no_guarantee"}}
-    assert other.model_dump(exclude=ours | {"output": True}) == config.model_dump(
-        exclude=ours | {"output": True}
-    )
+    assert other.train.learning_rate == config.train.learning_rate / 2
+    noise = {"epsilon", "noise_multiplier", "clip_norm", "accept_no_guarantee"}
+    ours = {
+        "privacy": noise | {"mechanism", "bands"}, "train": {"learning_rate"}, "output": True,
+    }  # fmt: skip
+    assert other.model_dump(exclude=ours) == config.model_dump(exclude=ours)
+    independent = _shipped("--privacy.mechanism", "independent", "--privacy.bands", "1")
+    assert without_privacy(independent).train == independent.train
 
 
 def test_table_takes_the_first_and_last_evaluation_of_each_run(tmp_path):
