@@ -130,7 +130,7 @@ def began(run, tmp_path_factory):
 @pytest.mark.parametrize(
     ("kept", "asked", "words"),
     [
-        ("none", {"average": "ema"}, "has no average of the weights.*settings that the run began with"),
+        ("none", {"average": "ema"}, "has no average of the weights.*that the run began with"),
         ("none", {"average": "tail"}, "has no average"),
         ("ema", {"average": "tail"}, "has the average 'exponential.*ask for 'mean over"),
         ("tail", {"average": "ema"}, "has the average 'mean"),
