@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import worker_killed_after
+from tests.support.faults import train_with_a_killed_worker
 from tests.support.recovery import weights
-from tests.support.runs import DATASET, tiny_experiment, to_folder
+from tests.support.runs import tiny_experiment, to_folder
 from tests.support.training import distance
-from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
 
@@ -31,15 +30,7 @@ def test_a_run_with_correlated_noise_and_a_killed_worker_ends_with_the_same_weig
     )
     expected = train(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
     other = train(to_folder(independent, tmp_path / "other"), announce=lambda text: None)
-    with (
-        Ledger.open(sliced.data.ledger_url) as ledger,
-        worker_killed_after(ledger, DATASET, KILL_AFTER) as killed,
-    ):
-        result = train(to_folder(sliced, tmp_path / "sliced"), announce=lambda text: None)
-        record = ledger.run(result.run_id)
-    assert killed
-    assert record.num_attempts > 1
-    assert record.charged_steps == 10
+    result = train_with_a_killed_worker(to_folder(sliced, tmp_path / "sliced"), KILL_AFTER)
     assert result.statement.plan.strategy == expected.statement.plan.strategy
     found = weights(Path(result.output))
     assert distance(found, weights(Path(expected.output))) < TOLERANCE

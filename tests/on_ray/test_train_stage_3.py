@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.support.faults import worker_killed_after
+from tests.support.faults import train_with_a_killed_worker
 from tests.support.recovery import weights
-from tests.support.runs import DATASET, tiny_experiment, to_folder
+from tests.support.runs import tiny_experiment, to_folder
 from tests.support.training import distance
-from udp_ray.ledger.ledger import Ledger
 from udp_ray.on_ray.train import train
 from udp_ray.reports.verify import verify
 
@@ -29,15 +28,7 @@ def test_a_run_in_slices_with_a_killed_worker_ends_with_the_weights_of_stage_0(
         tmp_path, **steps, train={**common, "zero_stage": 3, "offload": "optimizer"}
     )
     expected = train(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
-    with (
-        Ledger.open(sliced.data.ledger_url) as ledger,
-        worker_killed_after(ledger, DATASET, KILL_AFTER) as killed,
-    ):
-        result = train(to_folder(sliced, tmp_path / "sliced"), announce=lambda text: None)
-        record = ledger.run(result.run_id)
-    assert killed
-    assert record.num_attempts > 1
-    assert record.charged_steps == 10
+    result = train_with_a_killed_worker(to_folder(sliced, tmp_path / "sliced"), KILL_AFTER)
     one, other = (weights(Path(each.output)) for each in (result, expected))
     assert distance(one, other) < TOLERANCE
     assert [row["step"] for row in result.metrics] == [row["step"] for row in expected.metrics]

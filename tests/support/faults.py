@@ -11,8 +11,12 @@ from contextlib import contextmanager
 
 import psutil  # type: ignore[import-untyped]
 
+from tests.support.runs import DATASET
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.errors import LedgerError
 from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray.train import train
+from udp_ray.runs.result import RunResult
 
 PAUSE_S = 0.02
 TRAIN_WORKER = "RayTrainWorker"
@@ -76,3 +80,20 @@ def worker_killed_after(ledger: Ledger, dataset: str, num_steps: int) -> Iterato
     finally:
         over.set()
         thread.join()
+
+
+def train_with_a_killed_worker(config: ExperimentConfig, num_steps: int) -> RunResult:
+    """Trains, and kills a worker once some steps are taken; the run ends all the same.
+
+    It asserts that a worker was killed, that Ray restarted the run, and that each step was charged.
+    """
+    with (
+        Ledger.open(config.data.ledger_url) as ledger,
+        worker_killed_after(ledger, DATASET, num_steps) as killed,
+    ):
+        result = train(config, announce=lambda text: None)
+        record = ledger.run(result.run_id)
+    assert killed
+    assert record.num_attempts > 1
+    assert record.charged_steps == config.privacy.num_steps
+    return result

@@ -29,6 +29,7 @@ import mmap
 import os
 import secrets
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -414,26 +415,27 @@ class TokenStore:
 
     def example_lengths(self, indices: Int64Array) -> Int64Array:
         """Returns the number of tokens of each of these examples."""
-        indices = np.asarray(indices, np.int64)
-        lengths = np.empty(len(indices), np.int64)
-        shard_of = np.searchsorted(self._example_starts[1:], indices, side="right")
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            local = indices[here] - self._example_starts[number]
-            offsets = self._shards[number].example_offsets
-            lengths[here] = offsets[local + 1] - offsets[local]
-        return lengths
+        return self._of_examples(
+            indices,
+            lambda shard, local: shard.example_offsets[local + 1] - shard.example_offsets[local],
+        )
 
     def loss_starts(self, indices: Int64Array) -> Int64Array:
         """Returns `loss_start` of each of these examples."""
+        return self._of_examples(indices, lambda shard, local: shard.loss_starts[local])
+
+    def _of_examples(
+        self, indices: Int64Array, read: Callable[[Shard, Int64Array], NDArray]
+    ) -> Int64Array:
+        """Returns a number of each of these examples, which `read` takes from their shards."""
         indices = np.asarray(indices, np.int64)
-        starts = np.empty(len(indices), np.int64)
+        found = np.empty(len(indices), np.int64)
         shard_of = np.searchsorted(self._example_starts[1:], indices, side="right")
         for number in np.unique(shard_of):
             here = shard_of == number
             local = indices[here] - self._example_starts[number]
-            starts[here] = self._shards[number].loss_starts[local]
-        return starts
+            found[here] = read(self._shards[number], local)
+        return found
 
     def user_hash(self, user: int) -> bytes:
         """Returns the keyed hash of one user's id. Sensitive."""

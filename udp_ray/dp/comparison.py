@@ -65,12 +65,7 @@ def compare(plan: PricedPlan) -> Comparison:
             "privacy.population is missing: --compare prices ULS too, whose price depends on it, so"
             " give it"
         )
-    target = plan.target_epsilon or plan.epsilon()
-    if not 0 < target < math.inf:
-        raise ConfigError(
-            f"privacy.noise_multiplier is {plan.noise_multiplier:g}, which gives no finite epsilon"
-            " to compare at: raise it"
-        )
+    target = plan.epsilon_to_compare()
     batch_size = float(plan.expected_size * (plan.group_size if plan.sampling == "uls" else 1))
     cohort_size = batch_size / plan.group_size
     els_probability = plan.sampling_probability / plan.bands  # without bands

@@ -419,6 +419,23 @@ class PricedPlan:
         """
         return _certified_epsilon(self, self._steps(num_steps))
 
+    def epsilon_to_compare(self, what: str = "") -> float:
+        """Returns the epsilon that other plans are calibrated to when they are compared with this.
+
+        Args:
+            what: What is compared, for the message.
+
+        Raises:
+            ConfigError: If the plan has no noise, hence no promise to compare at.
+        """
+        target = self.target_epsilon or self.epsilon()
+        if not 0 < target < math.inf:
+            raise ConfigError(
+                f"privacy.noise_multiplier is {self.noise_multiplier:g}, which gives no finite"
+                f" epsilon to compare {what}at: raise it"
+            )
+        return target
+
     def epsilon_curve(self, steps: Sequence[int]) -> list[float]:
         """Returns an epsilon for each number of steps, quickly and for figures.
 

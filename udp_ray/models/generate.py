@@ -43,10 +43,9 @@ from transformers.generation import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.utils import logging as transformers_logging
 
 from udp_ray.errors import ConfigError
-from udp_ray.models.load import from_cache_or_hub, load_tokenizer
+from udp_ray.models.load import from_cache_or_hub, load_tokenizer, without_bars
 
 ADAPTERS_FILE = "adapter_config.json"
 """A folder with this file holds adapters, and no whole model."""
@@ -185,7 +184,7 @@ class Sampler:
         if self._source.base is None:
             raise ConfigError(f"base is missing: {self._source.name} holds adapters, without it")
         model = _load(self._source.base, "base", self._source.device)
-        with _without_bars():
+        with without_bars():
             from_cache_or_hub(
                 "run", self._source.name, lambda _: model.load_adapter(self._source.name)
             )
@@ -261,20 +260,8 @@ def _load(name: str, field: str, device: str) -> PreTrainedModel:
             name, dtype=torch.float32, local_files_only=local_files_only
         )
 
-    with _without_bars():
+    with without_bars():
         return from_cache_or_hub(field, name, load).to(device).eval()
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hides the progress bars of transformers."""
-    was_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from udp_ray.config.experiment import LoraConfig, ModelConfig
 from udp_ray.errors import ConfigError, UnsupportedModelError
@@ -274,6 +276,18 @@ def from_cache_or_hub(field: str, name: str, load: Callable[[bool], Loaded]) -> 
             f"{field} is {name!r}, which is no folder here and does not load from the Hugging Face"
             f" hub ({_first_line(error)}): correct the name, or give a folder"
         ) from None
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hides the progress bars of transformers."""
+    was_shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _looks_like_path(name: str) -> bool:

@@ -32,13 +32,11 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
@@ -62,7 +60,13 @@ from udp_ray.io import (
     writing,
 )
 from udp_ray.ledger.records import RunRecord, TrialRecord
-from udp_ray.models.load import frozen_fingerprint, load_model, load_tokenizer, trainable_parameters
+from udp_ray.models.load import (
+    frozen_fingerprint,
+    load_model,
+    load_tokenizer,
+    trainable_parameters,
+    without_bars,
+)
 from udp_ray.on_ray.accountant import (
     AVERAGED,
     CLIP_NORM,
@@ -132,7 +136,7 @@ def publish_run(
     folder = run.folder
     has_weights = False
     if stopped_by is None or record.checkpoint is not None:
-        with _without_bars():
+        with without_bars():
             has_weights = _publish_model(run.config, record, folder)
     evaluations = read_evaluations(folder.path / METRICS_FILE)
     divergence = _divergence(record, evaluations, stopped_by, has_weights=has_weights)
@@ -228,18 +232,6 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
         for file in sorted(Path(temporary).iterdir()):
             file.replace(folder.path / file.name)
     return True
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hides the progress bars of transformers."""
-    was_shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _write_curves(

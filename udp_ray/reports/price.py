@@ -11,7 +11,6 @@ under els. Training requires more (`ExperimentConfig`).
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -195,12 +194,7 @@ def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -
             "--bands compares correlated noise, which needs privacy.sampling uls without"
             " privacy.max_cohort_size: set the one, leave out the other, or leave out --bands"
         )
-    target = plan.target_epsilon or plan.epsilon()
-    if not 0 < target < math.inf:
-        raise ConfigError(
-            f"privacy.noise_multiplier is {plan.noise_multiplier:g}, which gives no finite epsilon"
-            " to compare bands at: raise it"
-        )
+    target = plan.epsilon_to_compare("bands ")
     return compare_bands(
         cohort_size=plan.expected_size,
         population=plan.population or 0,

@@ -593,7 +593,7 @@ class PrivacyStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
-                example=values.get("example"),
+                example=_text_or_none(values, "example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
@@ -874,7 +874,7 @@ class SweepStatement(Statement):
                 run=RunIdentity.from_dict(values["run"]) if values["run"] else None,
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
-                example=values.get("example"),
+                example=_text_or_none(values, "example"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(

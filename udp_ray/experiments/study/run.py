@@ -34,8 +34,6 @@ from udp_ray.on_ray.prepare import prepare
 from udp_ray.on_ray.tasks import completed_tasks
 from udp_ray.runs.provenance import code_digest, git_commit
 
-ALL = 2**31
-"""More than the held-out examples of any study, which are bounded when they are prepared."""
 RunTasks = Callable[..., Iterator[tuple[int, Any]]]
 """function, tasks -> numbers and results as they end; as `udp_ray.on_ray.tasks.completed_tasks`."""
 
@@ -154,7 +152,7 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
     )
     every = cell.evaluate_every or cell.config.privacy.num_steps
     train = train.model_copy(
-        update={"checkpoint_every": every, "evaluate_every": None, "evaluate_examples": ALL}
+        update={"checkpoint_every": every, "evaluate_every": None, "evaluate_examples": "all"}
     )
     return cell.config.model_copy(update={"data": data, "train": train})
 

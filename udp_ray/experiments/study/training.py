@@ -1,6 +1,6 @@
 """Trains one cell of a study in this process, by the engine of every private run.
 
-    measured = train_cell(config)      # a dict for JSON, with an "error" if training failed
+    measured = train_cell(config)      # a dict, with an "error" if training failed
 
 The engine, sampler, kernel, noise and accountant are those of a run on Ray Train; only Ray Train
 and the ledger's database are not used: a single rank, and a budget in memory.
@@ -27,7 +27,7 @@ from udp_ray.config.base import one_line
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.plan import PrivacyPlan, json_number
+from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.language_model import LanguageModelTraining
 from udp_ray.engine.loop import cohorts
@@ -85,16 +85,15 @@ def _train(config: ExperimentConfig) -> dict[str, Any]:
         ).run()
     phases.enter("ended")
     end = Moment.now()
-    numbers = [{name: json_number(value) for name, value in each.items()} for each in metrics]
     if not math.isfinite(metrics[-1].get("heldout/token_loss", math.nan)):
         raise DivergedError("the held-out loss after training is not finite")
     return {
         "num_steps": result.step,
-        "before": numbers[0],
-        "after": numbers[-1],
-        "metrics": numbers,
+        "before": metrics[0],
+        "after": metrics[-1],
+        "metrics": metrics,
         "plan": plan.to_dict(),
-        "epsilon": json_number(plan.epsilon()),
+        "epsilon": plan.epsilon(),
         **_sizes(plan, key, store),
         **_durations(accountant.granted_at, phases.ends["training"]),
         "phases_s": phases.seconds,
@@ -138,7 +137,8 @@ class Phases:
         self._name, self._began = "loading", Moment.now()
 
     def enter(self, name: str) -> None:
-        """Ends the present phase."""
+        """Ends the present phase; "evaluating: 512 of 4,096" is still that of evaluating."""
+        name, _, _ = name.partition(": ")
         now = Moment.now()
         lasted = now.wall_s - self._began.wall_s
         self.seconds[self._name] = self.seconds.get(self._name, 0.0) + lasted
