@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -88,7 +89,8 @@ def test_rows_become_examples_of_their_own_user_in_the_users_own_shard(byte_toke
     result = tokenize_rows(table, Columns("who", "text"), encoder, Placement(KEY, 5))
     tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
     found = {
-        (row["user"], tokenizer.decode(row["tokens"])): row for row in result.examples.to_pylist()
+        (row["user"], tokenizer.decode(np.frombuffer(row["tokens"], "<u2"))): row
+        for row in result.examples.to_pylist()
     }
     ann, bob = hash_user(KEY, "ann"), hash_user(KEY, "bob")
     # Eight tokens a block; the second piece begins with the last token of the first.
