@@ -6,9 +6,9 @@ are public; what stands in a file is not, so no error quotes it.
 Ray Data reads CSV (`on_ray/prepare.py`). Read here, in pieces of which one task reads some as a
 stream, are:
 
-- Parquet, in row groups or ranges of their rows. Ray Data starts 32 processes to read footers, which
-  are read here once before, and gives one task 128 MiB of row groups: a single task for a small
-  input, and three tasks for two cores.
+- Parquet, in row groups or ranges of their rows. Ray Data starts up to 32 processes to read
+  footers, which are read here once before, and gives one task 128 MiB of row groups: a single task
+  for a small input.
 - JSON lines, in byte ranges. pyarrow's reader, which Ray Data uses, guesses types, so that the text
   "2020-01-01" becomes a timestamp; it fails where an id is a number in one row and text in the
   next, or where a string holds half of a surrogate pair. Here a malformed line is named by number.
@@ -275,7 +275,7 @@ def _cut_row_groups(whole: Piece, metadata: pq.FileMetaData, piece_bytes: int) -
         num_rows += group.num_rows
         num_bytes += group.total_byte_size
         if num_rows and (num_bytes >= piece_bytes or number == len(groups)):
-            count = min(_MOST_PIECES_OF_A_GROUP, num_rows, -(-num_bytes // piece_bytes))
+            count = max(1, min(_MOST_PIECES_OF_A_GROUP, num_rows, -(-num_bytes // piece_bytes)))
             bounds = [first + num_rows * part // count for part in range(count + 1)]
             pieces += [
                 replace(whole, first=start, last=end, num_bytes=num_bytes // count)
