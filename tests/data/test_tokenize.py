@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -117,8 +118,8 @@ def test_rows_are_cut_together_as_each_is_alone(rows, block, prefix, has_prompts
     bounds = made.tokens.offsets.tolist()
     found = [
         (row, made.tokens.values[first:last].tolist(), start)
-        for row, start, first, last in zip(
-            made.rows.tolist(), made.loss_starts.tolist(), bounds[:-1], bounds[1:], strict=True
+        for row, start, (first, last) in zip(
+            made.rows.tolist(), made.loss_starts.tolist(), pairwise(bounds), strict=True
         )
     ]
     assert found == [
@@ -134,7 +135,7 @@ def test_texts_of_several_calls_of_the_tokenizer_stay_apart(byte_tokenizer, monk
     encoder = loaded(byte_tokenizer)
     found = encoder.encode_flat(texts)
     bounds = found.offsets.tolist()
-    apart = [found.values[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    apart = [found.values[a:b].tolist() for a, b in pairwise(bounds)]
     assert apart == encoder.encode(texts)
     assert encoder.encode_flat([]).offsets.tolist() == [0]
 

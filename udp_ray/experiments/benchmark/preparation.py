@@ -13,13 +13,10 @@ parquet. Each measurement runs in processes of its own:
 
 Each is given in seconds of the clock and in seconds of all processors, of all processes together.
 The latter is robust on a shared machine, and counts no idle core.
-
-    python -m udp_ray.experiments.benchmark.preparation 40000     # prints the result as JSON
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -330,7 +327,3 @@ def _by_name(found: _Watched) -> list[dict[str, Any]]:
         row["processor_s"] += found.processor[number]
         row["peak_bytes"] = max(row["peak_bytes"], found.peak_bytes[number])
     return sorted(rows.values(), key=lambda row: -row["processor_s"])
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure_preparation(int(sys.argv[1])), indent=1))

@@ -310,8 +310,8 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
 
 def _preparation_lines(found: Row) -> list[str]:
     return [
-        f"  preparation of {found['num_rows']:,} rows, {found['num_tokens']:,} tokens, over the bare"
-        f" tokenizer on {found['cores']} cores: {found['ratio']:.2f} with imports and cluster,"
+        f"  preparation of {found['num_rows']:,} rows, {found['num_tokens']:,} tokens, over the"
+        f" bare tokenizer on {found['cores']} cores: {found['ratio']:.2f} with imports and cluster,"
         f" {found['steady_ratio']:.2f} in the steady state (by seconds on the processor"
         f" {found['processor_ratio']:.2f} and {found['steady_processor_ratio']:.2f}); largest"
         f" process {found['peak_bytes'] / MEBIBYTE:,.0f} MiB",
