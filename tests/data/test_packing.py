@@ -431,29 +431,21 @@ def test_a_held_out_input_needs_no_order(tmp_path):
 
 
 FINGERPRINTS = {
-    (Case(), True): "a2b4e74b01a82afbad388fc6872131530059a9ce52f9a07b6d73ade834374a7c",
-    (
-        Case(has_order=False),
-        True,
-    ): "6730fb5be8fd7747c049efd3ef7cca9888268545eaed3abfb7861918251a5d3a",
-    (
-        Case(has_prefix=True, has_prompts=True),
-        True,
-    ): "5177dd01dc9d7dd1e2396617934e7909b15d3e5d98c7fe63fc3007bffe57cedb",
-    (Case(), False): "6af0c3489c6110632470889e6a2b52b2390e5474eccf0587b4b13cd4dad56e1c",
-    (
-        Case(has_prompts=True, has_order=False),
-        False,
-    ): "3f2ca789cf0e61d83724286dcac847e2e601db7b370b34364937e5f2156d1ae1",
+    (Case(), True): "a2b4e74b01a82afb",
+    (Case(has_order=False), True): "6730fb5be8fd7747",
+    (Case(has_prefix=True, has_prompts=True), True): "5177dd01dc9d7dd1",
+    (Case(), False): "6af0c3489c611063",
+    (Case(has_prompts=True, has_order=False), False): "3f2ca789cf0e61d8",
 }
+"""By case, and whether texts are joined."""
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over the files of all shards, held-out ones too."""
+    """The first 64 bits of a SHA-256 over the files of all shards, held-out ones too."""
     whole = hashlib.sha256()
     for file in sorted(folder.rglob("shard-*")):
         whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return whole.hexdigest()
+    return whole.hexdigest()[:16]
 
 
 @pytest.mark.parametrize(("case", "pack"), FINGERPRINTS)
