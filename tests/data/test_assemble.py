@@ -15,7 +15,8 @@ from udp_ray.data.store import Shard
 from udp_ray.data.tokenize import example_schema
 
 KEY = bytes(range(16))
-SCHEMA = example_schema(np.dtype(np.uint16))
+SCHEMA = example_schema()
+TOKEN = np.dtype("<u2")
 
 Row = tuple[bytes, list[int], int]
 
@@ -34,9 +35,9 @@ def made_up_rows() -> list[Row]:
 def table(rows: list[Row]) -> pa.Table:
     columns: list[list] = [[], [], [], [], []]
     for user, tokens, loss_start in rows:
-        content = np.array(tokens, "<u2").tobytes()
+        content = np.array(tokens, TOKEN).tobytes()
         own = hash_example(KEY, user, loss_start, content, 0)
-        for column, value in zip(columns, (0, user, own, loss_start, tokens), strict=True):
+        for column, value in zip(columns, (0, user, own, loss_start, content), strict=True):
             column.append(value)
     arrays = [pa.array(c, SCHEMA.field(i).type) for i, c in enumerate(columns)]
     return pa.table(arrays, schema=SCHEMA)
@@ -70,7 +71,7 @@ def test_a_shard_holds_each_users_examples_and_no_others():
     expected: dict[bytes, list] = {}
     for user, tokens, loss_start in rows:
         expected.setdefault(user, []).append((tuple(tokens), loss_start))
-    found = by_user(assemble_shard(in_blocks(rows, 0), KEY, None))
+    found = by_user(assemble_shard(in_blocks(rows, 0), KEY, TOKEN, None))
     assert {user: sorted(examples) for user, examples in found.items()} == {
         user: sorted(examples) for user, examples in expected.items()
     }
@@ -80,7 +81,10 @@ def test_a_shard_holds_each_users_examples_and_no_others():
 @pytest.mark.parametrize("most", [None, 1, 4, 1000])
 def test_arrival_order_cannot_be_seen_in_the_bytes(most):
     rows = made_up_rows()
-    assert len({digest(assemble_shard(in_blocks(rows, seed), KEY, most)) for seed in range(5)}) == 1
+    assert (
+        len({digest(assemble_shard(in_blocks(rows, seed), KEY, TOKEN, most)) for seed in range(5)})
+        == 1
+    )
 
 
 def test_failing_arm_keeping_the_first_to_arrive_is_caught_by_the_same_comparison():
@@ -90,15 +94,17 @@ def test_failing_arm_keeping_the_first_to_arrive_is_caught_by_the_same_compariso
         for row in rows:
             if len(kept.setdefault(row[0], [])) < 4:
                 kept[row[0]].append(row)
-        return assemble_shard(table([row for some in kept.values() for row in some]), KEY, None)
+        return assemble_shard(
+            table([row for some in kept.values() for row in some]), KEY, TOKEN, None
+        )
 
     assert len({digest(first_to_arrive(seed)) for seed in range(5)}) > 1
 
 
 def test_a_bound_holds_for_every_user_and_takes_nothing_from_smaller_ones():
     rows = made_up_rows()
-    whole = by_user(assemble_shard(table(rows), KEY, None))
-    bounded = by_user(assemble_shard(table(rows), KEY, 4))
+    whole = by_user(assemble_shard(table(rows), KEY, TOKEN, None))
+    bounded = by_user(assemble_shard(table(rows), KEY, TOKEN, 4))
     assert {user: len(examples) for user, examples in bounded.items()} == {
         user: min(4, len(examples)) for user, examples in whole.items()
     }
@@ -110,7 +116,7 @@ def test_equal_examples_survive_a_bound_one_by_one_not_together():
     # none of a bound of 100 would be "ok". Five standard deviations of a hypergeometric draw: 24.
     user = hash_user(KEY, "Ann")
     rows: list[Row] = [(user, [1, 2], 1)] * 500 + [(user, [3, n], 1) for n in range(500)]
-    (kept,) = by_user(assemble_shard(in_blocks(rows, 1), KEY, 100)).values()
+    (kept,) = by_user(assemble_shard(in_blocks(rows, 1), KEY, TOKEN, 100)).values()
     assert 26 < kept.count(((1, 2), 1)) < 74
 
 
@@ -125,6 +131,6 @@ def test_other_keys_choose_other_survivors():
 
 
 def test_no_examples_make_an_empty_shard():
-    shard = assemble_shard(table([]), KEY, 3)
+    shard = assemble_shard(table([]), KEY, TOKEN, 3)
     assert (shard.num_users, shard.num_examples, len(shard.tokens)) == (0, 0, 0)
     assert shard.user_offsets.tolist() == [0]

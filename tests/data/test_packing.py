@@ -430,6 +430,46 @@ def test_a_held_out_input_needs_no_order(tmp_path):
     assert sorted(store.heldout.tokens(i).tolist() for i in range(2)) == [[5, 6, EOS], [7, EOS]]
 
 
+FINGERPRINTS = {
+    (Case(), True): "a2b4e74b01a82afb",
+    (Case(has_order=False), True): "6730fb5be8fd7747",
+    (Case(has_prefix=True, has_prompts=True), True): "5177dd01dc9d7dd1",
+    (Case(), False): "6af0c3489c611063",
+    (Case(has_prompts=True, has_order=False), False): "3f2ca789cf0e61d8",
+}
+"""By case, and whether texts are joined."""
+
+
+def fingerprint(folder: Path) -> str:
+    """The first 64 bits of a SHA-256 over the files of all shards, held-out ones too."""
+    whole = hashlib.sha256()
+    for file in sorted(folder.rglob("shard-*")):
+        whole.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(("case", "pack"), FINGERPRINTS)
+def test_the_bytes_of_a_store_are_those_of_earlier_versions(tmp_path, case, pack):
+    """Fingerprints of stores that commit 2977504 made, where each row was a list of its own."""
+    draw = random.Random(5)
+    rows = [
+        Row(
+            f"user {draw.randrange(40)}",
+            tuple(draw.randrange(2, WORDS) for _ in range(draw.choice([1, 1, 3, 11, 12, 13, 40]))),
+            tuple(draw.randrange(2, WORDS) for _ in range(draw.choice([0, 2, 7, 30]))),
+            draw.randrange(20),
+        )
+        for _ in range(400)
+    ]
+    for number in range(2):
+        draw.shuffle(rows)
+        folder = tmp_path / str(number)
+        placement = Placement(KEY, NUM_SHARDS, 0.2)
+        changes = {"pack": pack, "placement": placement, "max_examples_per_user": 9}
+        prepare(folder, rows, case, batch=64 + number, **changes)
+        assert fingerprint(folder) == FINGERPRINTS[case, pack]
+
+
 def test_a_store_that_is_not_packed_has_the_manifest_of_earlier_versions(tmp_path):
     prepare(tmp_path / "a", plain_rows(), Case(has_order=False), pack=False)
     values = json.loads((tmp_path / "a" / "manifest.json").read_text())

@@ -1,7 +1,7 @@
 """pytest tests/data/test_read.py
 
-Parquet and CSV, which Ray Data reads, are read in tests/on_ray/test_prepare_read.py; here only what
-is said of such files before and after.
+CSV, which Ray Data reads, is read in tests/on_ray/test_prepare_read.py; here only what is said of
+such files before and after.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read(inputs: list[str], piece_bytes: int = 1 << 30) -> list[tuple[str, str]]
 EXPECTED = [(row["who"], row["text"]) for row in ROWS]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet"])
 @pytest.mark.parametrize("piece_bytes", [10_000, 1 << 30])
 def test_every_format_gives_the_rows_that_were_written(tmp_path, name, piece_bytes):
     assert read([write(tmp_path / name, ROWS)], piece_bytes) == EXPECTED
@@ -157,9 +157,7 @@ def test_a_missing_column_is_refused_with_those_that_exist(tmp_path, name):
     columns = Columns("author", "text")
     assert column_names(piece) == ["who", "text", "n"]
     with pytest.raises(DataError, match=r"no column 'author': it has 'who', 'text', 'n'"):
-        list(read_rows(piece, columns)) if name == "a.jsonl" else refuse_unreadable(
-            [piece], columns
-        )
+        refuse_unreadable([piece], columns) if name == "a.csv" else list(read_rows(piece, columns))
 
 
 @pytest.mark.parametrize("piece_bytes", [10, 1 << 30])
@@ -218,3 +216,30 @@ def test_a_file_without_rows_has_none(tmp_path):
     pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
     (tmp_path / "a.jsonl").touch()
     assert read([str(tmp_path)]) == []
+
+
+@pytest.mark.parametrize("group_rows", [1, 700, 5000])
+@pytest.mark.parametrize("piece_bytes", [100, 5000, 30_000, 1 << 30])
+def test_pieces_of_parquet_hold_every_row_once_and_in_order(tmp_path, group_rows, piece_bytes):
+    numbers = pa.table({"n": range(5000), "who": ["u"] * 5000, "text": ["t"] * 5000})
+    pq.write_table(numbers, tmp_path / "a.parquet", row_group_size=group_rows)
+    pieces = find_pieces([str(tmp_path / "a.parquet")], "train", piece_bytes)
+    columns = Columns("n", "text")
+    read = [pa.concat_tables([*read_rows(piece, columns)])["n"].to_pylist() for piece in pieces]
+    assert [n for numbers in read for n in numbers] == list(range(5000))
+    assert all(read)
+
+
+def test_a_large_row_group_is_read_by_a_few_tasks(tmp_path):
+    write(tmp_path / "a.parquet", ROWS)
+    assert len(find_pieces([str(tmp_path / "a.parquet")], "train", 10)) > 1
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
+    assert len(find_pieces([str(tmp_path / "b.parquet")], "train", 10)) == 4
+
+
+def test_parquet_with_an_empty_row_group_is_read(tmp_path):
+    table = pa.table({"who": ["a", "b"], "text": ["x", "y"]})
+    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+        for some in (table[:0], table[:1], table[:0], table[1:], table[:0]):
+            writer.write_table(some)
+    assert read([str(tmp_path / "a.parquet")], 1) == [("a", "x"), ("b", "y")]

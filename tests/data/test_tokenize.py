@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from udp_ray.data import tokenize
 from udp_ray.data.hashing import hash_user, shard_of
 from udp_ray.data.read import Columns
 from udp_ray.data.store import TokenizerInfo
-from udp_ray.data.tokenize import Example, Placement, TextEncoder, tokenize_rows
+from udp_ray.data.tokenize import (
+    Example,
+    Placement,
+    TextEncoder,
+    TokenLists,
+    tokenize_rows,
+)
 from udp_ray.errors import DataError
 
 KEY = bytes(range(16))
@@ -68,6 +77,69 @@ def test_a_prompt_loses_its_beginning_and_keeps_half_a_block(text, prompt, block
     assert len(kept) == len(prompt) or len(tokens) == block
 
 
+def cut_in_plain_python(
+    text: list[int], prompt: list[int], block: int, prefix: tuple[int, ...]
+) -> list[Example]:
+    """One row, token by token: the oracle of `TextEncoder.cut`, which is array by array."""
+    if not text:
+        return []
+    rest, made, room = [*text, EOS], [], block - len(prefix)
+    if prompt:
+        kept = prompt[-max(room - len(rest), room // 2) :]
+        whole = [*prefix, *kept, *rest]
+        made.append(Example(whole[:block], len(prefix) + len(kept)))
+        overlap = [] if prefix else whole[block - 1 : block]
+        rest = [*overlap, *whole[block:]] if len(whole) > block else []
+    while len(rest) > (0 if prefix else 1):
+        made.append(Example([*prefix, *rest[:room]], 1))
+        rest = rest[room - (0 if prefix else 1) :]
+    return made
+
+
+some_rows = st.lists(
+    st.tuples(
+        st.integers(0, 40).map(lambda n: list(range(100, 100 + n))),
+        st.integers(0, 30).map(lambda n: list(range(1000, 1000 + n))),
+    ),
+    max_size=6,
+)
+
+
+def together(lists: list[list[int]]) -> TokenLists:
+    values = np.array([token for some in lists for token in some], "<u4")
+    return TokenLists(values, np.cumsum([0, *map(len, lists)]))
+
+
+@given(some_rows, blocks, prefixes, st.booleans())
+def test_rows_are_cut_together_as_each_is_alone(rows, block, prefix, has_prompts):
+    texts = together([text for text, _ in rows])
+    prompts = together([prompt for _, prompt in rows]) if has_prompts else None
+    made = encoder(block, prefix).cut(texts, prompts)
+    bounds = made.tokens.offsets.tolist()
+    found = [
+        (row, made.tokens.values[first:last].tolist(), start)
+        for row, start, (first, last) in zip(
+            made.rows.tolist(), made.loss_starts.tolist(), pairwise(bounds), strict=True
+        )
+    ]
+    assert found == [
+        (number, example.tokens, example.loss_start)
+        for number, (text, prompt) in enumerate(rows)
+        for example in cut_in_plain_python(text, prompt if has_prompts else [], block, prefix)
+    ]
+
+
+def test_texts_of_several_calls_of_the_tokenizer_stay_apart(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize, "TEXTS_AT_ONCE", 3)
+    texts = ["hello", "", "a longer text", "grüß", "x", "yz", ""]
+    encoder = loaded(byte_tokenizer)
+    found = encoder.encode_flat(texts)
+    bounds = found.offsets.tolist()
+    apart = [found.values[a:b].tolist() for a, b in pairwise(bounds)]
+    assert apart == encoder.encode(texts)
+    assert encoder.encode_flat([]).offsets.tolist() == [0]
+
+
 def test_a_text_without_tokens_makes_no_example():
     assert encoder(8, ()).examples([]) == []
     assert encoder(8, (BOS,)).examples([], [5, 6]) == []
@@ -88,7 +160,8 @@ def test_rows_become_examples_of_their_own_user_in_the_users_own_shard(byte_toke
     result = tokenize_rows(table, Columns("who", "text"), encoder, Placement(KEY, 5))
     tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer)
     found = {
-        (row["user"], tokenizer.decode(row["tokens"])): row for row in result.examples.to_pylist()
+        (row["user"], tokenizer.decode(np.frombuffer(row["tokens"], "<u2"))): row
+        for row in result.examples.to_pylist()
     }
     ann, bob = hash_user(KEY, "ann"), hash_user(KEY, "bob")
     # Eight tokens a block; the second piece begins with the last token of the first.

@@ -46,6 +46,7 @@ from udp_ray.experiments.benchmark.contestants import (
 )
 from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluation
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
+from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation
 from udp_ray.experiments.benchmark.settings import (
     BASELINE,
     BenchmarkConfig,
@@ -367,6 +368,34 @@ def test_an_evaluation_is_timed_beside_plain_passes_over_the_same_rows() -> None
     assert found["ratio_low"] <= found["ratio_high"]
     aim = report.evaluate_aims([row("auto")], {"evaluation": found | {"ratio": 0.89}})[4]
     assert (aim.is_met, aim.where) == (False, found["cell"])
+
+
+@pytest.mark.slow
+def test_preparation_is_timed_beside_the_bare_tokenizer() -> None:
+    found = measure_preparation(600)
+    assert found["num_tokens"] > 600
+    seconds = found["seconds"]
+    assert found["ratio"] == seconds["bare"] / seconds["whole"]
+    assert found["steady_ratio"] == seconds["bare"] / seconds["steady"]
+    assert seconds["bare"] < seconds["steady"] < seconds["whole"]
+    # A process with Python, pyarrow and Ray takes some hundred MiB.
+    assert 100 << 20 < found["peak_bytes"] < 2 << 30
+    assert sum(row["processes"] for row in found["processes"]) > 3
+
+
+def test_a_preparation_that_fails_is_not_timed(tmp_path: Path) -> None:
+    """The failing arm."""
+    with pytest.raises(BenchmarkError, match="no such store"):
+        _watched("raise SystemExit('no such store')", tmp_path, "store")
+
+
+def test_seconds_of_processes_that_a_program_starts_are_counted(tmp_path: Path) -> None:
+    burn = "import time\nwhile time.process_time() < 1: pass"
+    found = _watched(
+        f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {burn!r}])", tmp_path, ""
+    )
+    assert 0.5 < found.processor_s < 3
+    assert len(found.peak_bytes) == 2
 
 
 def test_an_evaluation_of_other_rows_has_no_speed() -> None:

@@ -920,11 +920,37 @@ DATA = [
         name="one_user_in_two_shards",
         breaks="P20: a user is split over shards, and becomes two",
         file="udp_ray/data/tokenize.py",
-        text="self._shards.append(shard)",
-        replacement="self._shards.append(shard ^ (len(self._shards) % 2))",
+        text="np.array(shards, np.int32)[rows]",
+        replacement="np.array(shards, np.int32)[rows] ^ (np.arange(len(rows)) % 2)",
         tests=(
             "tests/data/test_tokenize.py"
             "::test_rows_become_examples_of_their_own_user_in_the_users_own_shard",
+        ),
+    ),
+    Mutant(
+        name="rows_at_the_end_of_a_piece_read_twice",
+        breaks="two tasks that share a row group of parquet both read the rows at their border",
+        file="udp_ray/data/read.py",
+        text="own.num_rows - max(position - last, 0)",
+        replacement="own.num_rows",
+        tests=("tests/data/test_read.py::test_pieces_of_parquet_hold_every_row_once_and_in_order",),
+    ),
+    Mutant(
+        name="a_cut_response_loses_its_context",
+        breaks="the rest of a response begins without the token that predicts its first",
+        file="udp_ray/data/tokenize.py",
+        text="taken - overlap, taken)",
+        replacement="taken, taken)",
+        tests=("tests/data/test_tokenize.py::test_rows_are_cut_together_as_each_is_alone",),
+    ),
+    Mutant(
+        name="pieces_of_a_text_hashed_apart",
+        breaks="a change of the hashes reorders the texts of users and changes existing digests",
+        file="udp_ray/data/tokenize.py",
+        text="np.flatnonzero(is_new | ~joined)",
+        replacement="np.flatnonzero(np.ones_like(is_new))",
+        tests=(
+            "tests/data/test_packing.py::test_the_bytes_of_a_store_are_those_of_earlier_versions",
         ),
     ),
     Mutant(

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,7 @@ from numpy.typing import NDArray
 
 from udp_ray.data.hashing import HASH_BYTES, hash_example
 from udp_ray.data.store import Shard
+from udp_ray.data.tokenize import binary_of_tokens
 from udp_ray.errors import DataError
 
 Order = NDArray[np.int64]
@@ -46,6 +48,7 @@ Order = NDArray[np.int64]
 def assemble_shard(
     examples: pa.Table,
     key: bytes,
+    token_type: np.dtype,
     max_examples_per_user: int | None,
     joining: Joining | None = None,
 ) -> Shard:
@@ -57,25 +60,21 @@ def assemble_shard(
     Args:
         examples: All examples of the shard's users, with the columns of `example_schema`.
         key: The secret key of the data's name.
+        token_type: Type of the tokens.
         max_examples_per_user: Most examples kept of one user; None keeps all.
         joining: How texts are joined to examples; None: each row is an example.
 
     Raises:
         DataError: If the texts of a user have no order.
     """
-    examples = examples.combine_chunks()
-    if joining is not None:
-        examples = join_texts(examples, key, joining)
-    users = _hashes(examples["user"])
-    tokens, offsets = _token_lists(examples["tokens"])
-    loss_starts = examples["loss_start"].to_numpy().astype(np.int32)
-    mask = _token_lists(examples["loss"])[0] if "loss" in examples.column_names else None
+    made = join_texts(examples, key, token_type, joining) if joining else None
+    made = made or _as_they_are(examples, token_type)
+    users, hashes, loss_starts, offsets, tokens, mask = made
 
     def repeated(row: int, rank: int) -> bytes:
         content = _content(tokens, mask, offsets[row], offsets[row + 1])
         return hash_example(key, users[row].tobytes(), int(loss_starts[row]), content, rank)
 
-    hashes = _hashes(examples["example"])
     order = _sorted_by(users, hashes)
     own = _tell_repeats_apart(hashes, order, _is_new(users[order], hashes[order]), repeated)
     order = _sorted_by(users, own)
@@ -83,17 +82,37 @@ def assemble_shard(
         order = order[_rank_in_run(_is_new(users[order])) < max_examples_per_user]
     begins = np.flatnonzero(_is_new(users[order]))
     lengths = np.diff(offsets)[order]
-    taken = pa.array(order)
     return Shard(
         user_hashes=users[order][begins],
         user_offsets=np.append(begins, len(order)).astype(np.int64),
         example_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         loss_starts=loss_starts[order],
-        tokens=_token_lists(examples["tokens"].take(taken))[0],
+        tokens=_take_runs(tokens, offsets, order),
         loss_bits=None
         if mask is None
-        else np.packbits(_token_lists(examples["loss"].take(taken))[0], bitorder="little"),
+        else np.packbits(_take_runs(mask, offsets, order), bitorder="little"),
     )
+
+
+class _Examples(NamedTuple):
+    """Examples as arrays, a row for each."""
+
+    users: NDArray[np.uint8]
+    """Hash of each one's user, shape (examples, 16)."""
+    hashes: NDArray[np.uint8]
+    """Its own hash, shape (examples, 16)."""
+    loss_starts: NDArray[np.int32]
+    offsets: Order
+    """First token of each, and the number of tokens; shape (examples + 1,)."""
+    tokens: NDArray[np.unsignedinteger]
+    mask: NDArray[np.uint8] | None
+    """0 or 1 for each token; None: all carry loss from `loss_starts` on."""
+
+
+def _as_they_are(rows: pa.Table, token_type: np.dtype) -> _Examples:
+    tokens, offsets = _token_lists(rows["tokens"], token_type)
+    users, hashes = _hashes(rows["user"]), _hashes(rows["example"])
+    return _Examples(users, hashes, rows["loss_start"].to_numpy(), offsets, tokens, None)
 
 
 # ---- joining
@@ -109,26 +128,23 @@ class Joining:
     """Whether tokens inside an example carry no loss: prompts, and beginning-of-text tokens."""
 
 
-def join_texts(pieces: pa.Table, key: bytes, joining: Joining) -> pa.Table:
+def join_texts(pieces: pa.Table, key: bytes, token_type: np.dtype, joining: Joining) -> _Examples:
     """Returns the examples that each user's texts are joined to, user after user.
 
     Args:
         pieces: All texts of some users, cut to blocks, with the columns of `example_schema` and
             those of joining.
         key: The secret key of the data's name.
+        token_type: Type of the tokens.
         joining: How to join them.
-
-    Returns:
-        Columns user, example, loss_start and tokens as in `example_schema`; with a mask also loss,
-        0 or 1 for each token.
 
     Raises:
         DataError: If a user's values of `data.order_column` are of several kinds.
     """
     order = _order_of_texts(pieces, key)
-    pieces = pieces.take(pa.array(order))
+    pieces = pieces.select(["user", "loss_start", "tokens", "piece"]).take(pa.array(order))
     users = _hashes(pieces["user"])
-    tokens, offsets = _token_lists(pieces["tokens"])
+    tokens, offsets = _token_lists(pieces["tokens"], token_type)
     is_new_user = _is_new(users)
     begins = np.flatnonzero(
         _begins_example(
@@ -148,16 +164,8 @@ def join_texts(pieces: pa.Table, key: bytes, joining: Joining) -> pa.Table:
             users, loss_starts.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
         )
     ]
-    bounds = pa.array(offsets, pa.int64())
-    columns = {
-        "user": pa.array([user.tobytes() for user in users], pa.binary(HASH_BYTES)),
-        "example": pa.array(hashes, pa.binary(HASH_BYTES)),
-        "loss_start": pa.array(loss_starts),
-        "tokens": pa.LargeListArray.from_arrays(bounds, pa.array(tokens)),
-    }
-    if mask is not None:
-        columns["loss"] = pa.LargeListArray.from_arrays(bounds, pa.array(mask))
-    return pa.table(columns)
+    own = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
+    return _Examples(users, own, loss_starts, offsets, tokens, mask)
 
 
 def _order_of_texts(pieces: pa.Table, key: bytes) -> Order:
@@ -254,9 +262,22 @@ def _hashes(column: pa.ChunkedArray) -> NDArray[np.uint8]:
     return flat[first : first + len(array) * HASH_BYTES].reshape(len(array), HASH_BYTES)
 
 
-def _token_lists(column: pa.ChunkedArray) -> tuple[NDArray, NDArray[np.int64]]:
+def _token_lists(column: pa.ChunkedArray, token_type: np.dtype) -> tuple[NDArray, Order]:
+    """Returns the tokens of a column of bytes, and the first of each row and their number."""
     array = column.combine_chunks()
-    return array.values.to_numpy(), array.offsets.to_numpy()
+    _, bounds, values = array.buffers()
+    if not len(array):
+        return np.zeros(0, token_type), np.zeros(1, np.int64)
+    ends = np.frombuffer(bounds, np.int64)[array.offset :][: len(array) + 1]
+    content = np.frombuffer(values, np.uint8, ends[-1] - ends[0], ends[0])
+    return content.view(token_type), (ends - ends[0]) // token_type.itemsize
+
+
+def _take_runs(values: NDArray, offsets: Order, rows: Order) -> NDArray:
+    """Returns the runs of an array, of which `offsets` name the first values, in another order."""
+    array = binary_of_tokens(values, offsets).take(pa.array(rows))
+    content = array.buffers()[2]
+    return np.frombuffer(content, values.dtype) if content else values[:0]
 
 
 def _sorted_by(*keys: NDArray) -> Order:

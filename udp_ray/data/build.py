@@ -118,8 +118,9 @@ def tokenize_batch(
     """
     columns = settings.columns.without_order() if is_heldout_input else settings.columns
     paths = rows[PATH] if PATH in rows.column_names and PATH not in settings.columns.names else None
-    for path in [None] if paths is None else pc.unique(paths).to_pylist():
-        some = rows if path is None else rows.filter(pc.equal(paths, path))
+    files = [None] if paths is None else pc.unique(paths).to_pylist()
+    for path in files:
+        some = rows if len(files) == 1 else rows.filter(pc.equal(paths, path))
         try:
             tokenized = tokenize_rows(
                 some,
@@ -182,15 +183,15 @@ def write_shards(block: pa.Table, settings: BuildSettings) -> pa.Table:
     results: list[dict[str, Any]] = []
     if block.num_rows:
         is_example = pc.is_valid(block["user"])
-        examples = block.filter(is_example)
         sums = {name: pc.sum(block[name]).as_py() or 0 for name in (ROWS_READ, ROWS_WITHOUT_TEXT)}
         results.append(sums)
-        for number in pc.unique(examples["shard"]).to_pylist():
-            own = examples.filter(pc.equal(examples["shard"], number))
+        for number in pc.unique(block["shard"].filter(is_example)).to_pylist():
+            own = block.filter(pc.and_(is_example, pc.equal(block["shard"], number)))
             try:
                 shard = assemble_shard(
                     own,
                     settings.placement.key,
+                    settings.encoder.token_type.newbyteorder("<"),
                     settings.max_examples_per_user,
                     settings.joining_of(number),
                 )

@@ -7,6 +7,9 @@ token. A prompt and its response become one example with the loss on the respons
 leaves too little room loses its beginning, down to half a block, and what still does not fit of
 the response follows as plain text. Every example has at least one token that carries loss.
 An example holds text of one row, so of one user; `data/assemble.py` joins the texts of one user.
+
+The tokens of some thousand rows are one flat array with offsets. Only the tokenizer, one keyed hash
+for each user and one for each text or example go through Python row by row.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from udp_ray.data.hashing import (
@@ -40,11 +45,41 @@ if TYPE_CHECKING:  # workers get the tokenizer as text and are spared the import
     from transformers import PreTrainedTokenizerBase
 
 
+TEXTS_AT_ONCE = 256
+"""Texts of one call of the tokenizer, whose result, over a hundred bytes a token, stays in the
+processor's cache. Speed and memory only."""
+
+Int64Array = NDArray[np.int64]
+
+
 class Example(NamedTuple):
     """One example before it is stored."""
 
     tokens: list[int]
     loss_start: int
+
+
+class TokenLists(NamedTuple):
+    """Tokens of several texts, one after the other."""
+
+    values: NDArray[np.unsignedinteger]
+    """All tokens, little endian."""
+    offsets: Int64Array
+    """First token of each text, and the number of tokens; shape (texts + 1,)."""
+
+    @property
+    def lengths(self) -> Int64Array:
+        """Tokens of each text."""
+        return np.diff(self.offsets)
+
+
+class Examples(NamedTuple):
+    """The examples of several texts, text by text."""
+
+    rows: Int64Array
+    """Number of the text that each is of."""
+    loss_starts: NDArray[np.int32]
+    tokens: TokenLists
 
 
 @dataclass(frozen=True)
@@ -100,31 +135,87 @@ class TextEncoder:
         encodings = _backend(self.backend).encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_flat(self, texts: Sequence[str]) -> TokenLists:
+        """Returns what `encode` returns, as one array of the type that tokens are stored in."""
+        stored = self.token_type.newbyteorder("<")
+        values, lengths = [np.zeros(0, stored)], [0]
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            tokens = self.encode(texts[start : start + TEXTS_AT_ONCE])
+            lengths += map(len, tokens)
+            values.append(np.fromiter(chain.from_iterable(tokens), stored))
+        return TokenLists(np.concatenate(values), np.cumsum(lengths, dtype=np.int64))
+
+    def cut(self, texts: TokenLists, prompts: TokenLists | None = None) -> Examples:
+        """Returns the examples of some rows; a row whose text has no tokens has none.
+
+        Args:
+            texts: Tokens of each text, or of each response.
+            prompts: Tokens of each prompt, which carry no loss; an empty one is none.
+        """
+        overlap = 0 if self.prefix else 1
+        room = self.block_tokens - len(self.prefix)
+        lengths = np.where(texts.lengths > 0, texts.lengths + 1, 0)  # with the end-of-text token
+        num_prompt = np.zeros_like(lengths)
+        if prompts is not None:
+            num_prompt = np.where(lengths > 0, prompts.lengths, 0)
+        has_prompt = num_prompt > 0
+        # The first example of a row with a prompt: the end of the prompt, and what of the response
+        # there is room for. The rest of the response, or all of a text, is cut from `begins` on.
+        tails = np.minimum(num_prompt, np.maximum(room - lengths, room // 2))
+        taken = np.where(has_prompt, np.minimum(lengths, room - tails), 0)
+        begins = np.where(has_prompt & (taken < lengths), taken - overlap, taken)
+        stride = room - overlap
+        num_pieces = -(-np.maximum(lengths - begins - overlap, 0) // stride)
+
+        rows = np.repeat(np.arange(len(lengths)), has_prompt + num_pieces)
+        number = np.arange(len(rows)) - np.searchsorted(rows, rows)
+        is_lead = has_prompt[rows] & (number == 0)
+        first = np.where(is_lead, 0, begins[rows] + (number - has_prompt[rows]) * stride)
+        size = np.where(is_lead, taken[rows], np.minimum(room, lengths[rows] - first))
+        tail = np.where(is_lead, tails[rows], 0)
+
+        # An example is up to three slices of one array: prefix, end of the prompt, response.
+        responses = np.insert(texts.values, texts.offsets[1:], self.info.eos_id)
+        of_response = len(self.prefix) + texts.offsets[:-1] + np.arange(len(lengths))
+        starts, sizes = [of_response[rows] + first], [size]
+        sources = [np.array(self.prefix, responses.dtype), responses]
+        if prompts is not None:
+            ends = len(self.prefix) + len(responses) + prompts.offsets[1:]
+            starts.insert(0, ends[rows] - tail)
+            sizes.insert(0, tail)
+            sources.append(prompts.values)
+        if self.prefix:
+            starts.insert(0, np.zeros_like(rows))
+            sizes.insert(0, np.full_like(rows, len(self.prefix)))
+        tokens = _slices(np.concatenate(sources), np.array(starts), np.array(sizes))
+        offsets = np.append(0, np.cumsum(np.sum(sizes, axis=0), dtype=np.int64))
+        loss_starts = np.where(is_lead, len(self.prefix) + tail, 1).astype(np.int32)
+        return Examples(rows, loss_starts, TokenLists(tokens, offsets))
+
     def examples(self, text: list[int], prompt: list[int] | None = None) -> list[Example]:
-        """Returns the examples of one row.
+        """Returns the examples of one row, as `cut` makes them.
 
         Args:
             text: Tokens of the text, or of the response.
             prompt: Tokens of the prompt, which carry no loss.
         """
-        if not text:
-            return []
-        response = [*text, self.info.eos_id]
-        if not prompt:
-            return self._cut(response)
-        room = self.block_tokens - len(self.prefix)
-        tail = prompt[-max(room - len(response), room // 2) :]
-        taken = room - len(tail)
-        first = [*self.prefix, *tail, *response[:taken]]
-        overlap = 0 if self.prefix else 1
-        rest = response[taken - overlap :] if len(response) > taken else []
-        return [Example(first, len(self.prefix) + len(tail)), *self._cut(rest)]
+        made = self.cut(self._one(text), self._one(prompt or []))
+        pieces = np.split(made.tokens.values, made.tokens.offsets[1:-1]) if len(made.rows) else []
+        return [
+            Example(piece.tolist(), start)
+            for piece, start in zip(pieces, made.loss_starts.tolist(), strict=True)
+        ]
 
-    def _cut(self, tokens: list[int]) -> list[Example]:
-        overlap = 0 if self.prefix else 1
-        size = self.block_tokens - len(self.prefix)
-        starts = range(0, len(tokens) - overlap, size - overlap)
-        return [Example([*self.prefix, *tokens[start : start + size]], 1) for start in starts]
+    def _one(self, tokens: list[int]) -> TokenLists:
+        values = np.array(tokens, self.token_type.newbyteorder("<"))
+        return TokenLists(values, np.array([0, len(tokens)]))
+
+
+def _slices(source: NDArray, starts: Int64Array, sizes: Int64Array) -> NDArray:
+    """Returns slices of an array one after the other, column by column of their starts."""
+    firsts, counts = starts.T.ravel(), sizes.T.ravel()
+    before = np.cumsum(counts) - counts
+    return source[np.repeat(firsts - before, counts) + np.arange(counts.sum())]
 
 
 @dataclass(frozen=True)
@@ -142,9 +233,23 @@ class Placement:
             number += self.num_shards
         return number
 
-    def is_for_training(self, shard: int) -> bool:
-        """Returns whether a shard, by its number, holds users who train."""
-        return shard < self.num_shards
+    def places(
+        self, users: pa.Array, *, is_heldout_input: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Returns the shard and the hash of the user of each row; each user is hashed once.
+
+        Args:
+            users: User ids as text.
+            is_heldout_input: Whether the rows come from a separate held-out input.
+
+        Returns:
+            Shards, shape (rows,), and hashes, shape (rows, 16).
+        """
+        known = users.dictionary_encode()
+        hashes = [hash_user(self.key, user) for user in known.dictionary.to_pylist()]
+        shards = [self.shard(own, is_heldout_input=is_heldout_input) for own in hashes]
+        rows = known.indices.to_numpy()
+        return np.array(shards, np.int32)[rows], _hash_rows(hashes)[rows]
 
     def __repr__(self) -> str:
         return f"Placement(num_shards={self.num_shards}, heldout_share={self.heldout_share})"
@@ -191,47 +296,82 @@ def tokenize_rows(
         )
     text = _texts(rows, columns.text)
     kept = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(text), ""), False)
-    texts = encoder.encode(text.filter(kept).to_pylist())
-    prompts: list[list[int]] | None = None
+    texts = encoder.encode_flat(text.filter(kept).to_pylist())
+    prompts: TokenLists | None = None
     if columns.prompt:
         prompt = pc.fill_null(_texts(rows, columns.prompt), "")
-        prompts = encoder.encode(prompt.filter(kept).to_pylist())
-    keys = _order_of_rows(rows, columns, kept) if is_joined else None
-    places = _Places(placement, is_heldout_input)
-    builder = _ExampleTable(placement.key, encoder.token_type, is_joined=is_joined)
-    without_text = rows.num_rows - len(texts)
-    for number, user in enumerate(users.filter(kept).to_pylist()):
-        prompt_tokens = prompts[number] if prompts else None
-        examples = encoder.examples(texts[number], prompt_tokens)
-        without_text += not examples
-        shard, user_hash = places.of(user)
-        if is_joined and placement.is_for_training(shard):
-            order = None if keys is None else keys[number]
-            is_predicted = not prompt_tokens and not encoder.prefix
-            builder.add_text(shard, user_hash, examples, order, is_predicted=is_predicted)
-        else:
-            builder.add(shard, user_hash, examples)
-    return Tokenized(builder.table(), rows.num_rows, without_text)
+        prompts = encoder.encode_flat(prompt.filter(kept).to_pylist())
+    shards, users_of_rows = placement.places(
+        users.filter(kept).combine_chunks(), is_heldout_input=is_heldout_input
+    )
+    made = encoder.cut(texts, prompts)
+    row = made.rows
+    joined = (shards < placement.num_shards)[row] if is_joined else np.zeros(len(row), bool)
+    # What has one hash: all pieces of a text that will be joined, else each example.
+    is_new = np.diff(row, prepend=-1) != 0
+    begins = np.flatnonzero(is_new | ~joined)
+    sizes = np.diff(np.append(begins, len(row)))
+    loss_starts = made.loss_starts.copy()
+    if not encoder.prefix:  # the end of the text before predicts the first token
+        without_prompt = np.ones(len(row), bool) if prompts is None else prompts.lengths[row] == 0
+        loss_starts[is_new & joined & without_prompt] = 0
+    hashes = _hash_spans(placement.key, users_of_rows[row], loss_starts, made.tokens, begins)
+    columns_made = [
+        pa.array(shards[row]),
+        _hash_column(users_of_rows[row]),
+        _hash_column(np.repeat(hashes, sizes, axis=0)),
+        pa.array(loss_starts),
+        binary_of_tokens(made.tokens.values, made.tokens.offsets),
+    ]
+    if is_joined:
+        numbers = np.arange(len(row)) - np.repeat(begins, sizes)
+        keys = _order_of_rows(rows, columns, kept).take(pa.array(row))
+        columns_made.append(pa.array(numbers.astype(np.int32)))
+        columns_made.append(pc.if_else(pa.array(joined), keys, pa.scalar(None, keys.type)))
+    schema = example_schema(is_joined=is_joined)
+    without_text = rows.num_rows - int((texts.lengths > 0).sum())
+    return Tokenized(pa.table(columns_made, schema=schema), rows.num_rows, without_text)
 
 
-def _order_of_rows(rows: pa.Table, columns: Columns, kept: pa.Array) -> list[bytes] | None:
-    """Returns the keys of rows with text; None if there is no order column."""
+def _order_of_rows(rows: pa.Table, columns: Columns, kept: pa.Array) -> pa.Array:
+    """Returns the keys of rows with text; nulls if there is no order column."""
     if columns.order is None:
-        return None
+        return pa.nulls(pc.sum(kept).as_py() or 0, pa.large_binary())
     keys = order_keys(rows[columns.order].filter(kept), columns.order)
     if keys.null_count:
         raise DataError(
             f"data.order_column {columns.order!r} is null or empty in {keys.null_count} of"
             f" {len(keys)} rows with text: fill it in, or leave data.order_column out"
         )
-    return keys.to_pylist()
+    return keys
 
 
-def example_schema(token_type: np.dtype, *, is_joined: bool = False) -> pa.Schema:
+def _hash_spans(
+    key: bytes,
+    users: NDArray[np.uint8],
+    loss_starts: NDArray[np.int32],
+    tokens: TokenLists,
+    begins: Int64Array,
+) -> NDArray[np.uint8]:
+    """Returns the hash of each run of examples, of which `begins` names the first."""
+    content = tokens.values.tobytes()
+    bounds = np.append(tokens.offsets[begins], tokens.offsets[-1]) * tokens.values.itemsize
+    spans = zip(users[begins], loss_starts[begins].tolist(), pairwise(bounds.tolist()), strict=True)
+    return _hash_rows(
+        [
+            hash_example(key, user.tobytes(), start, content[first:last], 0)
+            for user, start, (first, last) in spans
+        ]
+    )
+
+
+def example_schema(*, is_joined: bool = False) -> pa.Schema:
     """Returns the columns of examples on their way to their shard.
 
+    Tokens travel as bytes: Arrow copies a row of bytes at once, and a row of a list value by value,
+    which took a twentieth of the tokenizer's time for each sort, filter or partition.
+
     Args:
-        token_type: Type of tokens.
         is_joined: Whether the rows of users who train are pieces of texts that are to be joined.
             Then `example` is the hash of the whole text, `piece` numbers the pieces of a text,
             `order` is null or the key of the text's value in the order column, and `loss_start`
@@ -242,109 +382,27 @@ def example_schema(token_type: np.dtype, *, is_joined: bool = False) -> pa.Schem
         ("user", pa.binary(HASH_BYTES)),
         ("example", pa.binary(HASH_BYTES)),
         ("loss_start", pa.int32()),
-        ("tokens", pa.large_list(pa.from_numpy_dtype(token_type))),
+        ("tokens", pa.large_binary()),  # of the type that tokens are stored in, little endian
     ]
     if is_joined:
         fields += [("piece", pa.int32()), ("order", pa.large_binary())]
     return pa.schema(fields)
 
 
-class _Places:
-    """User id -> (shard, hash), each user hashed once per batch."""
-
-    def __init__(self, placement: Placement, is_heldout_input: bool) -> None:
-        self._placement = placement
-        self._is_heldout_input = is_heldout_input
-        self._known: dict[str, tuple[int, bytes]] = {}
-
-    def of(self, user: str) -> tuple[int, bytes]:
-        if user not in self._known:
-            user_hash = hash_user(self._placement.key, user)
-            shard = self._placement.shard(user_hash, is_heldout_input=self._is_heldout_input)
-            self._known[user] = shard, user_hash
-        return self._known[user]
+def binary_of_tokens(values: NDArray, offsets: Int64Array) -> pa.Array:
+    """Returns runs of an array as an Arrow column of bytes, without a copy of the array."""
+    bounds = pa.py_buffer(np.ascontiguousarray(offsets * values.itemsize, np.int64))
+    buffers = [None, bounds, pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
 
 
-class _ExampleTable:
-    """Collects examples into one Arrow table."""
+def _hash_rows(hashes: list[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
 
-    def __init__(self, key: bytes, token_type: np.dtype, *, is_joined: bool) -> None:
-        self._key = key
-        self._token_type = token_type.newbyteorder("<")
-        self._is_joined = is_joined
-        self._shards: list[int] = []
-        self._users: list[bytes] = []
-        self._examples: list[bytes] = []
-        self._loss_starts: list[int] = []
-        self._tokens: list[np.ndarray] = []
-        self._pieces: list[int] = []
-        self._orders: list[bytes | None] = []
 
-    def add(self, shard: int, user: bytes, examples: list[Example]) -> None:
-        """Adds examples as they are."""
-        for tokens, loss_start in examples:
-            array = np.array(tokens, self._token_type)
-            own = hash_example(self._key, user, loss_start, array.tobytes(), 0)
-            self._append(shard, user, own, loss_start, array, 0, None)
-
-    def add_text(
-        self,
-        shard: int,
-        user: bytes,
-        pieces: list[Example],
-        order: bytes | None,
-        *,
-        is_predicted: bool,
-    ) -> None:
-        """Adds the pieces of a text that will be joined with others of its user.
-
-        Args:
-            shard: The user's shard.
-            user: The user's hash.
-            pieces: The text, cut to blocks.
-            order: Key of its value in the order column.
-            is_predicted: Whether its first token carries loss after another text.
-        """
-        arrays = [np.array(tokens, self._token_type) for tokens, _ in pieces]
-        starts = [loss_start for _, loss_start in pieces]
-        if is_predicted:
-            starts[:1] = [0] * len(starts[:1])
-        content = b"".join(array.tobytes() for array in arrays)
-        own = hash_example(self._key, user, starts[0] if starts else 0, content, 0)
-        for number, (array, loss_start) in enumerate(zip(arrays, starts, strict=True)):
-            self._append(shard, user, own, loss_start, array, number, order)
-
-    def _append(
-        self,
-        shard: int,
-        user: bytes,
-        own: bytes,
-        loss_start: int,
-        tokens: np.ndarray,
-        piece: int,
-        order: bytes | None,
-    ) -> None:
-        self._shards.append(shard)
-        self._users.append(user)
-        self._examples.append(own)
-        self._loss_starts.append(loss_start)
-        self._tokens.append(tokens)
-        if self._is_joined:
-            self._pieces.append(piece)
-            self._orders.append(order)
-
-    def table(self) -> pa.Table:
-        schema = example_schema(self._token_type, is_joined=self._is_joined)
-        offsets = np.cumsum([0, *map(len, self._tokens)], dtype=np.int64)
-        values = np.concatenate([*self._tokens, np.zeros(0, self._token_type)])
-        tokens = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
-        columns = (self._shards, self._users, self._examples, self._loss_starts)
-        arrays = [pa.array(column, schema.field(i).type) for i, column in enumerate(columns)]
-        arrays.append(tokens)
-        if self._is_joined:
-            arrays.append(pa.array(self._pieces, schema.field("piece").type))
-            arrays.append(pa.array(self._orders, schema.field("order").type))
-        return pa.table(arrays, schema=schema)
+def _hash_column(hashes: NDArray[np.uint8]) -> pa.Array:
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(hashes))]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(hashes), buffers)
 
 
 def _texts(rows: pa.Table, name: str) -> pa.ChunkedArray:

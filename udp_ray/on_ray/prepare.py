@@ -4,8 +4,8 @@
     print(result.to_text())
     TokenStore.open(result.path, verify=True)
 
-1. Ray Data reads the input as a stream: parquet and CSV by its own readers, JSON lines and Hugging
-   Face datasets by a `Datasource` over `data/read.py`, which says why.
+1. Ray Data reads the input as a stream: CSV by its own reader, parquet, JSON lines and Hugging Face
+   datasets by a `Datasource` over `data/read.py`, which says why.
 2. Batches of rows are tokenized in parallel.
 3. A keyed repartition, over the nodes' disks and not through memory, brings each shard's examples
    together. A user's shard follows from the user's own hash; Ray only decides which task writes it.
@@ -80,7 +80,7 @@ from udp_ray.on_ray.tasks import quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
 _BLOCK_BYTES = 32 << 20
 _SHUFFLE_BATCH_BYTES = 128 << 20
 _PACKAGES = ("udp-ray", "ray", "pyarrow", "tokenizers", "transformers", "numpy")
@@ -365,7 +365,7 @@ def _written_shards(found: Input, settings: BuildSettings) -> Dataset:
     ]
     return (
         reduce(Dataset.union, examples)
-        .repartition(settings.num_shards, keys=["shard"], sort=True)
+        .repartition(settings.num_shards, keys=["shard"])
         .map_batches(
             partial(write_shards, settings=settings),
             batch_size=None,  # a whole block, which holds whole shards
@@ -392,30 +392,23 @@ def read_datasets(pieces: Sequence[Piece], columns: Columns) -> list[Dataset]:
 
 def _read(pieces: Sequence[Piece], columns: Columns) -> Dataset:
     kind = pieces[0].kind
-    if kind not in ("parquet", "csv"):
+    if kind != "csv":
         return ray.data.read_datasource(
             PieceDatasource(pieces, columns), override_num_blocks=min(len(pieces), _MOST_PIECES)
         )
-    options: dict[str, Any] = {
-        "paths": [file_system(piece.location)[1] for piece in pieces],
-        "filesystem": file_system(pieces[0].location)[0],
-        "partitioning": None,
-        "include_paths": PATH not in columns.names,
-    }
-    if kind == "parquet":
-        return ray.data.read_parquet(
-            columns=columns.names, file_extensions=["parquet", "pq"], **options
-        )
     return ray.data.read_csv(
+        paths=[file_system(piece.location)[1] for piece in pieces],
+        filesystem=file_system(pieces[0].location)[0],
+        partitioning=None,
+        include_paths=PATH not in columns.names,
         read_options=CSV_READ,
         parse_options=CSV_PARSE,
         convert_options=csv_conversion(columns.names),
-        **options,
     )
 
 
 class PieceDatasource(Datasource):
-    """Has Ray Data read JSON lines and Hugging Face datasets, some pieces in each task."""
+    """Has Ray Data read parquet, JSON lines and Hugging Face datasets, some pieces in each task."""
 
     def __init__(self, pieces: Sequence[Piece], columns: Columns) -> None:
         super().__init__()

@@ -41,6 +41,8 @@ EVALUATED = ("auto", "direct")
 PROPORTIONAL = 1.05
 """Slope up to which time counts as proportional, since timings are noisy."""
 
+SHOWN_PROCESSES = 6
+
 MILLION = 1_000_000
 MEBIBYTE = 2**20
 Row = Mapping[str, Any]
@@ -55,7 +57,8 @@ class Results:
     scaling: list[dict[str, Any]]
     """One for each curve: quantity, what, points and slope."""
     parts: dict[str, Any]
-    """noise, float64_sums, data_wait, balance, accounting and evaluation; empty if not measured."""
+    """noise, float64_sums, data_wait, balance, accounting, evaluation and preparation; empty if not
+    measured."""
     skipped: list[str]
     """A sentence for each contestant that was skipped somewhere."""
     hardware: dict[str, Any]
@@ -300,7 +303,24 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
             f" ({evaluation['ratio_low']:.2f}-{evaluation['ratio_high']:.2f}) of plain forward"
             f" passes ({evaluation['beside']}, {evaluation['cell']})"
         )
+    if preparation := parts.get("preparation"):
+        lines += _preparation_lines(preparation)
     return "\n".join(lines)
+
+
+def _preparation_lines(found: Row) -> list[str]:
+    return [
+        f"  preparation of {found['num_rows']:,} rows, {found['num_tokens']:,} tokens, over the"
+        f" bare tokenizer on {found['cores']} cores: {found['ratio']:.2f} with imports and cluster,"
+        f" {found['steady_ratio']:.2f} in the steady state (by seconds on the processor"
+        f" {found['processor_ratio']:.2f} and {found['steady_processor_ratio']:.2f}); largest"
+        f" process {found['peak_bytes'] / MEBIBYTE:,.0f} MiB",
+        *(
+            f"    {row['name']}: {row['processes']} processes, {_seconds(row['processor_s'])},"
+            f" {row['peak_bytes'] / MEBIBYTE:,.0f} MiB"
+            for row in found["processes"][:SHOWN_PROCESSES]
+        ),
+    ]
 
 
 def _aims_text(aims: Sequence[Aim]) -> str:

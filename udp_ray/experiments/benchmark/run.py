@@ -19,6 +19,7 @@ from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
+from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.runs.provenance import git_commit, processor_name, versions
@@ -104,6 +105,8 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     display.phase("balance of cohorts")
     users = measurements.heavy_tailed_users()
     balance = measurements.measure_balance(users, parts, study.microbatch_tokens)
+    display.phase("preparation")
+    preparation = measure_preparation(parts.preparation_rows)
     with join_ray():
         display.phase("accountant latency")
         accounting = measurements.measure_accounting(parts.accountant_steps)
@@ -117,4 +120,5 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "balance": balance,
         "accounting": accounting,
         "evaluation": evaluation,
+        "preparation": preparation,
     }

@@ -146,6 +146,8 @@ class Parts(Section):
     """Number of those steps."""
     evaluation_tokens: PositiveInt = 65_536
     """Approximate tokens of that cell's users when they are held out and evaluated."""
+    preparation_rows: PositiveInt = 20_000
+    """Rows of synthetic text that are prepared, and encoded by the bare tokenizer."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
@@ -179,8 +181,8 @@ class Study(Section):
     scaling: Scaling | None = None
     """Cost against users, group size, parameters and workers. Default: not measured."""
     parts: Parts | None = None
-    """Noise, accountant, waiting for data, balance of cohorts and evaluation. Default: not
-    measured."""
+    """Noise, accountant, waiting for data, balance of cohorts, evaluation and preparation. Default:
+    not measured."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

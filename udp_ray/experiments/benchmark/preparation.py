@@ -1,0 +1,329 @@
+"""The speed of preparing a store beside that of the bare tokenizer on the same rows.
+
+    found = measure_preparation(num_rows=40_000)
+    found["ratio"], found["steady_ratio"], found["peak_bytes"]
+
+Rows are synthetic: words of a Zipf distribution, some 275 tokens a row, users of a heavy tail, in
+parquet. Each measurement runs in processes of its own:
+
+- bare: one process per core encodes its share of the rows, in the batches that `prepare` uses, and
+  does nothing else; reading the rows and starting the process do not count.
+- whole: `prepare` from the start of its process to its end: imports, a local cluster, the store.
+- steady: `prepare` once more in a process and on a cluster that have prepared a small store before.
+
+Each is given in seconds of the clock and in seconds of all processors, of all processes together.
+The latter is robust on a shared machine, and counts no idle core.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from udp_ray.config.experiment import DataConfig
+from udp_ray.errors import BenchmarkError
+
+SEED = 11
+ROWS_PER_GROUP = 20_000
+USERS_PER_ROW = 0.4
+NUM_WORDS = 60_000
+MEDIAN_WORDS = 150
+"""Words of a row: log-normal around this."""
+TAIL = 0.8
+"""Exponent of the distribution of rows over users."""
+VOCABULARY = 8192
+TOKENIZER_TEXTS = 4000
+WARM_UP_ROWS = 2000
+POLL_S = 0.2
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+WHOLE = """
+import sys
+from udp_ray.experiments.benchmark.preparation import prepare_once
+prepare_once(*sys.argv[1:])
+"""
+STEADY = """
+import sys, time
+from udp_ray.experiments.benchmark.preparation import WARM_UP_FILE, prepare_once, processor_seconds
+from udp_ray.on_ray.cluster import connected
+folder, file, store = sys.argv[1:]
+with connected():
+    prepare_once(folder, WARM_UP_FILE, "warm-up")
+    clock, processor = time.perf_counter(), processor_seconds()
+    prepare_once(folder, file, store)
+    print(time.perf_counter() - clock, processor_seconds() - processor)
+"""
+ROWS_FILE, WARM_UP_FILE = "rows.parquet", "warm-up.parquet"
+
+
+def measure_preparation(num_rows: int) -> dict[str, Any]:
+    """Returns the speed of `prepare` over that of the bare tokenizer, and its peak memory.
+
+    Args:
+        num_rows: Rows of the synthetic input.
+
+    Returns:
+        `ratio` and `steady_ratio` by the clock, `processor_ratio` and `steady_processor_ratio` by
+        the seconds of all processors, the seconds themselves, and the peak memory of the largest
+        process.
+
+    Raises:
+        BenchmarkError: A process failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="udp-ray-preparation-") as name:
+        folder = Path(name)
+        _write_input(folder, num_rows)
+        num_tokens, bare_s, bare_processor_s = _bare_tokenizer(folder)
+        whole = _watched(WHOLE, folder, "whole")
+        steady = _watched(STEADY, folder, "steady")
+        steady_s, steady_processor_s = map(float, steady.output.split()[-2:])
+    return {
+        "num_rows": num_rows,
+        "num_tokens": num_tokens,
+        "cores": _cores(),
+        "ratio": bare_s / whole.seconds,
+        "processor_ratio": bare_processor_s / whole.processor_s,
+        "steady_ratio": bare_s / steady_s,
+        "steady_processor_ratio": bare_processor_s / steady_processor_s,
+        "peak_bytes": max(whole.peak_bytes.values()),
+        "seconds": {"bare": bare_s, "whole": whole.seconds, "steady": steady_s},
+        "processor_seconds": {
+            "bare": bare_processor_s,
+            "whole": whole.processor_s,
+            "steady": steady_processor_s,
+        },
+        "processes": _by_name(whole),
+    }
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+# ---- the input
+
+
+def _write_input(folder: Path, num_rows: int) -> None:
+    """Writes a tokenizer, the rows, and a few rows to warm up with."""
+    # Imported here: torch and transformers would be in each process of the bare tokenizer.
+    from udp_ray.experiments.pretrain import train_tokenizer
+
+    rng = np.random.default_rng(SEED)
+    letters = np.array(list("etaoinshrdlcumwfgypbvk"))
+    words = ["".join(rng.choice(letters, 2 + n)) for n in rng.poisson(4, NUM_WORDS)]
+    tokenizer = train_tokenizer(
+        _texts(rng, words, TOKENIZER_TEXTS), vocab_size=VOCABULARY, context=1024
+    )
+    tokenizer.save_pretrained(folder / "tokenizer")
+    _write_rows(folder / WARM_UP_FILE, rng, words, WARM_UP_ROWS)
+    _write_rows(folder / ROWS_FILE, rng, words, num_rows)
+
+
+def _write_rows(path: Path, rng: np.random.Generator, words: list[str], num_rows: int) -> None:
+    num_users = max(1, int(num_rows * USERS_PER_ROW))
+    weights = np.arange(1, num_users + 1) ** -TAIL
+    more = rng.choice(num_users, num_rows - num_users, p=weights / weights.sum())
+    users = rng.permutation(np.concatenate([np.arange(num_users), more]))
+    schema = pa.schema([("user_id", pa.string()), ("text", pa.string()), ("order", pa.int64())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, num_rows, ROWS_PER_GROUP):
+            own = users[first : first + ROWS_PER_GROUP]
+            columns = [
+                pa.array([f"user-{user}" for user in own.tolist()]),
+                pa.array(_texts(rng, words, len(own))),
+                pa.array(np.arange(first, first + len(own))),
+            ]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def _texts(rng: np.random.Generator, words: list[str], count: int) -> list[str]:
+    lengths = np.maximum(1, rng.lognormal(np.log(MEDIAN_WORDS), 0.5, count)).astype(int)
+    ranks = (rng.pareto(1.0, lengths.sum()) * 20).astype(np.int64) % len(words)
+    chosen = [words[rank] for rank in ranks.tolist()]
+    ends = np.cumsum(lengths).tolist()
+    return [
+        " ".join(chosen[end - size : end]) for size, end in zip(lengths.tolist(), ends, strict=True)
+    ]
+
+
+# ---- the bare tokenizer
+
+
+def _bare_tokenizer(folder: Path) -> tuple[int, float, float]:
+    """Returns the tokens of the rows, the seconds of the slowest process, and of all together."""
+    spawned = multiprocessing.get_context("spawn")
+    results, barrier = spawned.SimpleQueue(), spawned.Barrier(_cores())
+    processes = [
+        spawned.Process(target=_encode_share, args=(folder, number, barrier, results))
+        for number in range(_cores())
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise BenchmarkError("a process of the bare tokenizer failed: see its output above")
+    num_tokens, seconds, processor_s = zip(*(results.get() for _ in processes), strict=True)
+    return sum(num_tokens), max(seconds), sum(processor_s)
+
+
+def _encode_share(
+    folder: Path, number: int, barrier: Barrier, results: multiprocessing.SimpleQueue
+) -> None:
+    """Encodes every so many-th batch of the rows, and puts tokens and seconds into the queue."""
+    from tokenizers import Tokenizer
+
+    from udp_ray.data.tokenize import TEXTS_AT_ONCE
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    texts = pq.read_table(folder / ROWS_FILE, columns=["text"])["text"]
+    starts = range(number * TEXTS_AT_ONCE, len(texts), _cores() * TEXTS_AT_ONCE)
+    batches = [texts.slice(start, TEXTS_AT_ONCE).to_pylist() for start in starts]
+    del texts
+    tokenizer.encode_batch_fast(["warm up"], add_special_tokens=False)
+    barrier.wait()
+    clock, processor = time.perf_counter(), time.process_time()
+    num_tokens = 0
+    for batch in batches:
+        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        num_tokens += sum(map(len, encodings))
+    results.put((num_tokens, time.perf_counter() - clock, time.process_time() - processor))
+
+
+# ---- preparing
+
+
+def prepare_once(folder: str, file: str, store: str) -> None:
+    """Prepares one store in a folder of this benchmark."""
+    from udp_ray.on_ray.prepare import prepare
+
+    place = Path(folder)
+    data = DataConfig.model_validate(
+        {
+            "name": "benchmark",
+            "input": str(place / file),
+            "order_column": "order",
+            "tokenizer": str(place / "tokenizer"),
+            "block_tokens": 128,
+            "max_examples_per_user": 64,
+            "heldout": 0.1,
+            "store": str(place / store),
+            "ledger": f"sqlite:///{place}/ledger.sqlite",
+        }
+    )
+    prepare(data, tokenizer=str(place / "tokenizer"))
+
+
+@dataclass
+class _Watched:
+    """A process that has ended, with all that it started."""
+
+    seconds: float = 0.0
+    output: str = ""
+    names: dict[int, str] = field(default_factory=dict)
+    processor: dict[int, float] = field(default_factory=dict)
+    """Seconds on a processor of each process, as last seen."""
+    peak_bytes: dict[int, int] = field(default_factory=dict)
+    """Peak resident memory of each process, pages of the object store included."""
+
+    @property
+    def processor_s(self) -> float:
+        return sum(self.processor.values())
+
+
+def _watched(program: str, folder: Path, store: str) -> _Watched:
+    """Runs a program with the folder, the file of the rows and the name of its store."""
+    found = _Watched()
+    command = [sys.executable, "-c", program, str(folder), ROWS_FILE, store]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(POLL_S):
+                for number in _tree(process.pid):
+                    _look_at(number, found)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        found.output, errors = process.communicate()
+        found.seconds = time.perf_counter() - start
+        ended.set()
+        watcher.join()
+    if process.returncode:
+        raise BenchmarkError(f"prepare failed in the benchmark:\n{errors}")
+    return found
+
+
+def processor_seconds() -> float:
+    """Returns the seconds on a processor of this process and all below it that live."""
+    found = _Watched()
+    for number in _tree(os.getpid()):
+        _look_at(number, found)
+    return found.processor_s
+
+
+def _tree(root: int) -> list[int]:
+    """Returns a process and all below it."""
+    parents: dict[int, int] = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        if (fields := _stat(int(place.name))) is not None:
+            parents[int(place.name)] = int(fields[1])
+    tree = [root]
+    for number in tree:
+        tree += [child for child, parent in parents.items() if parent == number]
+    return tree
+
+
+def _stat(number: int) -> list[str] | None:
+    """Returns the fields after the name, which may hold blanks; None if the process is gone."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+
+
+def _look_at(number: int, found: _Watched) -> None:
+    fields = _stat(number)
+    try:
+        lines = Path(f"/proc/{number}/status").read_text().splitlines()
+        command = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return
+    peak = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    if fields is None or not peak:
+        return
+    title = command[0].decode(errors="replace")
+    if "IDLE" not in title or number not in found.names:  # named by what it did last
+        found.names[number] = title
+    found.processor[number] = (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
+    found.peak_bytes[number] = 1024 * int(peak[0])
+
+
+def _by_name(found: _Watched) -> list[dict[str, Any]]:
+    """Returns seconds and peak memory by name of process, the busiest first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for number, title in found.names.items():
+        name = title if title.startswith("ray::") else Path(title.split(" ")[0]).name
+        row = rows.setdefault(
+            name, {"name": name, "processes": 0, "processor_s": 0.0, "peak_bytes": 0}
+        )
+        row["processes"] += 1
+        row["processor_s"] += found.processor[number]
+        row["peak_bytes"] = max(row["peak_bytes"], found.peak_bytes[number])
+    return sorted(rows.values(), key=lambda row: -row["processor_s"])
