@@ -20,14 +20,13 @@ from udp_ray.config.privacy import PricingConfig
 from udp_ray.config.schedule import step_weights
 from udp_ray.data.remote import users_and_examples
 from udp_ray.dp.banding import BandsComparison, compare_bands
-from udp_ray.dp.comparison import Comparison
-from udp_ray.dp.comparison import compare as compare_accountants
 from udp_ray.dp.plan import PricedPlan, json_number
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError
 from udp_ray.reports.tables import wrap
 
 if TYPE_CHECKING:
+    from udp_ray.dp.comparison import Comparison
     from udp_ray.engine.memory import MemoryEstimate
 
 
@@ -182,10 +181,16 @@ def price_of(
     )
     return Price(
         plan=plan,
-        comparison=compare_accountants(plan) if compare else None,
+        comparison=_comparison_of(plan) if compare else None,
         bands=None if workload is None else _bands_of(config, plan, workload),
         memory=_memory_of(config, plan) if memory else None,
     )
+
+
+def _comparison_of(plan: PricedPlan) -> Comparison:
+    from udp_ray.dp import comparison
+
+    return comparison.compare(plan)
 
 
 def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -> BandsComparison:
@@ -208,7 +213,7 @@ def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -
 def _memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
     # A price alone must not wait for torch.
     from udp_ray.engine.memory import estimate_memory
-    from udp_ray.models.load import model_config
+    from udp_ray.models.hub import model_config
     from udp_ray.models.positions import require_positions
 
     if config.model is None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
+from udp_ray.imports import quick_imports
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
@@ -102,13 +103,21 @@ def new_run_id(config: ExperimentConfig) -> str:
     return f"{config.data.name}-{secrets.token_hex(4)}"
 
 
-def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) -> Run:
-    """Checks and prices a run: the store, the model, the ledger, and the privacy plan.
+def prepare_run(
+    config: ExperimentConfig,
+    folder: OutputFolder,
+    *,
+    run_id: str,
+    on_priced: Callable[[PrivacyStatement], None] | None = None,
+) -> Run:
+    """Checks and prices a run: the store, the ledger, the privacy plan, and the model.
 
     Args:
         config: The settings.
         folder: Where the run's outputs go. Nothing is written there yet.
         run_id: A new name, or that of the run to resume.
+        on_priced: Gets the promise as soon as it is known, before the checks of the model, which
+            take seconds to import their libraries.
 
     Raises:
         ConfigError: The settings do not fit together, or the target epsilon is out of reach.
@@ -117,9 +126,18 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
             lacks runs.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
-    check_store(config, store)
+    _check_manifest(config.data, store.manifest)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
     plan = _plan_on(config, store)
+    promise = PrivacyStatement.promise(
+        config.privacy,
+        plan,
+        averaging=describe_averaging(config.train),
+        example=store.manifest.what_an_example_is,
+    )
+    if on_priced is not None:
+        on_priced(promise)
+    _check_model(config, store.manifest)
     return Run(
         run_id=run_id,
         config=config,
@@ -128,12 +146,7 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         ledger_url=ledger_url,
         plan=plan,
         digests=digests_of(plan.to_dict(), config, store),
-        statement=PrivacyStatement.promise(
-            config.privacy,
-            plan,
-            averaging=describe_averaging(config.train),
-            example=store.manifest.what_an_example_is,
-        ),
+        statement=promise,
     )
 
 
@@ -238,15 +251,23 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
         DataError: The store has another name, or was made by another tokenizer.
         ConfigError: Its examples are longer than the model's positions.
     """
-    manifest = store.manifest
-    if manifest.name != config.data.name:
+    _check_manifest(config.data, store.manifest)
+    _check_model(config, store.manifest)
+
+
+def _check_manifest(data: DataConfig, manifest: Manifest) -> None:
+    if manifest.name != data.name:
         raise DataError(
-            f"data.name is {config.data.name}, but data.store {config.data.store} was prepared as"
+            f"data.name is {data.name}, but data.store {data.store} was prepared as"
             f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
         )
-    _refuse_other_packing(config.data, manifest)
-    # Imports transformers, which takes seconds and which the driver of a trial does not need.
-    from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+    _refuse_other_packing(data, manifest)
+
+
+def _check_model(config: ExperimentConfig, manifest: Manifest) -> None:
+    # Imports torch, which takes seconds and which the driver of a trial does not need.
+    with quick_imports():
+        from udp_ray.models.hub import load_tokenizer, tokenizer_fingerprint
 
     if tokenizer_fingerprint(load_tokenizer(config.tokenizer)) != manifest.tokenizer.fingerprint:
         raise DataError(
@@ -278,7 +299,7 @@ def _word(value: bool | str | None) -> str:
 
 def _require_positions(config: ExperimentConfig, block_tokens: int) -> None:
     name = config.model.name
-    from udp_ray.models.load import model_config
+    from udp_ray.models.hub import model_config
 
     require_positions(name, model_config(name), block_tokens)
 
