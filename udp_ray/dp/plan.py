@@ -755,7 +755,8 @@ def _names_of_rate(sampling: Sampling) -> tuple[str, str]:
 def _certified_epsilon(plan: PricedPlan, num_steps: int) -> float:
     from udp_ray.dp import accounting
 
-    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
+    with accounting.computing():  # a promise never comes from a file, nor does what is kept here
+        return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -763,7 +764,8 @@ def _rough_epsilon(plan: PricedPlan, num_steps: int) -> float:
     from udp_ray.dp import accounting
 
     precision = _precision(plan).coarser()
-    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
+    with accounting.computing():
+        return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
 
 
 def _precision(plan: PricedPlan) -> accounting.Precision:

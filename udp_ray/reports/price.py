@@ -24,6 +24,7 @@ from udp_ray.dp.plan import PricedPlan, json_number
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError
 from udp_ray.reports.tables import wrap
+from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
 
 if TYPE_CHECKING:
     from udp_ray.dp.comparison import Comparison
@@ -150,7 +151,8 @@ def price_of(
 ) -> Price:
     """Returns the price of a run.
 
-    Counts that the settings do not declare come from data.store. A store that is not in a local
+    What a search for noise has evaluated before on this machine is not computed again. Counts that
+    the settings do not declare come from data.store. A store that is not in a local
     folder is read only for a number that the price depends on.
 
     Args:
@@ -163,6 +165,14 @@ def price_of(
         ConfigError: If a setting that the price depends on is missing, or out of reach.
         DataError: If the store cannot be read.
     """
+    from udp_ray.dp.accounting import remembering
+
+    # Shortens the search for noise; the epsilon of the plan that is found is computed.
+    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
+        return _price_of(config, compare=compare, bands=bands, memory=memory)
+
+
+def _price_of(config: PriceConfig, *, compare: bool, bands: bool, memory: bool) -> Price:
     privacy = config.privacy
     declared = privacy.population if privacy.sampling == "uls" else privacy.num_examples
     num_users, num_examples = users_and_examples(

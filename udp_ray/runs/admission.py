@@ -126,7 +126,7 @@ def prepare_run(
             lacks runs.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
-    _check_manifest(config.data, store.manifest)
+    check_manifest(config.data, store.manifest)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
     plan = _plan_on(config, store)
     promise = PrivacyStatement.promise(
@@ -137,7 +137,7 @@ def prepare_run(
     )
     if on_priced is not None:
         on_priced(promise)
-    _check_model(config, store.manifest)
+    check_model(config, store.manifest)
     return Run(
         run_id=run_id,
         config=config,
@@ -150,10 +150,14 @@ def prepare_run(
     )
 
 
-def plan_of(config: ExperimentConfig) -> PrivacyPlan:
+def plan_of(config: ExperimentConfig, *, checks_model: bool = True) -> PrivacyPlan:
     """Returns the privacy plan of a run without preparing it; needs no ledger.
 
     The store is opened if it is in a local folder, or if privacy.population is not declared.
+
+    Args:
+        config: The settings.
+        checks_model: Also do what `check_model` does, which imports torch.
 
     Raises:
         ConfigError: The settings do not fit together.
@@ -161,9 +165,12 @@ def plan_of(config: ExperimentConfig) -> PrivacyPlan:
     """
     if config.privacy.population is None or is_at_hand(config.data.store):
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
-        check_store(config, store)
+        check_manifest(config.data, store.manifest)
+        if checks_model:
+            check_model(config, store.manifest)
         return _plan_on(config, store)
-    _require_positions(config, config.data.block_tokens)
+    if checks_model:
+        check_model(config, None)
     workload = workload_of(config.privacy, config.train)
     return PrivacyPlan.from_config(config.privacy, num_users=None, workload=workload)
 
@@ -244,27 +251,20 @@ def without_ledger_url(config: AnyConfig) -> AnyConfig:
     return config.model_copy(update={"data": data})
 
 
-def check_store(config: ExperimentConfig, store: TokenStore) -> None:
-    """Refuses a store that is not the one that the settings mean, or that the model cannot read.
+def check_model(config: ExperimentConfig, manifest: Manifest | None) -> None:
+    """Refuses a model that cannot read a store's examples, or a tokenizer that did not make it.
+
+    Args:
+        config: The settings.
+        manifest: Of the store; None if there is none yet.
 
     Raises:
-        DataError: The store has another name, or was made by another tokenizer.
-        ConfigError: Its examples are longer than the model's positions.
+        DataError: The store was made by another tokenizer.
+        ConfigError: Its examples are longer than the model's positions, or there is no such model.
     """
-    _check_manifest(config.data, store.manifest)
-    _check_model(config, store.manifest)
-
-
-def _check_manifest(data: DataConfig, manifest: Manifest) -> None:
-    if manifest.name != data.name:
-        raise DataError(
-            f"data.name is {data.name}, but data.store {data.store} was prepared as"
-            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
-        )
-    _refuse_other_packing(data, manifest)
-
-
-def _check_model(config: ExperimentConfig, manifest: Manifest) -> None:
+    if manifest is None:
+        _require_positions(config, config.data.block_tokens)
+        return
     # Imports torch, which takes seconds and which the driver of a trial does not need.
     with quick_imports():
         from udp_ray.models.hub import load_tokenizer, tokenizer_fingerprint
@@ -278,6 +278,20 @@ def _check_model(config: ExperimentConfig, manifest: Manifest) -> None:
     is_given = "block_tokens" in config.data.model_fields_set
     given = config.data.block_tokens if is_given else manifest.block_tokens
     _require_positions(config, max(given, manifest.block_tokens))
+
+
+def check_manifest(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses a store that is not the one that the settings mean.
+
+    Raises:
+        DataError: The store has another name, or was packed otherwise.
+    """
+    if manifest.name != data.name:
+        raise DataError(
+            f"data.name is {data.name}, but data.store {data.store} was prepared as"
+            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
+        )
+    _refuse_other_packing(data, manifest)
 
 
 def _refuse_other_packing(data: DataConfig, manifest: Manifest) -> None:
