@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from udp_ray.experiments.benchmark.settings import BASELINE, OPACUS
+from udp_ray.experiments.benchmark.startup import startup_text
 from udp_ray.experiments.plotting import large_text, new_figure, to_png, use_plain_numbers
 from udp_ray.io import write_atomic
 
@@ -55,7 +56,7 @@ class Results:
     scaling: list[dict[str, Any]]
     """One for each curve: quantity, what, points and slope."""
     parts: dict[str, Any]
-    """noise, float64_sums, data_wait, balance, accounting and evaluation; empty if not measured."""
+    """noise, float64_sums, data_wait, balance, accounting, evaluation, startup; empty if none."""
     skipped: list[str]
     """A sentence for each contestant that was skipped somewhere."""
     hardware: dict[str, Any]
@@ -300,6 +301,8 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
             f" ({evaluation['ratio_low']:.2f}-{evaluation['ratio_high']:.2f}) of plain forward"
             f" passes ({evaluation['beside']}, {evaluation['cell']})"
         )
+    if startup := parts.get("startup"):
+        lines += startup_text(startup)
     return "\n".join(lines)
 
 

@@ -21,7 +21,8 @@ from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
-from udp_ray.runs.provenance import git_commit, processor_name, versions
+from udp_ray.experiments.benchmark.startup import measure_startup
+from udp_ray.runs.provenance import ROOT, git_commit, processor_name, versions
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "ray", "opacus")
 JoinRay = Callable[[], AbstractContextManager[None]]
@@ -107,6 +108,10 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     with join_ray():
         display.phase("accountant latency")
         accounting = measurements.measure_accounting(parts.accountant_steps)
+    startup = {}
+    if parts.startup and (jobs := ROOT.parent / "jobs").is_dir():
+        display.phase("start-up of the jobs")
+        startup = measure_startup(jobs, num_workers=num_threads(study))
     # Last, because it joins a process group, whose variables processes started later would inherit.
     display.phase("evaluation")
     evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
@@ -117,4 +122,5 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "balance": balance,
         "accounting": accounting,
         "evaluation": evaluation,
+        "startup": startup,
     }

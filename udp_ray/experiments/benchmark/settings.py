@@ -146,6 +146,8 @@ class Parts(Section):
     """Number of those steps."""
     evaluation_tokens: PositiveInt = 65_536
     """Approximate tokens of that cell's users when they are held out and evaluated."""
+    startup: bool = False
+    """Whether the start of the jobs is measured, which takes minutes and their folder."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
