@@ -755,7 +755,7 @@ def _names_of_rate(sampling: Sampling) -> tuple[str, str]:
 def _certified_epsilon(plan: PricedPlan, num_steps: int) -> float:
     from udp_ray.dp import accounting
 
-    with accounting.computing():  # a promise never comes from a file, nor does what is kept here
+    with accounting.computing():  # a promise never comes from a file
         return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
 
 
