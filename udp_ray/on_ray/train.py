@@ -134,7 +134,8 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
             stopped_by = _train(run, accountant)
         current().phase("publishing")
         # Loads matplotlib and transformers, which would delay the start of the workers.
-        from udp_ray.on_ray.publish import publish_run
+        with quick_imports():
+            from udp_ray.on_ray.publish import publish_run
 
         return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
     except DivergedError:  # nothing is left to be resumed

@@ -104,7 +104,8 @@ def _execute(sweep: Sweep, *, resume: bool, announce: Callable[[str], None]) -> 
         raise
     current().phase("publishing")
     # Loads matplotlib and transformers, which would delay the first trial.
-    from udp_ray.on_ray.publish import publish_sweep
+    with quick_imports():
+        from udp_ray.on_ray.publish import publish_sweep
 
     result = publish_sweep(sweep)
     if result.is_complete:
@@ -245,8 +246,8 @@ def _show(trials: Sequence[TrialRecord]) -> None:
     ]
     running = [str(t.number) for t in trials if _is_open(t) and t.run.num_attempts > 0]
     current().phase("running the trials", total=num_steps)
-    values = {"trial": f"{', '.join(running)} of {len(trials)}"} if running else {}
-    current().advance(sum(taken), **values)
+    now = f"{', '.join(running)} of {len(trials)}" if running else "starting workers"
+    current().advance(sum(taken), trial=now)
 
 
 # ---- Ray Tune
