@@ -16,13 +16,14 @@ import udp_ray
 from udp_ray.config.cli import DRY_RUN, parse, run_job
 from udp_ray.config.generate import GenerateConfig
 from udp_ray.console import progress
+from udp_ray.imports import quick_imports
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(GenerateConfig, __doc__, argv, flags=(DRY_RUN,))
     if job.flag("dry-run"):
         # Imported after the settings are read: an error in them need not wait for torch.
-        with progress("loading libraries"):
+        with progress("loading libraries"), quick_imports():
             from udp_ray.on_ray.generate import dry_run_text
 
             text = dry_run_text(job.config)

@@ -15,6 +15,7 @@ from udp_ray.config.base import Section
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.config.experiment import ClusterConfig, DataConfig, ModelConfig
 from udp_ray.errors import ConfigError
+from udp_ray.imports import quick_imports
 
 SHOW_COUNTS = Flag(
     "show-counts", "Print the private totals and the histogram of examples per user."
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     data, tokenizer = job.config.data, _tokenizer(job.config)
     model = job.config.model and job.config.model.name
     # Imported after the settings are read: a mistake in them need not wait for torch and Ray.
-    from udp_ray.on_ray.prepare import dry_run_text, prepare
+    with quick_imports():
+        from udp_ray.on_ray.prepare import dry_run_text, prepare
 
     if job.flag("dry-run"):
         print(dry_run_text(data, tokenizer=tokenizer, model=model))

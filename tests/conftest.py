@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +35,10 @@ def pytest_configure() -> None:
     settings.load_profile("repeatable")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # What a test remembers must neither help nor mislead another session.
+    folder = tempfile.mkdtemp(prefix="udp-ray-test-cache-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["UDP_RAY_CACHE"] = folder
 
 
 @pytest.fixture(scope="session")

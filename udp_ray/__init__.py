@@ -66,8 +66,9 @@ def prepare(config: ExperimentConfig) -> PrepareResult:
             partial store is left.
     """
     from udp_ray.console import progress
+    from udp_ray.imports import quick_imports
 
-    with progress("loading libraries"):
+    with progress("loading libraries"), quick_imports():
         from udp_ray.on_ray.prepare import prepare as prepare_on_ray
     return prepare_on_ray(
         config.data,
@@ -100,8 +101,9 @@ def train(config: ExperimentConfig, *, resume: bool = False) -> RunResult:
         assumptions that the statement lists.
     """
     from udp_ray.console import progress
+    from udp_ray.imports import quick_imports
 
-    with progress("loading libraries"):
+    with progress("loading libraries"), quick_imports():
         from udp_ray.on_ray.train import train as train_on_ray
     return train_on_ray(config, resume=resume)
 
@@ -125,8 +127,9 @@ def sweep(config: SweepJobConfig, *, resume: bool = False) -> SweepResult:
         The price covers the whole search, and is charged before the first trial begins.
     """
     from udp_ray.console import progress
+    from udp_ray.imports import quick_imports
 
-    with progress("loading libraries"):
+    with progress("loading libraries"), quick_imports():
         from udp_ray.on_ray.tune import sweep as sweep_on_ray
     return sweep_on_ray(config, resume=resume)
 
@@ -150,8 +153,9 @@ def generate(config: GenerateConfig, *, prompts: Sequence[str] | None = None) ->
         charge. It covers neither prompts nor the held-out text that they are compared with.
     """
     from udp_ray.console import progress
+    from udp_ray.imports import quick_imports
 
-    with progress("loading libraries"):
+    with progress("loading libraries"), quick_imports():
         from udp_ray.on_ray.generate import generate as generate_texts
     return generate_texts(config, prompts=prompts)
 

@@ -14,10 +14,11 @@ import udp_ray
 
 PACKAGE = Path(udp_ray.__file__).parent
 
-LEAVES = {"console", "errors", "io", "config"}
+LEAVES = {"console", "errors", "imports", "io", "config"}
 CORE = LEAVES | {"dp", "data", "models"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "imports": set[str](),
     "console": {"errors"},
     "io": {"errors"},
     "config": {"errors", "io"},

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from udp_ray.config.pretrain import PretrainConfig
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.pretrain import dry_run, learning_rate_at, pack, pretrain, train_tokenizer
-from udp_ray.models.load import load_model, load_tokenizer
+from udp_ray.models.hub import load_tokenizer
+from udp_ray.models.load import load_model
 
 WORDS = ["public", "text", "about", "models", "of", "language", "and", "other", "things"]
 

@@ -25,12 +25,11 @@ from transformers import (
 )
 
 from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.models.hub import load_tokenizer, tokenizer_fingerprint
 from udp_ray.models.load import (
     load_model,
-    load_tokenizer,
     model_fingerprint,
     refuse_coupled_examples,
-    tokenizer_fingerprint,
     trainable_parameters,
 )
 

@@ -1510,7 +1510,53 @@ AVERAGE = [
     ),
 ]
 
+STARTUP = [
+    Mutant(
+        name="damaged_price_believed",
+        breaks="a price that an editor or a crash has changed on disk is read as computed",
+        file="udp_ray/runs/remembered.py",
+        text="                if check == self._check(name, value):\n",
+        replacement="                if check is not None:\n",
+        tests=(
+            "tests/runs/test_remembered.py::test_a_damaged_line_is_not_believed_and_the_others_are",
+        ),
+    ),
+    Mutant(
+        name="price_remembered_without_delta",
+        breaks="an epsilon at one delta is taken for that at another",
+        file="udp_ray/dp/accounting.py",
+        text='    key = f"epsilon of {event!r} at {delta!r} by {precision!r}"\n',
+        replacement='    key = f"epsilon of {event!r} by {precision!r}"\n',
+        tests=(
+            "tests/runs/test_remembered.py"
+            "::test_an_epsilon_is_found_only_for_the_same_event_delta_and_precision",
+        ),
+    ),
+    Mutant(
+        name="promise_remembered",
+        breaks="a plan states an epsilon from a file instead of computing it",
+        file="udp_ray/dp/plan.py",
+        text="    with accounting.computing():  # a promise never comes from a file\n",
+        replacement="    if True:\n",
+        tests=(
+            "tests/runs/test_remembered.py"
+            "::test_a_plan_computes_its_epsilon_whatever_is_remembered",
+        ),
+    ),
+    Mutant(
+        name="model_unchecked",
+        breaks="a run is charged for a store that another tokenizer made",
+        file="udp_ray/runs/admission.py",
+        text="    check_model(config, store.manifest)\n    return Run(\n",
+        replacement="    return Run(\n",
+        tests=(
+            "tests/runs/test_remembered.py"
+            "::test_a_run_asks_no_memory_and_checks_the_model_before_anything_is_spent",
+        ),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE,
+    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP,
 ]  # fmt: skip

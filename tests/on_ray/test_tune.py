@@ -374,7 +374,7 @@ def without_cluster(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> Non
         for trial, loss in zip(sweep.ledger.trials(sweep.sweep_id), losses, strict=True):
             play_trial(sweep, trial, loss=loss)
 
-    monkeypatch.setattr(tuning, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(tuning, "connecting", lambda address, is_early: nullcontext(lambda: None))
     monkeypatch.setattr(tuning, "require_capacity", lambda cluster, announce: None)
     monkeypatch.setattr(tuning, "_run_trials", play)
 

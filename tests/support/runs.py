@@ -19,7 +19,7 @@ from tests.support.training import VOCABULARY, tiny_model, tiny_users
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import MANIFEST_FILE, Manifest
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.models.load import tokenizer_fingerprint
+from udp_ray.models.hub import tokenizer_fingerprint
 
 DATASET = "test-users"
 NUM_USERS = 24

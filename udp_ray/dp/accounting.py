@@ -33,7 +33,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Self, TypeAlias
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, Self, TypeAlias
 
 import dp_accounting
 import numpy as np
@@ -232,9 +234,67 @@ def epsilon(event: DpEvent, delta: float, *, precision: Precision | None = None)
         raise ConfigError(
             f"privacy.delta is {delta:g}: below {SMALLEST_DELTA:g} rounding would decide; raise it"
         )
-    loss = composed_loss(event, precision or Precision.of_certificate(event, delta))
+    precision = precision or Precision.of_certificate(event, delta)
+    memory = _memory.get()
+    if memory is None:
+        return _epsilon(event, delta, precision)
+    key = f"epsilon of {event!r} at {delta!r} by {precision!r}"
+    known = memory.get(key)
+    if known is None:
+        memory.put(key, known := _epsilon(event, delta, precision))
+    return float(known)
+
+
+def _epsilon(event: DpEvent, delta: float, precision: Precision) -> float:
+    loss = composed_loss(event, precision)
     cost = math.inf if loss is None else float(loss.get_epsilon_for_delta(delta))
     return cost + SEARCH_ROUNDING if cost > 0 else 0.0
+
+
+class Memory(Protocol):
+    """Keeps the values of pure functions by a text that names function and arguments."""
+
+    def get(self, key: str) -> Any:
+        """Returns the value of a key; None if it is not known."""
+        ...
+
+    def put(self, key: str, value: float) -> None:
+        """Keeps a value."""
+        ...
+
+
+_memory: ContextVar[Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Has `epsilon` compute every value for the block, also within `remembering`."""
+    token = _memory.set(None)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
+@contextmanager
+def remembering(memory: Memory) -> Iterator[None]:
+    """Has `epsilon` look values up in a memory, and keep new ones there, for the block.
+
+    Without it every epsilon is computed. Plans compute theirs in any case (`computing`), so that
+    only searches for noise are shortened.
+
+    Args:
+        memory: Of values that this code has computed with the installed versions of its libraries.
+
+    Privacy:
+        The key has all arguments of the function, with every digit, so a value is found only for
+        the same event, delta and precision, and is the one that would be computed.
+    """
+    token = _memory.set(memory)
+    try:
+        yield
+    finally:
+        _memory.reset(token)
 
 
 def delta(event: DpEvent, epsilon: float, *, precision: Precision | None = None) -> float:

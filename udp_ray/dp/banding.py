@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from udp_ray.dp.accounting import noise_multiplier_of
 from udp_ray.dp.strategy import (
     LinearWorkload,
     noise_gain,
@@ -192,6 +191,8 @@ def _option(
     *,
     independent: float | None,
 ) -> BandsOption:
+    from udp_ray.dp.accounting import noise_multiplier_of
+
     noise = noise_multiplier_of(
         examples_at_risk=1,
         sampling_probability=probability,

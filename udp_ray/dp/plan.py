@@ -28,14 +28,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from udp_ray.config.privacy import (
     PricingConfig,
     require_bands_of_users,
     require_delta_below_inverse_population,
 )
-from udp_ray.dp import accounting
 from udp_ray.dp.adaptive import COUNT_NOISE_SHARE, QuantileRule, gradient_noise_multiplier
 from udp_ray.dp.sensitivity import rounding_slack
 from udp_ray.dp.strategy import (
@@ -47,6 +46,9 @@ from udp_ray.dp.strategy import (
     sensitivity_factor,
 )
 from udp_ray.errors import ConfigError, UnsupportedAdjacencyError
+
+if TYPE_CHECKING:  # imports SciPy and dp_accounting, which only prices need: see below
+    from udp_ray.dp import accounting
 
 Sampling = Literal["uls", "els"]
 Clipping = Literal["flat", "automatic", "adaptive"]
@@ -279,6 +281,8 @@ class PricedPlan:
         return plan
 
     def _calibrated(self, target_epsilon: float) -> Self:
+        from udp_ray.dp import accounting
+
         guess = accounting.guess_noise_multiplier(
             target_epsilon=target_epsilon,
             delta=self.delta,
@@ -384,6 +388,8 @@ class PricedPlan:
             The events in `accounting.py`; for bands the theorem of Choquette-Choo et al. 2023
             [2] on amplification by sampling.
         """
+        from udp_ray.dp import accounting
+
         steps = self._steps(num_steps)
         if self.max_cohort_size is not None:
             return accounting.capped_uls_event(
@@ -747,15 +753,23 @@ def _names_of_rate(sampling: Sampling) -> tuple[str, str]:
 
 @functools.lru_cache(maxsize=4096)
 def _certified_epsilon(plan: PricedPlan, num_steps: int) -> float:
-    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
+    from udp_ray.dp import accounting
+
+    with accounting.computing():  # a promise never comes from a file
+        return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=_precision(plan))
 
 
 @functools.lru_cache(maxsize=4096)
 def _rough_epsilon(plan: PricedPlan, num_steps: int) -> float:
+    from udp_ray.dp import accounting
+
     precision = _precision(plan).coarser()
-    return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
+    with accounting.computing():
+        return accounting.epsilon(plan.dp_event(num_steps), plan.delta, precision=precision)
 
 
 def _precision(plan: PricedPlan) -> accounting.Precision:
+    from udp_ray.dp import accounting
+
     # One for all parts of a run, so that the cost of more steps is never below that of fewer.
     return accounting.Precision.of_certificate(plan.dp_event(), plan.delta)

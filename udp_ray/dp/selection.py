@@ -74,16 +74,16 @@ import abc
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize
 
-from udp_ray.dp import accounting
-from udp_ray.dp.accounting import DpEvent, Precision, falling_root
 from udp_ray.dp.keys import RunKey, StreamKey
 from udp_ray.errors import ConfigError
+
+if TYPE_CHECKING:  # imports SciPy and dp_accounting, which statements do not need
+    from udp_ray.dp.accounting import DpEvent
 
 Floats = NDArray[np.float64]
 CountName = Literal["geometric", "logarithmic", "poisson"]
@@ -196,6 +196,8 @@ class TruncatedNegativeBinomial(TrialCount):
                 f"{mean:g} trials of shape {shape:g} have too heavy a tail: expect at most"
                 f" {most:.3g}, or raise the shape"
             )
+        from scipy import optimize
+
         log_gamma = optimize.brentq(
             lambda log: cls(shape, math.exp(log)).mean - mean, math.log(SMALLEST_GAMMA), -1e-12
         )
@@ -360,6 +362,8 @@ def best_epsilon(
     Edge cases:
         A configuration without noise -> infinity, even if it is never drawn.
     """
+    from udp_ray.dp import accounting
+
     least = delta / max(1.0, count.mean)
     if least < accounting.SMALLEST_DELTA:
         raise ConfigError(
@@ -398,9 +402,11 @@ class Profile:
         Edge cases:
             A cost beyond `LARGEST_EPSILON` counts as no noise.
         """
+        from udp_ray.dp import accounting
+
         losses = []
         for event in dict.fromkeys(events):
-            precision = Precision.of_certificate(event, delta)
+            precision = accounting.Precision.of_certificate(event, delta)
             loss = accounting.composed_loss(event, precision.coarser() if is_rough else precision)
             if loss is None:
                 return None
@@ -479,6 +485,8 @@ class SelectionCurve:
         Edge cases:
             A delta that is met at no epsilon -> infinity; one that is met at 0 -> 0.
         """
+        from udp_ray.dp.accounting import falling_root
+
         low, high = 0.0, float(self.profile.epsilons[-1] + self.shifts[-1]) + 1.0
         if self.delta(low) <= delta:
             return low

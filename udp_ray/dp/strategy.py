@@ -35,7 +35,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, signal
 
 from udp_ray.errors import ConfigError, GuaranteeError
 
@@ -134,6 +133,9 @@ def optimal_strategy(workload: LinearWorkload, *, bands: int) -> tuple[float, ..
 
 @functools.lru_cache(maxsize=16)
 def _optimal_strategy(workload: LinearWorkload, bands: int) -> tuple[float, ...]:
+    # Only plans that are made need SciPy, not those that workers read.
+    from scipy import optimize
+
     found = optimize.minimize(
         _Objective.of(workload, exact_up_to=0),
         square_root_coefficients(bands)[1:],
@@ -235,6 +237,8 @@ def _divided(series: Floats, strategy: Floats) -> Floats:
     """
     if len(strategy) == 1:
         return series / strategy[0]
+    from scipy import signal
+
     found, state = np.zeros(len(series)), np.zeros(len(strategy) - 1)
     last = int(np.flatnonzero(series).max(initial=0))
     for start in range(0, len(series), CHUNK):

@@ -28,26 +28,25 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
-
-from dp_accounting import dp_event
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from udp_ray.config.privacy import (
     PrivacyConfig,
     require_bands_of_users,
     require_delta_below_inverse_population,
 )
-from udp_ray.dp import accounting
-from udp_ray.dp.accounting import DpEvent, Precision, guess_noise_multiplier, solve_within
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import OF_ADAPTIVE, Budget, PrivacyPlan, clipping_of, json_number
 from udp_ray.dp.selection import SelectionDraws, TrialCount, best_epsilon
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, GuaranteeError
 
-Counts = Mapping[DpEvent, int]
+if TYPE_CHECKING:  # imports SciPy and dp_accounting, which a trial does not need
+    from udp_ray.dp.accounting import DpEvent
+
+Counts: TypeAlias = "Mapping[DpEvent, int]"
 """How many trials have an event."""
-Noises = Mapping[DpEvent, float]
+Noises: TypeAlias = "Mapping[DpEvent, float]"
 """Noise multiplier of each plan, by the plan's event at noise multiplier 1."""
 ReleaseName = Literal["all", "best", "public"]
 KeptExamples = Callable[[int], int | None]
@@ -403,10 +402,14 @@ class ReleaseAll:
 
     def epsilon(self, events: Counts, delta: float, *, is_rough: bool = False) -> float:
         """Returns the epsilon of the composition of all trials."""
+        from dp_accounting import dp_event
+
+        from udp_ray.dp import accounting
+
         event = dp_event.ComposedDpEvent(
             [dp_event.SelfComposedDpEvent(event, count) for event, count in events.items()]
         )
-        precision = Precision.of_certificate(event, delta)
+        precision = accounting.Precision.of_certificate(event, delta)
         return accounting.epsilon(
             event, delta, precision=precision.coarser() if is_rough else precision
         )
@@ -509,6 +512,8 @@ def calibrate_sweep(
     Raises:
         ConfigError: If there are no plans, the target is out of reach, or nothing is charged.
     """
+    from udp_ray.dp.accounting import solve_within
+
     _check(plans, delta)
     if isinstance(release, ReleasePublic):
         raise ConfigError("a public sweep has no price to calibrate to: give noise_multiplier")
@@ -561,6 +566,8 @@ class _Calibration:
             noises = {t: curve.noise(share) for t, curve in curves.items()}
             return self.price(noises, is_rough=is_rough)
 
+        from udp_ray.dp.accounting import solve_within
+
         window = _around(target_epsilon, SHARE_TOLERANCE)
         return solve_within(price, window, start=start, slope=1.0)
 
@@ -587,11 +594,15 @@ class _NoiseCurve:
 
     def noise(self, epsilon: float) -> float:
         """Returns a noise multiplier at which the plan costs epsilon."""
+        from udp_ray.dp.accounting import solve_within
+
         start = self._rough.noise(epsilon) if self._rough else self._guess(epsilon)
         window = _around(epsilon, SHARE_TOLERANCE / 4)
         return solve_within(self._cost, window, start=start, slope=-1.3, known=self._known)
 
     def _guess(self, epsilon: float) -> float:
+        from udp_ray.dp.accounting import guess_noise_multiplier
+
         return guess_noise_multiplier(
             target_epsilon=epsilon,
             delta=self._delta,
@@ -601,8 +612,10 @@ class _NoiseCurve:
         )
 
     def _cost(self, noise_multiplier: float) -> float:
+        from udp_ray.dp import accounting
+
         event = _event(self._plan, noise_multiplier)
-        precision = Precision.of_certificate(event, self._delta)
+        precision = accounting.Precision.of_certificate(event, self._delta)
         return accounting.epsilon(
             event, self._delta, precision=precision if self._rough else precision.coarser()
         )

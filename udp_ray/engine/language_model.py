@@ -136,7 +136,9 @@ class LanguageModelTraining(TrainingLoop):
             microbatch_tokens=self.settings.microbatch_tokens,
             even_for=self.store.manifest.block_tokens if is_sliced else None,
         )
+        self._enter("selecting a kernel")
         kernel = self._select_kernel()
+        self._enter("checking that users do not affect one another")
         self.world.from_first(lambda: self._check_invariance(kernel))
         return kernel
 

@@ -190,12 +190,13 @@ class TrainingLoop(ABC):
                 saved.require_average(averaging)
             saved.load_weights(self.parameters)
             _refuse_diverged(self.parameters, saved.step)
-        self._enter("checking the model and noise")
+        self._enter("checking the model")
         self.kernel = self._make_kernel()
         self.engine = self._make_engine()
         self.private_step = self._private_step()
         if saved is not None:
             self.private_step.restore(saved.clip_norm)
+        self._enter("checking the noise")
         check_noise(self.private_step, self._noise(self.keys.selfcheck))
         if averaging is not None:
             self.average = IterateAverage(

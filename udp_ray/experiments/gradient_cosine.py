@@ -25,7 +25,8 @@ from torch import Tensor
 from udp_ray.config.planner import EstimateConfig
 from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.models.load import load_model, load_tokenizer, trainable_parameters
+from udp_ray.models.hub import load_tokenizer
+from udp_ray.models.load import load_model, trainable_parameters
 
 
 @dataclass(frozen=True)

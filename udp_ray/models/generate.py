@@ -45,7 +45,8 @@ from transformers.generation import (
 )
 
 from udp_ray.errors import ConfigError
-from udp_ray.models.load import from_cache_or_hub, load_tokenizer, without_bars
+from udp_ray.models.hub import from_cache_or_hub, load_tokenizer
+from udp_ray.models.load import without_bars
 
 ADAPTERS_FILE = "adapter_config.json"
 """A folder with this file holds adapters, and no whole model."""

@@ -1,4 +1,4 @@
-"""Loads causal language models and tokenizers for private training; refuses unsuitable ones.
+"""Loads causal language models for private training; refuses unsuitable ones.
 
 The guarantee requires that a user's gradient depends on that user's text alone, in float32. So
 weights become float32, every dropout gets one stated probability, and models with layers that are
@@ -16,29 +16,18 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from udp_ray.config.experiment import LoraConfig, ModelConfig
 from udp_ray.errors import ConfigError, UnsupportedModelError
+from udp_ray.models.hub import from_cache_or_hub, model_config
 from udp_ray.models.lora import add_adapters
 
-Loaded = TypeVar("Loaded")
-_LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-_HUB_TIMEOUT_S = 10.0
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Class names of routers and experts, as MixtralSparseMoeBlock, Qwen2MoeTopKRouter, GptOssExperts.
 _EXPERT_CLASS = re.compile(r"(Sparse)?(MoE|Moe)(?![a-z])|Experts?(?![a-z])|Router(?![a-z])")
@@ -57,7 +46,7 @@ def load_model(name: str, *, dropout: float, lora: LoraConfig | None = None) -> 
             as `lora` names them.
         UnsupportedModelError: If the model couples examples, or its weights are quantized.
     """
-    config = _load_config(name)
+    config = model_config(name)
     _refuse_experts(name, config)
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
@@ -90,7 +79,7 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
     Raises:
         ConfigError: If there is no such model, or it has no layers as `lora` names them.
     """
-    config = _load_config(settings.name)
+    config = model_config(settings.name)
     _set_dropout(config, settings.dropout)
     try:
         model = AutoModelForCausalLM.from_config(config)
@@ -101,19 +90,6 @@ def model_without_weights(settings: ModelConfig) -> PreTrainedModel:
     if settings.lora is not None:
         add_adapters(model, settings.lora, dropout=settings.dropout)
     return model
-
-
-def model_config(name: str, *, field: str = "model.name") -> PretrainedConfig:
-    """Returns a model's configuration; no weights are read.
-
-    Args:
-        name: Hugging Face name, or folder of a checkpoint.
-        field: The setting that gives it, for messages.
-
-    Raises:
-        ConfigError: If there is no such model.
-    """
-    return _load_config(name, field)
 
 
 def refuse_coupled_examples(name: str, model: nn.Module) -> None:
@@ -187,47 +163,6 @@ def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_tokenizer(name: str, *, field: str = "data.tokenizer") -> PreTrainedTokenizerBase:
-    """Returns a fast tokenizer by its Hugging Face name or folder.
-
-    Args:
-        name: The name or folder.
-        field: The setting that gives it, for messages.
-
-    Raises:
-        ConfigError: If there is none of that name, it is a slow one, or it has no end-of-text
-        token.
-    """
-
-    def load(local_files_only: bool) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
-
-    tokenizer = from_cache_or_hub(field, name, load)
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"{field} is {name!r}, which has no fast version: convert it, or use another"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{field} is {name!r}, which has no token that ends a text (eos_token): set one"
-        )
-    return tokenizer
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a SHA-256 over everything that decides how a fast tokenizer maps text to ids."""
-    backend: str = tokenizer.backend_tokenizer.to_str()
-    special = f"{tokenizer.bos_token_id} {tokenizer.eos_token_id} {tokenizer.pad_token_id}"
-    return hashlib.sha256(f"{special}\n{backend}".encode()).hexdigest()
-
-
-def _load_config(name: str, field: str = "model.name") -> PretrainedConfig:
-    def load(local_files_only: bool) -> PretrainedConfig:
-        return AutoConfig.from_pretrained(name, local_files_only=local_files_only)
-
-    return from_cache_or_hub(field, name, load)
-
-
 def _weights_loader(
     name: str, config: PretrainedConfig
 ) -> Callable[[bool], tuple[PreTrainedModel, dict[str, Any]]]:
@@ -243,41 +178,6 @@ def _weights_loader(
     return load
 
 
-def from_cache_or_hub(field: str, name: str, load: Callable[[bool], Loaded]) -> Loaded:
-    """Loads from a folder, else from this machine's cache, else from the hub.
-
-    Args:
-        field: The setting that gives the name, for messages.
-        name: The name or folder.
-        load: Loads it, from local files only if its argument is true.
-
-    Raises:
-        ConfigError: If it cannot be loaded.
-
-    The cache comes first so that a machine without a network does not wait for the hub's retries,
-    and so that workers which share a cache load the same files.
-    """
-    is_folder = Path(name).is_dir()
-    if not is_folder and _looks_like_path(name):
-        raise ConfigError(f"{field} is {name!r}, and there is no such folder: correct the path")
-    try:
-        return load(True)
-    except _LOADING_ERRORS as error:
-        reason = _first_line(error)
-    if is_folder:
-        raise ConfigError(
-            f"{field} is {name!r}, a folder without what is needed ({reason}): give a complete one"
-        )
-    try:
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
-        return load(False)
-    except Exception as error:  # the hub's client raises those of its HTTP library, whichever it is
-        raise ConfigError(
-            f"{field} is {name!r}, which is no folder here and does not load from the Hugging Face"
-            f" hub ({_first_line(error)}): correct the name, or give a folder"
-        ) from None
-
-
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Hides the progress bars of transformers."""
@@ -288,10 +188,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if was_shown:
             transformers_logging.enable_progress_bar()
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
@@ -324,8 +220,3 @@ def _set_dropout(config: PretrainedConfig, dropout: float) -> None:
                 setattr(part, field, 0.0)
             elif is_number and "drop" in field:
                 setattr(part, field, dropout)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -15,8 +15,6 @@ import hashlib
 import math
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import TaskType
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -39,6 +37,10 @@ def add_adapters(model: PreTrainedModel, settings: LoraConfig, *, dropout: float
         ConfigError: If a target names no linear layer of the model, or none is given and peft
             knows none for this architecture.
     """
+    # Takes half a second to import, and most runs train all weights.
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType
+
     for target in settings.target_modules or ():
         if target != ALL_LINEAR:
             _check_target(model, target)

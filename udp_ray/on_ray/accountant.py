@@ -240,7 +240,7 @@ class RunAccountant:
         self._divergence = divergence_of(evaluations, last_step=attempt.resume_step)
         self._update(
             attempts=attempt.number,
-            phase="loading the model",
+            phase="importing libraries",
             step=attempt.resume_step,
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,

@@ -14,7 +14,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -25,6 +27,11 @@ from udp_ray.errors import ConfigError
 
 PAUSE_S = 5.0
 ROUNDING = 1e-9  # 0.3 / 0.1 is a little below 3
+LOCAL = "local"
+"""Ray's address for a new cluster on this machine."""
+EXPECTED_PROCESSES = 32
+"""Worker processes that a local cluster may start at once. Ray expects one for each core, and warns
+the operator of more; Train, Tune and the accountant start some ten that reserve no core."""
 
 
 @contextmanager
@@ -41,16 +48,54 @@ def connected(address: str | None = None) -> Iterator[None]:
         This process is connected already -> nothing is done, and the
         connection stays.
     """
+    with connecting(address, is_early=False) as connect:
+        connect()
+        yield
+
+
+@contextmanager
+def connecting(address: str | None = None, *, is_early: bool) -> Iterator[Callable[[], None]]:
+    """Starts a local Ray cluster in a thread while the block checks what it is needed for.
+
+    Yields a function that returns once this process is connected; the block calls it before it
+    needs Ray. The cluster ends with the block, also if the function was never called.
+
+    Args:
+        address: As in `connected`.
+        is_early: Start a local cluster at once. An existing cluster, which joins fast, is joined
+            when the function is called; so is a local one if this is false.
+
+    Raises:
+        ConfigError: If there is no cluster at the address; the yielded function raises it.
+    """
     if ray.is_initialized():
-        yield
+        yield lambda: None
         return
-    with progress("connecting to Ray"):
-        _join(address or os.environ.get("RAY_ADDRESS") or "local")
-    try:
-        yield
-    finally:
-        current().phase("disconnecting from Ray")
-        ray.shutdown()
+    place = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
+        joining = pool.submit(_join, place) if is_early and place == LOCAL else None
+
+        def connect() -> None:
+            with progress("connecting to Ray"):
+                if joining is None:
+                    _join(place)
+                else:
+                    joining.result()
+
+        try:
+            yield connect
+        finally:
+            if joining is not None:
+                wait([joining])
+            if ray.is_initialized():
+                current().phase("disconnecting from Ray")
+                ray.shutdown()
+
+
+_LOCAL_SETTINGS: dict[str, Any] = {
+    "include_dashboard": False,
+    "_system_config": {"worker_maximum_startup_concurrency": EXPECTED_PROCESSES},
+}
 
 
 def _join(address: str) -> None:
@@ -65,7 +110,7 @@ def _join(address: str) -> None:
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **({"include_dashboard": False} if address == "local" else {}),
+            **(_LOCAL_SETTINGS if address == LOCAL else {}),
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(

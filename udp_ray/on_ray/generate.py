@@ -48,7 +48,7 @@ from udp_ray.models.generate import (
     Sampler,
     Sampling,
 )
-from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
+from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import num_positions
 from udp_ray.reports.generated import (
     BASE,

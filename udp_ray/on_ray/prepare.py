@@ -73,7 +73,7 @@ from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
-from udp_ray.models.load import load_tokenizer, model_config, tokenizer_fingerprint
+from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.tasks import quiet_ray_data

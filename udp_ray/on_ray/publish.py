@@ -60,13 +60,8 @@ from udp_ray.io import (
     writing,
 )
 from udp_ray.ledger.records import RunRecord, TrialRecord
-from udp_ray.models.load import (
-    frozen_fingerprint,
-    load_model,
-    load_tokenizer,
-    trainable_parameters,
-    without_bars,
-)
+from udp_ray.models.hub import load_tokenizer
+from udp_ray.models.load import frozen_fingerprint, load_model, trainable_parameters, without_bars
 from udp_ray.on_ray.accountant import (
     AVERAGED,
     CLIP_NORM,

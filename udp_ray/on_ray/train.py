@@ -3,9 +3,10 @@
     result = train(config)
     print(result.to_text())
 
-The driver verifies the store, builds the plan, shows the promise, has the ledger admit the run, and
-only then starts workers. The ledger, and not Ray's snapshot, says which checkpoint is the last one;
-what is published is made from that one alone.
+The driver verifies the store, builds the plan, shows the promise, checks the model, has the ledger
+admit the run, and only then starts workers. A local cluster starts meanwhile, and torch and Ray
+Train are imported once the promise is shown. The ledger, and not Ray's snapshot, says which
+checkpoint is the last one; what is published is made from that one alone.
 """
 
 from __future__ import annotations
@@ -13,24 +14,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.console import current, progress
+from udp_ray.data.remote import is_at_hand
 from udp_ray.errors import DivergedError, WorkersLostError
+from udp_ray.imports import quick_imports
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
 from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
-from udp_ray.on_ray.checkpoints import require_writable
-from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
+from udp_ray.on_ray.cluster import connecting, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, following
-from udp_ray.on_ray.worker import WorkerJob, run_worker
 from udp_ray.reports.statement import PrivacyStatement
 from udp_ray.reports.tables import wrap
 from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_ledger_url
 from udp_ray.runs.result import RunResult
+
+if TYPE_CHECKING:  # imports torch
+    from ray.train import TrainingFailedError
+    from ray.train.torch import TorchTrainer
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -54,19 +58,39 @@ def train(
     folder = OutputFolder(Path(config.output))
     folder.check(resume=resume)
     require_storage(config.cluster.storage)
-    with progress("verifying the store") as display:
+    # Without a store at hand there is nothing to train on, or its download takes longest anyway.
+    is_early = is_at_hand(config.data.store)
+    with (
+        progress("verifying the store") as display,
+        connecting(config.cluster.address, is_early=is_early) as connect,
+    ):
         announce = display.announcing(announce)
-        run = prepare_run(config, folder, run_id=folder.run_id() if resume else new_run_id(config))
+
+        def promise(statement: PrivacyStatement) -> None:
+            announce(_promise_text(statement))
+            display.phase("checking the model")
+
+        run_id = folder.run_id() if resume else new_run_id(config)
+        run = prepare_run(config, folder, run_id=run_id, on_priced=promise)
         if resume:
             admit(run, resume=True)  # a refusal need not wait for a cluster
-        announce(_promise_text(run.statement))
-        with connected(config.cluster.address):
-            require_capacity(config.cluster, announce)
-            if config.cluster.storage is not None and not resume:
-                require_writable(run.run_folder)
-            if not resume:
-                admit(run, resume=False)
-            return execute(run, resume=resume, announce=announce)
+        display.phase("loading Ray Train")
+        _load_ray_train()
+        connect()
+        require_capacity(config.cluster, announce)
+        if config.cluster.storage is not None and not resume:
+            from udp_ray.on_ray.checkpoints import require_writable
+
+            require_writable(run.run_folder)
+        if not resume:
+            admit(run, resume=False)
+        return execute(run, resume=resume, announce=announce)
+
+
+def _load_ray_train() -> None:
+    """Imports what starts the workers, while the cluster starts."""
+    with quick_imports():
+        import udp_ray.on_ray.worker  # noqa: F401
 
 
 def _promise_text(statement: PrivacyStatement) -> str:
@@ -110,7 +134,8 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
             stopped_by = _train(run, accountant)
         current().phase("publishing")
         # Loads matplotlib and transformers, which would delay the start of the workers.
-        from udp_ray.on_ray.publish import publish_run
+        with quick_imports():
+            from udp_ray.on_ray.publish import publish_run
 
         return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
     except DivergedError:  # nothing is left to be resumed
@@ -122,6 +147,8 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
 
 def _remove_ray_snapshot(run_folder: str) -> None:
     """Removes Ray's list of the run's checkpoints, with which it fails where one was removed."""
+    from ray.train import Checkpoint
+
     folder = Checkpoint(run_folder)
     snapshot = f"{folder.path}/{RAY_SNAPSHOT}"
     if folder.filesystem.get_file_info(snapshot).is_file:
@@ -151,10 +178,12 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
         WorkersLostError: The workers died more often than they may.
         ray.train.TrainingFailedError: They failed by a defect.
     """
-    failure: ray.train.TrainingFailedError | None = None
+    from ray.train import TrainingFailedError
+
+    failure: TrainingFailedError | None = None
     try:
         _trainer(run, accountant).fit()
-    except ray.train.TrainingFailedError as error:
+    except TrainingFailedError as error:
         failure = error
     stopped_by = accountant.progress(0).error
     if isinstance(stopped_by, DivergedError):
@@ -167,6 +196,12 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
 
 
 def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
+    with quick_imports():
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from udp_ray.on_ray.worker import WorkerJob, run_worker
+
     cluster = run.config.cluster
     job = WorkerJob(
         config=without_ledger_url(run.config),  # Ray may write the job to disk
@@ -197,9 +232,7 @@ def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
     )
 
 
-def _lost_workers(
-    failure: ray.train.TrainingFailedError, max_failures: int
-) -> WorkersLostError | None:
+def _lost_workers(failure: TrainingFailedError, max_failures: int) -> WorkersLostError | None:
     """Returns the error to raise if workers were killed or their nodes went away; else None.
 
     A worker that dies leaves others waiting for it, and their errors say no more than that.

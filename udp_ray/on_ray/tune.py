@@ -18,25 +18,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
-from ray import tune
-from ray.train import Checkpoint
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.console import current, progress
+from udp_ray.data.remote import is_at_hand
 from udp_ray.errors import LedgerUnavailableError
+from udp_ray.imports import quick_imports
 from udp_ray.io import ERROR_FILE, OutputFolder, require_storage
 from udp_ray.ledger.records import TrialRecord
-from udp_ray.on_ray.checkpoints import require_writable
-from udp_ray.on_ray.cluster import connected, max_concurrent_runs, require_capacity
-from udp_ray.on_ray.publish import publish_sweep, result_of
+from udp_ray.on_ray.cluster import connecting, max_concurrent_runs, require_capacity
 from udp_ray.on_ray.trial import TRIAL, TrialJob, run_trial
 from udp_ray.reports.statement import describe_point
 from udp_ray.reports.tables import loss_to_text
 from udp_ray.runs.result import SweepResult
 from udp_ray.runs.sweep import Sweep, admit_sweep, has_ended, prepare_sweep
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
 
 TUNE_FOLDER = "tune"
 POLL_S = 2.0
@@ -65,14 +67,17 @@ def sweep(
     folder = OutputFolder(Path(config.output))
     folder.check(resume=resume)
     require_storage(config.cluster.storage)
-    with progress("verifying the store") as display:
+    with (
+        progress("verifying the store") as display,
+        connecting(config.cluster.address, is_early=is_at_hand(config.data.store)) as connect,
+    ):
         announce = display.announcing(announce)
         prepared = prepare_sweep(config, folder, resume=resume)
         announce(prepared.statement.to_text())
         if resume and has_ended(prepared):
             _remove_working_files(prepared)  # in case of a crash between the end and the removal
-        with connected(config.cluster.address):
-            return _execute(prepared, resume=resume, announce=announce)
+        connect()
+        return _execute(prepared, resume=resume, announce=announce)
 
 
 def _execute(sweep: Sweep, *, resume: bool, announce: Callable[[str], None]) -> SweepResult:
@@ -80,6 +85,8 @@ def _execute(sweep: Sweep, *, resume: bool, announce: Callable[[str], None]) -> 
     cluster = sweep.config.cluster
     require_capacity(cluster, announce)
     if cluster.storage is not None and not resume:
+        from udp_ray.on_ray.checkpoints import require_writable
+
         require_writable(sweep.storage)
     attempt = admit_sweep(sweep, resume=resume)
     announce(f"sweep {sweep.sweep_id}: {'resumed' if resume else 'admitted'}")
@@ -96,6 +103,10 @@ def _execute(sweep: Sweep, *, resume: bool, announce: Callable[[str], None]) -> 
         announce(f"sweep {sweep.sweep_id} has not ended: continue with --resume")
         raise
     current().phase("publishing")
+    # Loads matplotlib and transformers, which would delay the first trial.
+    with quick_imports():
+        from udp_ray.on_ray.publish import publish_sweep
+
     result = publish_sweep(sweep)
     if result.is_complete:
         sweep.ledger.finish(attempt)
@@ -210,6 +221,8 @@ def _follow(sweep: Sweep, task: ray.ObjectRef, announce: Callable[[str], None]) 
             continue  # each trial waits for it as well
         for trial in trials:
             if trial.number not in ended and not _is_open(trial):
+                from udp_ray.on_ray.publish import result_of
+
                 ended.add(trial.number)
                 loss = loss_to_text(result_of(sweep, trial).loss)
                 point = describe_point(sweep.planned.configurations[trial.configuration])
@@ -233,8 +246,8 @@ def _show(trials: Sequence[TrialRecord]) -> None:
     ]
     running = [str(t.number) for t in trials if _is_open(t) and t.run.num_attempts > 0]
     current().phase("running the trials", total=num_steps)
-    values = {"trial": f"{', '.join(running)} of {len(trials)}"} if running else {}
-    current().advance(sum(taken), **values)
+    now = f"{', '.join(running)} of {len(trials)}" if running else "starting workers"
+    current().advance(sum(taken), trial=now)
 
 
 # ---- Ray Tune
@@ -251,6 +264,9 @@ class TunerSettings:
 
 def _tune(jobs: Mapping[str, TrialJob], ledger_url: str, settings: TunerSettings) -> None:
     """Runs trials by Ray Tune, in a Ray task. The ledger records which of them have failed."""
+    with quick_imports():
+        from ray import tune
+
     node = f"node:{ray.util.get_node_ip_address()}"
     driver = tune.with_resources(
         tune.with_parameters(run_trial, jobs=dict(jobs), ledger_url=ledger_url),
@@ -275,7 +291,7 @@ def _tune(jobs: Mapping[str, TrialJob], ledger_url: str, settings: TunerSettings
     tuner.fit()
 
 
-def _name(trial: tune.experiment.Trial) -> str:
+def _name(trial: Trial) -> str:
     return str(trial.config[TRIAL])
 
 
@@ -286,6 +302,8 @@ def _remove_working_files(sweep: Sweep) -> None:
         if sweep.config.cluster.storage is None:
             OutputFolder(sweep.trials_folder).remove_checkpoints_folder()
         return
+    from ray.train import Checkpoint
+
     checkpoints = Checkpoint(sweep.storage)
     with suppress(FileNotFoundError):
         checkpoints.filesystem.delete_dir(checkpoints.path)

@@ -26,6 +26,7 @@ from ray.train import Checkpoint
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import StorageError, UdpRayError
+from udp_ray.imports import quick_imports
 from udp_ray.io import below, writing
 from udp_ray.ledger import Attempt
 from udp_ray.on_ray.accountant import RemoteAccountant
@@ -92,9 +93,10 @@ def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt 
 
 
 def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank: int) -> None:
-    from udp_ray.data.remote import open_store
-    from udp_ray.engine.language_model import train
-    from udp_ray.models.load import load_model
+    with quick_imports():
+        from udp_ray.data.remote import open_store
+        from udp_ray.engine.language_model import train
+        from udp_ray.models.load import load_model
 
     config = job.config
     # The driver has verified it; a store at a URL was verified when this node fetched it.
@@ -102,6 +104,8 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
     checkpoints = RunCheckpoints(job.run_folder, attempt)
     client = accountant.of_attempt(attempt.number, on_commit=checkpoints.committed)
     keys = client.keys(rank, code=code_digest(), store=store.digest)
+    if rank == 0:
+        client.set_phase("loading the model")
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
     with tempfile.TemporaryDirectory() as workspace, _local_checkpoint(attempt) as folder:
         result = train(

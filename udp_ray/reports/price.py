@@ -20,14 +20,14 @@ from udp_ray.config.privacy import PricingConfig
 from udp_ray.config.schedule import step_weights
 from udp_ray.data.remote import users_and_examples
 from udp_ray.dp.banding import BandsComparison, compare_bands
-from udp_ray.dp.comparison import Comparison
-from udp_ray.dp.comparison import compare as compare_accountants
 from udp_ray.dp.plan import PricedPlan, json_number
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError
 from udp_ray.reports.tables import wrap
+from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
 
 if TYPE_CHECKING:
+    from udp_ray.dp.comparison import Comparison
     from udp_ray.engine.memory import MemoryEstimate
 
 
@@ -151,7 +151,8 @@ def price_of(
 ) -> Price:
     """Returns the price of a run.
 
-    Counts that the settings do not declare come from data.store. A store that is not in a local
+    What a search for noise has evaluated before on this machine is not computed again. Counts that
+    the settings do not declare come from data.store. A store that is not in a local
     folder is read only for a number that the price depends on.
 
     Args:
@@ -164,6 +165,14 @@ def price_of(
         ConfigError: If a setting that the price depends on is missing, or out of reach.
         DataError: If the store cannot be read.
     """
+    from udp_ray.dp.accounting import remembering
+
+    # Shortens the search for noise; the epsilon of the plan that is found is computed.
+    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
+        return _price_of(config, compare=compare, bands=bands, memory=memory)
+
+
+def _price_of(config: PriceConfig, *, compare: bool, bands: bool, memory: bool) -> Price:
     privacy = config.privacy
     declared = privacy.population if privacy.sampling == "uls" else privacy.num_examples
     num_users, num_examples = users_and_examples(
@@ -182,10 +191,16 @@ def price_of(
     )
     return Price(
         plan=plan,
-        comparison=compare_accountants(plan) if compare else None,
+        comparison=_comparison_of(plan) if compare else None,
         bands=None if workload is None else _bands_of(config, plan, workload),
         memory=_memory_of(config, plan) if memory else None,
     )
+
+
+def _comparison_of(plan: PricedPlan) -> Comparison:
+    from udp_ray.dp import comparison
+
+    return comparison.compare(plan)
 
 
 def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -> BandsComparison:
@@ -208,7 +223,7 @@ def _bands_of(config: PriceConfig, plan: PricedPlan, workload: LinearWorkload) -
 def _memory_of(config: PriceConfig, plan: PricedPlan) -> MemoryEstimate:
     # A price alone must not wait for torch.
     from udp_ray.engine.memory import estimate_memory
-    from udp_ray.models.load import model_config
+    from udp_ray.models.hub import model_config
     from udp_ray.models.positions import require_positions
 
     if config.model is None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
+from udp_ray.imports import quick_imports
 from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
@@ -102,13 +103,21 @@ def new_run_id(config: ExperimentConfig) -> str:
     return f"{config.data.name}-{secrets.token_hex(4)}"
 
 
-def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) -> Run:
-    """Checks and prices a run: the store, the model, the ledger, and the privacy plan.
+def prepare_run(
+    config: ExperimentConfig,
+    folder: OutputFolder,
+    *,
+    run_id: str,
+    on_priced: Callable[[PrivacyStatement], None] | None = None,
+) -> Run:
+    """Checks and prices a run: the store, the ledger, the privacy plan, and the model.
 
     Args:
         config: The settings.
         folder: Where the run's outputs go. Nothing is written there yet.
         run_id: A new name, or that of the run to resume.
+        on_priced: Gets the promise as soon as it is known, before the checks of the model, which
+            take seconds to import their libraries.
 
     Raises:
         ConfigError: The settings do not fit together, or the target epsilon is out of reach.
@@ -117,9 +126,18 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
             lacks runs.
     """
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
-    check_store(config, store)
+    check_manifest(config.data, store.manifest)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
     plan = _plan_on(config, store)
+    promise = PrivacyStatement.promise(
+        config.privacy,
+        plan,
+        averaging=describe_averaging(config.train),
+        example=store.manifest.what_an_example_is,
+    )
+    if on_priced is not None:
+        on_priced(promise)
+    check_model(config, store.manifest)
     return Run(
         run_id=run_id,
         config=config,
@@ -128,19 +146,18 @@ def prepare_run(config: ExperimentConfig, folder: OutputFolder, *, run_id: str) 
         ledger_url=ledger_url,
         plan=plan,
         digests=digests_of(plan.to_dict(), config, store),
-        statement=PrivacyStatement.promise(
-            config.privacy,
-            plan,
-            averaging=describe_averaging(config.train),
-            example=store.manifest.what_an_example_is,
-        ),
+        statement=promise,
     )
 
 
-def plan_of(config: ExperimentConfig) -> PrivacyPlan:
+def plan_of(config: ExperimentConfig, *, checks_model: bool = True) -> PrivacyPlan:
     """Returns the privacy plan of a run without preparing it; needs no ledger.
 
     The store is opened if it is in a local folder, or if privacy.population is not declared.
+
+    Args:
+        config: The settings.
+        checks_model: Also do what `check_model` does, which imports torch.
 
     Raises:
         ConfigError: The settings do not fit together.
@@ -148,9 +165,12 @@ def plan_of(config: ExperimentConfig) -> PrivacyPlan:
     """
     if config.privacy.population is None or is_at_hand(config.data.store):
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
-        check_store(config, store)
+        check_manifest(config.data, store.manifest)
+        if checks_model:
+            check_model(config, store.manifest)
         return _plan_on(config, store)
-    _require_positions(config, config.data.block_tokens)
+    if checks_model:
+        check_model(config, None)
     workload = workload_of(config.privacy, config.train)
     return PrivacyPlan.from_config(config.privacy, num_users=None, workload=workload)
 
@@ -231,22 +251,23 @@ def without_ledger_url(config: AnyConfig) -> AnyConfig:
     return config.model_copy(update={"data": data})
 
 
-def check_store(config: ExperimentConfig, store: TokenStore) -> None:
-    """Refuses a store that is not the one that the settings mean, or that the model cannot read.
+def check_model(config: ExperimentConfig, manifest: Manifest | None) -> None:
+    """Refuses a model that cannot read a store's examples, or a tokenizer that did not make it.
+
+    Args:
+        config: The settings.
+        manifest: Of the store; None if there is none yet.
 
     Raises:
-        DataError: The store has another name, or was made by another tokenizer.
-        ConfigError: Its examples are longer than the model's positions.
+        DataError: The store was made by another tokenizer.
+        ConfigError: Its examples are longer than the model's positions, or there is no such model.
     """
-    manifest = store.manifest
-    if manifest.name != config.data.name:
-        raise DataError(
-            f"data.name is {config.data.name}, but data.store {config.data.store} was prepared as"
-            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
-        )
-    _refuse_other_packing(config.data, manifest)
-    # Imports transformers, which takes seconds and which the driver of a trial does not need.
-    from udp_ray.models.load import load_tokenizer, tokenizer_fingerprint
+    if manifest is None:
+        _require_positions(config, config.data.block_tokens)
+        return
+    # Imports torch, which takes seconds and which the driver of a trial does not need.
+    with quick_imports():
+        from udp_ray.models.hub import load_tokenizer, tokenizer_fingerprint
 
     if tokenizer_fingerprint(load_tokenizer(config.tokenizer)) != manifest.tokenizer.fingerprint:
         raise DataError(
@@ -257,6 +278,20 @@ def check_store(config: ExperimentConfig, store: TokenStore) -> None:
     is_given = "block_tokens" in config.data.model_fields_set
     given = config.data.block_tokens if is_given else manifest.block_tokens
     _require_positions(config, max(given, manifest.block_tokens))
+
+
+def check_manifest(data: DataConfig, manifest: Manifest) -> None:
+    """Refuses a store that is not the one that the settings mean.
+
+    Raises:
+        DataError: The store has another name, or was packed otherwise.
+    """
+    if manifest.name != data.name:
+        raise DataError(
+            f"data.name is {data.name}, but data.store {data.store} was prepared as"
+            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
+        )
+    _refuse_other_packing(data, manifest)
 
 
 def _refuse_other_packing(data: DataConfig, manifest: Manifest) -> None:
@@ -278,7 +313,7 @@ def _word(value: bool | str | None) -> str:
 
 def _require_positions(config: ExperimentConfig, block_tokens: int) -> None:
     name = config.model.name
-    from udp_ray.models.load import model_config
+    from udp_ray.models.hub import model_config
 
     require_positions(name, model_config(name), block_tokens)
 

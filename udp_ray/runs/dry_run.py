@@ -1,25 +1,42 @@
 """Dry runs: what a run or a sweep would do, without starting, writing or charging anything.
 
 print(describe_run(config))
+
+The memory estimate traces the model and the checks of the model import torch: seconds, for an
+answer that changes only with the files of model and tokenizer, the settings and the code. So it is
+remembered (`remembered.py`), and a dry run that was done before takes no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
-from udp_ray.engine.memory import estimate
+from udp_ray.data.remote import is_at_hand, read_manifest
+from udp_ray.data.store import Manifest
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.imports import quick_imports
 from udp_ray.reports.statement import (
     PrivacyStatement,
     SweepStatement,
     describe_averaging,
     describe_point,
 )
-from udp_ray.runs.admission import plan_of, without_ledger_url
-from udp_ray.runs.sweep import plan_of_sweep
+from udp_ray.runs.admission import check_model, plan_of, without_ledger_url
+from udp_ray.runs.provenance import NUMERIC_PACKAGES
+from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
+from udp_ray.runs.sweep import as_run, plan_of_sweep
 
 NOTHING_DONE = "Nothing was started, written or charged."
+WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".gguf")
+"""Files of a model's folder that neither its shapes nor its tokenizer depend on."""
 
 
 def describe_run(config: ExperimentConfig) -> str:
@@ -27,14 +44,18 @@ def describe_run(config: ExperimentConfig) -> str:
 
     With privacy.population declared, neither the store nor the ledger has to exist.
     """
-    plan = plan_of(config)
+    from udp_ray.dp.accounting import remembering
+
+    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
+        plan = plan_of(config, checks_model=False)
+    estimate = _once(config, plan, lambda manifest: _checked_estimate(config, plan, manifest))
     averaging = describe_averaging(config.train)
     statement = PrivacyStatement.promise(config.privacy, plan, averaging=averaging)
     return "\n\n".join(
         [
             statement.to_text(),
             "Settings\n" + textwrap.indent(without_ledger_url(config).to_yaml().rstrip(), "  "),
-            estimate(config, plan).to_text(),
+            estimate,
             NOTHING_DONE,
         ]
     )
@@ -42,7 +63,11 @@ def describe_run(config: ExperimentConfig) -> str:
 
 def describe_sweep(config: SweepJobConfig) -> str:
     """Returns what a sweep would try, promise and cost."""
-    planned = plan_of_sweep(config)
+    from udp_ray.dp.accounting import remembering
+
+    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
+        planned = plan_of_sweep(config, checks_model=False)
+    _once(as_run(config), None, lambda manifest: _checked(as_run(config), manifest))
     points = [
         f"  {number:4d}  {describe_point(point)}; epsilon {point.epsilon:.4g} alone"
         for number, point in enumerate(planned.configurations, start=1)
@@ -54,3 +79,59 @@ def describe_sweep(config: SweepJobConfig) -> str:
     )
     title = "Configurations" if planned.release == "best" else "Trials"
     return "\n".join([statement.to_text(), "", title, *points, "", NOTHING_DONE])
+
+
+def _checked_estimate(
+    config: ExperimentConfig, plan: PrivacyPlan, manifest: Manifest | None
+) -> str:
+    check_model(config, manifest)
+    with quick_imports():
+        from udp_ray.engine.memory import estimate
+
+    return estimate(config, plan).to_text()
+
+
+def _checked(config: ExperimentConfig, manifest: Manifest | None) -> str:
+    if manifest is not None:  # without a store a sweep leaves this to its trials
+        check_model(config, manifest)
+    return ""
+
+
+def _once(
+    config: ExperimentConfig, plan: PrivacyPlan | None, compute: Callable[[Manifest | None], str]
+) -> str:
+    """Returns a text that depends on the settings, the plan, the store and the model's files."""
+    at_hand = is_at_hand(config.data.store)
+    manifest = read_manifest(config.data.store) if at_hand or _needs_store(config) else None
+    files = [_digest_of_folder(name) for name in {config.model.name, config.tokenizer}]
+    if any(digest is None for digest in files):  # on the hub, where files may change
+        return compute(manifest)
+    parts: list[Any] = [
+        config.model_dump(mode="json", exclude={"output", "privacy"}),
+        None if plan is None else plan.to_dict(),
+        None if manifest is None else manifest.digest(),
+        sorted(str(digest) for digest in files),
+        [os.environ.get("OMP_NUM_THREADS"), os.cpu_count()],
+    ]
+    memory = Remembered.open("estimates", (*NUMERIC_PACKAGES, "tokenizers"))
+    key = json.dumps(parts, sort_keys=True, default=str)
+    known = memory.get(key)
+    if known is None:
+        memory.put(key, known := compute(manifest))
+    return str(known)
+
+
+def _needs_store(config: ExperimentConfig) -> bool:
+    return config.privacy.population is None
+
+
+def _digest_of_folder(name: str) -> str | None:
+    """Returns a digest of a folder's files but its weights; None if it is no folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = b"" if file.suffix in WEIGHTS else file.read_bytes()
+        digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

@@ -24,13 +24,24 @@ SHOWN_PACKAGES = ("udp-ray", "dp-accounting", *NUMERIC_PACKAGES, "ray", "sqlalch
 @cache
 def code_digest() -> str:
     """Returns a SHA-256 over this package's sources and the versions that its numbers depend on."""
+    digest = _digest_of_sources()
+    for package, version in versions(NUMERIC_PACKAGES).items():
+        digest.update(f"{package}=={version}\0".encode())
+    return digest.hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """Returns a SHA-256 over this package's sources alone."""
+    return _digest_of_sources().hexdigest()
+
+
+def _digest_of_sources() -> hashlib._Hash:
     digest = hashlib.sha256()
     for file in sorted(ROOT.rglob("*.py")):
         digest.update(f"{file.relative_to(ROOT).as_posix()}\0".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for package, version in versions(NUMERIC_PACKAGES).items():
-        digest.update(f"{package}=={version}\0".encode())
-    return digest.hexdigest()
+    return digest
 
 
 def versions(packages: tuple[str, ...] = SHOWN_PACKAGES) -> dict[str, str]:

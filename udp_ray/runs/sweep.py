@@ -29,7 +29,8 @@ from udp_ray.ledger.records import Attempt, Budget, Digests, TrialAdmission, pla
 from udp_ray.reports.statement import RunIdentity, SweepStatement, describe_averaging
 from udp_ray.runs.admission import (
     charge,
-    check_store,
+    check_manifest,
+    check_model,
     count_kept_examples,
     digests_of,
     identity_of,
@@ -133,7 +134,7 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
     if config.sweep.release == "public":
         _refuse_protected(config, ledger)
-    sweep_id = folder.run_id() if resume else new_run_id(_as_run(config))
+    sweep_id = folder.run_id() if resume else new_run_id(as_run(config))
     planned = _declared(config, ledger, sweep_id) if resume else _plan_on(config, store)
     return Sweep(
         sweep_id=sweep_id,
@@ -152,14 +153,18 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
     )
 
 
-def plan_of_sweep(config: SweepJobConfig) -> PlannedSweep:
+def plan_of_sweep(config: SweepJobConfig, *, checks_model: bool = True) -> PlannedSweep:
     """Returns the configurations of a sweep and its price without preparing it; needs no ledger.
 
     The store is opened if it is in a local folder, or if privacy.population is not declared.
+
+    Args:
+        config: The settings.
+        checks_model: Also do what `check_model` does with the store, which imports torch.
     """
     if config.privacy.population is None or is_at_hand(config.data.store):
         store = open_store(config.data.store, cache=config.data.cache, verify=False)
-        _check_data(config, store)
+        _check_data(config, store, checks_model=checks_model)
         return _plan_on(config, store)
     return plan_of_settings(config, num_users=None, kept_examples=lambda group_size: None)
 
@@ -299,15 +304,17 @@ def _seeded_key(key: RunKey, number: int) -> RunKey:
     return RunKey(key.derive("trial", number, 0) + key.derive("trial", number, 1))
 
 
-def _as_run(config: SweepJobConfig) -> ExperimentConfig:
+def as_run(config: SweepJobConfig) -> ExperimentConfig:
     """Returns the settings as those of one training run, for the checks of data and model."""
     return config.trial(
         config.privacy, learning_rate=config.train.learning_rate, output=config.output
     )
 
 
-def _check_data(config: SweepJobConfig, store: TokenStore) -> None:
-    check_store(_as_run(config), store)
+def _check_data(config: SweepJobConfig, store: TokenStore, *, checks_model: bool = True) -> None:
+    check_manifest(config.data, store.manifest)
+    if checks_model:
+        check_model(as_run(config), store.manifest)
     if store.heldout is None:
         raise DataError(
             f"data.store {config.data.store} has no held-out users, and a sweep compares trials by"

@@ -48,7 +48,7 @@ from udp_ray.io import METRICS_FILE
 from udp_ray.ledger.database import parse_url
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Digests, plan_digest
-from udp_ray.models.load import load_tokenizer
+from udp_ray.models.hub import load_tokenizer
 from udp_ray.on_ray.accountant import AccountantConfig
 from udp_ray.on_ray.latency import measure_latency
 

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from udp_ray.experiments.benchmark.settings import BASELINE, OPACUS
+from udp_ray.experiments.benchmark.startup import startup_text
 from udp_ray.experiments.plotting import large_text, new_figure, to_png, use_plain_numbers
 from udp_ray.io import write_atomic
 
@@ -59,6 +60,7 @@ class Results:
     parts: dict[str, Any]
     """noise, float64_sums, data_wait, balance, accounting, evaluation and preparation; empty if not
     measured."""
+    """noise, float64_sums, data_wait, balance, accounting, evaluation, startup; empty if none."""
     skipped: list[str]
     """A sentence for each contestant that was skipped somewhere."""
     hardware: dict[str, Any]
@@ -305,6 +307,8 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
         )
     if preparation := parts.get("preparation"):
         lines += _preparation_lines(preparation)
+    if startup := parts.get("startup"):
+        lines += startup_text(startup)
     return "\n".join(lines)
 
 

@@ -22,7 +22,8 @@ from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
-from udp_ray.runs.provenance import git_commit, processor_name, versions
+from udp_ray.experiments.benchmark.startup import measure_startup
+from udp_ray.runs.provenance import ROOT, git_commit, processor_name, versions
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "ray", "opacus")
 JoinRay = Callable[[], AbstractContextManager[None]]
@@ -110,6 +111,10 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     with join_ray():
         display.phase("accountant latency")
         accounting = measurements.measure_accounting(parts.accountant_steps)
+    startup = {}
+    if parts.startup and (jobs := ROOT.parent / "jobs").is_dir():
+        display.phase("start-up of the jobs")
+        startup = measure_startup(jobs, num_workers=num_threads(study))
     # Last, because it joins a process group, whose variables processes started later would inherit.
     display.phase("evaluation")
     evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
@@ -121,4 +126,5 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "accounting": accounting,
         "evaluation": evaluation,
         "preparation": preparation,
+        "startup": startup,
     }

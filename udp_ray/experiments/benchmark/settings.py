@@ -148,6 +148,8 @@ class Parts(Section):
     """Approximate tokens of that cell's users when they are held out and evaluated."""
     preparation_rows: PositiveInt = 20_000
     """Rows of synthetic text that are prepared, and encoded by the bare tokenizer."""
+    startup: bool = False
+    """Whether the start of the jobs is measured, which takes minutes and their folder."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
