@@ -91,7 +91,7 @@ class GaussianNoise:
             )
         self._key = key
         self.noise_stddev = noise_stddev
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._is_secure = is_secure
         self.dtype = torch.float64 if is_secure else torch.float32
         """Of slices and chunks."""
@@ -163,8 +163,8 @@ class GaussianNoise:
             values[: last - start] = drawn[start - first :]
 
         chunks = range(start // CHUNK_VALUES, -(-stop // CHUNK_VALUES) if stop > start else 0)
-        if self._num_threads > 1 and len(chunks) > 1:
-            with ThreadPoolExecutor(self._num_threads) as pool:
+        if self.num_threads > 1 and len(chunks) > 1:
+            with ThreadPoolExecutor(self.num_threads) as pool:
                 list(pool.map(fill, chunks))
         else:
             for chunk in chunks:
@@ -174,7 +174,13 @@ class GaussianNoise:
     def with_stddev(self, noise_stddev: float) -> GaussianNoise:
         """Returns the same noise at another scale: equal normals, multiplied by another number."""
         return GaussianNoise(
-            self._key, noise_stddev, num_threads=self._num_threads, is_secure=self._is_secure
+            self._key, noise_stddev, num_threads=self.num_threads, is_secure=self._is_secure
+        )
+
+    def with_threads(self, num_threads: int) -> GaussianNoise:
+        """Returns the same noise, drawn in another number of threads."""
+        return GaussianNoise(
+            self._key, self.noise_stddev, num_threads=num_threads, is_secure=self._is_secure
         )
 
     def number(self, step: int, name: str, stddev: float) -> float:
@@ -213,8 +219,8 @@ class GaussianNoise:
             Float64 noise is to be added in float64, and the sum rounded: noise that is rounded
             first lies on a coarse grid.
         """
-        for start in range(0, numel, CHUNK_VALUES * self._num_threads):
-            stop = min(numel, start + CHUNK_VALUES * self._num_threads)
+        for start in range(0, numel, CHUNK_VALUES * self.num_threads):
+            stop = min(numel, start + CHUNK_VALUES * self.num_threads)
             yield start, self.slice(step, name, numel, start=start, stop=stop)
 
     def _draw(self, step: int, name: str, chunk: int, out: NDArray[Any]) -> None:
