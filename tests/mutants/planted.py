@@ -376,11 +376,13 @@ NOISE = [
         name="divisor_realized",
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
-        text="            balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
+        text="            balance = self._kernel.add_clipped("
+        "self._sum, groups, self.clip_norm.bound)\n"
         "            mean = self._noisy_mean(noise, step)\n"
         "        self.engine.apply(mean, step)\n",
         replacement="            groups = list(groups)\n"
-        "            balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
+        "            balance = self._kernel.add_clipped("
+        "self._sum, groups, self.clip_norm.bound)\n"
         "            mean = self._noisy_mean(noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
         "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",

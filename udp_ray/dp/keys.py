@@ -61,7 +61,7 @@ class Keystream:
 
     def fill(self, array: NDArray[Any]) -> None:
         """Overwrites a contiguous array with the next bytes."""
-        target = memoryview(array).cast("B")
+        target = array.data.cast("B")
         for start in range(0, len(target), len(_ZEROS)):
             part = target[start : start + len(_ZEROS)]
             self._encryptor.update_into(_ZEROS[: len(part)], part)
