@@ -315,7 +315,7 @@ def test_aims_evaluate_auto_by_its_worst_cell() -> None:
 
 def test_overhead_is_taken_at_the_models_own_size() -> None:
     parts = {
-        "noise": [Curve("values", "noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
+        "noise": [Curve("values", "secure noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
         "accounting": {"latency_s": 0.02},
         "data_wait": {"share": 0.5, "cell": "a"},
     }

@@ -250,12 +250,12 @@ class TrainConfig(Section):
     ghost under zero_stage 3, which direct does not support."""
     fuse_reduce: bool = False
     """Adds the noise to rank 0's own clipped sum before the reduction: one reduction less. No
-    effect under zero_stage 3, which reduces layer by layer. Refused with privacy.secure_noise above
+    effect under zero_stage 3, which reduces layer by layer. Needs privacy.secure_noise false above
     one worker."""
     noise_buffer: Annotated[int, Field(ge=0)] | None = None
     """Host memory in MiB for noise that rank 0 draws while gradients are computed; 0 draws it
-    afterwards. No more is taken than a step's noise has: 4 bytes per trained weight, 8 with
-    privacy.secure_noise. Default: 64, or 1,024 on GPUs."""
+    afterwards. No more is taken than a step's noise has: 8 bytes per trained weight, or 4 with
+    privacy.secure_noise false. Default: 64, or 1,024 on GPUs."""
 
     def noise_buffer_bytes(self, *, use_gpu: bool) -> int:
         """Returns the most bytes of noise that rank 0 draws ahead."""
@@ -424,7 +424,7 @@ def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) 
             "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
             f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
             " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
-            " false"
+            " false, or accept the attack with privacy.secure_noise false"
         )
     if expected_groups > MOST_FUSED:
         raise ConfigError(

@@ -12,18 +12,21 @@ for, and any slice can be drawn alone.
     >>> bool((whole.flatten()[2:5] == part).all())
     True
 
-Each chunk of 2**20 values is one stream of its own. The default sampler turns Philox [1] into
-normals by numpy's `Generator.standard_normal` in float32 (ziggurat). Two things are *not* promised
-of it. Normals in float32 lie on a grid, and attacks on that grid are known [2]: the guarantee is
-that of real-valued noise. And numpy may change the method between versions, so equal keys give
-equal noise only under one numpy version, which the digest of the code therefore holds.
+Each chunk of 2**20 values is one stream of its own. The plain sampler turns Philox [1] into normals
+by numpy's `Generator.standard_normal` in float32 (ziggurat). Its normals lie on a grid, and attacks
+on that grid are known [2]: the guarantee is that of real-valued noise.
 
-The secure sampler (`is_secure`, slower) makes those attacks infeasible by two measures of [3]. The
-bits come from ChaCha20 [4], so that no one can compute the noise of one position from that of
-others. And each normal is the sum of four independent ones by Box and Muller, over two: to find out
-whether a value could have been reached one would have to search four draws of 53 bits together. The
-result is float64, and is to be added in float64 and rounded afterwards, which is post-processing.
-No proof covers floating point; what remains is that the known attacks are infeasible.
+The secure sampler (`is_secure`; the default of the settings) makes those attacks infeasible by two
+measures of [3]. The bits come from ChaCha20 [4], so that no one can compute the noise of one
+position from that of others. And each normal is the sum of four independent ones by Box and Muller,
+over two: to find out whether a value could have been reached one would have to search four draws of
+53 bits together. The result is float64, and is to be added in float64 and rounded afterwards, which
+is post-processing. No proof covers floating point; what remains is that the known attacks are
+infeasible.
+
+numpy may change either method between versions, so equal keys give equal noise only under one numpy
+version, which the digest of the code therefore holds. Secure noise may also differ in the last bit
+between kinds of processors, for which numpy has logarithms and tangents of their own.
 
 Reference:
     [1] Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).

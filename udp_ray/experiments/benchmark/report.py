@@ -209,7 +209,7 @@ def overhead(row: Row, parts: dict[str, Any]) -> dict[str, float] | None:
     """
     if "noise" not in parts or "accounting" not in parts:
         return None
-    count, seconds = max(next(c for c in parts["noise"] if c["what"] == "noise")["points"])
+    count, seconds = max(next(c for c in parts["noise"] if c["what"] == "secure noise")["points"])
     cost = seconds * row["num_parameters"] / count + parts["accounting"]["latency_s"]
     return {
         "seconds": cost,
