@@ -121,24 +121,29 @@ def test_a_mistake_is_one_sentence_that_names_field_and_value(
     assert "\n" not in str(refused.value)
 
 
-SECURE = ["--privacy.secure_noise", "true"]
+PLAIN = ["--privacy.secure_noise", "false"]
 FUSED = ["--train.fuse_reduce", "true"]
 TWO_WORKERS = ["--cluster.num_workers", "2"]
+
+
+def test_noise_is_secure_unless_the_settings_say_otherwise(settings_file: str) -> None:
+    assert read(settings_file).privacy.secure_noise
+    assert not read(settings_file, *PLAIN).privacy.secure_noise
 
 
 def test_secure_noise_with_a_fused_reduction_over_several_workers_is_refused(
     settings_file: str,
 ) -> None:
     with pytest.raises(ConfigError) as refused:
-        read(settings_file, *SECURE, *FUSED, *TWO_WORKERS)
+        read(settings_file, *FUSED, *TWO_WORKERS)
     for name in ("privacy.secure_noise", "cluster.num_workers 2", "set train.fuse_reduce false"):
         assert name in str(refused.value)
-    for two in ([*SECURE, *FUSED], [*SECURE, *TWO_WORKERS], [*FUSED, *TWO_WORKERS]):
-        read(settings_file, *two)
+    for accepted in (FUSED, TWO_WORKERS, [*PLAIN, *FUSED, *TWO_WORKERS]):
+        read(settings_file, *accepted)
 
 
 def test_it_is_refused_for_the_trials_of_a_sweep_too(settings_file: str) -> None:
-    asked = ["--config", settings_file, "--sweep.release", "all", *SECURE, *FUSED]
+    asked = ["--config", settings_file, "--sweep.release", "all", *FUSED]
     assert parse(SweepJobConfig, "A job.", asked).config.privacy.secure_noise
     with pytest.raises(ConfigError, match=r"set train\.fuse_reduce false"):
         parse(SweepJobConfig, "A job.", [*asked, *TWO_WORKERS])

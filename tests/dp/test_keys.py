@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udp_ray.dp.keys import RunKey, StreamKey
+from udp_ray.dp.keys import Keystream, RunKey, StreamKey
 
 parts = st.lists(st.one_of(st.integers(0, 2**70), st.text(max_size=8)), max_size=4).map(tuple)
 
@@ -114,3 +114,22 @@ def test_numbers_are_equal_for_equal_counters_and_unrelated_for_others():
     assert key.number(4, 5) == numbers[4, 5] != RunKey.from_seed(4).dropout().number(4, 5)
     assert max(numbers.values()) > 2**62 > min(numbers.values())
     assert key not in (RunKey.from_seed(3).noise(), RunKey.from_seed(3).sampling())
+
+
+def test_a_keystream_is_chacha20_from_its_first_byte():
+    """The judge: test vectors 1 and 2 of RFC 8439, appendix A.1 (key of zeros, blocks 0 and 1)."""
+    array = np.empty(128, dtype=np.uint8)
+    Keystream(bytes(32)).fill(array)
+    assert array[:16].tobytes().hex() == "76b8e0ada0f13d90405d6ae55386bd28"
+    assert array[64:80].tobytes().hex() == "9f07e7be5551387a98ba977c732d080d"
+
+
+def test_a_keystream_does_not_depend_on_how_it_is_cut():
+    whole = np.empty(3 * 2**16 + 24, dtype=np.uint8)
+    Keystream(bytes(32)).fill(whole)
+    stream, parts = Keystream(bytes(32)), []
+    for size in (8, 2**16, 2**17 + 16):
+        part = np.empty(size, dtype=np.uint8)
+        stream.fill(part)
+        parts.append(part)
+    assert np.array_equal(np.concatenate(parts), whole)

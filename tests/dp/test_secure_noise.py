@@ -10,6 +10,7 @@ import torch
 from tests.support.training import TinyRun, tiny_model
 from tests.support.training_steps import build_step
 from udp_ray.config.experiment import MOST_FUSED, require_fusible
+from udp_ray.dp import noise
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise, secure_normals
 from udp_ray.engine.distributed import World, join_world
@@ -19,26 +20,45 @@ from udp_ray.errors import ConfigError
 
 KEY = RunKey.from_seed(5).noise()
 COUNTERS = (3, "weight", 0)
-BLOCK_PAIRS = 2**14
+BLOCK_PAIRS = 2**13
 
 
 def test_each_value_is_four_draws_by_box_and_muller_over_two():
     """The judge: one value at a time by the math library, from the bytes as they come."""
-    block = KEY.keystream(*COUNTERS)(2 * 4 * BLOCK_PAIRS * 8)
+    block = first_bytes(2 * 4 * BLOCK_PAIRS * 8, *COUNTERS)
 
-    def uniform(which, draw, pair):
-        at = 8 * ((which * 4 + draw) * BLOCK_PAIRS + pair)
-        return (struct.unpack_from("<Q", block, at)[0] + 0.5) / 2**64
+    def draw(which, number, pair, code):
+        at = 8 * ((which * 4 + number) * BLOCK_PAIRS + pair)
+        return struct.unpack_from(code, block, at)[0]
+
+    def radius(number, pair):
+        return math.sqrt(-2 * math.log((draw(0, number, pair, "<Q") // 2 + 0.5) / 2**63))
+
+    def angle(number, pair):
+        return 2 * math.pi * draw(1, number, pair, "<q") / 2**64
 
     values = secure_normals(KEY, COUNTERS, 2 * 50)
     for pair in range(50):
-        draws = [
-            (math.sqrt(-2 * math.log(uniform(0, d, pair))), 2 * math.pi * uniform(1, d, pair))
-            for d in range(4)
-        ]
+        draws = [(radius(d, pair), angle(d, pair)) for d in range(4)]
         for side, turn in enumerate((math.cos, math.sin)):
             expected = sum(radius * turn(angle) for radius, angle in draws) / 2
             assert values[2 * pair + side] == pytest.approx(expected, abs=1e-12)
+
+
+def first_bytes(count, *counters):
+    array = np.empty(count, dtype=np.uint8)
+    KEY.keystream(*counters).fill(array)
+    return array.tobytes()
+
+
+@pytest.mark.parametrize("integer", [0, 1, 2**62, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1])
+def test_every_integer_gives_a_finite_normal(integer):
+    """Both ends of the radius and of the angle: 0, the largest, and the tangent of pi/2."""
+    integers = np.full((2, 4, 8), integer, dtype=np.uint64)
+    cosines, sines = noise._box_muller(integers)
+    assert np.isfinite(cosines).all()
+    assert np.isfinite(sines).all()
+    assert np.hypot(cosines, sines).max() <= 4 * 9.5
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 2 * BLOCK_PAIRS, 2 * BLOCK_PAIRS + 3])
@@ -53,7 +73,7 @@ def test_streams_differ_by_counter_key_and_purpose():
         (KEY, (4, "weight", 0)), (KEY, (3, "weight", 1)), (RunKey.from_seed(6).noise(), COUNTERS),
     ):  # fmt: skip
         assert not np.isin(secure_normals(key, counters, 10), first).any()
-    assert KEY.keystream(1)(16) != KEY.keystream(2)(16)
+    assert first_bytes(16, 1) != first_bytes(16, 2)
 
 
 def released(secret: float, *, is_secure: bool) -> np.ndarray:
@@ -91,8 +111,8 @@ def test_secure_noise_does_not_show_it():
 
 def released_fused(secret: float) -> np.ndarray:
     """What fused sums would show: noise rounded on rank 0, where nothing is, then another's sum."""
-    noise = GaussianNoise(KEY, 1.0, is_secure=True).slice(1, "w", 100_000, start=0, stop=100_000)
-    return (noise.float() + torch.tensor(secret)).numpy()
+    drawn = GaussianNoise(KEY, 1.0, is_secure=True).slice(1, "w", 100_000, start=0, stop=100_000)
+    return (drawn.float() + torch.tensor(secret)).numpy()
 
 
 def test_with_fused_sums_secure_noise_would_show_whether_another_rank_has_a_sum():

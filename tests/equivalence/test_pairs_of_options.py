@@ -144,13 +144,16 @@ SETTINGS = {
 def settings_of(pair):
     """The settings of a run with both options, on two workers."""
     settings = {
-        "privacy": {"epsilon": 8, "delta": 1e-6, "clip_norm": 1, "cohort_size": 64, "num_steps": 9},
+        "privacy": {
+            "epsilon": 8, "delta": 1e-6, "clip_norm": 1, "cohort_size": 64, "num_steps": 9,
+            "secure_noise": False,
+        },
         "data": {"name": "chats", "store": "/nowhere", "block_tokens": 64},
         "model": {"name": "gpt2"},
         "train": {"microbatch_tokens": 4096},
         "cluster": {"num_workers": 2},
         "output": "/nowhere",
-    }
+    }  # fmt: skip
     for option in pair:
         for section, values in SETTINGS[option].items():
             settings[section] = settings[section] | values

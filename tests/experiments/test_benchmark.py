@@ -45,6 +45,7 @@ from udp_ray.experiments.benchmark.contestants import (
     write_synthetic_store,
 )
 from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluation
+from udp_ray.experiments.benchmark.noise import measure_noise_draws
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
 from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation
 from udp_ray.experiments.benchmark.settings import (
@@ -315,7 +316,7 @@ def test_aims_evaluate_auto_by_its_worst_cell() -> None:
 
 def test_overhead_is_taken_at_the_models_own_size() -> None:
     parts = {
-        "noise": [Curve("values", "noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
+        "noise": [Curve("values", "secure noise", [(1000, 0.001), (100_000_000, 0.1)]).to_dict()],
         "accounting": {"latency_s": 0.02},
         "data_wait": {"share": 0.5, "cell": "a"},
     }
@@ -345,6 +346,17 @@ def test_the_noise_that_is_timed_is_the_engines(monkeypatch: pytest.MonkeyPatch)
     curves = benchmark_parts.measure_noise([10, 1000], num_threads=1)
     assert [curve.what for curve in curves] == ["noise", "secure noise"]
     assert all(seconds > 0 for curve in curves for _, seconds in curve.points)
+
+
+def test_generators_of_noise_are_timed_side_by_side() -> None:
+    found = measure_noise_draws(num_values=2**16, rounds=1)
+    each, ratio = found["ns_per_value"], found["ratio"]
+    assert {"noise", "secure noise", "SFC64"} < set(each)
+    assert min(each.values()) > 0
+    assert ratio["secure noise"] == pytest.approx(each["secure noise"] / each["noise"])
+    assert [row["what"] for row in found["background"]] == ["noise", "secure noise"]
+    text = "\n".join(report._noise_draws_lines(found))
+    assert "secure noise of 65,536 values beside 1 threads of products" in text
 
 
 def test_what_float64_sums_cost_is_measured_for_each_way_of_adding() -> None:

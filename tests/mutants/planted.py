@@ -223,18 +223,18 @@ NOISE = [
         name="noise_halved_after_the_check",
         breaks="review: the start-up check sees other noise than the steps get",
         file="udp_ray/engine/step.py",
-        text="        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
+        text="        with self._ahead.drawing(self._noise, step) as noise:\n",
         replacement="        if self._noise is not None:\n"
         "            self._noise.noise_stddev = self.plan.fresh_noise_stddev / 2\n"
-        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
+        "        with self._ahead.drawing(self._noise, step) as noise:\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
         name="noise_repeated_between_steps",
         breaks="review, P13: every step gets the noise of the first",
-        file="udp_ray/engine/step.py",
-        text="self._noisy_mean(self._noise, step), step)",
-        replacement="self._noisy_mean(self._noise, 1), step)",
+        file="udp_ray/dp/noise_ahead.py",
+        text="self._step, name, numel, start=start",
+        replacement="1, name, numel, start=start",
         tests=("tests/engine/test_step.py::test_the_noise_of_two_steps_differs",),
     ),
     Mutant(
@@ -262,8 +262,8 @@ NOISE = [
         name="no_noise_in_steps",
         breaks="P27: the hook that adds the noise does not run, and training goes on",
         file="udp_ray/engine/step.py",
-        text="self._noisy_mean(self._noise, step), step)",
-        replacement="self._noisy_mean(None, step), step)",
+        text="            mean = self._noisy_mean(noise, step)\n",
+        replacement="            mean = self._noisy_mean(None, step)\n",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
@@ -321,8 +321,9 @@ NOISE = [
         name="noise_in_bfloat16",
         breaks="P14: a coarse grid of noise, through which single values shine",
         file="udp_ray/dp/noise.py",
-        text="        return drawn\n",
-        replacement="        return torch.from_numpy(drawn).bfloat16().float().numpy()\n",
+        text="            out *= _rounded_up(self.noise_stddev)\n",
+        replacement="            out *= _rounded_up(self.noise_stddev)\n"
+        "            out[:] = torch.from_numpy(out).bfloat16().float().numpy()\n",
         tests=("tests/guarantee/test_noise.py::test_noise_lies_on_no_coarse_grid",),
     ),
     Mutant(
@@ -345,14 +346,44 @@ NOISE = [
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
     ),
     Mutant(
+        name="secure_noise_of_one_draw",
+        breaks="P38: a single draw of 53 bits stands behind each secure value",
+        file="udp_ray/dp/noise.py",
+        text="DRAWS = 4\n",
+        replacement="DRAWS = 1\n",
+        tests=(
+            "tests/dp/test_secure_noise.py::test_each_value_is_four_draws_by_box_and_muller_over_two",
+        ),
+    ),
+    Mutant(
+        name="drawn_noise_left_in_memory",
+        breaks="P38: noise that can be subtracted stays in memory after its step",
+        file="udp_ray/dp/noise_ahead.py",
+        text="                self._memory.zero_()\n",
+        replacement="                pass\n",
+        tests=("tests/dp/test_noise_ahead.py::test_no_noise_and_no_thread_outlives_a_step",),
+    ),
+    Mutant(
+        name="failed_draw_of_noise_ignored",
+        breaks="P38: where a thread fails, zeros or old noise are added in place of noise",
+        file="udp_ray/dp/noise_ahead.py",
+        text="        return piece.values.result()\n",
+        replacement="        piece.values.exception()\n"
+        "        return self._memory[piece.first : piece.last]\n",
+        tests=("tests/dp/test_noise_ahead.py::test_an_error_of_a_thread_is_one_of_the_step",),
+    ),
+    Mutant(
         name="divisor_realized",
         breaks="review, P1: the sum is divided by how many groups came",
         file="udp_ray/engine/step.py",
-        text="        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
-        "        self.engine.apply(self._noisy_mean(self._noise, step), step)\n",
-        replacement="        groups = list(groups)\n"
-        "        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)\n"
-        "        mean = self._noisy_mean(self._noise, step)\n"
+        text="            balance = self._kernel.add_clipped("
+        "self._sum, groups, self.clip_norm.bound)\n"
+        "            mean = self._noisy_mean(noise, step)\n"
+        "        self.engine.apply(mean, step)\n",
+        replacement="            groups = list(groups)\n"
+        "            balance = self._kernel.add_clipped("
+        "self._sum, groups, self.clip_norm.bound)\n"
+        "            mean = self._noisy_mean(noise, step)\n"
         "        share = self.plan.divisor / max(1, len(groups))\n"
         "        self.engine.apply({name: share * part for name, part in mean.items()}, step)\n",
         tests=(NOISE_AND_DIVISOR,),
@@ -361,18 +392,18 @@ NOISE = [
         name="sum_not_cleared",
         breaks="review, P31: the sum of earlier steps is in the next, again and again",
         file="udp_ray/engine/step.py",
-        text="        self._sum.clear()\n        balance",
-        replacement="        balance",
+        text="            self._sum.clear()\n            balance",
+        replacement="            balance",
         tests=(NOISE_AND_DIVISOR,),
     ),
     Mutant(
         name="empty_cohort_skipped",
         breaks="P4: a step without users adds no noise, which tells that there were none",
         file="udp_ray/engine/step.py",
-        text="        balance = self._kernel",
+        text="        with self._ahead.drawing(self._noise, step) as noise:\n",
         replacement="        if not list(groups):\n"
         "            return\n"
-        "        balance = self._kernel",
+        "        with self._ahead.drawing(self._noise, step) as noise:\n",
         tests=(f"{LOOP}::test_a_step_whose_draw_is_empty_is_taken_and_noised_like_any_other",),
     ),
     Mutant(
@@ -678,6 +709,20 @@ LEDGER = [
         "                    break\n",
         tests=(
             f"{LOOP}::test_a_step_is_authorized_before_its_noise_is_drawn_and_no_other_is_asked_for",
+        ),
+    ),
+    Mutant(
+        name="noise_drawn_before_the_authorization",
+        breaks="P26: noise of the next step is drawn ahead, and the ledger may refuse that step",
+        file="udp_ray/engine/loop.py",
+        text="                budget_message = self._ask(self.step + 1)\n",
+        replacement="                if (noise := self.private_step._noise) is not None:\n"
+        "                    for name, shape in self.engine.shapes.items():\n"
+        "                        noise.tensor(self.step + 1, name, tuple(shape))\n"
+        "                budget_message = self._ask(self.step + 1)\n",
+        tests=(
+            f"{LOOP}::test_a_step_is_authorized_before_its_noise_is_drawn_and_no_other_is_asked_for",
+            f"{LOOP}::test_no_noise_is_drawn_for_a_step_that_was_refused",
         ),
     ),
     Mutant(

@@ -64,8 +64,8 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
     )
     zero = ZeroEngine(model, parameters, config.train, num_steps=2)
     key = RunKey.from_seed(0).noise()
-    noise = GaussianNoise(key, plan.noise_stddev) if world.is_first else None
-    step = PrivateStep(kernel, zero, plan, noise, world=world)
+    noise = GaussianNoise(key, plan.noise_stddev, is_secure=plan.secure_noise)
+    step = PrivateStep(kernel, zero, plan, noise if world.is_first else None, world=world)
     group = synthetic_group(model, plan.group_size, config.data.block_tokens)
     average = None
     if config.train.averaging is not None:

@@ -55,7 +55,8 @@ class Observed:
     events: list[tuple[Any, ...]] = field(default_factory=list)
     """("read", "train" or "heldout", example), ("authorize", step, digest), ("noise", key, step,
     type) with the key's purpose ("noise" or "selfcheck"), ("publish", step), ("commit", step, ...),
-    ("metrics", dict). Reads come from a thread of their own."""
+    ("metrics", dict). Reads and draws of noise come from threads of their own; a draw is noted when
+    it begins."""
     groups: dict[int, list[Rows]] = field(default_factory=dict)
     """What the kernel was given, by step."""
     weights: list[Weights] = field(default_factory=list)
@@ -235,9 +236,8 @@ def _watched(
         kernels[-1].step = None
 
     def slice_noise(self: GaussianNoise, step: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        drawn = slice_of(self, step, *args, **kwargs)
-        seen.events.append(("noise", purposes.get(self._key, "another"), step, drawn.dtype))
-        return drawn
+        seen.events.append(("noise", purposes.get(self._key, "another"), step, self.dtype))
+        return slice_of(self, step, *args, **kwargs)
 
     with (
         mock.patch.object(loop, "select_kernel", select_kernel),

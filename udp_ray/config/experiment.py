@@ -181,6 +181,10 @@ MOST_EVALUATED = 4096
 """Held-out examples of an evaluation by default; more change the mean over users little."""
 FORWARDS_PER_EXAMPLE = 3
 """Forward passes that cost as much as one forward and backward pass."""
+NOISE_BUFFER_BYTES = 2**26
+"""Noise that is drawn ahead by default on a CPU, where gradients are in the same memory."""
+GPU_NOISE_BUFFER_BYTES = 2**30
+"""The same beside a GPU, whose steps are short and whose host has memory to spare."""
 
 
 def _is_number(text: str) -> bool:
@@ -246,8 +250,18 @@ class TrainConfig(Section):
     ghost under zero_stage 3, which direct does not support."""
     fuse_reduce: bool = False
     """Adds the noise to rank 0's own clipped sum before the reduction: one reduction less. No
-    effect under zero_stage 3, which reduces layer by layer. Refused with privacy.secure_noise above
+    effect under zero_stage 3, which reduces layer by layer. Needs privacy.secure_noise false above
     one worker."""
+    noise_buffer: Annotated[int, Field(ge=0)] | None = None
+    """Host memory in MiB for noise that rank 0 draws while gradients are computed; 0 draws it
+    afterwards. No more is taken than a step's noise has: 8 bytes per trained weight, or 4 with
+    privacy.secure_noise false. Default: 64, or 1,024 on GPUs."""
+
+    def noise_buffer_bytes(self, *, use_gpu: bool) -> int:
+        """Returns the most bytes of noise that rank 0 draws ahead."""
+        if self.noise_buffer is None:
+            return GPU_NOISE_BUFFER_BYTES if use_gpu else NOISE_BUFFER_BYTES
+        return self.noise_buffer * 2**20
 
     @field_validator("evaluate_examples", mode="before")
     @classmethod
@@ -359,6 +373,7 @@ SPEED_ONLY = {
     "evaluate_examples",
     "fuse_reduce",
     "kernel",
+    "noise_buffer",
 }
 
 
@@ -409,7 +424,7 @@ def require_fusible(*, is_secure: bool, expected_groups: int, num_workers: int) 
             "privacy.secure_noise is true, train.fuse_reduce true and cluster.num_workers"
             f" {num_workers}: rank 0 would round its noise before the other workers' sums are"
             " added, which brings back the attack on floating-point noise; set train.fuse_reduce"
-            " false"
+            " false, or accept the attack with privacy.secure_noise false"
         )
     if expected_groups > MOST_FUSED:
         raise ConfigError(

@@ -23,12 +23,13 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from numpy.typing import NDArray
 
 SECRET_BYTES = 32
 STREAM_BYTES = 16
@@ -44,6 +45,26 @@ _SEED = b"udp-ray seed"
 
 _CHACHA_KEY_BYTES = 32
 _CHACHA_NONCE_BYTES = 16  # a block counter and a nonce, both from zero
+_ZEROS = memoryview(bytes(2**16))  # what is encrypted to see the stream itself
+
+
+class Keystream:
+    """The bytes of ChaCha20 [3] under one key, from the first one on. Sensitive.
+
+    Args:
+        key: 32 bytes that no other stream uses. Secret.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        cipher = Cipher(ChaCha20(key, nonce=bytes(_CHACHA_NONCE_BYTES)), mode=None)
+        self._encryptor = cipher.encryptor()
+
+    def fill(self, array: NDArray[Any]) -> None:
+        """Overwrites a contiguous array with the next bytes."""
+        target = array.data.cast("B")
+        for start in range(0, len(target), len(_ZEROS)):
+            part = target[start : start + len(_ZEROS)]
+            self._encryptor.update_into(_ZEROS[: len(part)], part)
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,8 +84,8 @@ class StreamKey:
     def __repr__(self) -> str:
         return "StreamKey(hidden)"
 
-    def keystream(self, *counters: int | str) -> Callable[[int], bytes]:
-        """Returns a function that returns the next bytes of a cryptographic stream.
+    def keystream(self, *counters: int | str) -> Keystream:
+        """Returns a cryptographic stream, at its beginning.
 
         Args:
             counters: Name of the stream, as in `generator`.
@@ -75,9 +96,7 @@ class StreamKey:
         Edge cases:
             A stream ends after 256 GiB, with an error.
         """
-        key = _keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES)
-        encryptor = Cipher(ChaCha20(key, nonce=bytes(_CHACHA_NONCE_BYTES)), mode=None).encryptor()
-        return lambda count: encryptor.update(bytes(count))
+        return Keystream(_keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES))
 
     def cipher_key(self, *counters: int | str) -> bytes:
         """Returns the 32 secret bytes of these counters, as in `generator`, to encrypt with."""

@@ -36,7 +36,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from udp_ray.dp.clipping import accumulate
-from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
+from udp_ray.dp.noise import CHUNK_VALUES
+from udp_ray.dp.noise_ahead import NoiseSource
 from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.engine.distributed import World
 from udp_ray.errors import GuaranteeError
@@ -133,7 +134,7 @@ class ClippedSum:
         if not self._world.is_first:
             self.clear()
 
-    def add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+    def add_noise(self, noise: NoiseSource | None, step: int) -> None:
         """Adds the noise of a step in place on rank 0, which has it; it is None elsewhere."""
         if noise is None:
             return
@@ -297,7 +298,7 @@ class SlicedSum:
         if self._filled:
             self._empty_bucket()
 
-    def add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+    def add_noise(self, noise: NoiseSource | None, step: int) -> None:
         """Adds the noise of a step, drawn by rank 0 alone and sent in pieces. Collective.
 
         Args:
@@ -336,9 +337,7 @@ class SlicedSum:
         self._filled = 0
         self._pending = []
 
-    def _send_noise(
-        self, noise: GaussianNoise, step: int, name: str, start: int, stop: int
-    ) -> None:
+    def _send_noise(self, noise: NoiseSource, step: int, name: str, start: int, stop: int) -> None:
         """Draws a chunk on rank 0, adds the part of its own slice and sends the others theirs."""
         number = self._num_values[name]
         drawn = noise.slice(step, name, number, start=start, stop=stop).to(self._world.device)

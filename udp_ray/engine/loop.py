@@ -262,6 +262,9 @@ class TrainingLoop(ABC):
             self._noise(self.keys.noise),
             world=self.world,
             fuse_reduce=self.settings.fuse_reduce,
+            noise_buffer_bytes=self.settings.noise_buffer_bytes(
+                use_gpu=self.world.device.type == "cuda"
+            ),
         )
 
     def _noise(self, key: StreamKey | None) -> GaussianNoise | None:

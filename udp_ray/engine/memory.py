@@ -154,6 +154,8 @@ class MemoryEstimate:
     update: int
     """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
     works. An evaluation of the average takes less: a copy of the weights."""
+    noise_ahead: int = 0
+    """Noise that is drawn while gradients are computed, in host memory."""
     average: int = 0
     """The average of the weights over the steps, float64; rank 0 keeps it, or each rank its slices.
     """
@@ -162,7 +164,7 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """The most at any moment."""
         persistent = self.weights + self.clipped_sum + self.optimizer
-        persistent += self.past_noise + self.average
+        persistent += self.past_noise + self.noise_ahead + self.average
         return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -176,6 +178,7 @@ class MemoryEstimate:
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
             *([("past noise", self.past_noise)] if self.past_noise else []),
+            *([("noise ahead", self.noise_ahead)] if self.noise_ahead else []),
             *([("average", self.average)] if self.average else []),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
@@ -229,6 +232,7 @@ def estimate_memory(
         clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
         optimizer=_optimizer_bytes(trained, train, num_workers),
         past_noise=_past_noise_bytes(trained, plan, num_workers if is_sliced else 1),
+        noise_ahead=_noise_ahead_bytes(trained, plan, train, use_gpu=cluster.use_gpu),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
         average=_average_bytes(trained, train, num_workers),
@@ -272,6 +276,12 @@ def _past_noise_bytes(trained: int, plan: PricedPlan, num_slices: int) -> int:
     """Returns what correlated noise keeps of earlier steps: float64 if it is secure."""
     factor = 2 if plan.secure_noise else 1
     return factor * (plan.bands - 1) * trained // num_slices
+
+
+def _noise_ahead_bytes(trained: int, plan: PricedPlan, train: TrainConfig, *, use_gpu: bool) -> int:
+    """Returns the memory for noise that is drawn ahead: a step's noise, or what is allowed."""
+    factor = 2 if plan.secure_noise else 1
+    return min(factor * trained, train.noise_buffer_bytes(use_gpu=use_gpu))
 
 
 def _average_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:

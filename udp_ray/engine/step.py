@@ -3,6 +3,8 @@
     1. Clip:    each group's gradient to the clip norm, as a whole; add them up in float64.
     2. Reduce:  the ranks' sums to rank 0.
     3. Noise:   rank 0 adds Gaussian noise of standard deviation noise_multiplier * clip_norm, once.
+                It is drawn in background threads from the begin of the step on, which the ledger
+                has authorized (`dp/noise_ahead.py`).
                 With several bands the noise is fresh noise less a part of the last b - 1 steps'
                 (`dp/noise_history.py`).
     4. Divide:  by the plan's expected size, a public number; round to float32.
@@ -35,13 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udp_ray.config.experiment import require_fusible
-from udp_ray.dp.noise import GaussianNoise
+from udp_ray.config.experiment import NOISE_BUFFER_BYTES, require_fusible
+from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
+from udp_ray.dp.noise_ahead import NoiseAhead, NoiseSource
 from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.clip_norm import ClipNorm
 from udp_ray.engine.distributed import World
-from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, num_held_values
+from udp_ray.engine.gradient_sum import DRAWN_VALUES, ClippedSum, SlicedSum, num_held_values
 from udp_ray.engine.types import Engine, Kernel
 from udp_ray.errors import GuaranteeError
 
@@ -58,6 +61,7 @@ class PrivateStep:
         *,
         world: World,
         fuse_reduce: bool = False,
+        noise_buffer_bytes: int = NOISE_BUFFER_BYTES,
     ) -> None:
         """Checks that the parts fit together.
 
@@ -68,6 +72,7 @@ class PrivateStep:
             noise: The run's noise on rank 0; None elsewhere.
             world: The ranks.
             fuse_reduce: `TrainConfig.fuse_reduce`; see the module docstring.
+            noise_buffer_bytes: Most noise that rank 0 draws ahead; see `TrainConfig.noise_buffer`.
 
         Raises:
             GuaranteeError: If a rank other than 0 has noise, or the noise is not the plan's.
@@ -101,6 +106,13 @@ class PrivateStep:
                 num_held_values(engine.shapes, world.rank, world, is_sliced=engine.is_sliced),
                 dtype=noise_dtype,
             )
+        self._ahead = NoiseAhead(
+            {name: shape.numel() for name, shape in engine.shapes.items()},
+            dtype=noise_dtype,
+            piece_values=DRAWN_VALUES if engine.is_sliced else CHUNK_VALUES,
+            num_bytes=noise_buffer_bytes,
+            is_pinned=world.device.type == "cuda",
+        )
         self._sum: ClippedSum | SlicedSum
         if engine.is_sliced:
             self._sum = SlicedSum(
@@ -119,11 +131,14 @@ class PrivateStep:
             groups: This rank's groups, as the kernel reads them. Sensitive.
 
         Privacy:
-            Nothing that depends on the groups leaves the step, except the moved weights.
+            Nothing that depends on the groups leaves the step, except the moved weights. Noise is
+            drawn from here on: the step must be authorized.
         """
-        self._sum.clear()
-        balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)
-        self.engine.apply(self._noisy_mean(self._noise, step), step)
+        with self._ahead.drawing(self._noise, step) as noise:
+            self._sum.clear()
+            balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)
+            mean = self._noisy_mean(noise, step)
+        self.engine.apply(mean, step)
         self.clip_norm.follow(balance, self._noise, step)
         self._noise = self.clip_norm.scaled(self._noise)
 
@@ -161,11 +176,11 @@ class PrivateStep:
         if self.history is not None:
             self.history.restart()
 
-    def _noisy_mean(self, noise: GaussianNoise | None, step: int) -> dict[str, Tensor]:
+    def _noisy_mean(self, noise: NoiseSource | None, step: int) -> dict[str, Tensor]:
         """Returns what makes the engine see (clipped sum + noise) / divisor."""
         self._sum.reduce()
         self._add_noise(noise, step)
         return self._sum.mean(self.plan.divisor)
 
-    def _add_noise(self, noise: GaussianNoise | None, step: int) -> None:
+    def _add_noise(self, noise: NoiseSource | None, step: int) -> None:
         self._sum.add_noise(noise, step)

@@ -187,6 +187,7 @@ def plan_for(cell: Cell, clip_norm: float) -> PrivacyPlan:
         population=cell.num_users,
         population_is_declared=True,
         delta=1e-9,
+        secure_noise=True,
     )
 
 
@@ -385,7 +386,10 @@ class PrivateContestant:
             sums.reduce()
         require_equal_sums(entry.name, list(sums.views.values()), expected, entry.study.autocast)
         noise = GaussianNoise(
-            run_key().noise(), self._plan.noise_stddev, num_threads=torch.get_num_threads()
+            run_key().noise(),
+            self._plan.noise_stddev,
+            num_threads=torch.get_num_threads(),
+            is_secure=self._plan.secure_noise,
         )
         self._step = PrivateStep(
             kernel, zero, self._plan, noise if world.is_first else None, world=world

@@ -214,7 +214,7 @@ def overhead(row: Row, parts: dict[str, Any]) -> dict[str, float] | None:
     """
     if "noise" not in parts or "accounting" not in parts:
         return None
-    count, seconds = max(next(c for c in parts["noise"] if c["what"] == "noise")["points"])
+    count, seconds = max(next(c for c in parts["noise"] if c["what"] == "secure noise")["points"])
     cost = seconds * row["num_parameters"] / count + parts["accounting"]["latency_s"]
     return {
         "seconds": cost,
@@ -261,11 +261,28 @@ def _scaling_text(curves: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def _noise_draws_lines(draws: dict[str, Any]) -> list[str]:
+    lines = [
+        f"  {what}: {each:.1f} ns per value on one thread, {draws['ratio'][what]:.2f} of the noise"
+        for what, each in draws["ns_per_value"].items()
+    ]
+    for row in draws["background"]:
+        after, beside = (row[name] - row["compute_s"] for name in ("after_s", "beside_s"))
+        lines.append(
+            f"  {row['what']} of {draws['num_values']:,} values beside {row['num_threads']} threads"
+            f" of products on {row['num_cores']} cores: {_seconds(beside)} more than the products"
+            f" alone, and {_seconds(after)} if drawn after them"
+        )
+    return lines
+
+
 def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
     lines = ["Parts of a step by themselves"]
     for curve in parts["noise"]:
         points = ", ".join(f"{count:,} values: {_seconds(s)}" for count, s in curve["points"])
         lines.append(f"  {curve['what']}, on rank 0 alone: {points}")
+    if draws := parts.get("noise_draws"):
+        lines += _noise_draws_lines(draws)
     lines += [
         f"  sums in float64 instead of float32 ({row['what']}, width {row['width']}):"
         f" {row['share_of_step']:.2%} of a step's arithmetic"

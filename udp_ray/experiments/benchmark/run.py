@@ -20,6 +20,7 @@ from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.preparation import measure_preparation
+from udp_ray.experiments.benchmark.noise import measure_noise_draws
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.experiments.benchmark.startup import measure_startup
@@ -99,6 +100,7 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     display = current()
     display.phase("noise")
     noise = measurements.measure_noise(parts.noise_values, num_threads(study))
+    noise_draws = measure_noise_draws(num_threads=study.num_threads or 1)
     display.phase("sums in float64")
     sums = measurements.measure_float64_sums()
     display.phase("waiting for data")
@@ -120,6 +122,7 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
     return {
         "noise": [curve.to_dict() for curve in noise],
+        "noise_draws": noise_draws,
         "float64_sums": sums,
         "data_wait": data_wait,
         "balance": balance,
