@@ -85,6 +85,7 @@ class TinyRun:
     """Under els, what the kept examples are said to number."""
     num_steps: int = 4
     checkpoint_every: int = 2
+    async_checkpoints: bool = False
     seed: int = 7
     lora_rank: int | None = None
     """Trains adapters of this rank instead of the whole model."""
@@ -142,6 +143,7 @@ class TinyRun:
             average_share=self.average_share,
             publish=self.publish,
             checkpoint_every=self.checkpoint_every,
+            async_checkpoints=self.async_checkpoints,
             fuse_reduce=self.fuse_reduce,
             kernel=self.kernel,
         )
@@ -296,9 +298,7 @@ def run_loop(
     """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
     model = run.model() if model is None else model
 
-    def publish(step: int, checkpoint: Path | None) -> str | None:
-        if checkpoint is None:
-            return None
+    def publish(step: int, checkpoint: Path) -> str:
         events.append(("publish", step))
         return str(checkpoint.rename(checkpoints / f"{checkpoint.name}-{os.getpid()}"))
 

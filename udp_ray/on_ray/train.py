@@ -23,7 +23,7 @@ from udp_ray.console import current, progress
 from udp_ray.errors import DivergedError, WorkersLostError
 from udp_ray.io import METRICS_FILE, OutputFolder, require_storage
 from udp_ray.on_ray.accountant import AccountantConfig, RemoteAccountant, start_accountant
-from udp_ray.on_ray.checkpoints import require_writable
+from udp_ray.on_ray.checkpoints import make_folder, require_writable
 from udp_ray.on_ray.cluster import connected, require_capacity, worker_resources
 from udp_ray.on_ray.progress import EpsilonCurve, following
 from udp_ray.on_ray.worker import WorkerJob, run_worker
@@ -103,6 +103,7 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     current().phase("starting workers")
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
+    make_folder(run.run_folder)
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
     accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
