@@ -286,7 +286,7 @@ def _write_tensors(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Returns a contiguous tensor's bytes, without a copy; of a little-endian machine, as saved."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_flushed(

@@ -11,7 +11,11 @@ what is published is made from that one alone.
 from __future__ import annotations
 
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -33,6 +37,7 @@ from udp_ray.runs.admission import Run, admit, new_run_id, prepare_run, without_
 from udp_ray.runs.result import RunResult
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+LOWEST_PRIORITY = 19
 
 
 def train(
@@ -107,10 +112,9 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
     accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
-        with following(accountant, run.plan, curve, announce):
+        with following(accountant, run.plan, curve, announce, on_training=_load_publishing):
             stopped_by = _train(run, accountant)
         current().phase("publishing")
-        # Loads matplotlib and transformers, which would delay the start of the workers.
         from udp_ray.on_ray.publish import publish_run
 
         return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
@@ -119,6 +123,20 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     except BaseException:
         announce(f"run {run.run_id} has not ended: fix the cause, then continue with --resume")
         raise
+
+
+def _load_publishing() -> None:
+    """Loads matplotlib, transformers and DeepSpeed, for seconds, while the workers train.
+
+    Before that they would delay the start of the workers. On Linux the thread gives way to other
+    processes. An error is left to the driver, which needs the same at the end.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    with suppress(Exception):
+        from udp_ray.on_ray.publish import warm_up
+
+        warm_up()
 
 
 def _remove_ray_snapshot(run_folder: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -158,7 +159,7 @@ class _Bench:
                 continue
             stopped = time.perf_counter()
             snapshot = self._snapshot(self._reusing() if way == "asynchronous" else to_host)
-            writer.start(lambda is_cancelled, snapshot=snapshot: self._write(snapshot))
+            writer.start(partial(self._write, snapshot))
             if way == "awaited":
                 writer.take(wait=True)
             pause = time.perf_counter() - stopped
@@ -175,9 +176,11 @@ class _Bench:
         weights, optimizer = self._engine.weights(copy), self._engine.optimizer_state(copy)
         return checkpoint.Snapshot(self._step, "0" * 16, {}, weights, optimizer)
 
-    def _write(self, snapshot: checkpoint.Snapshot) -> str:
+    def _write(
+        self, snapshot: checkpoint.Snapshot, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> str:
         directory, place = self._folder / "writing" / "step", self._folder / f"{snapshot.step}"
-        digest = checkpoint.write(directory, snapshot)
+        digest = checkpoint.write(directory, snapshot, is_cancelled=is_cancelled)
         store(directory, str(place))
         for file in place.iterdir():  # so that the disk does not fill
             file.unlink()

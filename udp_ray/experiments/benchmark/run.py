@@ -18,6 +18,7 @@ import torch
 from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
+from udp_ray.experiments.benchmark.checkpoints import measure_checkpoints
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
@@ -110,6 +111,10 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     # Last, because it joins a process group, whose variables processes started later would inherit.
     display.phase("evaluation")
     evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
+    checkpoints = None
+    if parts.checkpoint_values is not None:
+        display.phase("checkpoints")
+        checkpoints = measure_checkpoints(num_values=parts.checkpoint_values)
     return {
         "noise": [curve.to_dict() for curve in noise],
         "float64_sums": sums,
@@ -117,4 +122,5 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "balance": balance,
         "accounting": accounting,
         "evaluation": evaluation,
+        "checkpoints": checkpoints,
     }

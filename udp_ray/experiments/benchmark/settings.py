@@ -146,6 +146,9 @@ class Parts(Section):
     """Number of those steps."""
     evaluation_tokens: PositiveInt = 65_536
     """Approximate tokens of that cell's users when they are held out and evaluated."""
+    checkpoint_values: PositiveInt | None = 124_000_000
+    """Trained parameters of the checkpoint whose cost is measured; it takes some 40 bytes of memory
+    for each. None measures none."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
