@@ -26,10 +26,14 @@ def make_engine(model=None, **changes):
     return ZeroEngine(model, trainable_parameters(model), run.settings(), num_steps=4)
 
 
-def write(directory, zero):
-    return checkpoint.write(
-        directory, zero, step=3, key_id=KEY.id, provenance={"run_id": "r"}, world=join_world()
-    )
+def write(directory, zero, step=3):
+    """Writes a checkpoint of an engine, in a world of one rank."""
+    return checkpoint.write(directory, snapshot_of(zero, step))
+
+
+def snapshot_of(zero, step=3):
+    weights, optimizer = zero.weights(), zero.optimizer_state()
+    return checkpoint.Snapshot(step, KEY.id, {"run_id": "r"}, weights, optimizer)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(folder: Path, model: str, **changes: object) -> ExperimentConfig:
     train = {"microbatch_tokens": MICROBATCH, "zero_stage": changes.pop("zero_stage", 0),
              "kernel": changes.pop("kernel", "ghost"),
-             "average": changes.pop("average", "none")}  # fmt: skip
+             "average": changes.pop("average", "none"),
+             "async_checkpoints": changes.pop("async_checkpoints", False)}  # fmt: skip
     return ExperimentConfig.model_validate(
         {
             "privacy": {"noise_multiplier": 1.0, "delta": 1e-6, "clip_norm": 1.0, "group_size": 2,
@@ -78,6 +79,12 @@ CASES = [
     ),
     *(
         pytest.param("gpt2", {"average": "ema", "zero_stage": s, "num_workers": 2}, marks=slow)
+        for s in (0, 2, 3)
+    ),
+    *(
+        pytest.param(
+            "gpt2", {"async_checkpoints": True, "zero_stage": s, "num_workers": 2}, marks=slow
+        )
         for s in (0, 2, 3)
     ),
     pytest.param("gpt2", {"lora": {"rank": 8}}, marks=slow),
@@ -151,6 +158,25 @@ def test_an_average_takes_eight_bytes_a_weight_and_less_in_slices(models: Path) 
     assert "average" in whole.to_text()
     assert "average" not in plain.to_text()
     assert whole.to_dict()["average"] == whole.average
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_asynchronous_checkpoints_take_a_copy_of_all_that_they_hold(
+    models: Path, stage: int
+) -> None:
+    plain, copied, averaged = (
+        estimated(settings(models, "gpt2", zero_stage=stage, num_workers=4, **changes))
+        for changes in ({}, {"async_checkpoints": True},
+                        {"async_checkpoints": True, "average": "ema"})
+    )  # fmt: skip
+    weights = AutoModelForCausalLM.from_pretrained(models / "gpt2").parameters()
+    number = sum(weight.numel() for weight in weights)
+    assert plain.checkpoint == 0
+    assert copied.checkpoint == 12 * number  # weights and AdamW's two moments, whole on rank 0
+    assert averaged.checkpoint == 20 * number
+    assert copied.total_bytes - plain.total_bytes == copied.checkpoint
+    assert "copy for checkpoints" in copied.to_text()
+    assert "copy for checkpoints" not in plain.to_text()
 
 
 def test_adapters_are_all_that_is_summed(models: Path) -> None:

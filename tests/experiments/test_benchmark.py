@@ -32,6 +32,7 @@ from udp_ray.experiments.benchmark.cells import (
     measured,
     run_cell,
 )
+from udp_ray.experiments.benchmark.checkpoints import measure_checkpoints
 from udp_ray.experiments.benchmark.contestants import (
     Entry,
     PrivateContestant,
@@ -418,6 +419,18 @@ def test_an_evaluation_of_other_rows_has_no_speed() -> None:
 
 
 @pytest.mark.slow
+def test_a_checkpoint_is_measured_awaited_and_asynchronous() -> None:
+    found = measure_checkpoints(num_values=20_000, num_steps=2, rounds=1, step_s=0.01)
+    assert found["num_bytes"] == 12 * 20_000  # weights and two moments
+    assert set(found["cost_s"]) == {"awaited", "asynchronous"}
+    assert found["pause_s"]["asynchronous"] > 0
+    for way, cost in found["cost_s"].items():
+        assert found["share"][way] == pytest.approx(cost / (found["every"] * 0.01))
+    aim = report.evaluate_aims([row("auto")], {"checkpoints": found})[-1]
+    assert aim.text.startswith("checkpoints")
+    assert aim.measured == found["share"]["asynchronous"]
+
+
 def test_the_demo_users_are_those_that_its_description_counts() -> None:
     lengths, offsets = benchmark_parts.demo_lengths()
     assert (len(offsets) - 1, len(lengths)) == (15_230, 195_694)

@@ -5,7 +5,9 @@ pytest tests/faults/test_workers.py
 
 import os
 import signal
+import time
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.slow
 STEP = 5  # between the checkpoints of steps 4 and 6
 EVERY = 2
 CHECKPOINT = 6
+PATIENCE_S = 120
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,35 @@ def test_a_worker_killed_in_the_middle_of_a_step_changes_nothing(
     with paused_at(moment, tmp_path / "moment", look_and_kill):
         train(to_folder(config, output), announce=no_output)
     assert charged == [STEP]  # reserved before the kill, its weights lost, and not charged again
+    assert ledger.run(run_id_in(output)).num_attempts > 1
+    undisturbed.require_alike(output, ledger)
+
+
+@pytest.mark.parametrize("name", ["publishing", "published"])
+def test_a_worker_killed_while_a_checkpoint_is_in_flight_changes_nothing(
+    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path,
+    name: Literal["publishing", "published"],
+) -> None:  # fmt: skip
+    output = tmp_path / "output"
+    train_settings = config.train.model_copy(update={"async_checkpoints": True})
+    disturbed = to_folder(config.model_copy(update={"train": train_settings}), output)
+    seen: list[tuple[int, int]] = []
+
+    def wait_for_a_step_and_kill(pid: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            run = ledger.run(run_id_in(output))
+            if run.charged_steps > CHECKPOINT - EVERY:
+                break
+            time.sleep(0.05)
+        seen.append((run.charged_steps, run.committed_step))
+        kill(pid)
+
+    with paused_at(Moment(name, CHECKPOINT - EVERY), tmp_path / "moment", wait_for_a_step_and_kill):
+        train(disturbed, announce=no_output)
+    ((charged, committed),) = seen
+    assert charged > CHECKPOINT - EVERY  # steps were taken while it was stored
+    assert committed == CHECKPOINT - 2 * EVERY
     assert ledger.run(run_id_in(output)).num_attempts > 1
     undisturbed.require_alike(output, ledger)
 

@@ -206,6 +206,54 @@ def test_no_history_draws_noise_more_often_than_was_paid_for(tmp_path_factory, e
             assert ledger.run("run").charged_steps == len(drawn)
 
 
+LATE_EVENTS = st.lists(
+    st.sampled_from(["step", "step", "step", "copy", "commit", "crash", "changed"]), max_size=40
+)
+
+
+@settings(max_examples=15)
+@given(LATE_EVENTS, st.integers(1, 10))
+def test_checkpoints_committed_late_never_let_a_step_start_from_other_weights(
+    tmp_path_factory, events, num_steps
+):
+    """A model of weights: each step's are a function of the ones before, its key and its number.
+
+    A checkpoint copies them, and may be committed when further steps are taken already. At any
+    crash the run goes back to the last commit; whatever it repeats must start from the weights
+    that the step had the first time, without being charged.
+    """
+    folder = tmp_path_factory.mktemp("history")
+    with new_ledger(f"sqlite:///{folder / 'ledger.sqlite'}") as ledger:
+        attempt, digests = started(ledger, num_steps=num_steps), DIGESTS
+        committed = (0, (), drivers.START)
+        step, weights, copied, drawn = 0, (), None, {}
+        for number, event in enumerate(events):
+            if event == "step":
+                try:
+                    authorize(ledger, attempt, step + 1, start=committed[2])
+                except PrivacyBudgetExceededError:
+                    assert len(drawn) == num_steps
+                    continue
+                step += 1
+                assert drawn.setdefault((attempt.key_id, step), weights) == weights
+                weights = (*weights, (attempt.key_id, step))
+            elif event == "copy" and step >= max(attempt.replay_until, committed[0] + 1):
+                copied = copied or (step, weights, f"checkpoint-{number}")
+            elif event == "commit" and copied:
+                ledger.commit(attempt, copied[0], checkpoint="/x", digest=copied[2])
+                committed, copied = copied, None
+            elif event in ("crash", "changed"):
+                if event == "changed":
+                    digests = dataclasses.replace(digests, config=f"config-{number}")
+                attempt = ledger.begin_attempt("run", digests, on_mismatch="rekey")
+                step, weights, copied = committed[0], committed[1], None
+                assert (attempt.resume_step, attempt.resume_digest or drivers.START) == (
+                    committed[0], committed[2],
+                )  # fmt: skip
+            assert set(reserved_steps(ledger)) == set(drawn)
+            assert ledger.run("run").charged_steps == len(drawn) <= num_steps
+
+
 # ---- why a repetition must be the same release
 
 

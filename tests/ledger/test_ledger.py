@@ -42,6 +42,7 @@ from udp_ray.errors import (
     ReplayRefusedError,
 )
 from udp_ray.ledger import Budget, Ledger, plan_digest, tables
+from udp_ray.ledger.tables import Rows
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -563,6 +564,46 @@ def test_with_a_commit_between_reserved_steps_the_run_would_be_refused_for_good(
         attempt = ledger.begin_attempt("run", DIGESTS)
         with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
             authorize(ledger, attempt, 5, start=attempt.resume_digest)
+
+
+def test_a_commit_behind_own_reservations_becomes_their_start(ledger):
+    """A checkpoint that was stored while its attempt took further steps."""
+    attempt = started(ledger)
+    authorize(ledger, attempt, 1, 2, 3, 4)
+    ledger.commit(attempt, 2, checkpoint="/two", digest="two")
+    authorize(ledger, attempt, 5, start="two")
+    again = ledger.begin_attempt("run", DIGESTS)
+    assert (again.resume_step, again.resume_digest, again.replay_until) == (2, "two", 5)
+    authorize(ledger, again, 3, 4, 5, start="two")
+    assert ledger.run("run").charged_steps == 5
+    with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+        authorize(ledger, again, 4)  # from the initial weights it would be another release
+
+
+def test_a_commit_leaves_the_reservations_of_earlier_attempts_as_they_were(ledger):
+    interrupted(ledger)  # steps 4 and 5, from step 3
+    second = ledger.begin_attempt("run", DIGESTS)
+    authorize(ledger, second, 4, 5, 6, 7, start="three")
+    with pytest.raises(LedgerError, match=r"step 4 .* before step 5 is repeated"):
+        ledger.commit(second, 4, checkpoint="/four", digest="four")
+    ledger.commit(second, 5, checkpoint="/five", digest="five")
+    third = ledger.begin_attempt("run", DIGESTS)
+    assert (third.resume_step, third.replay_until) == (5, 7)
+    authorize(ledger, third, 6, 7, start="five")
+    assert ledger.run("run").charged_steps == 7
+
+
+def test_if_reservations_kept_their_start_a_run_with_a_late_commit_could_not_continue(
+    ledger, monkeypatch
+):
+    """The failing arm: the ledger without the rule."""
+    monkeypatch.setattr(Rows, "restart_reserved", lambda *_, **__: None)
+    attempt = started(ledger)
+    authorize(ledger, attempt, 1, 2, 3)
+    ledger.commit(attempt, 2, checkpoint="/two", digest="two")
+    again = ledger.begin_attempt("run", DIGESTS)
+    with pytest.raises(ReplayRefusedError, match="another starting checkpoint"):
+        authorize(ledger, again, 3, start="two")
 
 
 def test_a_rekeyed_attempt_repeats_no_reserved_step_and_may_commit_at_once(ledger):

@@ -729,9 +729,9 @@ LEDGER = [
         name="metrics_before_the_commit",
         breaks="review: what is computed of weights that may be lost leaves all the same",
         file="udp_ray/engine/loop.py",
-        text="        if self.publish is not None:\n",
-        replacement='        self._report({"step": self.step, **heldout})\n'
-        "        if self.publish is not None:\n",
+        text="        self.in_flight = InFlight(self.step, metrics)\n",
+        replacement="        self._report(metrics)\n"
+        "        self.in_flight = InFlight(self.step, metrics)\n",
         tests=(
             "tests/engine/test_loop.py"
             "::test_each_step_is_authorized_and_metrics_leave_after_their_commit",
@@ -1265,6 +1265,49 @@ OUTPUTS = [
         ),
     ),
     Mutant(
+        name="checkpoint_of_the_live_weights",
+        breaks="a checkpoint that is written meanwhile holds the weights of later steps",
+        file="udp_ray/engine/checkpoint.py",
+        text="        return buffer.copy_(tensor.detach(), non_blocking=True)",
+        replacement="        return tensor.detach()",
+        tests=(
+            "tests/engine/test_async_checkpoints.py"
+            "::test_memory_is_used_again_and_later_changes_do_not_reach_it",
+        ),
+    ),
+    Mutant(
+        name="checkpoint_in_flight_not_committed_as_start",
+        breaks="a run whose checkpoint was committed behind its last step cannot be resumed",
+        file="udp_ray/ledger/tables.py",
+        text="        self._connection.execute(changed.values(start_digest=start_digest))",
+        replacement="        changed.values(start_digest=start_digest)",
+        tests=(
+            "tests/ledger/test_ledger.py::test_a_commit_behind_own_reservations_becomes_their_start",
+        ),
+    ),
+    Mutant(
+        name="commit_behind_another_attempts_step",
+        breaks="steps of an earlier attempt are repeated from weights that it never had",
+        file="udp_ray/ledger/ledger.py",
+        text="rows.last_reserved(run, not_by=attempt.number)",
+        replacement="0",
+        tests=(
+            "tests/ledger/test_ledger.py"
+            "::test_a_commit_leaves_the_reservations_of_earlier_attempts_as_they_were",
+        ),
+    ),
+    Mutant(
+        name="step_authorized_before_a_diverged_evaluation_is_committed",
+        breaks="P44: the number of steps of a run that diverged follows how long they took",
+        file="udp_ray/engine/loop.py",
+        text="if is_last or not is_finite or not self.settings.async_checkpoints:",
+        replacement="if is_last or not self.settings.async_checkpoints:",
+        tests=(
+            "tests/engine/test_async_checkpoints.py"
+            "::test_after_an_evaluation_that_is_not_finite_training_waits_for_the_commit",
+        ),
+    ),
+    Mutant(
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
@@ -1539,8 +1582,8 @@ AVERAGE = [
         name="digest_without_the_average",
         breaks="the ledger's digest of a checkpoint does not cover its average",
         file="udp_ray/engine/checkpoint.py",
-        text="        files = sorted(file.name for file in temporary.iterdir())",
-        replacement="        files = sorted(ALWAYS)",
+        text='        "files": digests,',
+        replacement='        "files": {name: digests[name] for name in sorted(ALWAYS)},',
         tests=("tests/engine/test_average.py::test_the_digest_covers_the_average",),
     ),
     Mutant(

@@ -58,6 +58,11 @@ def test_phase_step_epsilon_and_held_out_loss_are_shown(curve: EpsilonCurve) -> 
         f"evaluating: step 6 of 24, measured {how_far}, epsilon {curve.at(6):.3f},"
         " held-out loss 5.432"
     )
+    waits = Progress(
+        attempts=1, phase="writing: the checkpoint of step 6", step=12, charged_steps=6
+    )
+    shown.show(waits)
+    assert log.text().startswith("writing: step 12 of 24, waits for the checkpoint of step 6, ")
     shown.show(Progress(attempts=1, phase="stopping workers", step=24, charged_steps=24))
     assert log.text() == "stopping workers"
 
@@ -98,6 +103,31 @@ def test_an_accountant_that_restarts_is_asked_again(
 
     with following(Accountant(), plan, curve, print):  # type: ignore[arg-type]
         assert is_asked_again.wait(20)
+
+
+def test_what_publishing_needs_is_prepared_once_when_steps_are_taken_and_not_before(
+    plan: PrivacyPlan, curve: EpsilonCurve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following_runs, "POLL_S", 0.01)
+    seen: list[int] = []
+    prepared: list[int] = []
+    is_over = threading.Event()
+
+    class Accountant:
+        def progress(self, seen_metrics: int) -> Progress:
+            seen.append(len(seen))
+            if len(seen) > 6:
+                is_over.set()
+            is_started = len(seen) > 3
+            return Progress(attempts=1, phase="training", step=int(is_started))
+
+    with following(
+        Accountant(), plan, curve, print,  # type: ignore[arg-type]
+        on_training=lambda: prepared.append(len(seen)),
+    ):  # fmt: skip
+        assert is_over.wait(20)
+    assert len(prepared) == 1
+    assert prepared[0] > 3
 
 
 def _unavailable() -> Progress:

@@ -8,11 +8,12 @@ pytest tests/on_ray/test_uncommitted.py
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import pytest
 
@@ -21,11 +22,18 @@ from tests.support.training import attempt_at
 from tests.support.without_ray import without_ray
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.engine.distributed import join_world
-from udp_ray.io import OutputFolder, below
+from udp_ray.errors import ConfigError
+from udp_ray.io import OutputFolder, below, is_url
 from udp_ray.ledger import Attempt
 from udp_ray.on_ray import publish, worker
 from udp_ray.on_ray.accountant import RemoteAccountant
-from udp_ray.on_ray.checkpoints import remove_uncommitted
+from udp_ray.on_ray.checkpoints import (
+    make_folder,
+    remove_uncommitted,
+    require_shared,
+    store,
+    workspace_of,
+)
 from udp_ray.on_ray.train import execute
 from udp_ray.on_ray.worker import RunCheckpoints
 from udp_ray.runs.admission import admit, prepare_run
@@ -123,6 +131,56 @@ def test_where_nothing_was_committed_no_checkpoint_stays(storage: str, tmp_path:
     )
     begin(start, storage, tmp_path)
     assert names_in(tmp_path) == [OF_RAY]
+
+
+# ---- storing one
+
+
+def written(folder: Path) -> Path:
+    """A checkpoint where it was written, before it is stored."""
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"weights" * 1000)
+    (folder / "checkpoint.json").write_text("{}")
+    return folder
+
+
+def test_a_checkpoint_is_stored_whole_in_a_folder_and_at_a_url(
+    storage: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    workspace = workspace_of(storage, 2)
+    assert (workspace is None) == is_url(storage)
+    place = workspace or tmp_path_factory.mktemp("elsewhere")
+    location = RunCheckpoints(storage, start_of(storage)).publish(6, written(place / "step-6"))
+    assert location == below(storage, "checkpoint-00000006-attempt-2")
+    stored = tmp_path / "checkpoint-00000006-attempt-2"
+    assert names_in(stored) == ["checkpoint.json", "weights.safetensors"]
+    assert (stored / "weights.safetensors").read_bytes() == b"weights" * 1000
+
+
+def test_a_checkpoint_that_is_not_whole_in_its_storage_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(source: BinaryIO, target: BinaryIO, length: int) -> None:
+        target.write(source.read()[:-1])
+
+    monkeypatch.setattr(shutil, "copyfileobj", cut_short)
+    with pytest.raises(OSError, match="was not stored whole"):
+        store(written(tmp_path / "step-6"), f"file://{tmp_path}/stored")
+
+
+def test_what_a_killed_attempt_was_writing_is_removed(storage: str, tmp_path: Path) -> None:
+    written(tmp_path / "writing-attempt-1" / "step-00000006.partial")
+    begin(start_of(storage), storage, tmp_path)
+    assert names_in(tmp_path) == [*KEPT, OF_RAY]
+
+
+def test_a_folder_that_only_the_driver_has_is_refused_before_an_attempt_begins(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"is not on the node of worker 0: set cluster\.storage"):
+        begin(start_of(str(tmp_path)), str(tmp_path / "absent"), tmp_path)
+    make_folder(str(tmp_path / "absent"))
+    require_shared(str(tmp_path / "absent"))
 
 
 # ---- the end of a run

@@ -14,6 +14,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.average import IterateAverage
+from udp_ray.engine.checkpoint import HostCopies
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.kernels.select import select_kernel, synthetic_group
 from udp_ray.engine.step import PrivateStep
@@ -70,8 +71,13 @@ def _take_steps(config: ExperimentConfig, num_groups: int) -> None:
     average = None
     if config.train.averaging is not None:
         average = IterateAverage(zero, config.train, num_steps=2, world=world)
+    copies = HostCopies() if config.train.async_checkpoints else None
     for number in (1, 2):
         step.run(number, [group] * num_groups)
+        if copies is not None:  # in use until the next checkpoint
+            copies.begin()
+            zero.weights(copies)
+            zero.optimizer_state(copies)
         if average is not None:
             average.update(number)
             with average.in_model():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +32,7 @@ from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
 from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
-from udp_ray.engine.types import Accountant, Metrics, TrainResult
+from udp_ray.engine.types import Accountant, Metrics, Publish, TrainResult
 from udp_ray.errors import PrivacyBudgetExceededError
 from udp_ray.ledger import Attempt
 from udp_ray.models.load import trainable_parameters
@@ -85,6 +85,7 @@ class TinyRun:
     """Under els, what the kept examples are said to number."""
     num_steps: int = 4
     checkpoint_every: int = 2
+    async_checkpoints: bool = False
     seed: int = 7
     lora_rank: int | None = None
     """Trains adapters of this rank instead of the whole model."""
@@ -142,6 +143,7 @@ class TinyRun:
             average_share=self.average_share,
             publish=self.publish,
             checkpoint_every=self.checkpoint_every,
+            async_checkpoints=self.async_checkpoints,
             fuse_reduce=self.fuse_reduce,
             kernel=self.kernel,
         )
@@ -292,13 +294,14 @@ def run_loop(
     checkpoints: Path,
     resume: Attempt | None = None,
     model: nn.Module | None = None,
+    *,
+    publish: Publish | None = None,
+    on_phase: Callable[[str], None] | None = None,
 ) -> TinyOutcome:
     """Runs the training loop and returns what it left; rank 0 publishes into `checkpoints`."""
     model = run.model() if model is None else model
 
-    def publish(step: int, checkpoint: Path | None) -> str | None:
-        if checkpoint is None:
-            return None
+    def move(step: int, checkpoint: Path) -> str:
         events.append(("publish", step))
         return str(checkpoint.rename(checkpoints / f"{checkpoint.name}-{os.getpid()}"))
 
@@ -314,7 +317,8 @@ def run_loop(
         autocast=run.autocast,
         keys=run.keys(dist.get_rank()),
         accountant=accountant,
-        publish=publish,
+        publish=publish or move,
+        on_phase=on_phase,
         on_metrics=note if is_first else None,
         workspace=checkpoints / "workspace",
         attempt=resume,

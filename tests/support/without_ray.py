@@ -3,27 +3,23 @@
     with without_ray(before_step=clock.advance):
         result = execute(run, resume=False, announce=print)
 
-Replaced are Ray's calls alone: the actor is an object, the worker group is this process, and a
-reported checkpoint is copied into the run's storage. What is written, and when, is as on a cluster.
+Replaced are Ray's calls alone: the actor is an object, and the worker group is this process. What
+is written, and when, is as on a cluster.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import ray
-from ray.train import Checkpoint
 
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
-from udp_ray.io import below
 from udp_ray.on_ray import train as driver
 from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
 
@@ -80,12 +76,5 @@ class _LocalTrainer:
 
     def fit(self) -> None:
         """Trains."""
-        folder = self._settings["job"].run_folder
-
-        def report(metrics: Any, *, checkpoint: Checkpoint, checkpoint_dir_name: str) -> None:
-            shutil.copytree(checkpoint.path, below(folder, checkpoint_dir_name))
-
         join_world()
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with mock.patch.object(ray.train, "report", report):
-            self._worker(self._settings)
+        self._worker(self._settings)

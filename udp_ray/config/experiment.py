@@ -238,6 +238,9 @@ class TrainConfig(Section):
     """Weights that are published as the model: those after the last step, or their average."""
     checkpoint_every: PositiveInt = 50
     """Number of steps between checkpoints; metrics are released with committed checkpoints only."""
+    async_checkpoints: bool = False
+    """Writes and stores checkpoints while training goes on, from a copy in rank 0's host memory.
+    The ledger names one once it is whole; if the next one is due before that, training waits."""
     evaluate_every: PositiveInt | None = None
     """Number of steps between held-out evaluations, a multiple of train.checkpoint_every. Default:
     train.checkpoint_every."""
@@ -369,6 +372,7 @@ SPEED_ONLY = {
     "microbatch_tokens",
     "activation_checkpointing",
     "checkpoint_every",
+    "async_checkpoints",
     "evaluate_every",
     "evaluate_examples",
     "fuse_reduce",

@@ -46,7 +46,7 @@ from torch import Tensor
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import slice_length
-from udp_ray.engine.types import Engine
+from udp_ray.engine.types import Copy, Engine, to_host
 
 ETA = 8
 """Of polynomial-decay averaging: (ETA + 1) / (t + ETA) is the share of step t."""
@@ -107,12 +107,15 @@ class IterateAverage:
             start, stop = self._engine.slice_range(name)
             value.copy_(wholes[name].reshape(-1)[start:stop].view_as(value))
 
-    def wholes(self) -> dict[str, Tensor]:
+    def wholes(self, copy: Copy = to_host) -> dict[str, Tensor]:
         """Returns whole averages by name, float64, in host memory on rank 0; else {}. Collective.
 
-        They own their memory, so that they may be kept while steps are taken.
+        They are copies, so that they may be kept while steps are taken.
+
+        Args:
+            copy: Makes the copies, by average/parameter.
         """
-        wholes = {name: self._whole(name) for name in self._engine.parameters}
+        wholes = {name: self._whole(name, copy) for name in self._engine.parameters}
         return {name: whole for name, whole in wholes.items() if whole is not None}
 
     @contextmanager
@@ -146,11 +149,11 @@ class IterateAverage:
         dist.broadcast(whole, src=0)
         return whole
 
-    def _whole(self, name: str) -> Tensor | None:
+    def _whole(self, name: str, copy: Copy) -> Tensor | None:
         """Returns a whole average in host memory on rank 0; None elsewhere. Collective."""
         shape = self._engine.shapes[name]
         if not self._engine.is_sliced:
-            return self._values[name].to("cpu", copy=True) if self._world.is_first else None
+            return copy(f"average/{name}", self._values[name]) if self._world.is_first else None
         held = self._values[name].to(self._world.device)
         length = slice_length(shape.numel(), self._world.size)
         held = torch.nn.functional.pad(held, (0, length - held.numel()))
@@ -159,4 +162,4 @@ class IterateAverage:
             return None
         slices = [torch.empty_like(held) for _ in range(self._world.size)]
         dist.gather(held, slices, dst=0)
-        return torch.cat(slices)[: shape.numel()].view(shape).cpu()
+        return copy(f"average/{name}", torch.cat(slices)[: shape.numel()].view(shape))

@@ -10,8 +10,12 @@
 
 The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
 files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
-checkpoint is written to a temporary folder and renamed. The learning rate is a function of the step
-and needs no state. The run key is named by its id; the key itself is never in a checkpoint.
+checkpoint is written to a temporary folder, flushed to the disk and renamed. The learning rate is a
+function of the step and needs no state. The run key is named by its id; the key itself is never in
+a checkpoint.
+
+What a checkpoint holds is copied between two steps (`Snapshot`, by all ranks), and written later by
+rank 0 alone (`write`), in a thread while training goes on if `train.async_checkpoints` says so.
 """
 
 from __future__ import annotations
@@ -21,20 +25,20 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from udp_ray.engine.distributed import World
 from udp_ray.engine.types import Engine
-from udp_ray.errors import CheckpointError
-from udp_ray.io import writing
+from udp_ray.errors import CheckpointError, GuaranteeError
+from udp_ray.io import flush, writing
 
 FORMAT = 1
 FROZEN = "frozen_weights"
@@ -47,6 +51,10 @@ NOISE = "noise.sealed"
 AVERAGE = "average.safetensors"
 ALWAYS = {WEIGHTS, OPTIMIZER}
 OPTIONAL = {AVERAGE, NOISE}
+PIECE_BYTES = 2**22
+"""Bytes that are digested and written at once."""
+SAFETENSORS_KINDS = {torch.float32: "F32", torch.float64: "F64"}
+"""Of weights and optimizer state, and of averages."""
 
 
 @dataclass(frozen=True)
@@ -141,69 +149,161 @@ class Checkpoint:
         engine.load_optimizer_state(self.optimizer, self.step)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is going to hold: copies in rank 0's memory, which steps do not change."""
+
+    step: int
+    """The last step that it holds."""
+    key_id: str
+    """Public name of the run's key."""
+    provenance: Mapping[str, Any]
+    """Public; see `Checkpoint`."""
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Mapping[str, Tensor]]
+    average: Mapping[str, Tensor] | None = None
+    """The whole average of the weights; None if none is kept."""
+    averaging: str | None = None
+    """How it is made, `TrainConfig.averaging`."""
+    clip_norm: float | None = None
+    """Of the next step, under adaptive clipping."""
+    past_noise: Path | None = None
+    """An encrypted file in the file system of the checkpoint, into which it is moved."""
+
+
+class HostCopies:
+    """Copies tensors into host memory that the next snapshot uses again; a `Copy`.
+
+    New memory is mapped page by page as it is first written, which takes longer than the copy. On
+    a GPU the memory is page-locked, and copies do not wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._used: set[str] = set()
+        self._is_on_gpu = False
+
+    def begin(self) -> None:
+        """Begins a snapshot, which overwrites the one before."""
+        self._used.clear()
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns the copy of a tensor; see `wait`."""
+        if name in self._used:
+            raise GuaranteeError(f"a checkpoint has two tensors of the name {name}")
+        self._used.add(name)
+        self._is_on_gpu |= tensor.is_cuda
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(tensor.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        """Returns once all copies are complete."""
+        if self._is_on_gpu:
+            torch.cuda.current_stream().synchronize()
+
+
 def write(
-    directory: Path,
-    engine: Engine,
-    *,
-    step: int,
-    key_id: str,
-    provenance: Mapping[str, Any],
-    world: World,
-    past_noise: Path | None = None,
-    average: Mapping[str, Tensor] | None = None,
-    averaging: str | None = None,
-    clip_norm: float | None = None,
+    directory: Path, snapshot: Snapshot, *, is_cancelled: Callable[[], bool] = lambda: False
 ) -> str:
-    """Writes the checkpoint of a step on rank 0 and returns its digest on all ranks. Collective.
+    """Writes a checkpoint on rank 0, durably, and returns its digest. Not collective.
 
     Args:
         directory: The folder, which appears once it is complete.
-        engine: Gives weights and optimizer state.
-        step: The last step that it holds.
-        key_id: Public name of the run's key.
-        provenance: Public; see `Checkpoint`.
-        world: The ranks.
-        past_noise: A file in the same file system on rank 0, which is moved into the checkpoint.
-        average: The whole average of the weights, on rank 0; None if none is kept.
-        averaging: How it is made, `TrainConfig.averaging`.
+        snapshot: What it holds.
+        is_cancelled: Asked again and again; once it is true, nothing more is written.
 
     Raises:
-        StorageError: There is no room, or the folder may not be written; on all ranks.
+        StorageError: There is no room, or the folder may not be written. Nothing of it stays.
+        CancelledError: It was cancelled. Nothing of it stays.
     """
-    weights, optimizer = engine.weights(), engine.optimizer_state()  # whole on rank 0 only
-
-    def write_files() -> str:
-        temporary = directory.with_name(directory.name + ".partial")
+    temporary = directory.with_name(directory.name + ".partial")
+    for old in (temporary, directory):  # left by an attempt that died before the commit
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        with writing(f"the checkpoint of step {snapshot.step}", directory.parent):
+            digest = _write_files(temporary, snapshot, is_cancelled)
+            os.rename(temporary, directory)
+            flush(directory.parent)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(directory, ignore_errors=True)  # left by an attempt that died before commit
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS)
-        save_file(_flattened(optimizer), temporary / OPTIMIZER)
-        if past_noise is not None:
-            os.replace(past_noise, temporary / NOISE)
-        if average is not None:
-            save_file(dict(average), temporary / AVERAGE)
-        files = sorted(file.name for file in temporary.iterdir())
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "key_id": key_id,
-            "provenance": dict(provenance),
-            "files": {name: _file_digest(temporary / name) for name in files},
-            **({} if averaging is None else {"average": averaging}),
-        }
-        if clip_norm is not None:
-            manifest["clip_norm"] = clip_norm  # JSON keeps all digits of a float
-        text = json.dumps(manifest, indent=2, sort_keys=True)
-        (temporary / MANIFEST).write_text(text)
-        os.rename(temporary, directory)
-        return hashlib.sha256(text.encode()).hexdigest()
+        raise
+    return digest
 
-    def write_or_refuse() -> str:
-        with writing(f"the checkpoint of step {step}", directory.parent):
-            return write_files()
 
-    return world.from_first(write_or_refuse)
+def _write_files(folder: Path, snapshot: Snapshot, is_cancelled: Callable[[], bool]) -> str:
+    """Writes and flushes all files of a checkpoint; returns the digest of its manifest."""
+    folder.mkdir(parents=True)
+    tensors = {WEIGHTS: snapshot.weights, OPTIMIZER: _flattened(snapshot.optimizer)}
+    if snapshot.average is not None:
+        tensors[AVERAGE] = snapshot.average
+    digests = {
+        name: _write_tensors(folder / name, held, is_cancelled) for name, held in tensors.items()
+    }
+    if snapshot.past_noise is not None:
+        os.replace(snapshot.past_noise, folder / NOISE)
+        flush(folder / NOISE)
+        digests[NOISE] = _file_digest(folder / NOISE)
+    manifest = {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "key_id": snapshot.key_id,
+        "provenance": dict(snapshot.provenance),
+        "files": digests,
+        **({} if snapshot.averaging is None else {"average": snapshot.averaging}),
+    }
+    if snapshot.clip_norm is not None:
+        manifest["clip_norm"] = snapshot.clip_norm  # JSON keeps all digits of a float
+    text = json.dumps(manifest, indent=2, sort_keys=True).encode()
+    _write_flushed(folder / MANIFEST, [memoryview(text)], is_cancelled)
+    flush(folder)
+    return hashlib.sha256(text).hexdigest()
+
+
+def _write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], is_cancelled: Callable[[], bool]
+) -> str:
+    """Writes tensors in the safetensors format, and returns the file's digest.
+
+    The library's own writer copies all tensors once more, and the digest would read the file again.
+    """
+    # As the library orders them: by the size of a value, largest first, then by name.
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        kind = SAFETENSORS_KINDS[tensors[name].dtype]
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    line = memoryview(len(text).to_bytes(8, "little") + text)
+    return _write_flushed(file, [line, *(_bytes_of(tensors[name]) for name in names)], is_cancelled)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Returns a contiguous tensor's bytes, without a copy; of a little-endian machine, as saved."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_flushed(
+    file: Path, parts: Iterable[memoryview], is_cancelled: Callable[[], bool]
+) -> str:
+    digest = hashlib.sha256()
+    with file.open("wb") as stream:
+        for part in parts:
+            for start in range(0, len(part), PIECE_BYTES):
+                if is_cancelled():
+                    raise CancelledError
+                piece = part[start : start + PIECE_BYTES]
+                digest.update(piece)
+                stream.write(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
 
 
 def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:

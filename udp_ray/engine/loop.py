@@ -13,9 +13,16 @@ Each step:
 
 Each checkpoint:
 
-    6. Evaluate on held-out users, the average of the weights too if one is kept (`average.py`).
-    7. Write the files to a temporary folder, publish them, commit them to the accountant.
-    8. Report metrics, which must not leave before the commit: until then the steps may be repeated.
+    6. Copy what it holds, write it to a temporary folder and publish it in a thread.
+    7. Meanwhile, evaluate on held-out users, the average of the weights too if one is kept
+       (`average.py`). With `train.async_checkpoints` steps are taken meanwhile, too.
+    8. Between two steps, once it is stored whole: commit it to the accountant.
+    9. Report metrics, which must not leave before the commit: until then the steps may be repeated.
+
+One checkpoint at most is in flight: the next one waits for its commit. Until then, steps name the
+last committed checkpoint as their start. An error of the thread ends training at the next of these
+points, on all ranks. Whatever ends training abandons the checkpoint in flight; nothing has named
+it, and a resumed run repeats its steps.
 
 Subclasses say what is trained: `language_model.py` a causal language model on a token store,
 `trainer.py` any module on tensors.
@@ -45,11 +52,21 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine import checkpoint, sealed_noise
 from udp_ray.engine.average import IterateAverage
+from udp_ray.engine.background import Background
 from udp_ray.engine.distributed import World
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.optim import learning_rate
 from udp_ray.engine.step import PrivateStep
-from udp_ray.engine.types import Accountant, Engine, Kernel, Metrics, Publish, TrainResult
+from udp_ray.engine.types import (
+    Accountant,
+    Copy,
+    Engine,
+    Kernel,
+    Metrics,
+    Publish,
+    TrainResult,
+    to_host,
+)
 from udp_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -59,6 +76,9 @@ from udp_ray.errors import (
 )
 from udp_ray.ledger.records import Attempt
 from udp_ray.models.load import frozen_fingerprint
+
+Stored = tuple[str, str]
+"""Location and digest of a checkpoint that is whole in its storage."""
 
 SAMPLED_VALUES = 256
 """Values of each parameter that the check after the first step looks at."""
@@ -73,6 +93,16 @@ class GroupSource(Protocol):
     def groups(self, step: int) -> Iterable[Any]:
         """Returns the groups in the form that the kernel reads. Sensitive."""
         ...
+
+
+@dataclass
+class InFlight:
+    """A checkpoint that is not committed yet. All ranks know of it; rank 0 writes it."""
+
+    step: int
+    """The last step that it holds."""
+    metrics: Metrics
+    """What is reported once it is committed."""
 
 
 @dataclass(kw_only=True)
@@ -113,8 +143,14 @@ class TrainingLoop(ABC):
     phase: str = field(init=False, default="")
     step: int = field(init=False, default=0)
     """Last step taken."""
-    committed: int = field(init=False, default=0)
-    """Last step that a committed checkpoint holds; without `publish`, the last step reported."""
+    saved: int = field(init=False, default=0)
+    """Last step that a checkpoint holds, committed or in flight; without `publish`, the last step
+    reported."""
+    in_flight: InFlight | None = field(init=False, default=None)
+    writer: Background[Stored] = field(init=False, default_factory=Background)
+    """Writes checkpoints on rank 0."""
+    copies: checkpoint.HostCopies | None = field(init=False, default=None)
+    """What the snapshots of asynchronous checkpoints are copied into; None for others."""
     location: str | None = field(init=False, default=None)
     digest: str = field(init=False)
     """Of the last committed checkpoint, or of the initial weights."""
@@ -153,6 +189,12 @@ class TrainingLoop(ABC):
             DivergedError: The weights after the first step, or those of the checkpoint to resume
                 from, are not finite; on all ranks.
         """
+        try:
+            return self._run()
+        finally:
+            self.writer.abandon()  # none is in flight, unless an error ends training
+
+    def _run(self) -> TrainResult:
         self._set_up()
         last_step = self.plan.num_steps
         if self.step in (0, last_step):
@@ -160,16 +202,19 @@ class TrainingLoop(ABC):
         budget_message = None
         with self._open_groups() as source:
             while self.step < last_step:
+                self._settle(wait=False)
                 budget_message = self._ask(self.step + 1)
                 if budget_message is not None:
                     break
                 self._take_step(source)
                 if self._is_checkpoint_due() and self.step < last_step:
                     self._checkpoint(is_last=False)
-        if self.step > self.committed:
+        if self.step > self.saved:
             self._checkpoint(is_last=True)
-        elif budget_message is not None and self.step > 0:
-            self._report({"step": self.step, **self._evaluations()})
+        else:
+            self._settle(wait=True)
+            if budget_message is not None and self.step > 0:
+                self._report({"step": self.step, **self._evaluations()})
         if self.average is not None and self.settings.publish == "average" and self.step > 0:
             self.average.put_into_model()
         self.engine.close()
@@ -190,6 +235,8 @@ class TrainingLoop(ABC):
                 saved.require_average(averaging)
             saved.load_weights(self.parameters)
             _refuse_diverged(self.parameters, saved.step)
+        if self.settings.async_checkpoints:
+            self.copies = checkpoint.HostCopies()
         self._enter("checking the model")
         self.kernel = self._make_kernel()
         self.engine = self._make_engine()
@@ -221,7 +268,7 @@ class TrainingLoop(ABC):
                 f"the checkpoint {self.resume_from} holds step {saved.step}, and the ledger"
                 f" says {attempt.resume_step}: use the one that the ledger names"
             )
-        self.step = self.committed = saved.step
+        self.step = self.saved = saved.step
         self.location, self.digest = attempt.resume_checkpoint, digest
         return saved
 
@@ -304,18 +351,30 @@ class TrainingLoop(ABC):
         return self.step >= replay_until and self._has_passed(self.settings.checkpoint_every)
 
     def _has_passed(self, every: int) -> bool:
-        """Returns whether a multiple of `every` lies after the last commit, up to this step."""
-        return self.step // every > self.committed // every
+        """Returns whether a multiple of `every` lies after the last checkpoint, up to this step."""
+        return self.step // every > self.saved // every
 
     def _checkpoint(self, *, is_last: bool) -> None:
-        """Evaluates, writes, publishes and commits the weights, and only then reports metrics."""
+        """Saves and evaluates the weights; metrics are reported once the checkpoint is committed.
+
+        When training notices that it diverges must not depend on how long a checkpoint takes to
+        be stored. So after an evaluation that is not finite, training waits for the commit.
+        """
         every = self.settings.evaluate_every or self.settings.checkpoint_every
         is_due = is_last or self._has_passed(every)
-        heldout = self._evaluations() if is_due else {}
+        self._settle(wait=True)  # at most one is in flight
         if self.publish is not None:
             self._save(self.publish)
-        self.committed = self.step
-        self._report({**self._progress(), **heldout})
+        self.saved = self.step
+        heldout = self._evaluations() if is_due else {}
+        metrics = {**self._progress(), **heldout}
+        if self.publish is None:
+            self._report(metrics)
+            return
+        self.in_flight = InFlight(self.step, metrics)
+        is_finite = all(math.isfinite(value) for value in heldout.values())
+        if is_last or not is_finite or not self.settings.async_checkpoints:
+            self._settle(wait=True)
 
     def _evaluations(self) -> Metrics:
         """Returns the metrics of the last weights and, after a step, those of their average."""
@@ -327,25 +386,62 @@ class TrainingLoop(ABC):
         return metrics | {of_average(name): value for name, value in averaged.items()}
 
     def _save(self, publish: Publish) -> None:
+        """Copies what a checkpoint of this step holds, and has rank 0 store it. Collective."""
         self._enter("writing")
         directory = self.workspace / f"step-{self.step:08d}"
-        digest = checkpoint.write(
-            directory,
-            self.engine,
+        copy: Copy = to_host if self.copies is None else self.copies
+        if self.copies is not None:
+            self.copies.begin()
+        snapshot = checkpoint.Snapshot(
             step=self.step,
             key_id=self.keys.key_id,
             provenance=self.provenance | ({checkpoint.FROZEN: self.frozen} if self.frozen else {}),
-            world=self.world,
-            past_noise=self._seal_noise(directory),
-            average=None if self.average is None else self.average.wholes(),
+            weights=self.engine.weights(copy),
+            optimizer=self.engine.optimizer_state(copy),
+            average=None if self.average is None else self.average.wholes(copy),
             averaging=self.settings.averaging,
             clip_norm=self.private_step.clip_norm.to_save,
+            past_noise=self._seal_noise(directory),
         )
-        location = publish(self.step, directory if self.world.is_first else None)
-        self.location = self.world.from_first(lambda: self._commit(location, digest))
-        self.digest = digest
-        if self.world.is_first:
-            shutil.rmtree(directory, ignore_errors=True)
+        if not self.world.is_first:
+            return
+        if self.copies is not None:
+            self.copies.wait()
+
+        def store(is_cancelled: Callable[[], bool]) -> Stored:
+            try:
+                digest = checkpoint.write(directory, snapshot, is_cancelled=is_cancelled)
+                return publish(snapshot.step, directory), digest
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+
+        self.writer.start(store)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Commits the checkpoint in flight once it is stored, then reports it. Collective.
+
+        Args:
+            wait: Wait until it is stored.
+        """
+        if self.in_flight is None:
+            return
+        if wait:
+            self._enter(f"writing: the checkpoint of step {self.in_flight.step}")
+        step = self.in_flight.step
+        stored = self.world.from_first(lambda: self._commit_stored(step, wait=wait))
+        if stored is None:
+            return
+        self.location, self.digest = stored
+        metrics, self.in_flight = self.in_flight.metrics, None
+        self._report(metrics)
+
+    def _commit_stored(self, step: int, *, wait: bool) -> Stored | None:
+        """Commits the checkpoint of a step; None if it is not whole in its storage yet."""
+        stored = self.writer.take(wait=wait)
+        if stored is not None:
+            location, digest = stored
+            self._accountant().commit(step, location, digest)
+        return stored
 
     def _seal_noise(self, directory: Path) -> Path | None:
         """Writes past noise encrypted beside a checkpoint's folder; None if it is independent."""
@@ -362,12 +458,6 @@ class TrainingLoop(ABC):
             is_sliced=self.engine.is_sliced,
         )
         return path
-
-    def _commit(self, location: str | None, digest: str) -> str:
-        if location is None:
-            raise GuaranteeError("publish returned no location on rank 0")
-        self._accountant().commit(self.step, location, digest)
-        return location
 
     def _accountant(self) -> Accountant:
         if self.accountant is None:

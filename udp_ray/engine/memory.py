@@ -159,12 +159,15 @@ class MemoryEstimate:
     average: int = 0
     """The average of the weights over the steps, float64; rank 0 keeps it, or each rank its slices.
     """
+    checkpoint: int = 0
+    """Rank 0's copy of weights, optimizer state and average, in host memory, with asynchronous
+    checkpoints. Others are copied while neither a kernel nor an update works, and then freed."""
 
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
         persistent = self.weights + self.clipped_sum + self.optimizer
-        persistent += self.past_noise + self.noise_ahead + self.average
+        persistent += self.past_noise + self.noise_ahead + self.average + self.checkpoint
         return persistent + max(self.kernel, self.update)
 
     def to_dict(self) -> dict[str, int]:
@@ -180,6 +183,7 @@ class MemoryEstimate:
             *([("past noise", self.past_noise)] if self.past_noise else []),
             *([("noise ahead", self.noise_ahead)] if self.noise_ahead else []),
             *([("average", self.average)] if self.average else []),
+            *([("copy for checkpoints", self.checkpoint)] if self.checkpoint else []),
             ("clipping (then gone)", self.kernel),
             ("update (then gone)", self.update),
             ("at the peak", self.total_bytes),
@@ -236,6 +240,7 @@ def estimate_memory(
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers),
         average=_average_bytes(trained, train, num_workers),
+        checkpoint=_checkpoint_bytes(trained, train),
     )
 
 
@@ -266,10 +271,15 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     """Returns this rank's part of the optimizer's state and of ZeRO's master weights."""
-    tensors = 2 if train.optimizer == "adamw" else int(train.momentum > 0)
+    tensors = _num_states(train)
     if train.zero_stage == 0:
         return trained * tensors
     return trained * (tensors + 1) // num_workers
+
+
+def _num_states(train: TrainConfig) -> int:
+    """Returns how many tensors the optimizer keeps for a parameter."""
+    return 2 if train.optimizer == "adamw" else int(train.momentum > 0)
 
 
 def _past_noise_bytes(trained: int, plan: PricedPlan, num_slices: int) -> int:
@@ -289,6 +299,13 @@ def _average_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     if train.average == "none":
         return 0
     return 2 * trained // (num_workers if train.zero_stage == 3 else 1)
+
+
+def _checkpoint_bytes(trained: int, train: TrainConfig) -> int:
+    """Returns rank 0's copy of what a checkpoint holds: whole tensors at every stage."""
+    if not train.async_checkpoints:
+        return 0
+    return trained * (1 + _num_states(train)) + _average_bytes(trained, train, num_workers=1)
 
 
 def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.engine.optim import learning_rate, make_optimizer, set_step, state_kinds
+from udp_ray.engine.types import Copy, to_host
 
 
 class PlainEngine:
@@ -80,15 +81,16 @@ class PlainEngine:
             for name, parameter in self.parameters.items():
                 parameter.copy_(value_of(name))
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copy: Copy = to_host) -> dict[str, Tensor]:
         """Returns copies of the weights by name in host memory on rank 0, {} elsewhere."""
-        return _copies_on_rank_0(self.parameters)
+        return _copies_on_rank_0(self.parameters, copy)
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+    def optimizer_state(self, copy: Copy = to_host) -> dict[str, dict[str, Tensor]]:
         """Returns {kind: {parameter: tensor}} on rank 0, as `weights` does."""
+        state = self._optimizer.state
         return {
             kind: _copies_on_rank_0(
-                {n: self._optimizer.state[p][kind] for n, p in self.parameters.items()}
+                {name: state[p][kind] for name, p in self.parameters.items()}, copy, f"{kind}/"
             )
             for kind in self.state_kinds
         }
@@ -118,8 +120,9 @@ class PlainEngine:
         self._optimizer.is_frozen = False
 
 
-@torch.no_grad()
-def _copies_on_rank_0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _copies_on_rank_0(
+    tensors: Mapping[str, Tensor], copy: Copy, prefix: str = ""
+) -> dict[str, Tensor]:
     if dist.get_rank() > 0:
         return {}
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    return {name: copy(prefix + name, tensor.detach()) for name, tensor in tensors.items()}

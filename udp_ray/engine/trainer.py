@@ -64,7 +64,7 @@ from udp_ray.errors import (
     ReplayRefusedError,
     UnsupportedModelError,
 )
-from udp_ray.io import name_of
+from udp_ray.io import flush, name_of
 from udp_ray.ledger.records import Attempt, Budget, fits, left_of, plan_digest, total_of
 from udp_ray.models.load import trainable_parameters
 
@@ -77,7 +77,8 @@ PROBED_USERS = 64
 INPUTS = "inputs"
 """In a checkpoint's provenance: the keyed digest of what the run computes on."""
 
-CHECKPOINT_NAME = re.compile(r"step-\d+-attempt-(\d+)")
+WORKSPACE = "workspace"
+CHECKPOINT_NAME = re.compile(rf"(?:step-\d+|{WORKSPACE})-attempt-(\d+)")
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """In the text of an object: where it is in memory, which is another place in each process."""
@@ -184,11 +185,12 @@ class Trainer:
         if world.is_first and folder is not None:
             _remove_uncommitted(folder, attempt)
         number = 1 if attempt is None else attempt.number
+        runs_folder = folder or Path()
 
-        def publish(step: int, checkpoint: Path | None) -> str | None:
-            if checkpoint is None or folder is None:
-                return None
-            return str(checkpoint.rename(folder / f"step-{step:08d}-attempt-{number}"))
+        def publish(step: int, checkpoint: Path) -> str:
+            place = checkpoint.rename(runs_folder / f"step-{step:08d}-attempt-{number}")
+            flush(runs_folder)
+            return str(place)
 
         history: list[Metrics] = []
 
@@ -210,7 +212,7 @@ class Trainer:
                 publish=None if folder is None else publish,
                 on_metrics=note if world.is_first else None,
                 on_phase=None,
-                workspace=(folder or Path(temporary)) / "workspace",
+                workspace=(folder or Path(temporary)) / f"{WORKSPACE}-attempt-{number}",
                 attempt=attempt,
                 resume_from=None if resume is None else Path(resume),
                 provenance=world.from_first(lambda: {INPUTS: self._inputs_digest(key, world)}),

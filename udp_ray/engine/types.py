@@ -110,6 +110,15 @@ class Kernel(Protocol):
         ...
 
 
+Copy = Callable[[str, Tensor], Tensor]
+"""Returns a copy of a named tensor in host memory."""
+
+
+def to_host(name: str, tensor: Tensor) -> Tensor:
+    """Returns a copy of a tensor in new host memory; a `Copy`."""
+    return tensor.detach().to("cpu", copy=True)
+
+
 class Engine(Protocol):
     """Moves trainable parameters by float32 gradients that are given to it.
 
@@ -156,12 +165,20 @@ class Engine(Protocol):
                 may be collective: names come in the order of `parameters` on all ranks.
         """
 
-    def weights(self) -> dict[str, Tensor]:
-        """Returns whole weights by name in host memory on rank 0, {} elsewhere. Collective."""
+    def weights(self, copy: Copy = to_host) -> dict[str, Tensor]:
+        """Returns whole weights by name in host memory on rank 0, {} elsewhere. Collective.
+
+        Args:
+            copy: Makes the copies, by the name of the parameter.
+        """
         ...
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Returns {kind: {parameter: whole tensor}} on rank 0, as `weights` does. Collective."""
+    def optimizer_state(self, copy: Copy = to_host) -> dict[str, dict[str, Tensor]]:
+        """Returns {kind: {parameter: whole tensor}} on rank 0, as `weights` does. Collective.
+
+        Args:
+            copy: Makes the copies, by kind/parameter.
+        """
         ...
 
     def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -172,15 +189,21 @@ class Engine(Protocol):
 
 
 class Publish(Protocol):
-    """Stores a checkpoint where it survives the worker. Collective."""
+    """Stores a checkpoint where it survives the worker. Called on rank 0 only, in a thread.
 
-    def __call__(self, step: int, checkpoint: Path | None) -> str | None:
-        """Returns the permanent location on rank 0; other ranks may return None.
+    Training goes on meanwhile, so it must not be collective. It returns once the checkpoint is
+    durable: the ledger names it afterwards.
+    """
+
+    def __call__(self, step: int, checkpoint: Path) -> str:
+        """Returns the permanent location.
 
         Args:
             step: The last step that the checkpoint holds.
-            checkpoint: Local folder on rank 0, which the loop deletes afterwards; None elsewhere.
+            checkpoint: Local folder, whole and flushed to the disk. It may be moved; the loop
+                deletes it afterwards.
         """
+        ...
 
 
 @dataclass(frozen=True)

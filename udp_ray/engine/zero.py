@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.engine.distributed import own_device
 from udp_ray.engine.optim import learning_rate, make_optimizer, set_step, state_kinds
+from udp_ray.engine.types import Copy, to_host
 from udp_ray.errors import GuaranteeError
 
 if not torch.cuda.is_available():  # else DeepSpeed searches for compilers and accelerators
@@ -164,15 +165,15 @@ class ZeroEngine:
         """
         self._stage.set_weights(value_of)
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, copy: Copy = to_host) -> dict[str, Tensor]:
         """Returns the whole weights by name, in host memory, on rank 0; else {}. Collective."""
-        wholes = {name: self._stage.weight(name) for name in self.parameters}
+        wholes = {name: self._stage.weight(name, copy) for name in self.parameters}
         return {name: whole for name, whole in wholes.items() if whole is not None}
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+    def optimizer_state(self, copy: Copy = to_host) -> dict[str, dict[str, Tensor]]:
         """Returns the state as {kind: {parameter: whole tensor}} on rank 0 as `weights` does."""
         wholes = {
-            kind: {name: self._stage.state(name, kind) for name in self.parameters}
+            kind: {name: self._stage.state(name, kind, copy) for name in self.parameters}
             for kind in self.state_kinds
         }
         return {
@@ -245,14 +246,16 @@ class _WholeParameters:
         for name, parameter in self._parameters.items():
             parameter.copy_(value_of(name))
 
-    def weight(self, name: str) -> Tensor | None:
-        return _on_first(self._parameters[name].detach())
+    def weight(self, name: str, copy: Copy) -> Tensor | None:
+        return _on_first(name, self._parameters[name].detach(), copy)
 
-    def state(self, name: str, kind: str) -> Tensor | None:
+    def state(self, name: str, kind: str, copy: Copy) -> Tensor | None:
         parameter = self._parameters[name]
         if self._engine.zero_optimization_stage() == 0:
-            return _on_first(self._engine.optimizer.state[parameter][kind])
-        return _on_first(safe_get_full_optimizer_state(parameter, kind))
+            held = self._engine.optimizer.state[parameter][kind]
+        else:
+            held = safe_get_full_optimizer_state(parameter, kind)
+        return _on_first(f"{kind}/{name}", held, copy)
 
     def set_state(self, name: str, kind: str, whole: Tensor) -> None:
         parameter = self._parameters[name]
@@ -267,9 +270,9 @@ class _WholeParameters:
             parameter.data = parameter.data.clone()
 
 
-def _on_first(whole: Tensor) -> Tensor | None:
+def _on_first(name: str, whole: Tensor, copy: Copy) -> Tensor | None:
     """Returns a copy in host memory on rank 0, None elsewhere."""
-    return whole.to("cpu", copy=True) if dist.get_rank() == 0 else None
+    return copy(name, whole) if dist.get_rank() == 0 else None
 
 
 class _GivenGradients(torch.autograd.Function):

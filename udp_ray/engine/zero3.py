@@ -22,6 +22,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
+from udp_ray.engine.types import Copy
 from udp_ray.errors import GuaranteeError
 
 PERSISTENT_SHARE = 1e-4
@@ -110,14 +111,14 @@ class SlicedParameters:
             held: Tensor = parameter.ds_tensor.data  # type: ignore[attr-defined]
             held.view(-1)[: stop - start].copy_(value_of(name))
 
-    def weight(self, name: str) -> Tensor | None:
+    def weight(self, name: str, copy: Copy) -> Tensor | None:
         """Returns a whole parameter in host memory on rank 0, None elsewhere. Collective."""
-        return self._whole(name, self._slice(name))
+        return self._whole(name, self._slice(name), copy, name)
 
-    def state(self, name: str, kind: str) -> Tensor | None:
+    def state(self, name: str, kind: str, copy: Copy) -> Tensor | None:
         """Returns a whole tensor of optimizer state as `weight` does. Collective."""
         held = safe_get_local_optimizer_state(self._parameters[name], kind)
-        return self._whole(name, held)
+        return self._whole(name, held, copy, f"{kind}/{name}")
 
     def set_state(self, name: str, kind: str, whole: Tensor) -> None:
         """Sets this rank's slice of a tensor of optimizer state."""
@@ -138,11 +139,11 @@ class SlicedParameters:
     def _slice(self, name: str) -> Tensor:
         return safe_get_local_fp32_param(self._parameters[name])
 
-    def _whole(self, name: str, held: Tensor) -> Tensor | None:
+    def _whole(self, name: str, held: Tensor, copy: Copy, copy_name: str) -> Tensor | None:
         shape, held = self._shapes[name], held.to(self._engine.device)
         if self._rank > 0:
             dist.gather(held, dst=0)
             return None
         slices = [torch.empty_like(held) for _ in range(self._num_ranks)]
         dist.gather(held, slices, dst=0)
-        return torch.cat(slices)[: shape.numel()].view(shape).cpu()
+        return copy(copy_name, torch.cat(slices)[: shape.numel()].view(shape))

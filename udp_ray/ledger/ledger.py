@@ -395,17 +395,22 @@ class Ledger:
         Raises:
             FencedError: If a newer attempt has begun.
             LedgerError: If a step in it was never authorized, if it was committed otherwise, or if
-                a later step is reserved already.
+                an earlier attempt has reserved a later step.
 
         Privacy:
-            No checkpoint is committed between reserved steps. A reserved step is the same release
-            only from the starting checkpoint of its reservation. A resumed run repeats the steps
-            (c, r] that were reserved from the last commit c. A commit at a step s with c < s < r
-            would make s the starting checkpoint of the steps (s, r], and the ledger would refuse
-            them for good, although their weights are the same. So a commit comes at r or later,
-            whatever train.checkpoint_every says (`Attempt.replay_until`). Hence, at any time, all
-            reserved and uncommitted steps of the present key have the same starting checkpoint:
-            the last commit, where every attempt begins.
+            A reserved step is the same release only from the starting checkpoint of its
+            reservation. An attempt may reserve and take the steps (s, r] while the checkpoint of
+            step s is still being written: they continue from the weights that it holds. The commit
+            of s then makes it the starting checkpoint of these reservations, since a repetition
+            from it computes what the attempt has computed.
+
+            No checkpoint is committed before a step that an earlier attempt has reserved. A resumed
+            run repeats the steps (c, r] that were reserved from the last commit c. Those after a
+            commit at s, c < s < r, would start from weights that only this attempt has computed,
+            with the roundings of its own world size. So a commit comes at r or later, whatever
+            train.checkpoint_every says (`Attempt.replay_until`). Hence, at any time, all reserved
+            and uncommitted steps of the present key have the same starting checkpoint: the last
+            commit, where every attempt begins.
 
         Edge cases:
             The same step and digest again -> nothing happens.
@@ -422,8 +427,9 @@ class Ledger:
                     f"a checkpoint of step {step} of run {run.run_id!r} cannot follow that of step"
                     f" {before}: {granted} steps in between were authorized"
                 )
-            self._refuse_commit_between_reserved(rows, run, step)
+            self._refuse_commit_between_reserved(rows, run, attempt, step)
             rows.add_commit(run, step, attempt=attempt.number, checkpoint=checkpoint, digest=digest)
+            rows.restart_reserved(run, after=step, attempt=attempt.number, start_digest=digest)
 
     def finish(self, attempt: Attempt) -> None:
         """Ends a run and destroys its keys: they are overwritten, then dropped. Repeatable.
@@ -706,9 +712,11 @@ class Ledger:
             )
         return present is not None
 
-    def _refuse_commit_between_reserved(self, rows: Rows, run: AnyRow, step: int) -> None:
-        """Refuses a commit before the last step that is reserved under the run's present key."""
-        reserved = rows.last_reserved(run)
+    def _refuse_commit_between_reserved(
+        self, rows: Rows, run: AnyRow, attempt: Attempt, step: int
+    ) -> None:
+        """Refuses a commit before a step that an earlier attempt reserved under the present key."""
+        reserved = rows.last_reserved(run, not_by=attempt.number)
         if step < reserved:
             raise LedgerError(
                 f"a checkpoint of step {step} of run {run.run_id!r} cannot be committed before step"

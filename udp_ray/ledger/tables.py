@@ -529,12 +529,27 @@ class Rows:
             query = query.where(STEPS.c.step <= up_to)
         return self._connection.execute(query).scalar_one()
 
-    def last_reserved(self, run: AnyRow) -> int:
-        """Returns the last step that is reserved under the run's present key; 0 if none is."""
+    def last_reserved(self, run: AnyRow, *, not_by: int | None = None) -> int:
+        """Returns the last step that is reserved under the run's present key; 0 if none is.
+
+        Args:
+            run: The run.
+            not_by: An attempt whose reservations do not count.
+        """
         query = select(func.max(STEPS.c.step)).where(
             STEPS.c.run_id == run.run_id, STEPS.c.key_id == run.key_id
         )
+        if not_by is not None:
+            query = query.where(STEPS.c.attempt != not_by)
         return self._connection.execute(query).scalar_one() or 0
+
+    def restart_reserved(self, run: AnyRow, *, after: int, attempt: int, start_digest: str) -> None:
+        """Sets the starting checkpoint of what an attempt has reserved after a step."""
+        changed = update(STEPS).where(
+            STEPS.c.run_id == run.run_id, STEPS.c.key_id == run.key_id,
+            STEPS.c.step > after, STEPS.c.attempt == attempt,
+        )  # fmt: skip
+        self._connection.execute(changed.values(start_digest=start_digest))
 
     # ---- commits
 

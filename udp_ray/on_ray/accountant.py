@@ -96,6 +96,11 @@ class Progress:
     waiting_s: float = 0.0
     """Seconds for which the ledger has not answered the call in progress."""
 
+    @property
+    def is_training(self) -> bool:
+        """Whether this attempt has been granted a step."""
+        return self.attempts > 0 and self.step > self.committed_step
+
 
 @dataclass(frozen=True)
 class RemoteAccountant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -11,10 +12,13 @@ from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 from ray.train import Checkpoint
 
 from udp_ray.errors import CheckpointError, ConfigError
-from udp_ray.io import flush, name_of, writing
+from udp_ray.io import flush, is_url, name_of, writing
 
 PROBE = "probe"
-_NAME = re.compile(r"checkpoint-\d+-attempt-(\d+)")
+WORKSPACE = "writing"
+PIECE_BYTES = 2**23
+"""Bytes that are uploaded at once."""
+_NAME = re.compile(rf"(?:checkpoint-\d+|{WORKSPACE})-attempt-(\d+)")
 
 
 def checkpoint_name(step: int, attempt: int) -> str:
@@ -48,21 +52,74 @@ def require_writable(folder: str) -> None:
         ) from None
 
 
-def require_stored(directory: Path, stored: Checkpoint) -> None:
-    """Checks that a checkpoint was stored completely, and flushes it to local disks.
-
-    Ray copies without flushing, and what the ledger names must survive a power cut.
+def make_folder(run_folder: str) -> None:
+    """Makes the folder of a run's checkpoints, for `require_shared`; a URL needs none.
 
     Raises:
-        RuntimeError: If files are missing or cut short. When a worker dies, Ray skips the report
-            of the others without an error.
-        OSError: If the disk turns out to have no room when it is flushed.
+        StorageError: If it may not be made.
+    """
+    if not is_url(run_folder):
+        with writing("checkpoints", run_folder):
+            Path(run_folder).mkdir(parents=True, exist_ok=True)
+
+
+def require_shared(run_folder: str) -> None:
+    """Refuses a storage that the driver's node has and this one lacks. Called by rank 0.
+
+    Raises:
+        ConfigError: With the remedy.
+    """
+    if not is_url(run_folder) and not Path(run_folder).is_dir():
+        raise ConfigError(
+            f"the folder of checkpoints {run_folder} is not on the node of worker 0: set"
+            " cluster.storage to a folder that all nodes reach, or to a URL"
+        )
+
+
+def workspace_of(run_folder: str, attempt: int) -> Path | None:
+    """Returns where checkpoints are written before they are stored; None: any temporary folder.
+
+    In a folder they are written beside their place, and not copied.
+    """
+    return None if is_url(run_folder) else Path(run_folder) / f"{WORKSPACE}-attempt-{attempt}"
+
+
+def store(directory: Path, location: str) -> None:
+    """Puts a whole checkpoint into the run's storage, durably. Not collective.
+
+    Args:
+        directory: The checkpoint; in a folder it is moved.
+        location: Its place.
+
+    Raises:
+        OSError: If it cannot be stored, or is not whole there.
+    """
+    if not is_url(location):
+        directory.rename(location)
+        flush(Path(location).parent)
+        return
+    stored = Checkpoint(location)
+    stored.filesystem.create_dir(stored.path)
+    for file in sorted(directory.iterdir()):
+        with (
+            file.open("rb") as source,
+            stored.filesystem.open_output_stream(f"{stored.path}/{file.name}") as target,
+        ):
+            shutil.copyfileobj(source, target, PIECE_BYTES)
+    _require_stored(directory, stored)
+
+
+def _require_stored(directory: Path, stored: Checkpoint) -> None:
+    """Checks that a checkpoint was stored completely, and flushes it to local disks.
+
+    Raises:
+        OSError: If files are missing or cut short, or the disk turns out to have no room.
     """
     found = {entry.base_name: entry for entry in _files(stored)}
     for file in directory.iterdir():
         entry = found.get(file.name)
         if entry is None or entry.size != file.stat().st_size:
-            raise RuntimeError(f"Ray Train did not store {stored.path}/{file.name} whole")
+            raise OSError(f"{stored.path}/{file.name} was not stored whole")
     if isinstance(stored.filesystem, LocalFileSystem):
         for place in [*(entry.path for entry in found.values()), stored.path]:
             flush(Path(place))
@@ -98,7 +155,7 @@ def remove_uncommitted(run_folder: str, kept: Iterable[str], *, attempt: int) ->
 
     Args:
         run_folder: Folder or URL of the run's checkpoints; it may not exist yet.
-        kept: Locations of the committed checkpoints.
+        kept: Locations of the committed checkpoints. None is in flight, whose workspace goes, too.
         attempt: Checkpoints of later attempts than this one are not touched.
 
     Raises:

@@ -67,6 +67,8 @@ def following(
     plan: PrivacyPlan,
     curve: EpsilonCurve,
     announce: Callable[[str], None],
+    *,
+    on_training: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Shows a run's progress from a thread while the block waits for the workers.
 
@@ -75,9 +77,11 @@ def following(
         plan: Its plan.
         curve: Its epsilon over steps.
         announce: Shows a text; told when workers were restarted or the ledger does not answer.
+        on_training: Called once, in a thread of its own, when steps are being taken.
     """
     follower = _Follower(current(), plan.num_steps, curve, announce)
     is_over = threading.Event()
+    prepare = threading.Thread(target=on_training, name="prepare", daemon=True)
 
     def follow() -> None:
         is_last = False
@@ -88,6 +92,8 @@ def following(
             except ray.exceptions.RayError:
                 continue  # the accountant restarts, or is gone, which the driver finds out itself
             follower.show(progress)
+            if progress.is_training and not prepare.ident:
+                prepare.start()
 
     thread = threading.Thread(target=follow, name="follow", daemon=True)
     thread.start()
@@ -139,5 +145,6 @@ class _Follower:
         epsilon = self._curve.at(progress.charged_steps)
         values = {"epsilon": f"{epsilon:.3f}", **self._losses}
         if how_far:
-            values = {"measured": how_far, **values}
+            # An evaluation says what it has measured, and writing which checkpoint it waits for.
+            values = {"measured" if phase == "evaluating" else "waits for": how_far, **values}
         self._display.advance(progress.step, **values)

@@ -33,6 +33,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ OF_ONE_TRIAL = {
 
 
 # ---- runs
+
+
+def warm_up() -> None:
+    """Does what is slow once in a process: what loading, saving and drawing import and build."""
+    # transformers asks for DeepSpeed when it saves a model, and builds a table when it loads one.
+    import_module("udp_ray.engine.zero")
+    import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("gpt2")
+    draw_curves([], [(0, 0.0), (1, 1.0)], title="")
 
 
 def publish_run(

@@ -12,7 +12,11 @@ checkpoint is the last one; what is published is made from that one alone.
 from __future__ import annotations
 
 import math
+import os
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:  # imports torch
     from ray.train.torch import TorchTrainer
 
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+LOWEST_PRIORITY = 19
 
 
 def train(
@@ -121,16 +126,19 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
         DivergedError: Training diverged; the run has ended.
         UdpRayError: Anything else that a user can fix; the run can be resumed.
     """
+    from udp_ray.on_ray.checkpoints import make_folder
+
     if resume:
         _remove_ray_snapshot(run.run_folder)
     announce(f"run {run.run_id}: {'resumed' if resume else 'admitted'}")
     current().phase("starting workers")
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
+    make_folder(run.run_folder)
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
     accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
     try:
-        with following(accountant, run.plan, curve, announce):
+        with following(accountant, run.plan, curve, announce, on_training=_load_publishing):
             stopped_by = _train(run, accountant)
         current().phase("publishing")
         # Loads matplotlib and transformers, which would delay the start of the workers.
@@ -143,6 +151,20 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     except BaseException:
         announce(f"run {run.run_id} has not ended: fix the cause, then continue with --resume")
         raise
+
+
+def _load_publishing() -> None:
+    """Loads matplotlib, transformers and DeepSpeed, for seconds, while the workers train.
+
+    Before that they would delay the start of the workers. On Linux the thread gives way to other
+    processes. An error is left to the driver, which needs the same at the end.
+    """
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    with suppress(Exception):
+        from udp_ray.on_ray.publish import warm_up
+
+        warm_up()
 
 
 def _remove_ray_snapshot(run_folder: str) -> None:

@@ -35,7 +35,9 @@ from udp_ray.on_ray.checkpoints import (
     open_checkpoint,
     remove,
     remove_uncommitted,
-    require_stored,
+    require_shared,
+    store,
+    workspace_of,
 )
 from udp_ray.runs.provenance import code_digest
 
@@ -84,6 +86,8 @@ def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt 
     """
     import torch.distributed as dist
 
+    if rank == 0:
+        require_shared(run_folder)
     box = [accountant.begin() if rank == 0 else None]
     attempt = box[0]
     if attempt is not None:
@@ -107,7 +111,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
     if rank == 0:
         client.set_phase("loading the model")
     model = load_model(config.model.name, dropout=config.model.dropout, lora=config.model.lora)
-    with tempfile.TemporaryDirectory() as workspace, _local_checkpoint(attempt) as folder:
+    with tempfile.TemporaryDirectory() as temporary, _local_checkpoint(attempt) as folder:
         result = train(
             model,
             store,
@@ -119,7 +123,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             publish=checkpoints.publish,
             on_metrics=client.record_metrics if rank == 0 else None,
             on_phase=client.set_phase if rank == 0 else None,
-            workspace=Path(workspace),
+            workspace=workspace_of(job.run_folder, attempt.number) or Path(temporary),
             attempt=attempt,
             resume_from=folder,
             provenance=job.provenance,
@@ -131,8 +135,11 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
 class RunCheckpoints:
     """The checkpoints of one run in Ray's storage; the last two committed ones are kept.
 
-    Ray keeps the last ones *reported*: after two crashes between report and commit it would have
-    deleted the only one that the ledger names. So the ledger decides which are kept.
+    Ray Train is not told of them. It would keep the last ones *reported*: after two crashes between
+    report and commit it would have deleted the only one that the ledger names. So the ledger
+    decides which are kept. Nor does Ray's asynchronous upload fit: when a worker dies, `report`
+    returns on the others without an upload and without an error, and an upload that fails ends the
+    training function from outside.
 
     A checkpoint is written before it is committed, because the ledger must not name a checkpoint
     that does not exist. A crash in between leaves an uncommitted one, and the repetition of its
@@ -146,30 +153,20 @@ class RunCheckpoints:
         self._attempt = attempt.number
         self._last_committed = attempt.resume_checkpoint
 
-    def publish(self, step: int, checkpoint: Path | None) -> str | None:
-        """Moves a finished checkpoint into Ray's storage; see `udp_ray.engine.types.Publish`.
+    def publish(self, step: int, checkpoint: Path) -> str:
+        """Puts a finished checkpoint into the storage; see `udp_ray.engine.types.Publish`.
 
         Raises:
             StorageError: The storage is full, or may not be written.
         """
-        import torch.distributed as dist
-
-        name = checkpoint_name(step, self._attempt)
-        location = below(self._folder, name)
+        location = below(self._folder, checkpoint_name(step, self._attempt))
         try:
             with writing(f"the checkpoint of step {step}", self._folder):
-                ray.train.report(
-                    {"step": step},
-                    checkpoint=Checkpoint.from_directory(checkpoint) if checkpoint else None,
-                    checkpoint_dir_name=name,
-                )
-                if checkpoint is not None:
-                    require_stored(checkpoint, Checkpoint(location))
+                store(checkpoint, location)
         except StorageError:
             remove(Checkpoint(location))  # it is incomplete, and takes up room
             raise
-        dist.barrier()
-        return None if checkpoint is None else location
+        return location
 
     def committed(self, location: str) -> None:
         """Removes all checkpoints except this one and the one committed before it."""

@@ -58,9 +58,7 @@ class Results:
     scaling: list[dict[str, Any]]
     """One for each curve: quantity, what, points and slope."""
     parts: dict[str, Any]
-    """noise, float64_sums, data_wait, balance, accounting, evaluation and preparation; empty if not
-    measured."""
-    """noise, float64_sums, data_wait, balance, accounting, evaluation, startup; empty if none."""
+    """What `run.py` measures beside the cells, by topic; empty if nothing."""
     skipped: list[str]
     """A sentence for each contestant that was skipped somewhere."""
     hardware: dict[str, Any]
@@ -194,7 +192,15 @@ def evaluate_aims(rows: Sequence[Row], parts: dict[str, Any]) -> list[Aim]:
             pd.Series(costs, dtype=float),
             MOST_OVERHEAD,
         ),
+        *_checkpoint_aims(parts.get("checkpoints")),
     ]
+
+
+def _checkpoint_aims(found: dict[str, Any] | None) -> list[Aim]:
+    if not found:
+        return []
+    shares = pd.Series({"asynchronous": found["share"]["asynchronous"]}, dtype=float)
+    return [Aim.at_most("checkpoints, share of steps of a second", shares, MOST_OVERHEAD)]
 
 
 def evaluated_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -326,6 +332,16 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
         lines += _preparation_lines(preparation)
     if startup := parts.get("startup"):
         lines += startup_text(startup)
+    if checkpoints := parts.get("checkpoints"):
+        lines.append(
+            f"  checkpoint of {checkpoints['num_values'] / MILLION:.3g} million parameters"
+            f" ({checkpoints['num_bytes'] / MEBIBYTE:,.0f} MiB) every {checkpoints['every']} steps:"
+        )
+        lines += [
+            f"    {way}: steps stand still for {_seconds(checkpoints['pause_s'][way])} and take"
+            f" {_seconds(max(0.0, cost))} more, {checkpoints['share'][way]:.2%} of steps of 1 s"
+            for way, cost in checkpoints["cost_s"].items()
+        ]
     return "\n".join(lines)
 
 

@@ -18,9 +18,10 @@ import torch
 from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
+from udp_ray.experiments.benchmark.checkpoints import measure_checkpoints
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
-from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.noise import measure_noise_draws
+from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.experiments.benchmark.startup import measure_startup
@@ -120,6 +121,10 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     # Last, because it joins a process group, whose variables processes started later would inherit.
     display.phase("evaluation")
     evaluation = measure_evaluation(study, parts, num_threads=num_threads(study))
+    checkpoints = None
+    if parts.checkpoint_values is not None:
+        display.phase("checkpoints")
+        checkpoints = measure_checkpoints(num_values=parts.checkpoint_values)
     return {
         "noise": [curve.to_dict() for curve in noise],
         "noise_draws": noise_draws,
@@ -130,4 +135,5 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "evaluation": evaluation,
         "preparation": preparation,
         "startup": startup,
+        "checkpoints": checkpoints,
     }

@@ -150,6 +150,9 @@ class Parts(Section):
     """Rows of synthetic text that are prepared, and encoded by the bare tokenizer."""
     startup: bool = False
     """Whether the start of the jobs is measured, which takes minutes and their folder."""
+    checkpoint_values: PositiveInt | None = 124_000_000
+    """Trained parameters of the checkpoint whose cost is measured; it takes some 40 bytes of memory
+    for each. None measures none."""
     balance_workers: tuple[PositiveInt, ...] = (2, 4, 8, 16)
     """Numbers of workers among which cohorts are divided."""
     balance_cohort_size: PositiveInt = 256
