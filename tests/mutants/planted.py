@@ -116,17 +116,39 @@ CLIPPING = [
         name="first_parameter_outside_the_norm",
         breaks="P19: the direct kernel's norm leaves out a parameter",
         file="udp_ray/dp/clipping.py",
-        text="[block for grad in grads for block in _blocks(grad)]",
-        replacement="[block for grad in grads[1:] for block in _blocks(grad)]",
+        text="norm = _norm_by_rows(grads)",
+        replacement="norm = _norm_by_rows(grads[1:])",
         tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
     ),
     Mutant(
         name="norm_in_bfloat16",
         breaks="P15: the norm is rounded, and the bound exceeded by 1 %",
         file="udp_ray/dp/clipping.py",
-        text="torch.linalg.vector_norm(block, dtype=torch.float64)",
-        replacement="torch.linalg.vector_norm(block.bfloat16(), dtype=torch.float64)",
+        text="table.view(num_rows, ROW_VALUES), dim=1)",
+        replacement="table.view(num_rows, ROW_VALUES).bfloat16(), dim=1)",
         tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
+    ),
+    Mutant(
+        name="rows_too_long_for_the_margin",
+        breaks="a norm is too small by more than the margin allows, and the bound is exceeded",
+        file="udp_ray/dp/clipping.py",
+        text="ROW_VALUES = 24",
+        replacement="ROW_VALUES = 4096",
+        tests=(
+            "tests/dp/test_clipping.py"
+            "::test_the_margin_covers_the_roundings_that_its_comment_counts",
+        ),
+    ),
+    Mutant(
+        name="small_norms_from_squares_that_vanish",
+        breaks="squares below float32's range are left out of the norm",
+        file="udp_ray/dp/clipping.py",
+        text="SAFE_NORMS = 1e-8, 1e15",
+        replacement="SAFE_NORMS = -1.0, 1e15",
+        tests=(
+            "tests/dp/test_clipping.py"
+            "::test_norms_whose_squares_vanish_or_overflow_in_float32_are_exact",
+        ),
     ),
     Mutant(
         name="no_rounding_margin",
@@ -1005,8 +1027,8 @@ ROUNDING = [
         name="sums_in_float32",
         breaks="P45: one user's absence changes how all others are rounded",
         file="udp_ray/dp/clipping.py",
-        text="part.add_(block if factor is None else block * factor)",
-        replacement="part.copy_(part.float() + (block if factor is None else block * factor))",
+        text="part.add_(block, alpha=factor)",
+        replacement="part.copy_(part.float() + block * factor)",
         tests=(
             f"{ACCUMULATION}::test_the_order_of_16384_aligned_users_moves_their_sum_by_less_than"
             "_the_bound",
