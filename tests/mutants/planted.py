@@ -213,6 +213,17 @@ CLIPPING = [
         tests=("tests/data/test_cohort.py",),
     ),
     Mutant(
+        name="rows_lost_where_a_group_is_divided",
+        breaks="the last examples of a group of several microbatches are left out",
+        file="udp_ray/data/batches.py",
+        text="for start, end in pairwise([0, *ends])]",
+        replacement="for start, end in pairwise([0, *(ends[:-1] or ends)])]",
+        tests=(
+            "tests/data/test_cohort.py"
+            "::test_microbatches_hold_each_example_once_and_stay_within_their_tokens",
+        ),
+    ),
+    Mutant(
         name="replace_one_priced_as_add_or_remove",
         breaks="P35: the sensitivity of another adjacency",
         file="udp_ray/dp/sensitivity.py",

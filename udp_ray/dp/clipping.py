@@ -54,9 +54,9 @@ __all__ = [
 ]
 
 # Clipped groups aim this much below the bound, so that the roundings on the way end below it. In
-# units of 2**-24, of which it has 16: 13.5 for the norm of a row of `ROW_VALUES` (25 roundings in its
-# sum of squares, of which the root takes half, and one of the root itself), 1 for the product with
-# the factor, which is rounded down; the rest are float64 roundings, 2**-29 units each.
+# units of 2**-24, of which it has 16: 13.5 for the norm of a row of `ROW_VALUES` (25 roundings in
+# its sum of squares, of which the root takes half, and one of the root itself), 1 for the product
+# with the factor, which is rounded down; the rest are float64 roundings, 2**-29 units each.
 ROUNDING_MARGIN = 2.0**-20
 
 ROW_VALUES = 24
