@@ -211,8 +211,8 @@ class Packing:
 
 
 PASS_TOKENS = 32
-"""What one more forward and backward pass costs on a CPU, in tokens: it reads all weights, and writes
-and adds all gradients, once more. Speed and rounding only."""
+"""What one more forward and backward pass costs on a CPU, in tokens: it reads all weights and
+writes and adds all gradients once more. Speed and rounding only."""
 
 PASS_TOKENS_ON_GPU = 512
 """The same on a GPU, where arithmetic is faster beside memory; estimated, not measured."""
