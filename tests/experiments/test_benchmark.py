@@ -45,6 +45,7 @@ from udp_ray.experiments.benchmark.contestants import (
     write_synthetic_store,
 )
 from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluation
+from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
 from udp_ray.experiments.benchmark.settings import (
     BASELINE,
@@ -367,6 +368,13 @@ def test_an_evaluation_is_timed_beside_plain_passes_over_the_same_rows() -> None
     assert found["ratio_low"] <= found["ratio_high"]
     aim = report.evaluate_aims([row("auto")], {"evaluation": found | {"ratio": 0.89}})[4]
     assert (aim.is_met, aim.where) == (False, found["cell"])
+
+
+def test_padding_is_counted_from_the_lengths_of_ragged_users() -> None:
+    found = measure_padding(study(ULS), Parts(noise_values=[1], data_wait=ULS))
+    assert 1 <= found["computed"] <= found["in_fewest_passes"]
+    assert found["passes"] >= found["fewest_passes"] >= 1
+    assert "ragged" in found["cell"]
 
 
 def test_an_evaluation_of_other_rows_has_no_speed() -> None:

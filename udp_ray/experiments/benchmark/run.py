@@ -19,6 +19,7 @@ from udp_ray.console import current
 from udp_ray.experiments.benchmark import parts as measurements
 from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
+from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.runs.provenance import git_commit, processor_name, versions
@@ -101,6 +102,8 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     sums = measurements.measure_float64_sums()
     display.phase("waiting for data")
     data_wait = measurements.measure_data_wait(study, parts)
+    display.phase("padding")
+    padding = measure_padding(study, parts)
     display.phase("balance of cohorts")
     users = measurements.heavy_tailed_users()
     balance = measurements.measure_balance(users, parts, study.microbatch_tokens)
@@ -114,6 +117,7 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "noise": [curve.to_dict() for curve in noise],
         "float64_sums": sums,
         "data_wait": data_wait,
+        "padding": padding,
         "balance": balance,
         "accounting": accounting,
         "evaluation": evaluation,
