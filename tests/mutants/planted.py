@@ -359,6 +359,17 @@ NOISE = [
         tests=("tests/guarantee/test_noise.py::test_noise_lies_on_no_coarse_grid",),
     ),
     Mutant(
+        name="noise_before_the_sum_has_arrived",
+        breaks="the ranks' sums overwrite noise that was added while they were on their way",
+        file="udp_ray/engine/gradient_sum.py",
+        text="self._wait_until(view.storage_offset() + start + values.numel())",
+        replacement="self._wait_until(0)",
+        tests=(
+            "tests/engine/test_gradient_sum.py"
+            "::test_noise_is_added_to_what_has_arrived_and_to_all_of_it_once",
+        ),
+    ),
+    Mutant(
         name="noise_of_the_slice_of_rank_0_only",
         breaks="P11: under ZeRO 3 the slices of other ranks get none",
         file="udp_ray/engine/gradient_sum.py",
