@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from tests.support.sliced import (
     rounds,
     sum_in_slices,
     sum_in_whole,
+    sum_of_late_buckets,
 )
 from tests.support.training import NUM_USERS, tiny_model, tiny_users, write_tiny_store
 from udp_ray.engine.gradient_sum import own_slice, slice_length, slice_range
@@ -58,6 +61,20 @@ def test_slices_put_together_are_the_sum_over_ranks_with_the_noise_once(
     for name, shape in shapes.items():
         found = put_together(outcomes, name, shape)
         assert torch.equal(found.float(), judged(name, shape, num_ranks, is_secure=is_secure)), name
+
+
+def test_noise_is_added_to_what_has_arrived_and_to_all_of_it_once():
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "long"}
+    first, second = run_on_ranks(2, sum_of_late_buckets, shapes)
+    for name, shape in shapes.items():
+        assert torch.equal(first[name], judged(name, shape, 2)), name
+        assert not second[name].any()
+
+
+def test_failing_arm_noise_added_before_a_bucket_arrives_would_be_lost():
+    shapes = {"even": SHAPES["even"]}
+    first, _ = run_on_ranks(2, partial(sum_of_late_buckets, is_waited_for=False), shapes)
+    assert not torch.equal(first["even"], judged("even", SHAPES["even"], 2))
 
 
 def test_a_small_bucket_changes_nothing():

@@ -47,6 +47,7 @@ from udp_ray.experiments.benchmark.contestants import (
 )
 from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluation
 from udp_ray.experiments.benchmark.noise import measure_noise_draws
+from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
 from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation
 from udp_ray.experiments.benchmark.settings import (
@@ -409,6 +410,13 @@ def test_seconds_of_processes_that_a_program_starts_are_counted(tmp_path: Path) 
     )
     assert 0.5 < found.processor_s < 3
     assert len(found.peak_bytes) == 2
+
+
+def test_padding_is_counted_from_the_lengths_of_ragged_users() -> None:
+    found = measure_padding(study(ULS), Parts(noise_values=[1], data_wait=ULS))
+    assert 1 <= found["computed"] <= found["in_fewest_passes"]
+    assert found["passes"] >= found["fewest_passes"] >= 1
+    assert "ragged" in found["cell"]
 
 
 def test_an_evaluation_of_other_rows_has_no_speed() -> None:

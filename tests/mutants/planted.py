@@ -116,17 +116,39 @@ CLIPPING = [
         name="first_parameter_outside_the_norm",
         breaks="P19: the direct kernel's norm leaves out a parameter",
         file="udp_ray/dp/clipping.py",
-        text="[block for grad in grads for block in _blocks(grad)]",
-        replacement="[block for grad in grads[1:] for block in _blocks(grad)]",
+        text="norm = _norm_by_rows(grads)",
+        replacement="norm = _norm_by_rows(grads[1:])",
         tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
     ),
     Mutant(
         name="norm_in_bfloat16",
         breaks="P15: the norm is rounded, and the bound exceeded by 1 %",
         file="udp_ray/dp/clipping.py",
-        text="torch.linalg.vector_norm(block, dtype=torch.float64)",
-        replacement="torch.linalg.vector_norm(block.bfloat16(), dtype=torch.float64)",
+        text="table.view(num_rows, ROW_VALUES), dim=1)",
+        replacement="table.view(num_rows, ROW_VALUES).bfloat16(), dim=1)",
         tests=("tests/dp/test_clipping.py::test_the_norm_is_that_of_all_parameters_together",),
+    ),
+    Mutant(
+        name="rows_too_long_for_the_margin",
+        breaks="a norm is too small by more than the margin allows, and the bound is exceeded",
+        file="udp_ray/dp/clipping.py",
+        text="ROW_VALUES = 24",
+        replacement="ROW_VALUES = 4096",
+        tests=(
+            "tests/dp/test_clipping.py"
+            "::test_the_margin_covers_the_roundings_that_its_comment_counts",
+        ),
+    ),
+    Mutant(
+        name="small_norms_from_squares_that_vanish",
+        breaks="squares below float32's range are left out of the norm",
+        file="udp_ray/dp/clipping.py",
+        text="SAFE_NORMS = 1e-8, 1e15",
+        replacement="SAFE_NORMS = -1.0, 1e15",
+        tests=(
+            "tests/dp/test_clipping.py"
+            "::test_norms_whose_squares_vanish_or_overflow_in_float32_are_exact",
+        ),
     ),
     Mutant(
         name="no_rounding_margin",
@@ -189,6 +211,17 @@ CLIPPING = [
         text="labels = np.full(shape, NO_LOSS, dtype=np.int64)",
         replacement="labels = np.full(shape, self._pad_id, dtype=np.int64)",
         tests=("tests/data/test_cohort.py",),
+    ),
+    Mutant(
+        name="rows_lost_where_a_group_is_divided",
+        breaks="the last examples of a group of several microbatches are left out",
+        file="udp_ray/data/batches.py",
+        text="for start, end in pairwise([0, *ends])]",
+        replacement="for start, end in pairwise([0, *(ends[:-1] or ends)])]",
+        tests=(
+            "tests/data/test_cohort.py"
+            "::test_microbatches_hold_each_example_once_and_stay_within_their_tokens",
+        ),
     ),
     Mutant(
         name="replace_one_priced_as_add_or_remove",
@@ -325,6 +358,17 @@ NOISE = [
         replacement="            out *= _rounded_up(self.noise_stddev)\n"
         "            out[:] = torch.from_numpy(out).bfloat16().float().numpy()\n",
         tests=("tests/guarantee/test_noise.py::test_noise_lies_on_no_coarse_grid",),
+    ),
+    Mutant(
+        name="noise_before_the_sum_has_arrived",
+        breaks="the ranks' sums overwrite noise that was added while they were on their way",
+        file="udp_ray/engine/gradient_sum.py",
+        text="self._wait_until(view.storage_offset() + start + values.numel())",
+        replacement="self._wait_until(0)",
+        tests=(
+            "tests/engine/test_gradient_sum.py"
+            "::test_noise_is_added_to_what_has_arrived_and_to_all_of_it_once",
+        ),
     ),
     Mutant(
         name="noise_of_the_slice_of_rank_0_only",
@@ -1076,8 +1120,8 @@ ROUNDING = [
         name="sums_in_float32",
         breaks="P45: one user's absence changes how all others are rounded",
         file="udp_ray/dp/clipping.py",
-        text="part.add_(block if factor is None else block * factor)",
-        replacement="part.copy_(part.float() + (block if factor is None else block * factor))",
+        text="part.add_(block, alpha=factor)",
+        replacement="part.copy_(part.float() + block * factor)",
         tests=(
             f"{ACCUMULATION}::test_the_order_of_16384_aligned_users_moves_their_sum_by_less_than"
             "_the_bound",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,6 +18,7 @@ from udp_ray.config.experiment import TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.engine import gradient_sum
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum
 from udp_ray.engine.kernels.ghost import GhostKernel
@@ -73,6 +75,36 @@ def sum_in_whole(shapes: Shapes) -> Held:
         _add_all(sums, shapes, world.rank)
         sums.add_noise(noise_of() if world.is_first else None, 3)
     return Held(dict(sums.views), allocated.peak // 4)
+
+
+def sum_of_late_buckets(shapes: Shapes, *, is_waited_for: bool = True) -> dict[str, Tensor]:
+    """Returns the mean of a whole sum whose buckets arrive no earlier than they are waited for."""
+    world = join_world()
+    gradient_sum.BUCKET_VALUES = 5
+    gradient_sum.dist = cast("Any", _LateReductions())
+    sums = ClippedSum({name: torch.empty(shape) for name, shape in shapes.items()}, world)
+    _add_all(sums, shapes, world.rank)
+    waiting = sums._wait_until
+    if not is_waited_for:
+        sums._wait_until = lambda end: None  # type: ignore[method-assign]
+    sums.add_noise(noise_of() if world.is_first else None, 3)
+    sums._wait_until = waiting  # type: ignore[method-assign]
+    return dict(sums.mean(divisor=world.size))
+
+
+class _LateReductions:
+    """Real reductions of copies, which replace the buckets when these are waited for."""
+
+    def reduce(self, bucket: Tensor, dst: int, async_op: bool) -> Any:
+        """Returns what to wait for."""
+        copy = bucket.clone()
+        dist.reduce(copy, dst)
+
+        class Work:
+            def wait(self) -> None:
+                bucket.copy_(copy)
+
+        return Work()
 
 
 def ghost_sum_in_slices(make_model: Callable[[], nn.Module], store: str) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ loss: a long example weighs as much as a short one. An example without any token
 counts in that mean with gradient zero; no computation is spent on it.
 
 There are two packings. Without a `Packing` each group has microbatches of its own, for kernels that
-clip one group at a time. With one, small groups share microbatches, each group whole, and which
+clip one group at a time: its examples are divided by length, where a further pass costs less than
+the padding that it saves. With one, small groups share microbatches, each group whole, and which
 rows belong to which group is recorded:
 
     groups of 1 to 2 rows:  [a] [b b] [c]  ->  rows b b, then a c, padded to the longest of each
@@ -209,25 +210,69 @@ class Packing:
         return microbatches
 
 
-def pack(lengths: Sequence[int], microbatch_tokens: int) -> list[list[int]]:
+PASS_TOKENS = 32
+"""What one more forward and backward pass costs on a CPU, in tokens: it reads all weights and
+writes and adds all gradients once more. Speed and rounding only."""
+
+PASS_TOKENS_ON_GPU = 512
+"""The same on a GPU, where arithmetic is faster beside memory; estimated, not measured."""
+
+
+def pack(
+    lengths: Sequence[int], microbatch_tokens: int, pass_tokens: int = PASS_TOKENS
+) -> list[list[int]]:
     """Returns rows for each microbatch of one group, as positions in `lengths`.
 
-    Examples are taken longest first, so that examples of like length share a microbatch and
-    little is padding; ties keep their order. A microbatch's rows times its longest example stay
-    within microbatch_tokens; an example longer than that goes alone.
+    Examples are taken longest first, so that examples of like length share a microbatch; ties keep
+    their order. They are divided where this costs least: the tokens of a microbatch, padding
+    included, and `pass_tokens` for each. Its rows times its longest example stay within
+    microbatch_tokens; an example longer than that goes alone. How a group is divided follows from
+    its own lengths alone.
+
+    Args:
+        lengths: Tokens of each example of a group. Sensitive.
+        microbatch_tokens: Most tokens of a microbatch.
+        pass_tokens: What one more microbatch costs, in tokens.
     """
     order = sorted(range(len(lengths)), key=lambda position: -lengths[position])
-    microbatches = []
-    start = 0
-    while start < len(order):
-        rows = max(1, microbatch_tokens // max(1, lengths[order[start]]))
-        microbatches.append(order[start : start + rows])
-        start += rows
-    return microbatches
+    ends = _cheapest_ends([lengths[row] for row in order], microbatch_tokens, pass_tokens)
+    return [order[start:end] for start, end in pairwise([0, *ends])]
+
+
+def _cheapest_ends(lengths: Sequence[int], microbatch_tokens: int, pass_tokens: int) -> list[int]:
+    """Returns where the microbatches of rows, longest first, end at the least total cost."""
+    count = len(lengths)
+    if not count or lengths[0] == lengths[-1]:
+        full = max(1, microbatch_tokens // max(1, lengths[0])) if count else 1
+        return [*range(full, count, full), count] if count else []
+    longest = np.array(lengths, dtype=np.int64)
+    # The least cost of all rows before each one, less what its own microbatch would cost up to row
+    # 0, so that one product gives the cost of a microbatch from there to any later row.
+    before = np.zeros(count, dtype=np.int64)
+    costs = np.zeros(count + 1, dtype=np.int64)
+    starts = [0] * (count + 1)
+    first = 0
+    for end in range(1, count + 1):
+        before[end - 1] = costs[end - 1] - (end - 1) * longest[end - 1]
+        while end - first > 1 and (end - first) * lengths[first] > microbatch_tokens:
+            first += 1
+        totals = before[first:end] + end * longest[first:end]
+        cheapest = int(totals.argmin())
+        starts[end] = first + cheapest
+        costs[end] = totals[cheapest] + pass_tokens
+    ends = []
+    end = count
+    while end:
+        ends.append(end)
+        end = starts[end]
+    return ends[::-1]
 
 
 def padded_tokens(
-    lengths: Sequence[int], microbatch_tokens: int, packing: Packing | None = None
+    lengths: Sequence[int],
+    microbatch_tokens: int,
+    packing: Packing | None = None,
+    pass_tokens: int = PASS_TOKENS,
 ) -> int:
     """Returns the tokens, padding included, that a group costs.
 
@@ -236,12 +281,14 @@ def padded_tokens(
         microbatch_tokens: Most tokens of a microbatch.
         packing: Of a kernel whose groups share microbatches; None for one whose do not. On a grid
             the cost is exact; without one, sharing with longer groups may add to it.
+        pass_tokens: As `pack` takes it.
     """
     if packing is not None and lengths and len(lengths) * max(lengths) <= microbatch_tokens:
         return len(lengths) * packing.padded_length(max(lengths))
     if len(lengths) == 1:
         return lengths[0]
-    return sum(len(rows) * lengths[rows[0]] for rows in pack(lengths, microbatch_tokens))
+    packed = pack(lengths, microbatch_tokens, pass_tokens)
+    return sum(len(rows) * lengths[rows[0]] for rows in packed)
 
 
 def assign(token_counts: NDArray[np.int64], num_workers: int) -> NDArray[np.int64]:
@@ -381,7 +428,7 @@ class CohortReader:
         packing: `Kernel.packing` of the kernel that takes the groups. None: every group has
             microbatches of its own.
         last_step: No step after this one is read ahead. Default: there always is a next step.
-        pin_memory: Put microbatches in page-locked memory, for a GPU.
+        pin_memory: Put microbatches in page-locked memory, and divide groups, for a GPU.
         mask_seed: Gives a group the seed of its dropout masks, from the step and the number of
             its first example (no example is in two groups of a step).
     """
@@ -410,6 +457,7 @@ class CohortReader:
         self._packing = packing
         self._last_step = last_step
         self._pin_memory = pin_memory
+        self._pass_tokens = PASS_TOKENS_ON_GPU if pin_memory else PASS_TOKENS
         self._reading: tuple[int, Future[Sequence[Group]]] | None = None
         # Each thread has a CUDA device of its own, at first number 0: without this, every worker of
         # a node would open a context there to lock its pages.
@@ -475,7 +523,8 @@ class CohortReader:
         lengths = self._store.example_lengths(cohort.examples).tolist()
         spans = list(pairwise(cohort.offsets.tolist()))
         costs = [
-            padded_tokens(lengths[a:b], self._microbatch_tokens, self._packing) for a, b in spans
+            padded_tokens(lengths[a:b], self._microbatch_tokens, self._packing, self._pass_tokens)
+            for a, b in spans
         ]
         workers = assign(np.array(costs, dtype=np.int64), self._world_size)
         for number in np.flatnonzero(workers == self._rank).tolist():
@@ -496,7 +545,8 @@ class CohortReader:
         )
 
     def _alone(self, group: _GroupRows) -> Group:
-        packed = pack([len(row.tokens) for row in group.rows], self._microbatch_tokens)
+        lengths = [len(row.tokens) for row in group.rows]
+        packed = pack(lengths, self._microbatch_tokens, self._pass_tokens)
         microbatches = []
         for numbers in packed:
             rows = [group.rows[number] for number in numbers]

@@ -1,7 +1,8 @@
 """The sum of a step's clipped gradients: whole on each rank, or in slices under ZeRO 3.
 
 `ClippedSum` is one flat float64 buffer with a view per parameter. Kernels add to its views, ranks
-reduce it in buckets to rank 0, and rank 0 adds the noise in place, all in float64. What one group
+reduce it in buckets to rank 0, and rank 0 adds the noise in place, all in float64. Rank 0 draws the
+noise while buckets are on their way, and adds it where all of them have arrived. What one group
 adds is then the same to 1e-7 clip norms whichever other groups are there, and nothing private is
 rounded before the noise is in (`dp/clipping.py`). Only the mean, noise included, is rounded to the
 float32 that the optimizer takes.
@@ -29,7 +30,9 @@ the noise is in.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,8 +45,9 @@ from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.engine.distributed import World
 from udp_ray.errors import GuaranteeError
 
-BUCKET_VALUES = 2**24
-"""Values reduced at once (128 MiB). Speed and memory only."""
+BUCKET_VALUES = 2**21
+"""Values reduced at once (16 MiB): while a bucket is on its way, the noise of those that have
+arrived is drawn and added. Speed and memory only."""
 
 ROUNDED_VALUES = 2**20
 """Values rounded to float32 at once (4 MiB). Speed and memory only."""
@@ -108,9 +112,12 @@ class ClippedSum:
         self._buffer = SumBuffer(shapes, world.device)
         self.views: dict[str, Tensor] = self._buffer.views
         """The sum by parameter name, float64; adding to a view adds to the sum."""
+        self._on_their_way: deque[tuple[int, Any]] = deque()
+        """Where each bucket begins that is being reduced, and what to wait for; in order."""
 
     def clear(self) -> None:
         """Sets the sum to zero."""
+        self._wait_for_all()
         self._buffer.flat.zero_()
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -126,11 +133,17 @@ class ClippedSum:
         return own
 
     def reduce(self) -> None:
-        """Leaves the sum over ranks on rank 0 and zeros elsewhere, unless fused. Collective."""
+        """Leaves the sum over ranks on rank 0 and zeros elsewhere, unless fused. Collective.
+
+        On rank 0 it returns while buckets are on their way: the views are complete, and may be
+        changed, after `add_noise` or `mean`.
+        """
         if self._world.size == 1 or self._fuse_reduce:
             return
+        start = 0
         for bucket in self._buffer.flat.split(BUCKET_VALUES):
-            dist.reduce(bucket, dst=0)
+            self._on_their_way.append((start, dist.reduce(bucket, dst=0, async_op=True)))
+            start += bucket.numel()
         if not self._world.is_first:
             self.clear()
 
@@ -145,6 +158,7 @@ class ClippedSum:
             for start, values in noise.chunks(step, name, flat.numel()):
                 if self._history is not None:
                     values = self._history.correlated(name, start, values)
+                self._wait_until(view.storage_offset() + start + values.numel())
                 flat[start : start + values.numel()].add_(values.to(flat.device))
 
     def mean(self, divisor: float) -> dict[str, Tensor]:
@@ -153,7 +167,16 @@ class ClippedSum:
         It is multiplied by the world size, because the engine averages over ranks. The result
         overwrites the sum: call `clear` before the next addition.
         """
+        self._wait_for_all()
         return self._buffer.scaled(self._world.size / divisor)
+
+    def _wait_until(self, end: int) -> None:
+        """Waits until the values before a position of the buffer are the sums over ranks."""
+        while self._on_their_way and self._on_their_way[0][0] < end:
+            self._on_their_way.popleft()[1].wait()
+
+    def _wait_for_all(self) -> None:
+        self._wait_until(self._buffer.flat.numel())
 
 
 def _views(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

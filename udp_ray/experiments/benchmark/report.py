@@ -321,6 +321,12 @@ def _parts_text(rows: Sequence[Row], parts: dict[str, Any]) -> str:
         f" ({row['busiest_over_mean_round_robin']:.3f})"
         for row in parts["balance"]
     ]
+    if padding := parts.get("padding"):
+        lines.append(
+            f"  padding of ragged users: {padding['computed']:.2f} of the tokens computed in"
+            f" {padding['passes']:.1f} passes per user; {padding['in_fewest_passes']:.2f} in"
+            f" {padding['fewest_passes']:.1f} ({padding['cell']})"
+        )
     if evaluation := parts.get("evaluation"):
         lines.append(
             f"  evaluation of {evaluation['num_tokens']:,} held-out tokens:"

@@ -21,6 +21,7 @@ from udp_ray.experiments.benchmark.cells import run_cells
 from udp_ray.experiments.benchmark.checkpoints import measure_checkpoints
 from udp_ray.experiments.benchmark.evaluation import measure_evaluation
 from udp_ray.experiments.benchmark.noise import measure_noise_draws
+from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
@@ -106,6 +107,8 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
     sums = measurements.measure_float64_sums()
     display.phase("waiting for data")
     data_wait = measurements.measure_data_wait(study, parts)
+    display.phase("padding")
+    padding = measure_padding(study, parts)
     display.phase("balance of cohorts")
     users = measurements.heavy_tailed_users()
     balance = measurements.measure_balance(users, parts, study.microbatch_tokens)
@@ -130,6 +133,7 @@ def _measure_parts(study: Study, parts: Parts, join_ray: JoinRay) -> dict[str, A
         "noise_draws": noise_draws,
         "float64_sums": sums,
         "data_wait": data_wait,
+        "padding": padding,
         "balance": balance,
         "accounting": accounting,
         "evaluation": evaluation,
