@@ -1688,7 +1688,43 @@ STARTUP = [
     ),
 ]
 
+AUDITING_TESTS = "tests/dp/test_auditing.py"
+AUDITING = [
+    Mutant(
+        name="audit_without_the_factor_2",
+        breaks="the one-run p-value charges m delta, not 2 m delta",
+        file="udp_ray/dp/auditing.py",
+        text="share = 2 * guesses.num_canaries * delta / i",
+        replacement="share = guesses.num_canaries * delta / i",
+        tests=(f"{AUDITING_TESTS}::test_bounds_are_those_of_jax_privacy",),
+    ),
+    Mutant(
+        name="audit_counts_one_right_guess_too_many",
+        breaks="the one-run p-value is P[W > v], not P[W >= v]",
+        file="udp_ray/dp/auditing.py",
+        text="stats.binom.sf(at_least - 1, trials, chance)",
+        replacement="stats.binom.sf(at_least, trials, chance)",
+        tests=(f"{AUDITING_TESTS}::test_no_private_mechanism_beats_the_p_value",),
+    ),
+    Mutant(
+        name="audit_guesses_at_one_end",
+        breaks="the auditor never guesses that a canary is out",
+        file="udp_ray/dp/auditing.py",
+        text="num_low = num_guesses // 2",
+        replacement="num_low = 0",
+        tests=(f"{AUDITING_TESTS}::test_the_highest_are_guessed_in_and_the_lowest_out",),
+    ),
+    Mutant(
+        name="audit_believes_scores_that_are_not_finite",
+        breaks="a NaN score is sorted to the top and guessed to be in",
+        file="udp_ray/dp/auditing.py",
+        text="if not np.isfinite(values).all():",
+        replacement="if False:",
+        tests=(f"{AUDITING_TESTS}::test_a_score_that_is_not_finite_is_refused",),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP,
+    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING,
 ]  # fmt: skip
