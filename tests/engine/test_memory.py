@@ -143,7 +143,7 @@ def test_correlated_noise_takes_one_value_a_weight_for_each_band_but_one(
     assert "past noise" in found[False].to_text()
     assert found[False].past_noise == pytest.approx(4 * 4 * number / share, rel=1e-6)
     assert found[True].past_noise == 2 * found[False].past_noise
-    assert found[False].total_bytes - plain.total_bytes == found[False].past_noise
+    assert found[True].total_bytes - plain.total_bytes == found[True].past_noise
 
 
 def test_an_average_takes_eight_bytes_a_weight_and_less_in_slices(models: Path) -> None:
