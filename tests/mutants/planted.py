@@ -362,7 +362,7 @@ NOISE = [
         name="noise_before_the_sum_has_arrived",
         breaks="the ranks' sums overwrite noise that was added while they were on their way",
         file="udp_ray/engine/gradient_sum.py",
-        text="self._wait_until(view.storage_offset() + start + values.numel())",
+        text="self._wait_until(int(view.storage_offset()) + start + values.numel())",
         replacement="self._wait_until(0)",
         tests=(
             "tests/engine/test_gradient_sum.py"

@@ -157,7 +157,7 @@ class ClippedSum:
             for start, values in noise.chunks(step, name, flat.numel()):
                 if self._history is not None:
                     values = self._history.correlated(name, start, values)
-                self._wait_until(view.storage_offset() + start + values.numel())
+                self._wait_until(int(view.storage_offset()) + start + values.numel())
                 flat[start : start + values.numel()].add_(values.to(flat.device))
 
     def mean(self, divisor: float) -> dict[str, Tensor]:
