@@ -39,7 +39,7 @@ from udp_ray.engine.plain import PlainEngine
 from udp_ray.experiments.study.settings import Scaling
 
 PUBLIC_TEXTS, PUBLIC_TOKENS = 256, 64
-"""Texts that the base model writes for its second moments, and the tokens of each."""
+"""Texts that the base model writes for its second moments, and the most tokens of each."""
 
 
 class Scales:
@@ -116,7 +116,8 @@ class ScaledTraining(LanguageModelTraining):
         super()._make_kernel()  # places and checks the model
         self.scales = Scales(self.parameters)
         if self.scaling.source == "public":
-            moments = public_second_moments(self.model, self.parameters)
+            tokens = min(PUBLIC_TOKENS, self.store.manifest.block_tokens)
+            moments = public_second_moments(self.model, self.parameters, tokens)
             self.scales.follow(moments, self.scaling.floor)
         return ScaledKernel(
             self.model,
@@ -143,12 +144,15 @@ def training_of(scaling: Scaling | None) -> Callable[..., LanguageModelTraining]
     return LanguageModelTraining if scaling is None else partial(ScaledTraining, scaling=scaling)
 
 
-def public_second_moments(model: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def public_second_moments(
+    model: Any, parameters: Mapping[str, nn.Parameter], num_tokens: int
+) -> dict[str, Tensor]:
     """Returns the mean squared gradient of texts that the model writes, by parameter name.
 
     Args:
         model: A causal language model of transformers. It is left in its mode.
         parameters: Those to take gradients of, by name.
+        num_tokens: Tokens of each text.
     """
     total = {name: torch.zeros_like(p.detach()) for name, p in parameters.items()}
     was_training = model.training
@@ -161,8 +165,8 @@ def public_second_moments(model: Any, parameters: Mapping[str, nn.Parameter]) ->
             attention_mask=torch.ones_like(begin),
             do_sample=True,
             top_k=0,
-            min_new_tokens=PUBLIC_TOKENS - 1,
-            max_new_tokens=PUBLIC_TOKENS - 1,
+            min_new_tokens=num_tokens - 1,
+            max_new_tokens=num_tokens - 1,
             pad_token_id=int(begin[0, 0]),
         )
     for text in texts.split(1):
