@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.folder import StudyFolder
 from udp_ray.experiments.study.report import Results, Row
-from udp_ray.experiments.study.run import bounded_heldout, run_and_report
-from udp_ray.experiments.study.settings import PlannedStudy, StudyConfig, plan_study
+from udp_ray.experiments.study.run import bounded_heldout, placed, run_and_report, run_study
+from udp_ray.experiments.study.settings import PlannedStudy, Scaling, StudyConfig, plan_study
 from udp_ray.on_ray.tasks import completed_tasks
 
 SAME = 1e-5
@@ -338,6 +338,35 @@ def test_tables_and_files_say_what_was_measured_and_what_is_missing(
     cells = json.loads((folder.path / "results.json").read_text())["cells"]
     assert [cell["token_loss"] for cell in cells] == frame.token_loss.tolist()
     assert draw_differences(results).startswith(b"\x89PNG")
+
+
+# ---- variants that only studies have
+
+
+def test_a_scaled_variant_is_trained_scaled(base: Path, tmp_path: Path) -> None:
+    scaling = {"source": "releases", "floor": 0.1}
+    needed = ["train.kernel=direct", "train.optimizer=adamw"]
+    variants = [
+        {"name": "flat", "overrides": needed},
+        {"name": "scaled", "overrides": needed, "scaling": scaling},
+        {"name": "refused", "scaling": scaling},
+    ]
+    study = planned(base, tmp_path / "out", blocks=[block("b", *variants)], seeds=[1])
+    folder = StudyFolder(tmp_path / "out")
+    assert [cell.variant for cell in study.chosen] == ["flat", "scaled"]
+    assert "scaling needs direct" in study.to_text()
+    assert len({cell.digest for cell in study.chosen}) == 2
+    for cell in study.chosen:  # so that no store has to be prepared
+        Path(placed(cell, folder.path).data.store).mkdir(parents=True, exist_ok=True)
+    asked: list[Any] = []
+
+    def run_tasks(function: Any, tasks: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
+        for number, task in enumerate(tasks):
+            asked.append(task["scaling"])
+            yield number, measured(4.0, 4.0) | {"seconds": 1.0}
+
+    run_study(study, folder, run_tasks, announce=lambda line: None)
+    assert asked == [None, Scaling.model_validate(scaling)]
 
 
 # ---- resuming

@@ -1715,7 +1715,41 @@ AUDITING = [
     ),
 ]
 
+SCALING = [
+    Mutant(
+        name="scales_follow_the_step_itself",
+        breaks="gradients are scaled by second moments of the private gradients of the same step",
+        file="udp_ray/experiments/study/scaling.py",
+        text="        gradient = super().group_gradient(group)\n",
+        replacement="        gradient = super().group_gradient(group)\n"
+        "        own = zip(self._scales.values, gradient, strict=True)\n"
+        "        self._scales.follow({name: part.square() for name, part in own}, 0.1)\n",
+        tests=(
+            "tests/experiments/test_scaling.py::test_scales_of_a_step_are_the_same_whoever_is_in_it",
+        ),
+    ),
+    Mutant(
+        name="scaled_mean_is_not_unscaled",
+        breaks="AdamW is given the scaled mean as if it were the gradient",
+        file="udp_ray/experiments/study/scaling.py",
+        text="{name: mean / scales[name] for name, mean in gradients.items()}",
+        replacement="{name: mean for name, mean in gradients.items()}",
+        tests=(
+            "tests/experiments/test_scaling.py::test_without_clipping_and_noise_scaling_changes_nothing",
+        ),
+    ),
+    Mutant(
+        name="scaled_cell_trains_unscaled",
+        breaks="a variant with a scaling is trained without it",
+        file="udp_ray/experiments/study/run.py",
+        text='"scaling": cell.scaling}',
+        replacement='"scaling": None}',
+        tests=("tests/experiments/test_study.py::test_a_scaled_variant_is_trained_scaled",),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
     *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING,
+    *SCALING,
 ]  # fmt: skip

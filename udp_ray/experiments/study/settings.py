@@ -20,12 +20,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from udp_ray.config.base import LocalFolder, PositiveInt, Section, did_you_mean
+from udp_ray.config.base import (
+    LocalFolder,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    did_you_mean,
+)
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig
 from udp_ray.console import COLUMNS
 from udp_ray.errors import ConfigError
@@ -66,6 +72,18 @@ class TextSet(Section):
     """Settings of all runs on this data set, as privacy.population=1000."""
 
 
+class Scaling(Section):
+    """How gradients are scaled before they are clipped and noised; see `scaling.py`."""
+
+    source: Literal["releases", "public"]
+    """Where second moments of the gradient come from: AdamW's, hence earlier noisy releases, or
+    text that the base model writes."""
+    floor: PositiveFloat
+    """What is added to the root of each second moment, in multiples of their root mean square."""
+    first_step: PositiveInt = 2
+    """First step that is scaled by releases. Earlier ones are clipped and noised as they are."""
+
+
 class Variant(Section):
     """One way to train."""
 
@@ -75,6 +93,8 @@ class Variant(Section):
     """What differs from the base file and the block, as data.pack=true."""
     grid: dict[str, list[Any]] = Field(default={})
     """Further settings with the values to try, in all combinations."""
+    scaling: Scaling | None = None
+    """Scales gradients before they are clipped and noised; only studies can. Default: none."""
     datasets: list[DatasetName] | None = None
     """Data sets on which it is tried. Default: those of the block."""
     is_drawn: bool = True
@@ -234,6 +254,7 @@ class Cell:
     """The settings, before the study adds its own folders; None if they are refused."""
     heldout_examples: int
     evaluate_every: int | None
+    scaling: Scaling | None = None
     error: str | None = None
     """Why the settings are refused."""
 
@@ -266,6 +287,8 @@ class Cell:
             "heldout_examples": self.heldout_examples,
             "evaluate_every": self.evaluate_every,
         }
+        if self.scaling is not None:
+            measured["scaling"] = self.scaling.model_dump()
         return digest_of({**given, "measured": measured})
 
 
@@ -386,6 +409,8 @@ def _cell(
     error, settings = None, None
     try:
         settings = ExperimentConfig.load(study.base, overrides)
+        if variant.scaling is not None:
+            require_scalable(settings)
     except ConfigError as mistake:
         error = str(mistake)
     return Cell(
@@ -399,8 +424,25 @@ def _cell(
         config=settings,
         heldout_examples=small.heldout_examples if is_quick else study.heldout_examples,
         evaluate_every=study.evaluate_every,
+        scaling=variant.scaling,
         error=error,
     )
+
+
+def require_scalable(config: ExperimentConfig) -> None:
+    """Refuses settings with which gradients cannot be scaled before they are clipped.
+
+    Raises:
+        ConfigError: With the setting, its value and the remedy.
+    """
+    needed: dict[str, tuple[Any, Any]] = {
+        "train.kernel": (config.train.kernel, "direct"),
+        "train.optimizer": (config.train.optimizer, "adamw"),
+        "train.zero_stage": (config.train.zero_stage, 0),
+    }
+    for name, (value, only) in needed.items():
+        if value != only:
+            raise ConfigError(f"{name} is {value}, and scaling needs {only}: set {name}={only}")
 
 
 def digest_of(values: Any) -> str:

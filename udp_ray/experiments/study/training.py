@@ -29,11 +29,12 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.distributed import join_world
-from udp_ray.engine.language_model import LanguageModelTraining
 from udp_ray.engine.loop import cohorts
 from udp_ray.engine.trainer import InMemoryAccountant
 from udp_ray.engine.types import Metrics
 from udp_ray.errors import DivergedError, UdpRayError
+from udp_ray.experiments.study.scaling import training_of
+from udp_ray.experiments.study.settings import Scaling
 from udp_ray.models.load import load_model, trainable_parameters
 from udp_ray.runs.admission import new_key, plan_of
 
@@ -41,20 +42,21 @@ _plans: dict[str, PrivacyPlan] = {}
 """The plans of this process, which took seconds to calibrate, by their settings."""
 
 
-def train_cell(config: ExperimentConfig) -> dict[str, Any]:
+def train_cell(config: ExperimentConfig, scaling: Scaling | None = None) -> dict[str, Any]:
     """Trains a run and returns what was measured; after any error, the error in one line.
 
     Args:
         config: The run, with a seed. Its store is prepared; its output is not used.
+        scaling: How gradients are scaled before they are clipped; None leaves them as they are.
     """
     try:
-        return _train(config)
+        return _train(config, scaling)
     except Exception as error:  # one cell that fails must not end the study
         name = "" if isinstance(error, UdpRayError) else f"{type(error).__name__}: "
         return {"error": name + one_line(str(error))}
 
 
-def _train(config: ExperimentConfig) -> dict[str, Any]:
+def _train(config: ExperimentConfig, scaling: Scaling | None) -> dict[str, Any]:
     start = Moment.now()
     torch.set_num_threads(1)
     store = TokenStore.open(config.data.store, verify=False)
@@ -65,7 +67,7 @@ def _train(config: ExperimentConfig) -> dict[str, Any]:
     metrics: list[Metrics] = []
     phases = Phases()
     with TemporaryDirectory() as workspace:
-        result = LanguageModelTraining(
+        result = training_of(scaling)(
             world=join_world(),
             model=model,
             parameters=trainable_parameters(model),
