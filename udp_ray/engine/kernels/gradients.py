@@ -8,18 +8,20 @@ gradient . output gradient), which for groups of few tokens is far less work. Ei
 over groups is formed in float32 from the same tensors as the norms, with the clip factors inside,
 also where these tensors are bfloat16.
 
-Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens is added to a float64 sum:
-within a product the order of float32 additions, and so the rounding of what one group adds, depends
-on who shares it. How far that can move a sum is part of `sensitivity.rounding_slack`.
+Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens, and each float32 sum of at
+most `SUM_GROUPS` materialized gradients, is added to a float64 sum: within one of them the order of
+float32 additions, and so the rounding of what one group adds, depends on who shares it. How far
+that can move a sum is part of `sensitivity.rounding_slack`.
 
 Rounding of norms. A norm that is too small would let a group exceed its bound. Materialized
-gradients are added as they are, so their norm, taken in float64, is that of what is added. In the
-Gram form the pairs of tokens cancel, while the roundings of their products (float32, each relative
-to its own pair) do not: they add up like independent errors, to a few units in the last place of
-the root of the sum over pairs of the squared products. That root is at most the sum over tokens of
-|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter
-is added to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
-`clipping.ROUNDING_MARGIN`.
+gradients are added as they are, so their norm, as `squared_norms` computes it, is at least that of
+what is added. In the Gram form the pairs of tokens cancel, while the roundings of their products
+(float32, each relative to its own pair) do not: they add up like independent errors, to a few units
+in the last place of the root of the sum over pairs of the squared products. That root is at most
+the sum over tokens of |input|^2 |output gradient|^2 (probabilistic rounding analysis [1]).
+`GRAM_SLACK` times the latter is added to the squared norm. Where nothing cancels it makes the norm
+2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers sums of squares by
+a common share: there `products.rounding_of` is added to `GRAM_SLACK`.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
 of a table.
@@ -79,10 +81,10 @@ SUM_VALUES = 2**17
 """Values of a sum over groups that are computed at once on a CPU. Speed and memory only."""
 
 CHUNKED_TOKENS = 384
-"""Groups of at least this many bfloat16 tokens are materialized in chunks for their sum on CUDA, and
-tokens of shorter ones are split (`products.split`). By operations: a chunk writes and reads 8 bytes
-per value of a gradient, a split multiplies twice more, 4 operations per token and value; they are
-equal at 485 tokens for 3.3 TB/s and 800 TFLOP/s. Not measured."""
+"""Groups of at least this many bfloat16 tokens are materialized in chunks for their sum on CUDA,
+and tokens of shorter ones are split (`products.split`). By operations: a chunk writes and reads 8
+bytes per value of a gradient, a split multiplies twice more, 4 operations per token and value; they
+are equal at 485 tokens for 3.3 TB/s and 800 TFLOP/s. Not measured."""
 
 CHUNK_VALUES = 2**25
 """Values of a chunk (128 MiB). Speed and memory only."""

@@ -86,8 +86,8 @@ def summed_outer(rows: Tensor, columns: Tensor) -> Tensor:
 def split(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns three bfloat16 tensors whose sum is the float32 values, exactly.
 
-    Each takes 8 of the 24 bits. Bits below 2**-133, bfloat16's smallest value, are lost: only values
-    below 1e-33 have any. Infinities have no such sum.
+    Each takes 8 of the 24 bits. Bits below 2**-133, bfloat16's smallest value, are lost: only
+    values below 1e-33 have any. Infinities have no such sum.
     """
     first = values.bfloat16()
     rest = values - first.float()
