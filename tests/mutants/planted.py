@@ -159,8 +159,8 @@ CLIPPING = [
         name="truncation_of_tensor_cores_ignored",
         breaks="P15: norms from tensor cores are too small",
         file="udp_ray/engine/kernels/products.py",
-        text="return TRUNCATION * num_terms / TENSOR_CORE_TERMS if stays_bfloat16(*values) else 0.0",
-        replacement="return 0.0",
+        text="return TRUNCATION * num_terms / TENSOR_CORE_TERMS if",
+        replacement="return 0.0 if",
         tests=(
             "tests/engine/kernels/test_products.py"
             "::test_a_sum_that_truncates_leaves_no_norm_too_small",

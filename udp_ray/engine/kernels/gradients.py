@@ -20,8 +20,8 @@ what is added. In the Gram form the pairs of tokens cancel, while the roundings 
 in the last place of the root of the sum over pairs of the squared products. That root is at most
 the sum over tokens of |input|^2 |output gradient|^2 (probabilistic rounding analysis [1]).
 `GRAM_SLACK` times the latter is added to the squared norm. Where nothing cancels it makes the norm
-2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers sums of squares by
-a common share: there `products.rounding_of` is added to `GRAM_SLACK`.
+2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers sums of squares
+by a common share: there `products.rounding_of` is added to `GRAM_SLACK`.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
 of a table.
