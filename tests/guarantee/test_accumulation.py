@@ -94,7 +94,8 @@ def parts(kind: str, order: torch.Tensor) -> GroupGradients:
     outputs = torch.randn(4, 48, generator=random) * (2 - scales)
     products = Products(inputs, outputs)
     rows = torch.tensor([3, 7, 3, 9]).expand(len(order), 4)
-    looked_up = torch.randn(4, 32, generator=random) * scales
+    own = 0.01 * torch.sin(order.float()[:, None, None] * torch.arange(1, 33))
+    looked_up = (torch.randn(4, 32, generator=random) + own) * scales
     lookups = Lookups(rows, looked_up, 48)
     kinds = {
         "products": products, "materialized": Materialized(products.materialized().gradients),
@@ -119,20 +120,20 @@ def deviation(kind: str, dtype: torch.dtype = torch.float64) -> float:
     return float((first - second).norm())
 
 
-@pytest.mark.parametrize("kind", ["materialized", "lookups"])
-def test_sums_of_gradients_of_single_groups_do_not_depend_on_the_order(kind: str) -> None:
-    assert deviation(kind) < EXACT * CLIP_NORM
-    assert deviation(kind, torch.float32) > 5 * EXACT * CLIP_NORM  # the failing arm
+def test_sums_of_gradients_of_single_groups_do_not_depend_on_the_order() -> None:
+    assert deviation("lookups") < EXACT * CLIP_NORM
+    assert deviation("lookups", torch.float32) > 5 * EXACT * CLIP_NORM  # the failing arm
 
 
-@pytest.mark.parametrize("kind", ["products", "tied"])
+@pytest.mark.parametrize("kind", ["products", "tied", "materialized"])
 def test_products_over_several_groups_stay_well_within_the_stated_slack(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed = rounding_slack(GROUPS) * CLIP_NORM / 4
     assert deviation(kind) < allowed
-    # The failing arm: one long product, added up in float32.
+    # The failing arm: one long product or sum, added up in float32.
     monkeypatch.setattr(group_gradients, "SUM_TOKENS", 10**9)
+    monkeypatch.setattr(group_gradients, "SUM_GROUPS", 10**9)
     assert deviation(kind, torch.float32) > 1.5 * allowed
 
 

@@ -153,6 +153,41 @@ CLIPPING = [
         ),
     ),
     Mutant(
+        name="no_slack_in_norms_of_float32_sums",
+        breaks="squares added in float32 give a norm that is too small",
+        file="udp_ray/dp/clipping.py",
+        text="norm.square() * (1 + (NORM_TERMS + 4) * 2.0**-24)",
+        replacement="norm.square()",
+        tests=("tests/dp/test_clipping.py::test_squared_norms_are_never_too_small",),
+    ),
+    Mutant(
+        name="pairs_of_tokens_counted_once",
+        breaks="a norm in the Gram form leaves out half of the pairs of different tokens",
+        file="udp_ray/engine/kernels/gradients.py",
+        text="        pairs[:, :, width:] *= 2\n",
+        replacement="",
+        tests=("tests/engine/kernels/test_gradients.py::test_a_gram_norm_is_never_too_small",),
+    ),
+    Mutant(
+        name="truncation_of_tensor_cores_ignored",
+        breaks="P15: norms from tensor cores are too small",
+        file="udp_ray/engine/kernels/products.py",
+        text="return TRUNCATION * num_terms / TENSOR_CORE_TERMS if",
+        replacement="return 0.0 if",
+        tests=(
+            "tests/engine/kernels/test_products.py"
+            "::test_a_sum_that_truncates_leaves_no_norm_too_small",
+        ),
+    ),
+    Mutant(
+        name="clipped_values_split_in_two",
+        breaks="P14: values are rounded to 16 bits after clipping, before their product",
+        file="udp_ray/engine/kernels/products.py",
+        text="return first, second, (rest - second.float()).bfloat16()",
+        replacement="return first, second, torch.zeros_like(second)",
+        tests=("tests/engine/kernels/test_products.py",),
+    ),
+    Mutant(
         name="no_slack_in_gram_norms",
         breaks="review: a norm in the Gram form comes out too small where tokens cancel",
         file="udp_ray/engine/kernels/gradients.py",
@@ -172,8 +207,8 @@ CLIPPING = [
         name="clip_weighted_sum_in_bfloat16",
         breaks="P14: the sum over users is rounded to bfloat16 after clipping",
         file="udp_ray/engine/kernels/gradients.py",
-        text="accumulate(total, some_rows.T @ some_columns)",
-        replacement="accumulate(total, (some_rows.T @ some_columns).bfloat16().float())",
+        text="accumulate(total, summed_outer(some_rows, some_columns))",
+        replacement="accumulate(total, summed_outer(some_rows, some_columns).bfloat16().float())",
         tests=(GHOST_SUM,),
     ),
     Mutant(
@@ -1122,8 +1157,8 @@ ROUNDING = [
         name="one_long_product",
         breaks="P45: float32 products over all groups of a microbatch",
         file="udp_ray/engine/kernels/gradients.py",
-        text="accumulate(total, some_rows.T @ some_columns)",
-        replacement="total.copy_(total.float() + some_rows.T @ some_columns)",
+        text="accumulate(total, summed_outer(some_rows, some_columns))",
+        replacement="total.copy_(total.float() + summed_outer(some_rows, some_columns))",
         tests=(
             f"{ACCUMULATION}::test_products_over_several_groups_stay_well_within_the_stated_slack",
         ),

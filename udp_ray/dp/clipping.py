@@ -73,6 +73,10 @@ AUTOMATIC_SHARE = 0.01
 # in its cache, five times faster than one copy of a large parameter. Accelerators make no copy.
 BLOCK_VALUES = 2**17
 
+NORM_TERMS = 64
+"""Squares that `squared_norms` adds up in float32. On a CPU core 16 gradients of 262,144 values
+take 0.45 ms (128: 0.34 ms, 32: 0.7 ms), and 2.35 ms if each value is converted to float64."""
+
 
 def group_norm(grads: Sequence[Tensor]) -> Tensor:
     """Returns the L2 norm of one group's gradient over all parameters together.
@@ -117,7 +121,14 @@ def _norm_by_rows(grads: Sequence[Tensor]) -> Tensor:
 
 
 def squared_norms(grads: Tensor) -> Tensor:
-    """Returns the squared L2 norm of each group's gradient for one parameter.
+    """Returns the squared L2 norm of each group's gradient for one parameter, never too small.
+
+    On a CPU squares are added in float32, `NORM_TERMS` at a time, because converting each value to
+    float64 takes several times as long; the sums are added in float64. In a sum of n squares each
+    term is rounded at most n times (its product, and n - 1 additions in any order), and its square
+    root, squared again, counts as two more: it is at least 1 - (n + 2) 2**-24 of its value. The
+    result is multiplied by 1 + (n + 4) 2**-24, which makes up for that: it is between 1 and
+    1 + 2 (n + 4) 2**-24, 1 + 8.2e-6, times the square of the norm.
 
     Args:
         grads: One float32 gradient per group, shape (groups, ...). Sensitive.
@@ -129,15 +140,23 @@ def squared_norms(grads: Tensor) -> Tensor:
         ValueError: If the gradients are not float32.
 
     Edge cases:
-        No values -> 0. Any NaN or infinity -> not finite for that group.
+        No values -> 0. Any NaN or infinity, or a value above 1e18, whose square float32 may not
+        hold -> not finite for that group. Values below 1e-19, whose squares vanish, do not count:
+        clip norms of kernels that use this are far larger (`SMALLEST_CLIP_NORM`).
     """
     if grads.dtype != torch.float32:
         raise ValueError(f"a gradient is {grads.dtype}: clipping needs torch.float32")
     flat = grads.reshape(len(grads), -1)
-    width = max(1, BLOCK_VALUES // max(1, len(grads)))
-    blocks = flat.split(width, dim=1) if grads.device.type == "cpu" else [flat]
-    norms = [torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks]
-    return torch.stack(norms).square().sum(dim=0)
+    if grads.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).square()
+    num_blocks = flat.shape[1] // NORM_TERMS
+    whole = flat[:, : num_blocks * NORM_TERMS].reshape(len(flat), num_blocks, NORM_TERMS)
+    norms = [
+        torch.linalg.vector_norm(whole, dim=2),
+        torch.linalg.vector_norm(flat[:, num_blocks * NORM_TERMS :], dim=1, keepdim=True),
+    ]
+    norm = torch.linalg.vector_norm(torch.cat(norms, dim=1), dim=1, dtype=torch.float64)
+    return norm.square() * (1 + (NORM_TERMS + 4) * 2.0**-24)
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:

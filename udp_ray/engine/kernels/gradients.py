@@ -8,18 +8,20 @@ gradient . output gradient), which for groups of few tokens is far less work. Ei
 over groups is formed in float32 from the same tensors as the norms, with the clip factors inside,
 also where these tensors are bfloat16.
 
-Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens is added to a float64 sum:
-within a product the order of float32 additions, and so the rounding of what one group adds, depends
-on who shares it. How far that can move a sum is part of `sensitivity.rounding_slack`.
+Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens, and each float32 sum of at
+most `SUM_GROUPS` materialized gradients, is added to a float64 sum: within one of them the order of
+float32 additions, and so the rounding of what one group adds, depends on who shares it. How far
+that can move a sum is part of `sensitivity.rounding_slack`.
 
 Rounding of norms. A norm that is too small would let a group exceed its bound. Materialized
-gradients are added as they are, so their norm, taken in float64, is that of what is added. In the
-Gram form the pairs of tokens cancel, while the roundings of their products (float32, each relative
-to its own pair) do not: they add up like independent errors, to a few units in the last place of
-the root of the sum over pairs of the squared products. That root is at most the sum over tokens of
-|input|^2 |output gradient|^2 (probabilistic rounding analysis [1]). `GRAM_SLACK` times the latter
-is added to the squared norm. Where nothing cancels it makes the norm 2**-20 larger, one
-`clipping.ROUNDING_MARGIN`.
+gradients are added as they are, so their norm, as `squared_norms` computes it, is at least that of
+what is added. In the Gram form the pairs of tokens cancel, while the roundings of their products
+(float32, each relative to its own pair) do not: they add up like independent errors, to a few units
+in the last place of the root of the sum over pairs of the squared products. That root is at most
+the sum over tokens of |input|^2 |output gradient|^2 (probabilistic rounding analysis [1]).
+`GRAM_SLACK` times the latter is added to the squared norm. Where nothing cancels it makes the norm
+2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers sums of squares
+by a common share: there `products.rounding_of` is added to `GRAM_SLACK`.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
 of a table.
@@ -41,24 +43,51 @@ import torch
 from torch import Tensor
 
 from udp_ray.dp.clipping import accumulate, squared_norms
+from udp_ray.engine.kernels.products import (
+    added,
+    multiplied,
+    operand,
+    rounding_of,
+    stays_bfloat16,
+    summed_outer,
+)
 
 GRAM_SLACK = 2.0**-19
 
-MATERIALIZED_PER_STORED = 2.0
+MATERIALIZED_PER_STORED = 1.7
 """Gradients are materialized if they have at most this many values per value of the tokens that
-they are formed from, which bounds their memory. Measured on a CPU core, layers of 256 x 256 to
-768 x 3072 and 64 to 512 tokens: materialized is faster up to 2, the Gram form from 3 on."""
+they are formed from, which bounds their memory too. On a CPU core, with layers of 256 to 1,024
+features, both ways take equally long at 1.6; at 2.0 the Gram form is faster by a tenth of a step
+where three layers share an input."""
 
-BLOCK_TOKENS = 128
-"""Tokens whose pairs are multiplied out at once. Speed and memory only."""
+BLOCK_TOKENS = {"cpu": 32}
+"""Tokens whose pairs with themselves and all later ones are multiplied out at once, by device. Each
+pair of different tokens is then computed once, except within a block. On a CPU core a block of 32
+takes 0.73 of the time of a whole matrix at 128 tokens, and 0.69 at 256."""
+
+MOST_BLOCK_TOKENS = 512
+"""The same on other devices. Speed and memory only."""
 
 SUM_TOKENS = 1024
 """Most tokens in one float32 product of the weighted sum; such products add up in float64. Shorter
 products are more accurate and slower: on a CPU core, with layers of 256 to 3,072 features, 1,024
 take up to 2.5 % longer than one product of 8,192 tokens, 256 up to 78 %."""
 
-SUM_VALUES = 2**18
-"""Values of all groups that are converted to float64 at once. Speed and memory only."""
+SUM_GROUPS = 16
+"""Most materialized gradients in one float32 sum; such sums add up in float64. On a CPU core this
+takes a third of the time of a sum in float64."""
+
+SUM_VALUES = 2**17
+"""Values of a sum over groups that are computed at once on a CPU. Speed and memory only."""
+
+CHUNKED_TOKENS = 384
+"""Groups of at least this many bfloat16 tokens are materialized in chunks for their sum on CUDA,
+and tokens of shorter ones are split (`products.split`). By operations: a chunk writes and reads 8
+bytes per value of a gradient, a split multiplies twice more, 4 operations per token and value; they
+are equal at 485 tokens for 3.3 TB/s and 800 TFLOP/s. Not measured."""
+
+CHUNK_VALUES = 2**25
+"""Values of a chunk (128 MiB). Speed and memory only."""
 
 
 class GroupGradients(Protocol):
@@ -99,10 +128,12 @@ class Materialized:
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
         gradients, sums = self.gradients.flatten(1), total.view(-1)
-        width = max(1, SUM_VALUES // max(1, len(gradients)))
-        factors = factors_U.double()
-        for part, block in zip(sums.split(width), gradients.split(width, dim=1), strict=True):
-            part.add_(factors @ block.double())
+        width = SUM_VALUES if total.device.type == "cpu" else max(1, sums.numel())
+        for some, factors in zip(
+            gradients.split(SUM_GROUPS), factors_U.split(SUM_GROUPS), strict=True
+        ):
+            for part, block in zip(sums.split(width), some.split(width, dim=1), strict=True):
+                part.add_(factors @ block)
 
     def without(self, is_rejected_U: Tensor) -> Materialized:
         return Materialized(_zeroed(self.gradients, is_rejected_U))
@@ -124,18 +155,33 @@ class Products:
         return _pair_sum(self.inputs, [self.outputs])
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
-        inputs, outputs = self.inputs.float(), self.outputs.float()
+        if self.inputs.shape[1] >= CHUNKED_TOKENS and stays_bfloat16(self.inputs, self.outputs):
+            self._add_in_chunks(total, factors_U)
+            return
+        inputs, outputs = self.inputs, self.outputs
         if inputs.shape[2] < outputs.shape[2]:  # scale the smaller tensor
-            inputs = inputs * factors_U[:, None, None]
+            inputs = inputs.float() * factors_U[:, None, None]
         else:
-            outputs = outputs * factors_U[:, None, None]
+            outputs = outputs.float() * factors_U[:, None, None]
         rows, columns = (inputs, outputs) if self.is_transposed else (outputs, inputs)
         for some_rows, some_columns in zip(
             rows.flatten(0, 1).split(SUM_TOKENS),
             columns.flatten(0, 1).split(SUM_TOKENS),
             strict=True,
         ):
-            accumulate(total, some_rows.T @ some_columns)
+            accumulate(total, summed_outer(some_rows, some_columns))
+
+    def _add_in_chunks(self, total: Tensor, factors_U: Tensor) -> None:
+        """Adds the weighted sum of float32 gradients, some groups at a time."""
+        num_groups = max(1, min(SUM_GROUPS, CHUNK_VALUES // total.numel()))
+        for inputs, outputs, factors in zip(
+            self.inputs.split(num_groups),
+            self.outputs.split(num_groups),
+            factors_U.split(num_groups),
+            strict=True,
+        ):
+            some = replace(self, inputs=inputs, outputs=outputs)
+            some.materialized().add_weighted(total, factors)
 
     def without(self, is_rejected_U: Tensor) -> Products:
         return replace(
@@ -145,10 +191,9 @@ class Products:
         )
 
     def materialized(self) -> Materialized:
-        inputs, outputs = self.inputs.float(), self.outputs.float()
-        if self.is_transposed:
-            return Materialized(torch.bmm(inputs.transpose(1, 2), outputs))
-        return Materialized(torch.bmm(outputs.transpose(1, 2), inputs))
+        inputs, outputs = operand(self.inputs), operand(self.outputs)
+        rows, columns = (inputs, outputs) if self.is_transposed else (outputs, inputs)
+        return Materialized(multiplied(rows.mT, columns))
 
     @property
     def is_better_materialized(self) -> bool:
@@ -186,11 +231,16 @@ class Lookups:
 
     def materialized(self) -> Materialized:
         num_groups, _, size = self.outputs.shape
-        tables = self.outputs.new_zeros(num_groups * self.num_rows, size, dtype=torch.float32)
-        group = torch.arange(num_groups, device=self.rows.device)[:, None]
+        shape = num_groups, self.num_rows, size
+        return self.added_to(Materialized(self.outputs.new_zeros(shape, dtype=torch.float32)))
+
+    def added_to(self, gradients: Materialized) -> Materialized:
+        """Adds to other gradients of the same parameter, in place, and returns them."""
+        tables = gradients.gradients.view(-1, self.outputs.shape[2])
+        group = torch.arange(len(self.rows), device=self.rows.device)[:, None]
         place = (self.rows + self.num_rows * group).flatten()
         tables.index_add_(0, place, self.outputs.float().flatten(0, 1))
-        return Materialized(tables.view(num_groups, self.num_rows, size))
+        return gradients
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -204,7 +254,7 @@ class Tied:
         # Row v of the table gets output_t[v] input_t from each token t of the linear layer, and
         # lookup_s from each token s that looked row v up. The slack of both norms covers the cross
         # term's roundings, as 2 a b <= a^2 + b^2.
-        close = torch.bmm(self.products.inputs.float(), self.lookups.outputs.float().mT)
+        close = multiplied(operand(self.products.inputs), operand(self.lookups.outputs).mT)
         place = self.lookups.rows[:, None, :].expand_as(close)
         picked = self.products.outputs.gather(2, place).float()
         cross = (close * picked).sum(dim=2).double().sum(dim=1)
@@ -218,9 +268,7 @@ class Tied:
         return Tied(self.products.without(is_rejected_U), self.lookups.without(is_rejected_U))
 
     def materialized(self) -> Materialized:
-        return Materialized(
-            self.products.materialized().gradients + self.lookups.materialized().gradients
-        )
+        return self.lookups.added_to(self.products.materialized())
 
 
 def total(uses: Sequence[GroupGradients]) -> GroupGradients:
@@ -265,14 +313,19 @@ def summed_squared_norms(gradients: Iterable[GroupGradients]) -> Tensor:
     Layers of one input (query, key and value; gate and up) share the products of its tokens.
     """
     parts: list[Tensor] = []
+    small: list[Tensor] = []
     of_input: dict[object, tuple[Tensor, list[Tensor]]] = {}
     for gradient in gradients:
         if isinstance(gradient, Products):
             inputs = gradient.inputs
             key = (inputs.data_ptr(), inputs.shape, inputs.stride(), inputs.dtype)
             of_input.setdefault(key, (inputs, []))[1].append(gradient.outputs)
+        elif isinstance(gradient, Materialized) and gradient.gradients.dim() == 2:
+            small.append(gradient.gradients)  # biases and weights of features, one per feature
         else:
             parts.append(gradient.squared_norms())
+    if small:
+        parts.append(squared_norms(torch.cat(small, dim=1)))
     parts += [_pair_sum(inputs, outputs) for inputs, outputs in of_input.values()]
     return torch.stack(parts).sum(dim=0)
 
@@ -280,26 +333,28 @@ def summed_squared_norms(gradients: Iterable[GroupGradients]) -> Tensor:
 def _pair_sum(inputs_ULP: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     """Returns the squared norms of sums of outer products, float64 (U,), with their slack.
 
-    The matrices of pairs are symmetric: blocks of tokens above the diagonal count twice.
+    The matrices of pairs are symmetric: pairs of a block of tokens with later ones count twice.
 
     Args:
         inputs_ULP: The inputs of layers that share them.
         outputs: The output gradients of each layer, (U, L, Q).
     """
-    total_U = inputs_ULP.new_zeros(len(inputs_ULP), dtype=torch.float64)
-    inputs = inputs_ULP.float().split(BLOCK_TOKENS, dim=1)
-    blocks = [output.float().split(BLOCK_TOKENS, dim=1) for output in outputs]
-    for i in range(len(inputs)):
-        for j in range(i, len(inputs)):
-            pairs = torch.bmm(blocks[0][i], blocks[0][j].mT)
-            for block in blocks[1:]:
-                pairs.baddbmm_(block[i], block[j].mT)
-            pairs *= torch.bmm(inputs[i], inputs[j].mT)
-            # Row sums in float32 are within the slack, sums of them in float64.
-            total_U += (1 if i == j else 2) * pairs.sum(dim=2).double().sum(dim=1)
-            if i == j:
-                own = pairs.diagonal(dim1=1, dim2=2)
-                total_U += GRAM_SLACK * own.double().sum(dim=1)
+    num_groups, num_tokens, num_terms = inputs_ULP.shape
+    inputs, (first, *others) = operand(inputs_ULP), [operand(output) for output in outputs]
+    num_terms += sum(output.shape[2] for output in outputs) + num_tokens
+    slack = GRAM_SLACK + rounding_of(num_terms, inputs, first)
+    total_U = inputs.new_zeros(num_groups, dtype=torch.float64)
+    width = BLOCK_TOKENS.get(inputs.device.type, MOST_BLOCK_TOKENS)
+    for start in range(0, num_tokens, width):
+        block = slice(start, start + width)
+        pairs = multiplied(first[:, block], first[:, start:].mT)
+        for other in others:
+            pairs = added(pairs, other[:, block], other[:, start:].mT)
+        pairs *= multiplied(inputs[:, block], inputs[:, start:].mT)
+        pairs[:, :, width:] *= 2
+        # Row sums in float32 are within the slack, sums of them in float64.
+        total_U += pairs.sum(dim=2).double().sum(dim=1)
+        total_U += slack * pairs.diagonal(dim1=1, dim2=2).double().sum(dim=1)
     return total_U.clamp(min=0)
 
 
