@@ -27,7 +27,7 @@ def ahead_of(noise, *, num_values=10 * TOTAL, sizes=SIZES, piece_values=PIECE):
 
 
 def drawn_by(source, step, sizes=SIZES):
-    """What a step adds, whole, as whoever adds it would see it."""
+    """What a step adds, whole, as the step that adds it sees it."""
     return {
         name: [values.clone() for _, values in source.chunks(step, name, number)]
         for name, number in sizes.items()
