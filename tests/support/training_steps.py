@@ -83,8 +83,8 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     zero = ZeroEngine(model, parameters, run.settings(), num_steps=run.num_steps)
     noise = _fresh_noise(run, keys.noise, plan.fresh_noise_stddev)
     step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
-    # Noise drawn ahead is refused unless it is added once and in order: a faulty step draws it late,
-    # and its fault reaches the weights.
+    # Noise drawn ahead is refused unless it is added once and in order: a faulty step draws none
+    # ahead, so that its fault reaches the weights.
     buffer = {"noise_buffer_bytes": 0} if run.fault in _FAULTY_STEPS else {}
     step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce, **buffer)
     if isinstance(step, _NoiseOnAllRanks):
