@@ -127,8 +127,8 @@ TWO_WORKERS = ["--cluster.num_workers", "2"]
 
 
 def test_noise_is_secure_unless_the_settings_say_otherwise(settings_file: str) -> None:
-    assert read(settings_file).privacy.secure_noise
-    assert not read(settings_file, *PLAIN).privacy.secure_noise
+    assert read(settings_file).config.privacy.secure_noise
+    assert not read(settings_file, *PLAIN).config.privacy.secure_noise
 
 
 def test_secure_noise_with_a_fused_reduction_over_several_workers_is_refused(

@@ -104,7 +104,7 @@ def test_memory_is_worked_out_without_weights(tmp_path, capsys):
     ).save_pretrained(tmp_path)
     settings = ["--data.block_tokens", "64", "--model.name", str(tmp_path), "--memory"]
     found = answer([*options(noise_multiplier=1.0), *settings], capsys)["memory_bytes"]
-    parts = sum(found[name] for name in ("weights", "clipped_sum", "optimizer"))
+    parts = sum(found[name] for name in ("weights", "clipped_sum", "optimizer", "noise_ahead"))
     assert found["total"] == parts + max(found["kernel"], found["update"])
     assert found["weights"] > 4 * 64 * 500
     assert price.main([*options(noise_multiplier=1.0), *settings]) == 0

@@ -429,6 +429,7 @@ class CohortReader:
             microbatches of its own.
         last_step: No step after this one is read ahead. Default: there always is a next step.
         pin_memory: Put microbatches in page-locked memory, and divide groups, for a GPU.
+        pass_tokens: As `pack` takes it. Default: by the device.
         mask_seed: Gives a group the seed of its dropout masks, from the step and the number of
             its first example (no example is in two groups of a step).
     """
@@ -445,6 +446,7 @@ class CohortReader:
         packing: Packing | None = None,
         last_step: int | None = None,
         pin_memory: bool = False,
+        pass_tokens: int | None = None,
         mask_seed: Callable[[int, int], int] | None = None,
     ) -> None:
         self._store = store
@@ -457,7 +459,9 @@ class CohortReader:
         self._packing = packing
         self._last_step = last_step
         self._pin_memory = pin_memory
-        self._pass_tokens = PASS_TOKENS_ON_GPU if pin_memory else PASS_TOKENS
+        if pass_tokens is None:
+            pass_tokens = PASS_TOKENS_ON_GPU if pin_memory else PASS_TOKENS
+        self._pass_tokens = pass_tokens
         self._reading: tuple[int, Future[Sequence[Group]]] | None = None
         # Each thread has a CUDA device of its own, at first number 0: without this, every worker of
         # a node would open a context there to lock its pages.

@@ -119,6 +119,7 @@ def evaluate(
         pad_id=heldout.manifest.tokenizer.pad_id,
         last_step=len(own) - 1,
         pin_memory=world.device.type == "cuda",
+        pass_tokens=microbatch_tokens,  # so much that one pass is never divided
     )
     results: list[Tensor] = []
     with reader, evaluating(model), autocast_context(autocast, world.device):

@@ -246,8 +246,12 @@ def _show(trials: Sequence[TrialRecord]) -> None:
     ]
     running = [str(t.number) for t in trials if _is_open(t) and t.run.num_attempts > 0]
     current().phase("running the trials", total=num_steps)
-    now = f"{', '.join(running)} of {len(trials)}" if running else "starting workers"
-    current().advance(sum(taken), trial=now)
+    shown = {}
+    if running:
+        shown = {"trial": f"{', '.join(running)} of {len(trials)}"}
+    elif any(map(_is_open, trials)):
+        shown = {"trial": "starting workers"}
+    current().advance(sum(taken), **shown)
 
 
 # ---- Ray Tune
