@@ -27,9 +27,9 @@ from typing import Any, Literal, get_args
 
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.on_ray import train as driver
+from udp_ray.on_ray import worker as workers
 from udp_ray.on_ray.accountant import RemoteAccountant
-from udp_ray.on_ray.worker import RunCheckpoints, run_worker
+from udp_ray.on_ray.worker import RunCheckpoints
 
 PAUSE_S = 0.01
 TIMEOUT_S = 300.0
@@ -81,11 +81,12 @@ def paused_at(moment: Moment, folder: Path, action: Callable[[int], None]) -> It
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
-    driver.run_worker = waiting_worker(moment, folder)  # type: ignore[assignment]
+    run_worker = workers.run_worker
+    workers.run_worker = waiting_worker(moment, folder)
     try:
         yield
     finally:
-        driver.run_worker = run_worker
+        workers.run_worker = run_worker
         over.set()
         thread.join()
     if errors:
@@ -119,6 +120,9 @@ def waiting_worker(moment: Moment, folder: Path) -> Callable[[dict[str, Any]], N
     """Returns the worker function of a run that waits in a moment."""
 
     def wait_and_run(settings: dict[str, Any]) -> None:
+        # Imported in the worker, where nothing stands in its place.
+        from udp_ray.on_ray.worker import run_worker
+
         _wait_in(moment, folder)
         run_worker(settings)
 
@@ -155,7 +159,7 @@ def main() -> None:
     folder, name, step, rank, job, *arguments = sys.argv[1:]
     assert name in get_args(Name)
     moment = Moment(name, int(step), int(rank))  # type: ignore[arg-type]
-    driver.run_worker = waiting_worker(moment, Path(folder))  # type: ignore[assignment]
+    workers.run_worker = waiting_worker(moment, Path(folder))
     sys.argv = [job, *arguments]
     runpy.run_path(job, run_name="__main__")
 
