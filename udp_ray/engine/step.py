@@ -154,8 +154,9 @@ class PrivateStep:
     def rehearse(self, noise: GaussianNoise | None, number: int = 0) -> dict[str, Tensor]:
         """Returns what the optimizer would receive in a step without groups. Collective.
 
-        It moves nothing, and draws noise as `run` does. Correlated noise starts at number 0 without a past; call `end_rehearsal`
-        after the last one, before past noise is restored and before the first step.
+        It moves nothing, and draws noise as `run` does. Correlated noise starts at number 0 without
+        a past; call `end_rehearsal` after the last one, before past noise is restored and before
+        the first step.
 
         Args:
             noise: Noise of the rehearsal, from a key of its own, on rank 0; None elsewhere.

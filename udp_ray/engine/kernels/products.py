@@ -75,6 +75,9 @@ def added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def summed_outer(rows: Tensor, columns: Tensor) -> Tensor:
     """Returns the sum over tokens of row times column, float32 (N, M).
 
+    Tensor cores truncate it: a bias that no bound of `sensitivity.rounding_slack` proves to be
+    within the slack.
+
     Args:
         rows: (tokens, N). One of both is float32: values times a clip factor.
         columns: (tokens, M).
