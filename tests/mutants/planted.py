@@ -180,6 +180,17 @@ CLIPPING = [
         ),
     ),
     Mutant(
+        name="truncation_of_the_whole_sum_ignored",
+        breaks="review: of many tokens a Gram norm from tensor cores is too small",
+        file="udp_ray/engine/kernels/gradients.py",
+        text="(total_U * (1 + truncated))",
+        replacement="total_U",
+        tests=(
+            "tests/engine/kernels/test_products.py"
+            "::test_a_sum_that_truncates_leaves_no_norm_too_small",
+        ),
+    ),
+    Mutant(
         name="clipped_values_split_in_two",
         breaks="P14: values are rounded to 16 bits after clipping, before their product",
         file="udp_ray/engine/kernels/products.py",
@@ -287,6 +298,16 @@ NOISE = [
         "            self._noise.noise_stddev = self.plan.fresh_noise_stddev / 2\n"
         "        with self._ahead.drawing(self._noise, step) as noise:\n",
         tests=(NOISE_AND_DIVISOR,),
+    ),
+    Mutant(
+        name="noise_drawn_where_other_noise_is",
+        breaks="review: drawn noise is misplaced, and the start-up check draws elsewhere",
+        file="udp_ray/dp/noise_ahead.py",
+        text="out=self._memory[first:last],",
+        replacement="out=self._memory[: last - first],",
+        tests=(
+            "tests/engine/test_noise_check.py::test_a_sound_step_passes_at_every_stage[1 ranks]",
+        ),
     ),
     Mutant(
         name="noise_repeated_between_steps",
@@ -1164,6 +1185,28 @@ ROUNDING = [
         ),
     ),
     Mutant(
+        name="materialized_gradients_added_in_float32",
+        breaks="review: what a user adds is rounded by who shares its block, beyond the slack",
+        file="udp_ray/engine/kernels/gradients.py",
+        text="part.add_(factors_of_some @ some.double())",
+        replacement="part.add_(factors_of_some.float() @ some)",
+        tests=(
+            f"{ACCUMULATION}"
+            "::test_a_user_moves_a_crafted_sum_of_materialized_gradients_by_its_own_gradient_only",
+        ),
+    ),
+    Mutant(
+        name="microbatches_added_in_shared_tensors",
+        breaks="review: a gradient that autograd gives to two parameters is added to twice",
+        file="udp_ray/engine/kernels/direct.py",
+        text="total = [gradient.clone() for gradient in total]",
+        replacement="total = list(total)",
+        tests=(
+            "tests/engine/kernels/test_direct.py"
+            "::test_parameters_that_share_a_gradient_have_sums_of_their_own",
+        ),
+    ),
+    Mutant(
         name="nothing_kept_for_roundings",
         breaks="P45: groups are clipped to the whole clip norm, so roundings exceed it",
         file="udp_ray/engine/language_model.py",
@@ -1699,6 +1742,25 @@ STARTUP = [
         tests=(
             "tests/runs/test_remembered.py"
             "::test_a_plan_computes_its_epsilon_whatever_is_remembered",
+        ),
+    ),
+    Mutant(
+        name="found_noise_believed",
+        breaks="review: a dry run prints noise that damaged prices gave",
+        file="udp_ray/runs/dry_run.py",
+        text="            if is_confirmed(found):\n",
+        replacement="            if found:\n",
+        tests=("tests/runs/test_remembered.py",),
+    ),
+    Mutant(
+        name="run_priced_from_memory",
+        breaks="review: a run gets the noise that its caller remembers",
+        file="udp_ray/runs/admission.py",
+        text="    with computing():  # nothing is spent",
+        replacement="    if True:  # nothing is spent",
+        tests=(
+            "tests/runs/test_remembered.py"
+            "::test_what_a_caller_remembers_reaches_no_run_and_no_sweep",
         ),
     ),
     Mutant(

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.support.runs import tiny_experiment
+from tests.support.sweeps import tiny_sweep
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp import accounting
 from udp_ray.dp.accounting import Precision, epsilon, remembering, uls_event
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sweep import ReleaseAll, price_sweep
 from udp_ray.errors import DataError
 from udp_ray.io import OutputFolder
 from udp_ray.runs import remembered
 from udp_ray.runs.admission import prepare_run
-from udp_ray.runs.remembered import Remembered
+from udp_ray.runs.dry_run import describe_run, describe_sweep
+from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
+from udp_ray.runs.sweep import prepare_sweep
 
 FALSE_EPSILON = 0.001
 EVENT = uls_event(1.0, 0.01, 50)
@@ -110,6 +115,7 @@ def test_a_plan_computes_its_epsilon_whatever_is_remembered() -> None:
         assert epsilon(EVENT, 1e-5) == FALSE_EPSILON  # so the memory is asked
         assert plan.epsilon() > 10 * FALSE_EPSILON
         assert plan.epsilon_curve([10])[0] > 10 * FALSE_EPSILON
+        assert price_sweep([plan] * 2, ReleaseAll(), 1e-5) > 10 * FALSE_EPSILON
     assert plan.epsilon() == accounting.epsilon(plan.dp_event(), 1e-5)
 
 
@@ -128,3 +134,53 @@ def test_a_run_asks_no_memory_and_checks_the_model_before_anything_is_spent(
         prepare_run(config.model_copy(update={"data": other}), folder, run_id="run")
     assert not Path(config.output).exists()
     assert list(run.ledger.spent(config.data.name).runs) == []
+
+
+def test_what_a_caller_remembers_reaches_no_run_and_no_sweep(tmp_path: Path) -> None:
+    config = tiny_experiment(tmp_path, privacy={"noise_multiplier": None, "epsilon": 8.0})
+    sweep = tiny_sweep(tmp_path, {"release": "all", "group_size": [1, 2]})
+    folder = OutputFolder(Path(config.output))
+    with remembering(FalseMemory()):
+        run = prepare_run(config, folder, run_id="run")
+        planned = prepare_sweep(sweep, folder, resume=False).planned
+    assert 7.99 < run.plan.epsilon() <= 8.0
+    assert 7.99 < planned.price() <= 8.0
+
+
+def poison(share: float) -> int:
+    """Multiplies all remembered prices, digests included; returns their number."""
+    memory = Remembered.open("prices", PRICE_PACKAGES)
+    values = {name: share * value for name, value in memory._values.items()}
+    lines = [
+        json.dumps([name, value, memory._check(name, value)]) for name, value in values.items()
+    ]
+    memory._file.write_text("\n".join(lines))
+    return len(lines)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", text)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["run", "all", "best", "epsilons"])
+def test_poisoned_prices_move_what_a_dry_run_prints_within_the_tolerance_of_searches_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, share: float
+) -> None:
+    monkeypatch.setenv("UDP_RAY_CACHE", str(tmp_path / "cache"))
+    run = tiny_experiment(tmp_path, privacy={"noise_multiplier": None, "epsilon": 8.0})
+    sweeps = {
+        "all": {"release": "all", "group_size": [1, 2]},
+        "best": {"release": "best", "group_size": [1, 2]},
+        "epsilons": {"release": "all", "epsilon": [4.0, 8.0]},
+    }
+    sweep = tiny_sweep(tmp_path, sweeps.get(kind, sweeps["all"]))
+
+    def dry_run() -> str:
+        return describe_run(run) if kind == "run" else describe_sweep(sweep)
+
+    honest = dry_run()
+    assert dry_run() == honest
+    assert poison(share) > 0
+    found = numbers(dry_run())
+    assert found == pytest.approx(numbers(honest), rel=1e-2)

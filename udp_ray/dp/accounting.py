@@ -280,8 +280,10 @@ def computing() -> Iterator[None]:
 def remembering(memory: Memory) -> Iterator[None]:
     """Has `epsilon` look values up in a memory, and keep new ones there, for the block.
 
-    Without it every epsilon is computed. Plans compute theirs in any case (`computing`), so that
-    only searches for noise are shortened.
+    Without it every epsilon is computed. `PrivacyPlan.epsilon` and `price_sweep` compute theirs in
+    any case (`computing`). Searches for noise look values up, so the noise that they find is only
+    as right as the memory: runs and sweeps search without one, and dry runs compute what the found
+    noise costs before they believe it.
 
     Args:
         memory: Of values that this code has computed with the installed versions of its libraries.

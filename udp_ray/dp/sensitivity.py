@@ -75,7 +75,9 @@ def rounding_slack(expected_groups: int) -> float:
     - float32 products over several groups in the ghost kernel, rounds of ZeRO 3 in float32, and a
       padded length that depends on the other groups: sqrt(n) * 2**-18 C (each rounding independent
       of the others, as in probabilistic rounding analysis [1]; not proven for crafted sums; 16,384
-      aligned groups in two orders differed by 1e-4 C in tests/guarantee/test_accumulation.py);
+      aligned groups in two orders differed by 1e-4 C in tests/guarantee/test_accumulation.py).
+      Under autocast on CUDA tensor cores truncate these products (`products.summed_outer`): a bias
+      that depends on who shares a product, and for which this bound is not proven;
     - `train.fuse_reduce`: n * 2**-24 C (proven), which the settings allow up to
       `config.experiment.MOST_FUSED` groups.
 

@@ -154,8 +154,9 @@ class PrivateStep:
     def rehearse(self, noise: GaussianNoise | None, number: int = 0) -> dict[str, Tensor]:
         """Returns what the optimizer would receive in a step without groups. Collective.
 
-        It moves nothing. Correlated noise starts at number 0 without a past; call `end_rehearsal`
-        after the last one, before past noise is restored and before the first step.
+        It moves nothing, and draws noise as `run` does. Correlated noise starts at number 0 without
+        a past; call `end_rehearsal` after the last one, before past noise is restored and before
+        the first step.
 
         Args:
             noise: Noise of the rehearsal, from a key of its own, on rank 0; None elsewhere.
@@ -169,7 +170,8 @@ class PrivateStep:
                 raise GuaranteeError("a rehearsal would overwrite the noise of past steps")
             self.history.restart(next_step=0)
         self._sum.clear()
-        return self.engine.read_back(self._noisy_mean(noise, step=number))
+        with self._ahead.drawing(noise, number) as source:
+            return self.engine.read_back(self._noisy_mean(source, number))
 
     def end_rehearsal(self) -> None:
         """Forgets the noise of rehearsals."""

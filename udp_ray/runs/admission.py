@@ -125,10 +125,13 @@ def prepare_run(
         LedgerError: The ledger that guards the store is missing, is another one, or is a copy that
             lacks runs.
     """
+    from udp_ray.dp.accounting import computing
+
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     check_manifest(config.data, store.manifest)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
-    plan = _plan_on(config, store)
+    with computing():  # nothing is spent by what a caller remembers
+        plan = _plan_on(config, store)
     promise = PrivacyStatement.promise(
         config.privacy,
         plan,

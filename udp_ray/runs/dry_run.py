@@ -5,6 +5,9 @@ print(describe_run(config))
 The memory estimate traces the model and the checks of the model import torch: seconds, for an
 answer that changes only with the files of model and tokenizer, the settings and the code. So it is
 remembered (`remembered.py`), and a dry run that was done before takes no torch.
+
+A search for noise looks prices up, too. What it finds is believed only if its price, computed anew,
+is at the target; otherwise the search is repeated without the memory. Printed prices are computed.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import hashlib
 import json
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.data.remote import is_at_hand, read_manifest
 from udp_ray.data.store import Manifest
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sweep import WINDOW, PlannedSweep
+from udp_ray.errors import ConfigError
 from udp_ray.imports import quick_imports
 from udp_ray.reports.statement import (
     PrivacyStatement,
@@ -38,16 +44,15 @@ NOTHING_DONE = "Nothing was started, written or charged."
 WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".gguf")
 """Files of a model's folder that neither its shapes nor its tokenizer depend on."""
 
+Planned = TypeVar("Planned", PrivacyPlan, PlannedSweep)
+
 
 def describe_run(config: ExperimentConfig) -> str:
     """Returns what a run would promise and need.
 
     With privacy.population declared, neither the store nor the ledger has to exist.
     """
-    from udp_ray.dp.accounting import remembering
-
-    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
-        plan = plan_of(config, checks_model=False)
+    plan = _priced(lambda: plan_of(config, checks_model=False), _is_at_target)
     estimate = _once(config, plan, lambda manifest: _checked_estimate(config, plan, manifest))
     averaging = describe_averaging(config.train)
     statement = PrivacyStatement.promise(config.privacy, plan, averaging=averaging)
@@ -63,10 +68,11 @@ def describe_run(config: ExperimentConfig) -> str:
 
 def describe_sweep(config: SweepJobConfig) -> str:
     """Returns what a sweep would try, promise and cost."""
-    from udp_ray.dp.accounting import remembering
-
-    with remembering(Remembered.open("prices", PRICE_PACKAGES)):
-        planned = plan_of_sweep(config, checks_model=False)
+    epsilons = config.sweep.epsilon or [config.privacy.epsilon]
+    planned = _priced(
+        lambda: plan_of_sweep(config, checks_model=False),
+        lambda sweep: _are_at_targets(sweep, [e for e in epsilons if e is not None]),
+    )
     _once(as_run(config), None, lambda manifest: _checked(as_run(config), manifest))
     points = [
         f"  {number:4d}  {describe_point(point)}; epsilon {point.epsilon:.4g} alone"
@@ -79,6 +85,41 @@ def describe_sweep(config: SweepJobConfig) -> str:
     )
     title = "Configurations" if planned.release == "best" else "Trials"
     return "\n".join([statement.to_text(), "", title, *points, "", NOTHING_DONE])
+
+
+def _priced(search: Callable[[], Planned], is_confirmed: Callable[[Planned], bool]) -> Planned:
+    """Returns what a search finds with remembered prices or, unless confirmed, without them."""
+    from udp_ray.dp.accounting import computing, remembering
+
+    with suppress(ConfigError):  # without the memory it is raised again, or was the memory's fault
+        with remembering(Remembered.open("prices", PRICE_PACKAGES)):
+            found = search()
+        with computing():
+            if is_confirmed(found):
+                return found
+    with computing():
+        return search()
+
+
+def _is_at_target(plan: PrivacyPlan) -> bool:
+    target = plan.target_epsilon
+    return target is None or _is_within(plan.epsilon(), target)
+
+
+def _are_at_targets(planned: PlannedSweep, epsilons: Sequence[float]) -> bool:
+    """Returns whether the sweep, or each of its trials, costs what was given."""
+    if planned.target_epsilon is not None:
+        return _is_within(planned.price(), planned.target_epsilon)
+    if epsilons and planned.left_out:  # perhaps because of the memory
+        return False
+    return all(
+        not epsilons or any(_is_within(point.epsilon, epsilon) for epsilon in epsilons)
+        for point in planned.configurations
+    )
+
+
+def _is_within(epsilon: float, target: float) -> bool:
+    return target - WINDOW <= epsilon <= target
 
 
 def _checked_estimate(

@@ -129,13 +129,16 @@ def prepare_sweep(config: SweepJobConfig, folder: OutputFolder, *, resume: bool)
         LedgerError: The ledger that guards the store is missing, is another one, or is a copy that
             lacks runs.
     """
+    from udp_ray.dp.accounting import computing
+
     store = open_store(config.data.store, cache=config.data.cache, verify=True)
     _check_data(config, store)
     ledger, ledger_url = open_guarding_ledger(config.data, store)
     if config.sweep.release == "public":
         _refuse_protected(config, ledger)
     sweep_id = folder.run_id() if resume else new_run_id(as_run(config))
-    planned = _declared(config, ledger, sweep_id) if resume else _plan_on(config, store)
+    with computing():  # nothing is spent by what a caller remembers
+        planned = _declared(config, ledger, sweep_id) if resume else _plan_on(config, store)
     return Sweep(
         sweep_id=sweep_id,
         config=config,

@@ -18,6 +18,7 @@ from tests.support.training import tiny_model, tiny_users, write_tiny_store
 from udp_ray.data.batches import Group
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.kernels.direct import DirectKernel
+from udp_ray.engine.trainer import TensorGroup
 
 ROUNDING = (
     1e-6  # of sums below 2 * clip norm in float32, and the kernel's margin of 1e-6 * clip norm
@@ -126,3 +127,18 @@ def test_dropout_masks_are_those_of_the_groups_seed(store):
     assert torch.equal(sums[1, 10], sums[1, 20])
     assert not torch.equal(sums[1, 10], sums[2, 10])
     assert not torch.equal(sums[None, 10], sums[None, 20])  # the failing arm
+
+
+def test_parameters_that_share_a_gradient_have_sums_of_their_own():
+    """Autograd returns one tensor for both terms of a sum."""
+    model = nn.Module()
+    model.p, model.q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    def loss(model, b, device):
+        return ((model.p + model.q) * b).sum()
+
+    parameters = dict(model.named_parameters())
+    kernel = DirectKernel(model, parameters, clip_norm=1.0, loss=loss)
+    group = TensorGroup([torch.full((3,), 1.0), torch.full((3,), 10.0)], None)
+    for gradient in kernel.group_gradient(group):
+        assert gradient.tolist() == [11.0] * 3

@@ -117,7 +117,7 @@ def moves(length, *, rounds_factor=False):
 @pytest.mark.usefixtures("emulated")
 def test_no_user_moves_a_sum_of_bfloat16_products_by_more_than_the_clip_norm(length):
     assert max(moves(length)) <= 1 + ROUNDING_MARGIN
-    assert max(moves(length)) > 1 - 1e-5
+    assert max(moves(length)) > 1 - 3e-5  # less what norms allow for truncation
 
 
 @pytest.mark.usefixtures("emulated")
@@ -146,10 +146,11 @@ def test_norms_allow_for_the_truncation_of_tensor_cores(monkeypatch):
     values = torch.ones(1, dtype=torch.bfloat16)
     assert products.rounding_of(4096, values) == 0.0  # a CPU rounds to nearest
     monkeypatch.setattr(products, "stays_bfloat16", lambda *values: True)
-    assert products.rounding_of(4096, values) == 512 * 2.0**-23
+    assert products.rounding_of(4096, values) == 2 * 512 * 2.0**-23
 
 
-def test_a_sum_that_truncates_leaves_no_norm_too_small(emulated, monkeypatch):
+@pytest.mark.parametrize("num_tokens", [4, 128])  # of many tokens the slack is a small share
+def test_a_sum_that_truncates_leaves_no_norm_too_small(emulated, monkeypatch, num_tokens):
     """Products of tensor cores, emulated: truncated after each 8 terms."""
 
     def truncated(values):
@@ -165,12 +166,12 @@ def test_a_sum_that_truncates_leaves_no_norm_too_small(emulated, monkeypatch):
 
     monkeypatch.setattr(products, "_wide", wide)
     random = torch.Generator().manual_seed(0)
-    inputs = torch.rand(2, 4, 2048, generator=random).bfloat16()
-    outputs = torch.rand(2, 4, 2048, generator=random).bfloat16()
+    inputs = torch.rand(2, num_tokens, 2048, generator=random).bfloat16()
+    outputs = torch.rand(2, num_tokens, 2048, generator=random).bfloat16()
     right = torch.bmm(outputs.double().mT, inputs.double()).flatten(1).norm(dim=1)
     excess = Products(inputs, outputs).squared_norms().sqrt() / right - 1
     assert float(excess.min()) > 0
-    assert float(excess.max()) < 1e-4  # 513 truncations of 2**-23 at most
+    assert float(excess.max()) < 2e-4  # 1,056 truncations of 2**-23 at most, twice in the square
     monkeypatch.setattr(group_gradients, "rounding_of", lambda *_: 0.0)  # the failing arm
     excess = Products(inputs, outputs).squared_norms().sqrt() / right - 1
     assert float(excess.min()) < -ROUNDING_MARGIN

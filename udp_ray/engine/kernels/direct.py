@@ -100,6 +100,8 @@ class DirectKernel:
         first, *others = group.microbatches
         with _seeded(group.mask_seed, self._device):
             total = self._microbatch_gradient(first)
+            if others:  # autograd may return one tensor for several parameters
+                total = [gradient.clone() for gradient in total]
             for microbatch in others:
                 torch._foreach_add_(total, self._microbatch_gradient(microbatch))
         return total

@@ -5,13 +5,15 @@ output gradient times an input. Its norm is computed in one of two ways. *Materi
 gradient, which for groups of many tokens takes less memory than the tokens themselves, and serves
 for the sum too. *Gram*: the squared norm is the sum over pairs of tokens of (input . input) (output
 gradient . output gradient), which for groups of few tokens is far less work. Either way the sum
-over groups is formed in float32 from the same tensors as the norms, with the clip factors inside,
-also where these tensors are bfloat16.
+over groups is formed from the same tensors as the norms, with the clip factors inside, also where
+these tensors are bfloat16.
 
-Rounding of sums. Each float32 product over at most `SUM_TOKENS` tokens, and each float32 sum of at
-most `SUM_GROUPS` materialized gradients, is added to a float64 sum: within one of them the order of
-float32 additions, and so the rounding of what one group adds, depends on who shares it. How far
-that can move a sum is part of `sensitivity.rounding_slack`.
+Rounding of sums. Materialized gradients are multiplied and added in float64, where the product with
+a float32 factor is exact: what one group adds depends on no other group, up to the proven bound of
+float64 additions. In the Gram form each float32 product over at most `SUM_TOKENS` tokens is added
+to a float64 sum: within one of them the order of float32 additions, and so the rounding of what one
+group adds, depends on who shares it. How far both can move a sum is part of
+`sensitivity.rounding_slack`.
 
 Rounding of norms. A norm that is too small would let a group exceed its bound. Materialized
 gradients are added as they are, so their norm, as `squared_norms` computes it, is at least that of
@@ -20,8 +22,9 @@ what is added. In the Gram form the pairs of tokens cancel, while the roundings 
 in the last place of the root of the sum over pairs of the squared products. That root is at most
 the sum over tokens of |input|^2 |output gradient|^2 (probabilistic rounding analysis [1]).
 `GRAM_SLACK` times the latter is added to the squared norm. Where nothing cancels it makes the norm
-2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers sums of squares
-by a common share: there `products.rounding_of` is added to `GRAM_SLACK`.
+2**-20 larger, one `clipping.ROUNDING_MARGIN`. Tensor cores truncate, which lowers the sum of
+squares of the tokens and the whole sum by a common share: there `products.rounding_of` is added to
+`GRAM_SLACK`, and the sum is multiplied by one plus it.
 
 Shapes: groups U, tokens L of a group (its rows one after another), features in P and out Q, rows V
 of a table.
@@ -74,11 +77,15 @@ products are more accurate and slower: on a CPU core, with layers of 256 to 3,07
 take up to 2.5 % longer than one product of 8,192 tokens, 256 up to 78 %."""
 
 SUM_GROUPS = 16
-"""Most materialized gradients in one float32 sum; such sums add up in float64. On a CPU core this
-takes a third of the time of a sum in float64."""
+"""Materialized gradients that are converted to float64 at once for their sum. Speed and memory
+only."""
 
-SUM_VALUES = 2**17
-"""Values of a sum over groups that are computed at once on a CPU. Speed and memory only."""
+SUM_VALUES = {"cpu": 2**16}
+"""Values of each of them that are converted at once, by device. Speed and memory only. On a CPU
+core a value takes 0.3 to 0.4 ns; by 2**13 values at once 0.5 ns, and group by group 0.45 ns."""
+
+MOST_SUM_VALUES = 2**21
+"""The same on other devices (256 MiB for all groups together). Speed and memory only."""
 
 CHUNKED_TOKENS = 384
 """Groups of at least this many bfloat16 tokens are materialized in chunks for their sum on CUDA,
@@ -128,12 +135,11 @@ class Materialized:
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
         gradients, sums = self.gradients.flatten(1), total.view(-1)
-        width = SUM_VALUES if total.device.type == "cpu" else max(1, sums.numel())
-        for some, factors in zip(
-            gradients.split(SUM_GROUPS), factors_U.split(SUM_GROUPS), strict=True
-        ):
-            for part, block in zip(sums.split(width), some.split(width, dim=1), strict=True):
-                part.add_(factors @ block)
+        width = SUM_VALUES.get(total.device.type, MOST_SUM_VALUES)
+        factors = factors_U.double().split(SUM_GROUPS)
+        for part, blocks in zip(sums.split(width), gradients.split(width, dim=1), strict=True):
+            for some, factors_of_some in zip(blocks.split(SUM_GROUPS), factors, strict=True):
+                part.add_(factors_of_some @ some.double())
 
     def without(self, is_rejected_U: Tensor) -> Materialized:
         return Materialized(_zeroed(self.gradients, is_rejected_U))
@@ -212,6 +218,13 @@ class Lookups:
     num_rows: int
 
     def squared_norms(self) -> Tensor:
+        """Returns the squared norms; see `GroupGradients`.
+
+        What a group adds to one row of the table is added in float32, as in a materialized
+        gradient. The sums' roundings are each relative to a sum of tokens of that row, like those
+        of the Gram form, and `GRAM_SLACK` times the sum over tokens of |gradient|^2 covers them by
+        the same probabilistic analysis; where no row is looked up twice nothing is rounded.
+        """
         # Gather what a group adds to one row at the first token that looked it up.
         is_same = self.rows[:, :, None] == self.rows[:, None, :]
         first = is_same.to(torch.uint8).argmax(dim=2)
@@ -258,7 +271,11 @@ class Tied:
         place = self.lookups.rows[:, None, :].expand_as(close)
         picked = self.products.outputs.gather(2, place).float()
         cross = (close * picked).sum(dim=2).double().sum(dim=1)
-        return self.products.squared_norms() + self.lookups.squared_norms() + 2 * cross
+        # Truncation of the cross term: 2 a b <= a^2 + b^2 again, and the products have theirs.
+        num_terms = self.products.inputs.shape[2]
+        truncated = rounding_of(num_terms, self.products.inputs, self.lookups.outputs)
+        looked_up = (1 + truncated) * self.lookups.squared_norms()
+        return self.products.squared_norms() + looked_up + 2 * cross
 
     def add_weighted(self, total: Tensor, factors_U: Tensor) -> None:
         self.products.add_weighted(total, factors_U)
@@ -342,7 +359,8 @@ def _pair_sum(inputs_ULP: Tensor, outputs: Sequence[Tensor]) -> Tensor:
     num_groups, num_tokens, num_terms = inputs_ULP.shape
     inputs, (first, *others) = operand(inputs_ULP), [operand(output) for output in outputs]
     num_terms += sum(output.shape[2] for output in outputs) + num_tokens
-    slack = GRAM_SLACK + rounding_of(num_terms, inputs, first)
+    truncated = rounding_of(num_terms, inputs, first)
+    slack = GRAM_SLACK + truncated
     total_U = inputs.new_zeros(num_groups, dtype=torch.float64)
     width = BLOCK_TOKENS.get(inputs.device.type, MOST_BLOCK_TOKENS)
     for start in range(0, num_tokens, width):
@@ -355,7 +373,7 @@ def _pair_sum(inputs_ULP: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         # Row sums in float32 are within the slack, sums of them in float64.
         total_U += pairs.sum(dim=2).double().sum(dim=1)
         total_U += slack * pairs.diagonal(dim1=1, dim2=2).double().sum(dim=1)
-    return total_U.clamp(min=0)
+    return (total_U * (1 + truncated)).clamp(min=0)
 
 
 def _zeroed(values: Tensor, is_rejected_U: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ import torch
 from torch import Tensor
 
 TENSOR_CORE_TERMS = 8
-"""Fewest products that a tensor core adds at once, with one truncation [1]."""
+"""Fewest products that a tensor core adds at once [1]."""
+
+TRUNCATIONS = 2
+"""Truncations that each such addition may have: of products as they are aligned, and of the sum."""
 
 TRUNCATION = 2.0**-23
 """Largest share of a float32 value that truncation removes."""
@@ -72,6 +75,9 @@ def added(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def summed_outer(rows: Tensor, columns: Tensor) -> Tensor:
     """Returns the sum over tokens of row times column, float32 (N, M).
 
+    Tensor cores truncate it: a bias that no bound of `sensitivity.rounding_slack` proves to be
+    within the slack.
+
     Args:
         rows: (tokens, N). One of both is float32: values times a clip factor.
         columns: (tokens, M).
@@ -102,7 +108,8 @@ def rounding_of(num_terms: int, *values: Tensor) -> float:
         num_terms: Products that are added up.
         values: Operands. Zero unless tensor cores add them.
     """
-    return TRUNCATION * num_terms / TENSOR_CORE_TERMS if stays_bfloat16(*values) else 0.0
+    share = TRUNCATION * TRUNCATIONS * num_terms / TENSOR_CORE_TERMS
+    return share if stays_bfloat16(*values) else 0.0
 
 
 def _wide(left: Tensor, right: Tensor) -> Tensor:
