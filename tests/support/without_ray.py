@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import ray
+import ray.train.torch
 
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.step import PrivateStep
@@ -40,7 +41,7 @@ def without_ray(before_step: Callable[[int], None] = lambda step: None) -> Itera
     with ExitStack() as patches:
         for owner, name, replacement in (
             (driver, "start_accountant", _LocalActor),
-            (driver, "TorchTrainer", _LocalTrainer),
+            (ray.train.torch, "TorchTrainer", _LocalTrainer),
             (ray, "get", lambda answer: answer),
             (ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0)),
             (PrivateStep, "run", told_step),
