@@ -177,6 +177,37 @@ def require_writable_folder(folder: Path, field: str = "output", *, what: str = 
         raise ConfigError(f"{field} {folder} cannot be made, {reason}: give a folder to write into")
 
 
+def require_renames(folder: Path, field: str) -> None:
+    """Refuses a folder in which folders cannot be renamed, as some mounted buckets.
+
+    A checkpoint is renamed once it is whole.
+
+    Args:
+        folder: A folder that exists.
+        field: The setting that names it.
+
+    Raises:
+        ConfigError: If a folder with a file cannot be renamed there.
+        StorageError: If the folder may not be written.
+    """
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    renamed = probe.with_name(f"{probe.name}-renamed")
+    try:
+        with writing("checkpoints", folder):
+            probe.mkdir()
+            (probe / "file").write_bytes(b"?")
+        try:
+            probe.rename(renamed)
+        except OSError as error:
+            raise ConfigError(
+                f"{field} {folder} cannot hold checkpoints, since folders cannot be renamed there"
+                f" ({error.strerror or error}): set cluster.storage to a URL or another folder"
+            ) from None
+    finally:
+        for place in (probe, renamed):
+            shutil.rmtree(place, ignore_errors=True)
+
+
 def require_storage(storage: str | None) -> None:
     """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
     if storage is not None and not is_url(storage):

@@ -5,7 +5,9 @@ each trial. The figures are in docs/performance.md.
 """
 
 import gc
+import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -124,6 +126,20 @@ def test_the_collector_rests_while_libraries_load_and_works_afterwards() -> None
         gc.enable()
 
 
+def test_only_new_libraries_are_left_out_of_the_collectors_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = gc.get_freeze_count()
+    with quick_imports():  # as in the second call of a notebook
+        import json  # noqa: F401
+    assert gc.get_freeze_count() == before
+    (tmp_path / "imported_by_this_test.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with quick_imports():
+        importlib.import_module("imported_by_this_test")
+    assert gc.get_freeze_count() > before
+
+
 # ---- Ray starts while the driver checks
 
 
@@ -173,6 +189,40 @@ def test_a_refused_run_says_so_itself_and_not_that_ray_failed(
     no_answer = pytest.raises(ConfigError, match="no cluster answers")
     with cluster.connecting(is_early=True) as connect, no_answer:
         connect()
+
+
+SIGTERM_DURING = """
+import os, signal, sys, time
+from udp_ray.on_ray import cluster
+
+cluster._join = lambda address: time.sleep(0.5)
+before = signal.getsignal(signal.SIGTERM)
+with cluster.connecting(is_early=True):
+    pass
+assert signal.getsignal(signal.SIGTERM) is before is signal.SIG_DFL
+with cluster.connecting(is_early=sys.argv[1] == "early"):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    finally:
+        print("unwound")
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "said", "status"),
+    # The failing arm is `late`: there `ray.init` installs the handler, and was not called yet.
+    [("early", "unwound\n", int(signal.SIGTERM)), ("late", "", -signal.SIGTERM)],
+)
+def test_sigterm_unwinds_a_process_whose_cluster_starts_in_a_thread(
+    when: str, said: str, status: int
+) -> None:
+    environment = {name: text for name, text in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", SIGTERM_DURING, when],
+        capture_output=True, text=True, timeout=60, env=environment, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == (said, status), done.stderr
 
 
 def heavy_imports(module: str) -> set[str]:

@@ -5,6 +5,7 @@ pytest tests/engine/test_async_checkpoints.py
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from udp_ray.engine.background import Background
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics
 from udp_ray.engine.loop import TrainingLoop
-from udp_ray.errors import CheckpointError, GuaranteeError, StorageError
+from udp_ray.errors import CheckpointError, GuaranteeError, RankFailedError, StorageError
 from udp_ray.ledger import Ledger
 
 SLOW_S = 0.05
@@ -325,6 +326,26 @@ def train_with_full_disk(run: TinyRun, folder: str) -> None:
     run_loop(run, accountant, [], Path(folder), publish=publish)
 
 
+def train_without_threads(run: TinyRun, folder: str) -> None:
+    """On each rank: rank 0 cannot start the thread that stores a checkpoint."""
+
+    def refuse(self: Background[Any], work: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    Background.start = refuse  # type: ignore[method-assign]
+    train_with_full_disk(run, folder)
+
+
+def test_a_thread_that_cannot_be_started_ends_training_on_all_ranks(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    with pytest.raises(WorldFailed) as failure:
+        run_on_ranks(2, train_without_threads, run, str(tmp_path))
+    assert {type(error) for error in failure.value.errors.values()} == {
+        RuntimeError, RankFailedError,
+    }  # fmt: skip
+
+
 def test_an_error_of_the_thread_reaches_all_ranks(run: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(WorldFailed) as failure:
         run_on_ranks(2, train_with_full_disk, run, str(tmp_path))
@@ -360,7 +381,6 @@ def test_an_interrupted_run_abandons_the_checkpoint_in_flight_and_leaves_none_of
         run_loop(run, Stopping(events), events, tmp_path)
     assert not commits(events)
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == []
-    assert threading.active_count() == len([t for t in threading.enumerate() if t.is_alive()])
     assert "background" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -434,3 +454,29 @@ def test_work_is_taken_once_and_raises_what_it_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         work.take(wait=True)
     work.abandon()  # there is nothing to abandon
+
+
+def test_work_that_ends_its_thread_is_an_error_and_not_a_missing_result() -> None:
+    work: Background[int] = Background()
+    work.start(lambda is_cancelled: sys.exit(3))
+    with pytest.raises(RuntimeError, match="SystemExit"):
+        work.take(wait=True)
+
+
+def test_a_copy_without_memory_raises_once_all_ranks_have_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies = checkpoint.HostCopies()
+    copies.begin()
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", no_memory)
+        copies("w", torch.ones(2))  # other ranks are in the same collective
+    with pytest.raises(RuntimeError, match="out of memory"):
+        copies.wait()
+    copies.begin()
+    copies("w", torch.ones(2))
+    copies.wait()

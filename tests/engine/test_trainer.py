@@ -237,6 +237,21 @@ def test_when_the_budget_ends_the_steps_taken_are_kept_and_stated():
     assert all("heldout/loss" in metrics for metrics in result.metrics)
 
 
+@pytest.mark.parametrize(
+    "found", [None, 1.0, {"heldout/loss": "low"}, {"heldout/loss": None},
+              {"heldout/loss": torch.ones(2)}],
+)  # fmt: skip
+def test_an_evaluation_that_returns_no_numbers_is_refused_before_anything_is_spent(found):
+    accountant = InMemoryAccountant()
+    trainer = Trainer(
+        make_model(), loss=squared_error, users=make_users(), accountant=accountant,
+        plan=make_plan(expected_size=3, **NOISY), evaluate=lambda model: found,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^evaluate returned \w+.*: have it return"):
+        trainer.train()
+    assert accountant._granted == 0
+
+
 def test_the_text_states_what_all_runs_of_an_accountant_spent_together():
     plan = make_plan(expected_size=3, **NOISY)
     trainer = Trainer(make_model(), loss=squared_error, users=make_users(), plan=plan)

@@ -5,6 +5,7 @@ pytest tests/on_ray/test_progress.py
 
 import io
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -128,6 +129,27 @@ def test_what_publishing_needs_is_prepared_once_when_steps_are_taken_and_not_bef
         assert is_over.wait(20)
     assert len(prepared) == 1
     assert prepared[0] > 3
+
+
+def test_publishing_does_not_begin_before_its_preparation_has_ended(
+    plan: PrivacyPlan, curve: EpsilonCurve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following_runs, "POLL_S", 0.01)
+    has_begun, has_ended = threading.Event(), threading.Event()
+
+    def prepare() -> None:
+        has_begun.set()
+        time.sleep(0.3)
+        has_ended.set()
+
+    class Accountant:
+        def progress(self, seen: int) -> Progress:
+            return Progress(attempts=1, phase="training", step=1)
+
+    accountant = Accountant()
+    with following(accountant, plan, curve, print, on_training=prepare):  # type: ignore[arg-type]
+        assert has_begun.wait(20)
+    assert has_ended.is_set()
 
 
 def _unavailable() -> Progress:

@@ -7,6 +7,7 @@ pytest tests/on_ray/test_uncommitted.py
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -25,12 +26,13 @@ from udp_ray.engine.distributed import join_world
 from udp_ray.errors import ConfigError
 from udp_ray.io import OutputFolder, below, is_url
 from udp_ray.ledger import Attempt
-from udp_ray.on_ray import publish, worker
+from udp_ray.on_ray import checkpoints, publish, worker
 from udp_ray.on_ray.accountant import RemoteAccountant
 from udp_ray.on_ray.checkpoints import (
     make_folder,
     remove_uncommitted,
     require_shared,
+    require_writable,
     store,
     workspace_of,
 )
@@ -238,3 +240,62 @@ def test_storage_in_the_output_folder_is_owner_only_and_goes_with_the_run(
     assert modes == {0o700}
     assert folder.exists() is not is_removed
     assert any(f"{folder} could not be removed" in line for line in said) is not is_removed
+
+
+# ---- storage that cannot do what checkpoints need
+
+
+def refuse_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def of_files(self: Path, target: Path) -> Path:
+        if self.is_dir():
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", of_files)
+
+
+def test_a_folder_that_cannot_rename_folders_is_refused_and_a_url_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(str(tmp_path / "new"))
+    refuse_renames(monkeypatch)
+    with pytest.raises(ConfigError, match=r"cluster\.storage .*renamed.*: set .* to a URL"):
+        require_writable(str(tmp_path / "storage"))
+    require_writable(f"file://{tmp_path / 'other'}")
+    assert [file for file in tmp_path.rglob("*") if file.name.startswith((".probe", "probe"))] == []
+
+
+def test_an_output_folder_that_cannot_rename_folders_is_refused_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_experiment(tmp_path)
+    run = prepare_run(config, OutputFolder(Path(config.output)), run_id="run")
+    with monkeypatch.context() as patch:
+        refuse_renames(patch)
+        with pytest.raises(ConfigError, match=r"output .*cluster\.storage to a URL"):
+            admit(run, resume=False)
+    assert list(run.ledger.spent(config.data.name).runs) == []
+    assert not Path(config.output).exists()
+    admit(run, resume=False)
+
+
+@pytest.mark.parametrize("error", [OSError("timed out"), RuntimeError("a bug")])
+def test_an_upload_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    directory = tmp_path / "workspace"
+    directory.mkdir()
+    (directory / "weights.safetensors").write_text("weights")
+
+    def fail(*_: object) -> None:
+        assert list((tmp_path / "storage").rglob("weights.safetensors"))  # so it is partly there
+        raise error
+
+    monkeypatch.setattr(checkpoints, "_require_stored", fail)
+    (tmp_path / "storage").mkdir()
+    run = RunCheckpoints(f"file://{tmp_path / 'storage'}", attempt_at(0, "", ""))
+    with pytest.raises(type(error)):
+        run.publish(2, directory)
+    assert list((tmp_path / "storage").iterdir()) == []

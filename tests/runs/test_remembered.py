@@ -21,7 +21,7 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sweep import ReleaseAll, price_sweep
 from udp_ray.errors import DataError
 from udp_ray.io import OutputFolder
-from udp_ray.runs import remembered
+from udp_ray.runs import dry_run, remembered
 from udp_ray.runs.admission import prepare_run
 from udp_ray.runs.dry_run import describe_run, describe_sweep
 from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
@@ -53,10 +53,62 @@ def test_a_damaged_line_is_not_believed_and_the_others_are(tmp_path: Path) -> No
     file_of(tmp_path).write_text(lines.replace("4.25", "1.25") + "[broken\n[1]\n7\n")
     again = Remembered(file_of(tmp_path))
     assert (again.get("one"), again.get("other")) == (None, 8.5)
-    name, value, check = json.loads(lines.splitlines()[0])  # the line of another version
+    name, value, check = json.loads(lines.split("\n")[1])  # the line of another version
     other = tmp_path / "prices-1.jsonl"
     other.write_text(json.dumps([name, value, check]) + "\n")
     assert Remembered(other).get("one") is None
+
+
+def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path: Path) -> None:
+    Remembered(file_of(tmp_path)).put("one", 4.25)
+    file_of(tmp_path).write_bytes(file_of(tmp_path).read_bytes()[:-9])
+    Remembered(file_of(tmp_path)).put("other", 8.5)
+    again = Remembered(file_of(tmp_path))
+    assert (again.get("one"), again.get("other")) == (None, 8.5)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[" * 100_000 + b"\n"])
+def test_bytes_that_are_no_text_or_no_line_of_ours_hide_no_other_line(
+    tmp_path: Path, damage: bytes
+) -> None:
+    Remembered(file_of(tmp_path)).put("key", 4.25)
+    file_of(tmp_path).write_bytes(damage + file_of(tmp_path).read_bytes())
+    assert Remembered(file_of(tmp_path)).get("key") == 4.25
+
+
+def test_without_a_home_values_are_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("UDP_RAY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    memory = Remembered.open("prices", ("numpy",))
+    memory.put("key", 2.0)
+    assert memory.get("key") == 2.0
+    assert Remembered.open("prices", ("numpy",)).get("key") is None
+
+
+def test_estimates_depend_on_the_files_of_a_folder_and_not_on_those_below(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    first = dry_run._digest_of_folder(str(tmp_path))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "file").write_text("other")
+    assert dry_run._digest_of_folder(str(tmp_path)) == first
+    (tmp_path / "config.json").write_text("{ }")
+    assert dry_run._digest_of_folder(str(tmp_path)) != first
+
+
+def test_a_folder_that_cannot_be_read_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert dry_run._digest_of_folder(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("changed", ["versions", "source_digest"])

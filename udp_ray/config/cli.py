@@ -54,7 +54,7 @@ class Flag(NamedTuple):
     help: str
 
 
-DRY_RUN = Flag("dry-run", "Print what would be done, and write nothing but remembered prices.")
+DRY_RUN = Flag("dry-run", "Print what would be done, and start nothing.")
 RESUME = Flag("resume", "Continue the run in the output folder from its last checkpoint.")
 JSON = Flag("json", "Print one JSON object.")
 

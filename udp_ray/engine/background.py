@@ -48,6 +48,8 @@ class Background(Generic[T]):
                 results.append(work(is_cancelled.is_set))
             except Exception as error:
                 errors.append(error)
+            except BaseException as error:  # one that ends a process; here, only the thread
+                errors.append(RuntimeError(f"the work ended with {type(error).__name__}"))
 
         # A daemon: the process may end without waiting for it.
         self._thread = threading.Thread(target=run, name="background", daemon=True)
@@ -71,7 +73,11 @@ class Background(Generic[T]):
         return self._results[0]
 
     def abandon(self) -> None:
-        """Cancels the work and waits for it, for `ABANDON_S` at most; drops result and error."""
+        """Cancels the work and waits for it, for `ABANDON_S` at most; drops result and error.
+
+        Work that does not ask whether it was cancelled, as an upload, may go on until the process
+        ends. What it leaves is uncommitted, and the next attempt removes it.
+        """
         if self._thread is not None:
             self._is_cancelled.set()
             self._thread.join(ABANDON_S)

@@ -182,10 +182,12 @@ class HostCopies:
         self._buffers: dict[str, Tensor] = {}
         self._used: set[str] = set()
         self._is_on_gpu = False
+        self._error: Exception | None = None
 
     def begin(self) -> None:
         """Begins a snapshot, which overwrites the one before."""
         self._used.clear()
+        self._error = None
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Returns the copy of a tensor; see `wait`."""
@@ -195,12 +197,22 @@ class HostCopies:
         self._is_on_gpu |= tensor.is_cuda
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            try:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            except (RuntimeError, MemoryError) as error:
+                self._error = error  # raised here, it would leave the other ranks in a collective
+                return tensor
             self._buffers[name] = buffer
         return buffer.copy_(tensor.detach(), non_blocking=True)
 
     def wait(self) -> None:
-        """Returns once all copies are complete."""
+        """Returns once all copies are complete.
+
+        Raises:
+            RuntimeError, MemoryError: There was no memory for one.
+        """
+        if self._error is not None:
+            raise self._error
         if self._is_on_gpu:
             torch.cuda.current_stream().synchronize()
 

@@ -403,10 +403,6 @@ class TrainingLoop(ABC):
             clip_norm=self.private_step.clip_norm.to_save,
             past_noise=self._seal_noise(directory),
         )
-        if not self.world.is_first:
-            return
-        if self.copies is not None:
-            self.copies.wait()
 
         def store(is_cancelled: Callable[[], bool]) -> Stored:
             try:
@@ -415,7 +411,12 @@ class TrainingLoop(ABC):
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
 
-        self.writer.start(store)
+        def start() -> None:
+            if self.copies is not None:
+                self.copies.wait()
+            self.writer.start(store)
+
+        self.world.from_first(start)  # there may be no memory, or no thread
 
     def _settle(self, *, wait: bool) -> None:
         """Commits the checkpoint in flight once it is stored, then reports it. Collective.

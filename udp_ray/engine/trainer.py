@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import random
 import re
 import shutil
@@ -619,6 +620,21 @@ def make_group(
     return TensorGroup(microbatches, mask_seed)
 
 
+def _require_metrics(found: object) -> None:
+    """Refuses what `evaluate` returned if it is no mapping of names to numbers."""
+    if not isinstance(found, Mapping):
+        raise ConfigError(
+            f"evaluate returned {type(found).__name__}: have it return a dict of names to numbers"
+        )
+    for name, value in found.items():
+        try:
+            math.isfinite(value)
+        except (TypeError, ValueError, RuntimeError):  # the last two of tensors of several values
+            raise ConfigError(
+                f"evaluate returned {type(value).__name__} as {name!r}: have it return a number"
+            ) from None
+
+
 @dataclass(kw_only=True)
 class _ModuleTraining(TrainingLoop):
     """A run that trains any module on tensors with a torch optimizer."""
@@ -677,7 +693,9 @@ class _ModuleTraining(TrainingLoop):
         if self.evaluate is None:
             return {}
         with evaluating(self.model):
-            return dict(self.evaluate(self.model))
+            found = self.evaluate(self.model)
+        _require_metrics(found)
+        return dict(found)
 
     def _take_step(self, source: Any) -> None:
         before = _buffer_versions(self.model)

@@ -12,7 +12,7 @@ from pyarrow.fs import FileInfo, FileSelector, FileType, LocalFileSystem
 from ray.train import Checkpoint
 
 from udp_ray.errors import CheckpointError, ConfigError
-from udp_ray.io import flush, is_url, name_of, writing
+from udp_ray.io import flush, is_url, name_of, require_renames, writing
 
 PROBE = "probe"
 WORKSPACE = "writing"
@@ -34,7 +34,7 @@ def require_writable(folder: str) -> None:
 
     Raises:
         StorageError: If it may not be written.
-        ConfigError: If its storage does not answer.
+        ConfigError: If its storage does not answer, or is a folder that cannot rename folders.
     """
     try:
         with writing("checkpoints", folder):
@@ -43,6 +43,8 @@ def require_writable(folder: str) -> None:
             with place.filesystem.open_output_stream(f"{place.path}/{PROBE}") as stream:
                 stream.write(b"?")
             place.filesystem.delete_file(f"{place.path}/{PROBE}")
+            if not is_url(folder):
+                require_renames(Path(folder), "cluster.storage")
             with suppress(FileNotFoundError):  # an object store may know no empty folders
                 place.filesystem.delete_dir(place.path)
     except OSError as error:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -72,8 +75,14 @@ def connecting(address: str | None = None, *, is_early: bool) -> Iterator[Callab
         yield lambda: None
         return
     place = address or os.environ.get("RAY_ADDRESS") or LOCAL
-    with ThreadPoolExecutor(1, thread_name_prefix="ray") as pool:
-        joining = pool.submit(_join, place) if is_early and place == LOCAL else None
+    in_thread = is_early and place == LOCAL
+    # The pool outlives the block: on Linux Ray's processes are killed as soon as the thread that
+    # started them ends (PR_SET_PDEATHSIG).
+    with (
+        _exiting_on_sigterm() if in_thread else nullcontext(),
+        ThreadPoolExecutor(1, thread_name_prefix="ray") as pool,
+    ):
+        joining = pool.submit(_join, place) if in_thread else None
 
         def connect() -> None:
             with progress("connecting to Ray"):
@@ -90,6 +99,28 @@ def connecting(address: str | None = None, *, is_early: bool) -> Iterator[Callab
             if ray.is_initialized():
                 current().phase("disconnecting from Ray")
                 ray.shutdown()
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise SystemExit within the block, as `ray.init` does in the main thread only.
+
+    Without it SIGTERM would end the process at once. A handler of the program stays.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _exit:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(number)  # Ray's exit status
 
 
 _LOCAL_SETTINGS: dict[str, Any] = {

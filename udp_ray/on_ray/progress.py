@@ -77,7 +77,8 @@ def following(
         plan: Its plan.
         curve: Its epsilon over steps.
         announce: Shows a text; told when workers were restarted or the ledger does not answer.
-        on_training: Called once, in a thread of its own, when steps are being taken.
+        on_training: Called once, in a thread of its own, when steps are being taken. Waited for
+            at the end, unless the block raises.
     """
     follower = _Follower(current(), plan.num_steps, curve, announce)
     is_over = threading.Event()
@@ -102,6 +103,9 @@ def following(
     finally:
         is_over.set()
         thread.join()
+    if prepare.is_alive():
+        current().phase("loading libraries")
+        prepare.join()
 
 
 class _Follower:

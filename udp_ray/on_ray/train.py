@@ -160,7 +160,8 @@ def _load_publishing() -> None:
     processes. An error is left to the driver, which needs the same at the end.
     """
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
     with suppress(Exception):
         from udp_ray.on_ray.publish import warm_up
 

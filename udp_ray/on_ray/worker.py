@@ -25,7 +25,7 @@ from ray.train import Checkpoint
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import StorageError, UdpRayError
+from udp_ray.errors import UdpRayError
 from udp_ray.imports import quick_imports
 from udp_ray.io import below, writing
 from udp_ray.ledger import Attempt
@@ -158,12 +158,13 @@ class RunCheckpoints:
 
         Raises:
             StorageError: The storage is full, or may not be written.
+            OSError: It does not answer, or did not store everything.
         """
         location = below(self._folder, checkpoint_name(step, self._attempt))
         try:
             with writing(f"the checkpoint of step {step}", self._folder):
                 store(checkpoint, location)
-        except StorageError:
+        except Exception:
             remove(Checkpoint(location))  # it is incomplete, and takes up room
             raise
         return location

@@ -46,7 +46,7 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.strategy import LinearWorkload
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.imports import quick_imports
-from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url
+from udp_ray.io import CHECKPOINTS_FOLDER, OutputFolder, below, flush, is_url, require_renames
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.ledger.records import Budget, Digests, TrialAdmission, plan_digest
 from udp_ray.models.positions import require_positions
@@ -389,6 +389,8 @@ def charge(
     folder.claim(run_id)
     name, privacy = config.data.name, config.privacy
     try:
+        if config.cluster.storage is None:  # checkpoints are kept in the output folder
+            require_renames(folder.path, "output")
         if privacy.dataset_epsilon is not None and privacy.dataset_delta is not None:
             ledger.declare_budget(
                 name, epsilon=privacy.dataset_epsilon, delta=privacy.dataset_delta

@@ -1,4 +1,4 @@
-"""Dry runs: what a run or a sweep would do, without starting, writing or charging anything.
+"""Dry runs: what a run or a sweep would do, without starting or charging anything.
 
 print(describe_run(config))
 
@@ -40,7 +40,7 @@ from udp_ray.runs.provenance import NUMERIC_PACKAGES
 from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
 from udp_ray.runs.sweep import as_run, plan_of_sweep
 
-NOTHING_DONE = "Nothing was started, written or charged."
+NOTHING_DONE = "No run was started, and nothing was charged."
 WEIGHTS = (".safetensors", ".bin", ".pt", ".h5", ".msgpack", ".gguf")
 """Files of a model's folder that neither its shapes nor its tokenizer depend on."""
 
@@ -145,7 +145,7 @@ def _once(
     at_hand = is_at_hand(config.data.store)
     manifest = read_manifest(config.data.store) if at_hand or _needs_store(config) else None
     files = [_digest_of_folder(name) for name in {config.model.name, config.tokenizer}]
-    if any(digest is None for digest in files):  # on the hub, where files may change
+    if any(digest is None for digest in files):  # as on the hub, where files may change
         return compute(manifest)
     parts: list[Any] = [
         config.model_dump(mode="json", exclude={"output", "privacy"}),
@@ -167,12 +167,18 @@ def _needs_store(config: ExperimentConfig) -> bool:
 
 
 def _digest_of_folder(name: str) -> str | None:
-    """Returns a digest of a folder's files but its weights; None if it is no folder."""
+    """Returns a digest of a folder's files but its weights; None if they cannot be read.
+
+    Files in folders below are not read: a model and its tokenizer have none.
+    """
     folder = Path(name)
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = b"" if file.suffix in WEIGHTS else file.read_bytes()
-        digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
+    try:
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            content = b"" if file.suffix in WEIGHTS else file.read_bytes()
+            digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    except OSError:
+        return None
     return digest.hexdigest()

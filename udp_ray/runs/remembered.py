@@ -10,7 +10,7 @@ price, and `jobs/verify.py` recomputes it, without these files.
 Each value is a pure function of its key and of what names the file: the sources of this package
 and the versions of Python and of the packages that compute. A line has a digest of its key, its
 value and the file's name. A line that a crash, a full disk or an editor has damaged is ignored, and
-a disk that cannot be written only costs time.
+a disk that cannot be written, or a user without a home, only costs time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OWNER_ONLY = 0o600
 class Remembered:
     """Values by key, in one file; other processes may read and append at the same time."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path | None) -> None:  # None: in this process only
         self._file = file
         self._values = self._read()
 
@@ -50,7 +50,8 @@ class Remembered:
         """
         digest = hashlib.sha256(f"{source_digest()} {platform.python_version()}".encode())
         digest.update(f"{platform.machine()} {versions(packages)}".encode())
-        return cls(cache_folder() / f"{kind}-{digest.hexdigest()[:32]}.jsonl")
+        folder = cache_folder()
+        return cls(folder and folder / f"{kind}-{digest.hexdigest()[:32]}.jsonl")
 
     def get(self, key: str) -> Any:
         """Returns the value of a key; None if it is not known."""
@@ -60,7 +61,10 @@ class Remembered:
         """Keeps a value that JSON can hold."""
         name = _digest_of(key)
         self._values[name] = value
-        line = json.dumps([name, value, self._check(name, value)]) + "\n"
+        if self._file is None:
+            return
+        # On a line of its own, also after one that was cut off.
+        line = "\n" + json.dumps([name, value, _check(self._file, name, value)]) + "\n"
         with suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -73,29 +77,38 @@ class Remembered:
                 os.close(descriptor)
 
     def _read(self) -> dict[str, Any]:
+        if self._file is None:
+            return {}
         try:
-            lines = self._file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
             return {}
         found = {}
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 name, value, check = json.loads(line)
-                if check == self._check(name, value):
+                if check == _check(self._file, name, value):
                     found[name] = value
         return found
 
-    def _check(self, name: str, value: Any) -> str:
-        """Returns a digest by which a damaged line is noticed."""
-        return _digest_of(f"{self._file.name}\n{name}\n{json.dumps(value)}")
 
+def cache_folder() -> Path | None:
+    """Returns the folder of these files: that of UDP_RAY_CACHE, else in the user's cache.
 
-def cache_folder() -> Path:
-    """Returns the folder of these files: that of UDP_RAY_CACHE, else in the user's cache."""
+    None: this process has no home, as in a container whose user is unknown and has no HOME.
+    """
     if given := os.environ.get("UDP_RAY_CACHE"):
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / FOLDER
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / FOLDER
+    except RuntimeError:
+        return None
+
+
+def _check(file: Path, name: str, value: Any) -> str:
+    """Returns a digest by which a damaged line is noticed."""
+    return _digest_of(f"{file.name}\n{name}\n{json.dumps(value)}")
 
 
 def _digest_of(text: str) -> str:
