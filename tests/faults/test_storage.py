@@ -52,7 +52,7 @@ def test_a_full_disk_stops_training_at_the_last_checkpoint_that_is_whole(
 ) -> None:  # fmt: skip
     disturbed, said = on_disk(config, tmp_path / "output", disk), []
     with (
-        paused_at(Moment("publishing", STEP), tmp_path / "moment",
+        paused_at(Moment("authorized", STEP), tmp_path / "moment",  # it is written on that disk
                   lambda pid: disk.fill(but=HALF_A_CHECKPOINT)),
         pytest.raises(StorageError) as caught,
     ):  # fmt: skip
