@@ -172,7 +172,7 @@ CLIPPING = [
         name="truncation_of_tensor_cores_ignored",
         breaks="P15: norms from tensor cores are too small",
         file="udp_ray/engine/kernels/products.py",
-        text="return TRUNCATION * num_terms / TENSOR_CORE_TERMS if",
+        text="return share if",
         replacement="return 0.0 if",
         tests=(
             "tests/engine/kernels/test_products.py"
@@ -1750,7 +1750,10 @@ STARTUP = [
         file="udp_ray/runs/dry_run.py",
         text="            if is_confirmed(found):\n",
         replacement="            if found:\n",
-        tests=("tests/runs/test_remembered.py",),
+        tests=(
+            "tests/runs/test_remembered.py"
+            "::test_a_search_that_is_not_confirmed_is_repeated_without_the_memory",
+        ),
     ),
     Mutant(
         name="run_priced_from_memory",

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -199,6 +200,21 @@ def test_what_a_caller_remembers_reaches_no_run_and_no_sweep(tmp_path: Path) -> 
     assert 7.99 < planned.price() <= 8.0
 
 
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_search_that_is_not_confirmed_is_repeated_without_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_right: bool
+) -> None:
+    monkeypatch.setenv("UDP_RAY_CACHE", str(tmp_path))
+    has_memory: list[bool] = []
+
+    def search() -> Any:
+        has_memory.append(accounting._memory.get() is not None)
+        return len(has_memory)
+
+    assert dry_run._priced(search, lambda found: is_right) == (1 if is_right else 2)
+    assert has_memory == ([True] if is_right else [True, False])
+
+
 def poison(share: float) -> int:
     """Multiplies all remembered prices, digests included; returns their number."""
     memory = Remembered.open("prices", PRICE_PACKAGES)
@@ -228,11 +244,11 @@ def test_poisoned_prices_move_what_a_dry_run_prints_within_the_tolerance_of_sear
     }
     sweep = tiny_sweep(tmp_path, sweeps.get(kind, sweeps["all"]))
 
-    def dry_run() -> str:
+    def printed() -> str:
         return describe_run(run) if kind == "run" else describe_sweep(sweep)
 
-    honest = dry_run()
-    assert dry_run() == honest
+    honest = printed()
+    assert printed() == honest
     assert poison(share) > 0
-    found = numbers(dry_run())
+    found = numbers(printed())
     assert found == pytest.approx(numbers(honest), rel=1e-2)
