@@ -1421,6 +1421,25 @@ OUTPUTS = [
         ),
     ),
     Mutant(
+        name="failed_upload_stays",
+        breaks="review: an upload that fails by a network error leaves a part of a checkpoint",
+        file="udp_ray/on_ray/worker.py",
+        text="            remove(Checkpoint(location))  # it is incomplete, and takes up room",
+        replacement="            pass",
+        tests=("tests/on_ray/test_uncommitted.py::test_an_upload_that_fails_leaves_nothing",),
+    ),
+    Mutant(
+        name="evaluation_of_no_numbers_accepted",
+        breaks="review: steps are charged before an evaluation without numbers is refused",
+        file="udp_ray/engine/trainer.py",
+        text="        _require_metrics(found)\n",
+        replacement="",
+        tests=(
+            f"{TRAINER}"
+            "::test_an_evaluation_that_returns_no_numbers_is_refused_before_anything_is_spent",
+        ),
+    ),
+    Mutant(
         name="uncommitted_checkpoints_stay",
         breaks="review: two versions of a step lie in the storage after a crash",
         file="udp_ray/on_ray/worker.py",
@@ -1716,7 +1735,7 @@ STARTUP = [
         name="damaged_price_believed",
         breaks="a price that an editor or a crash has changed on disk is read as computed",
         file="udp_ray/runs/remembered.py",
-        text="                if check == self._check(name, value):\n",
+        text="                if check == _check(self._file, name, value):\n",
         replacement="                if check is not None:\n",
         tests=(
             "tests/runs/test_remembered.py::test_a_damaged_line_is_not_believed_and_the_others_are",
