@@ -68,10 +68,11 @@ def describe_run(config: ExperimentConfig) -> str:
 
 def describe_sweep(config: SweepJobConfig) -> str:
     """Returns what a sweep would try, promise and cost."""
-    epsilons = config.sweep.epsilon or [config.privacy.epsilon]
+    own = config.privacy.epsilon
+    epsilons = config.sweep.epsilon or ([] if own is None else [own])
     planned = _priced(
         lambda: plan_of_sweep(config, checks_model=False),
-        lambda sweep: _are_at_targets(sweep, [e for e in epsilons if e is not None]),
+        lambda sweep: _are_at_targets(sweep, epsilons),
     )
     _once(as_run(config), None, lambda manifest: _checked(as_run(config), manifest))
     points = [
