@@ -25,7 +25,7 @@ from udp_ray.io import OutputFolder
 from udp_ray.runs import dry_run, remembered
 from udp_ray.runs.admission import prepare_run
 from udp_ray.runs.dry_run import describe_run, describe_sweep
-from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered
+from udp_ray.runs.remembered import PRICE_PACKAGES, Remembered, _check
 from udp_ray.runs.sweep import prepare_sweep
 
 FALSE_EPSILON = 0.001
@@ -218,11 +218,11 @@ def test_a_search_that_is_not_confirmed_is_repeated_without_the_memory(
 def poison(share: float) -> int:
     """Multiplies all remembered prices, digests included; returns their number."""
     memory = Remembered.open("prices", PRICE_PACKAGES)
+    file = memory._file
+    assert file is not None
     values = {name: share * value for name, value in memory._values.items()}
-    lines = [
-        json.dumps([name, value, memory._check(name, value)]) for name, value in values.items()
-    ]
-    memory._file.write_text("\n".join(lines))
+    lines = [json.dumps([name, value, _check(file, name, value)]) for name, value in values.items()]
+    file.write_text("\n".join(lines))
     return len(lines)
 
 

@@ -6,8 +6,9 @@ The memory estimate traces the model and the checks of the model import torch: s
 answer that changes only with the files of model and tokenizer, the settings and the code. So it is
 remembered (`remembered.py`), and a dry run that was done before takes no torch.
 
-A search for noise looks prices up, too. What it finds is believed only if its price, computed anew,
-is at the target; otherwise the search is repeated without the memory. Printed prices are computed.
+A search for noise looks prices up, too. What it finds is believed only if its price, which is then
+computed, is at the target; otherwise the search is repeated without the memory. Printed prices are
+computed.
 """
 
 from __future__ import annotations
