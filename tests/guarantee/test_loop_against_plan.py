@@ -41,7 +41,7 @@ from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
 from udp_ray.engine.loop import cohorts
-from udp_ray.errors import NoiseCheckError
+from udp_ray.errors import GuaranteeError, NoiseCheckError
 
 KEY = RunKey.from_seed(4).sampling()
 NUM_USERS = 400
@@ -373,10 +373,22 @@ def resumable(small, tmp_path_factory):
 def test_wrong_noise_stops_a_run_before_anything_is_read_or_asked_for(
     small, resumable, fault, is_resumed
 ):
-    seen = observe(small, SMALL["uls"], noise_fault=fault, resume=resumable if is_resumed else None)
+    seen = observe(
+        small,
+        SMALL["uls"],
+        settings=plain_sgd(noise_buffer=0),
+        noise_fault=fault,
+        resume=resumable if is_resumed else None,
+    )
     assert isinstance(seen.error, NoiseCheckError)
     assert not seen.groups
     assert {event[0] for event in seen.events} == {"noise"}
+
+
+@pytest.mark.parametrize("fault", [no_noise, double_noise])
+def test_noise_drawn_ahead_that_is_not_added_once_stops_a_run(small, fault):
+    with pytest.raises(GuaranteeError, match=r"was not added|out of the order"):
+        observe(small, SMALL["uls"], noise_fault=fault)
 
 
 def test_the_check_draws_from_a_key_of_its_own_before_the_first_step(small, resumable):
