@@ -51,7 +51,7 @@ demo: env
 
 test: env
 	@echo "== tests (those marked slow run with make test-all)"
-	@$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: env
 	@echo "== all tests, injected faults included"

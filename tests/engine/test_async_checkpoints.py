@@ -261,7 +261,8 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits_and_spend(
     if moment == "copied in part":  # the snapshot of step 8
         assert found == (8, CHECKPOINT)
     elif moment in IN_FLIGHT:
-        assert found == (HELD_UNTIL, 0)
+        assert found[1] == 0
+        assert found[0] >= HELD_UNTIL  # the process may reserve one more step before it is gone
     else:
         assert found[1] == CHECKPOINT
         assert found[0] >= HELD_UNTIL  # reserved before the commit, and behind it
@@ -277,7 +278,9 @@ def test_it_holds_on_two_ranks_in_slices_too(
     run: TinyRun, blocking: TinyOutcome, tmp_path: Path, stage: int
 ) -> None:
     sliced = replace(run, zero_stage=stage, kernel="ghost")
-    assert killed(sliced, tmp_path, "stored", num_ranks=2) == (HELD_UNTIL, 0)
+    charged, committed = killed(sliced, tmp_path, "stored", num_ranks=2)
+    assert committed == 0
+    assert charged >= HELD_UNTIL
     resumed = train_with_ledger(run, url_in(tmp_path), str(tmp_path))
     for name, weight in blocking.weights.items():
         np.testing.assert_allclose(resumed.weights[name], weight, atol=1e-5)
