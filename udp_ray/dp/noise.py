@@ -282,16 +282,16 @@ def secure_normals(
     """
     result = np.empty(count, dtype=np.float64) if out is None else out
     stream = key.keystream(*counters)
-    drawn = np.empty(2 * DRAWS * BLOCK_VALUES // 2, dtype="<u8")
+    drawn = np.empty(DRAWS * BLOCK_VALUES, dtype="<u8")
+    scale_of_sum = scale / math.sqrt(DRAWS)
     for start in range(0, count, BLOCK_VALUES):
         stop = min(start + BLOCK_VALUES, count)
         # A block's bytes are taken whole, so that a row cut short begins like a longer one.
         stream.fill(drawn)
         pairs = -(-(stop - start) // 2)
         cosines, sines = _box_muller(drawn.reshape(2, DRAWS, BLOCK_VALUES // 2)[:, :, :pairs])
-        half_scale = scale / math.sqrt(DRAWS)
-        np.multiply(cosines, half_scale, out=result[start:stop:2])
-        np.multiply(sines[: (stop - start) // 2], half_scale, out=result[start + 1 : stop : 2])
+        np.multiply(cosines, scale_of_sum, out=result[start:stop:2])
+        np.multiply(sines[: (stop - start) // 2], scale_of_sum, out=result[start + 1 : stop : 2])
     return result
 
 

@@ -32,6 +32,7 @@ from udp_ray.dp.noise_ahead import NoiseAhead, NoiseSource
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.experiments.benchmark.contestants import run_key
+from udp_ray.experiments.benchmark.parts import timed
 
 VALUES = 2**22
 ROUNDS = 5
@@ -141,8 +142,8 @@ def _background(
     threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        noise_s = min(_timed(partial(sums.add_noise, noise, step)) for step in range(2))
-        product_s = min(_timed(partial(_multiply, matrix, 10)) for _ in range(3)) / 10
+        noise_s = min(timed(partial(sums.add_noise, noise, step)) for step in range(2))
+        product_s = min(timed(partial(_multiply, matrix, 10)) for _ in range(3)) / 10
         count = max(1, round(COMPUTE_SHARE * noise_s / product_s))
 
         def alone(step: int) -> None:
@@ -162,7 +163,7 @@ def _background(
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for step in range(rounds + 1):
             for name, call in calls.items():
-                seconds[name].append(_timed(partial(call, step)))
+                seconds[name].append(timed(partial(call, step)))
     finally:
         torch.set_num_threads(threads)
     found = {name: median(spent[1:]) for name, spent in seconds.items()}
@@ -177,9 +178,3 @@ def _background(
 def _multiply(matrix: Tensor, count: int) -> None:
     for _ in range(count):
         matrix @ matrix
-
-
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

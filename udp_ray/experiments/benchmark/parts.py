@@ -133,7 +133,7 @@ def sampler_curve(user_counts: Sequence[int], cohort_size: int) -> Curve:
         )
         offsets = np.arange(num_users + 1, dtype=np.int64) * SAMPLER_EXAMPLES_PER_USER
         seconds = [
-            _timed(partial(sampler.cohort, step, offsets)) for step in range(SAMPLER_STEPS + 1)
+            timed(partial(sampler.cohort, step, offsets)) for step in range(SAMPLER_STEPS + 1)
         ]
         points.append((num_users, median(seconds[1:])))
     return Curve("users", "sampler", points)
@@ -171,7 +171,7 @@ def measure_noise(values: Sequence[int], num_threads: int) -> list[Curve]:
 
 def _noise_seconds(noise: GaussianNoise, count: int) -> float:
     sums = ClippedSum({"weight": torch.empty(count)}, World(0, 1, torch.device("cpu")))
-    return median(_timed(partial(sums.add_noise, noise, step)) for step in range(NOISE_REPEATS))
+    return median(timed(partial(sums.add_noise, noise, step)) for step in range(NOISE_REPEATS))
 
 
 def measure_float64_sums(
@@ -226,7 +226,7 @@ def measure_float64_sums(
         calls = {"float64": in_float64, "float32": in_float32, "product": one_product}
         for _ in range(repeats):
             for name, call in calls.items():
-                seconds[name].append(_timed(call))
+                seconds[name].append(timed(call))
         mid = {name: median(values) for name, values in seconds.items()}
         arithmetic = 3 * mid["product"] * num_tokens / tokens
         share = (mid["float64"] - mid["float32"]) / arithmetic
@@ -437,7 +437,7 @@ def measure_ledger(ledger_url: str, num_steps: int = 2000) -> LedgerLatency:
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
         for step in range(1, num_steps + WARM_UP + 1):
             authorize = partial(ledger.authorize, attempt, step, starting_checkpoint=START)
-            seconds.append(_timed(authorize))
+            seconds.append(timed(authorize))
     seconds = seconds[WARM_UP:]
     return LedgerLatency(
         kind=_backend(ledger_url),
@@ -517,10 +517,10 @@ def _flush_rate(url: str) -> float | None:
             os.write(file.fileno(), os.urandom(PAGE_BYTES))
             os.fsync(file.fileno())
 
-        return NUM_FLUSHES / sum(_timed(flush) for _ in range(NUM_FLUSHES))
+        return NUM_FLUSHES / sum(timed(flush) for _ in range(NUM_FLUSHES))
 
 
-def _timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> float:
     """Returns the seconds that a call takes."""
     start = time.perf_counter()
     call()
