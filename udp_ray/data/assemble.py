@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from udp_ray.data.hashing import HASH_BYTES, hash_example
 from udp_ray.data.store import Shard
-from udp_ray.data.tokenize import binary_of_tokens
+from udp_ray.data.tokenize import binary_of_tokens, hash_rows
 from udp_ray.errors import DataError
 
 Order = NDArray[np.int64]
@@ -164,7 +164,7 @@ def join_texts(pieces: pa.Table, key: bytes, token_type: np.dtype, joining: Join
             users, loss_starts.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True
         )
     ]
-    own = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
+    own = hash_rows(hashes)
     return _Examples(users, own, loss_starts, offsets, tokens, mask)
 
 

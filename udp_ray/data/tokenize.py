@@ -249,7 +249,7 @@ class Placement:
         hashes = [hash_user(self.key, user) for user in known.dictionary.to_pylist()]
         shards = [self.shard(own, is_heldout_input=is_heldout_input) for own in hashes]
         rows = known.indices.to_numpy()
-        return np.array(shards, np.int32)[rows], _hash_rows(hashes)[rows]
+        return np.array(shards, np.int32)[rows], hash_rows(hashes)[rows]
 
     def __repr__(self) -> str:
         return f"Placement(num_shards={self.num_shards}, heldout_share={self.heldout_share})"
@@ -357,7 +357,7 @@ def _hash_spans(
     content = tokens.values.tobytes()
     bounds = np.append(tokens.offsets[begins], tokens.offsets[-1]) * tokens.values.itemsize
     spans = zip(users[begins], loss_starts[begins].tolist(), pairwise(bounds.tolist()), strict=True)
-    return _hash_rows(
+    return hash_rows(
         [
             hash_example(key, user.tobytes(), start, content[first:last], 0)
             for user, start, (first, last) in spans
@@ -396,7 +396,8 @@ def binary_of_tokens(values: NDArray, offsets: Int64Array) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
 
 
-def _hash_rows(hashes: list[bytes]) -> NDArray[np.uint8]:
+def hash_rows(hashes: list[bytes]) -> NDArray[np.uint8]:
+    """Returns hashes as an array, shape (hashes, 16)."""
     return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, HASH_BYTES)
 
 
