@@ -22,6 +22,7 @@ def execute(notebook: nbformat.NotebookNode) -> str:
     return "".join(out.get("text", "") for out in outputs)
 
 
+@pytest.mark.slow  # trains on Ray: more than a minute
 def test_the_notebook_runs_and_ends_with_a_verified_run() -> None:
     text = execute(nbformat.read(NOTEBOOK, as_version=4))
     assert "the statement, the ledger and the accountant agree" in text
