@@ -1136,6 +1136,25 @@ OTHERS = {
         "demo", f"{DEMO} --data.store TMP/demo/store --data.input TMP/none.parquet", "data.input",
         "none.parquet", "correct the path",
     ),
+    "fewer synthetic texts than users": bad(
+        "synthesize", "--num_users 10 --num_texts 9 --output TMP/out", "num_texts", "is 9",
+        "raise num_texts", as_process=True,
+    ),
+    "more files than synthetic texts": bad(
+        "synthesize", "--num_users 2 --num_texts 3 --num_files 4 --output TMP/out", "num_files",
+        "is 4", "lower it",
+    ),
+    "synthetic text without a place": bad("synthesize", "--seed 1", "output", "missing", "give it"),
+    "synthetic text for a folder of others": bad(
+        "synthesize", "--num_users 2 --num_texts 8 --num_files 1 --output WORLD", "output",
+        "of other settings", "give another folder",
+    ),
+    "synthetic text for a URL": bad(
+        "synthesize", "--output s3://bucket/x", "output", "s3://bucket/x", "give a folder",
+    ),
+    "a negative tail": bad(
+        "synthesize", "--tail -1 --output TMP/out", "tail", "'-1'", "greater than or equal to 0",
+    ),
     "public text for pretraining that is missing": bad(
         "pretrain", "--input TMP/none.parquet --output TMP/out", "input", "none.parquet", "give",
     ),

@@ -3,8 +3,8 @@
     found = measure_preparation(num_rows=40_000)
     found["ratio"], found["steady_ratio"], found["peak_bytes"]
 
-Rows are synthetic: words of a Zipf distribution, some 275 tokens a row, users of a heavy tail, in
-parquet. Each measurement runs in processes of its own:
+Rows are those of `udp_ray.data.synthetic`, of some 300 tokens each, in parquet. Each measurement
+runs in processes of its own:
 
 - bare: one process per core encodes its share of the rows, in the batches that `prepare` uses, and
   does nothing else; reading the rows and starting the process do not count.
@@ -29,21 +29,18 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from udp_ray.config.experiment import DataConfig
+from udp_ray.config.synthesize import SynthesizeConfig
+from udp_ray.data.synthetic import SCHEMA, SyntheticText
 from udp_ray.errors import BenchmarkError
 
 SEED = 11
 ROWS_PER_GROUP = 20_000
 USERS_PER_ROW = 0.4
-NUM_WORDS = 60_000
 MEDIAN_WORDS = 150
-"""Words of a row: log-normal around this."""
 TAIL = 0.8
-"""Exponent of the distribution of rows over users."""
 VOCABULARY = 8192
 TOKENIZER_TEXTS = 4000
 WARM_UP_ROWS = 2000
@@ -120,42 +117,32 @@ def _write_input(folder: Path, num_rows: int) -> None:
     # Imported here: torch and transformers would be in each process of the bare tokenizer.
     from udp_ray.experiments.pretrain import train_tokenizer
 
-    rng = np.random.default_rng(SEED)
-    letters = np.array(list("etaoinshrdlcumwfgypbvk"))
-    words = ["".join(rng.choice(letters, 2 + n)) for n in rng.poisson(4, NUM_WORDS)]
+    source = SyntheticText(_settings(TOKENIZER_TEXTS, folder))
     tokenizer = train_tokenizer(
-        _texts(rng, words, TOKENIZER_TEXTS), vocab_size=VOCABULARY, context=1024
+        source.rows(0, TOKENIZER_TEXTS)["text"].to_pylist(), vocab_size=VOCABULARY, context=1024
     )
     tokenizer.save_pretrained(folder / "tokenizer")
-    _write_rows(folder / WARM_UP_FILE, rng, words, WARM_UP_ROWS)
-    _write_rows(folder / ROWS_FILE, rng, words, num_rows)
+    _write_rows(folder / WARM_UP_FILE, WARM_UP_ROWS)
+    _write_rows(folder / ROWS_FILE, num_rows)
 
 
-def _write_rows(path: Path, rng: np.random.Generator, words: list[str], num_rows: int) -> None:
-    num_users = max(1, int(num_rows * USERS_PER_ROW))
-    weights = np.arange(1, num_users + 1) ** -TAIL
-    more = rng.choice(num_users, num_rows - num_users, p=weights / weights.sum())
-    users = rng.permutation(np.concatenate([np.arange(num_users), more]))
-    schema = pa.schema([("user_id", pa.string()), ("text", pa.string()), ("order", pa.int64())])
-    with pq.ParquetWriter(path, schema) as writer:
+def _settings(num_rows: int, folder: Path) -> SynthesizeConfig:
+    return SynthesizeConfig(
+        num_users=max(1, int(num_rows * USERS_PER_ROW)),
+        num_texts=num_rows,
+        tail=TAIL,
+        median_words=MEDIAN_WORDS,
+        seed=SEED,
+        num_files=1,
+        output=str(folder),
+    )
+
+
+def _write_rows(path: Path, num_rows: int) -> None:
+    text = SyntheticText(_settings(num_rows, path.parent))
+    with pq.ParquetWriter(path, SCHEMA) as writer:
         for first in range(0, num_rows, ROWS_PER_GROUP):
-            own = users[first : first + ROWS_PER_GROUP]
-            columns = [
-                pa.array([f"user-{user}" for user in own.tolist()]),
-                pa.array(_texts(rng, words, len(own))),
-                pa.array(np.arange(first, first + len(own))),
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
-
-
-def _texts(rng: np.random.Generator, words: list[str], count: int) -> list[str]:
-    lengths = np.maximum(1, rng.lognormal(np.log(MEDIAN_WORDS), 0.5, count)).astype(int)
-    ranks = (rng.pareto(1.0, lengths.sum()) * 20).astype(np.int64) % len(words)
-    chosen = [words[rank] for rank in ranks.tolist()]
-    ends = np.cumsum(lengths).tolist()
-    return [
-        " ".join(chosen[end - size : end]) for size, end in zip(lengths.tolist(), ends, strict=True)
-    ]
+            writer.write_table(text.rows(first, min(num_rows, first + ROWS_PER_GROUP)))
 
 
 # ---- the bare tokenizer
@@ -215,7 +202,7 @@ def prepare_once(folder: str, file: str, store: str) -> None:
         {
             "name": "benchmark",
             "input": str(place / file),
-            "order_column": "order",
+            "order_column": "number",
             "tokenizer": str(place / "tokenizer"),
             "block_tokens": 128,
             "max_examples_per_user": 64,
