@@ -19,7 +19,7 @@ class SynthesizeConfig(Section):
     """Settings of synthetic text keyed by user."""
 
     num_users: PositiveInt = 350_000
-    """Number of users, each with at least one text."""
+    """Number of users. Each of them has at least one text, and most have few."""
     num_texts: Annotated[int, Field(gt=0, le=2**40)] = 2_000_000
     """Number of texts of all users together, at least num_users."""
     tail: Annotated[float, Field(ge=0, le=4)] = 0.9
