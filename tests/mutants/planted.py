@@ -432,8 +432,8 @@ NOISE = [
         name="secure_noise_not_drawn",
         breaks="P38: the settings ask for secure noise and the plain one is drawn",
         file="udp_ray/engine/loop.py",
-        text="is_secure=self.plan.secure_noise,",
-        replacement="is_secure=False,",
+        text="stddev, is_secure = plan.fresh_noise_stddev, plan.secure_noise",
+        replacement="stddev, is_secure = plan.fresh_noise_stddev, False",
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
     ),
     Mutant(

@@ -13,8 +13,10 @@ to float64 rounding, because a device has a logarithm and a tangent of its own.
     True
 
 ChaCha20 adds, xors and rotates 32-bit words. Words are int32, whose additions wrap around as those
-of unsigned words do. One operation of torch serves the four words of a row of all blocks, so its
-cost beside memory traffic is that of `LAUNCHES` operations, however many values are drawn at once.
+of unsigned words do. One operation of torch serves the four words of a row of all blocks. On a GPU
+the rounds, where nearly all of its operations are, are compiled if torch can compile there. That
+cannot change integers. The conversion to normals is never compiled, since a compiler may fuse a
+product and a sum into one rounding.
 
 The check at the start of a run compares all that arrives with noise of the host's generator
 (`engine/noise_check.py`). A device that draws other noise is refused before step 1.
@@ -26,7 +28,10 @@ Reference:
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -34,13 +39,17 @@ from torch import Tensor
 
 from udp_ray.dp.keys import StreamKey
 from udp_ray.dp.noise import BLOCK_VALUES, CHUNK_VALUES, DRAWS, GaussianNoise
+from udp_ray.errors import GuaranteeError
 
-DOUBLE_ROUNDS = 10
-LAUNCHES = DOUBLE_ROUNDS * (2 * 4 * 5 + 2 * 3) + 10
-"""Operations of torch for the integers of one call: additions, xors and rotations (three each) of
-ten double rounds, moves between columns and diagonals, and what comes before and after."""
-BYTES_PER_VALUE = 136
-"""Most memory of the device per value while a chunk is drawn, the result included."""
+BYTES_PER_VALUE = 96
+"""Most memory of the device per value of a chunk while it is drawn, beside the result."""
+
+_DOUBLE_ROUNDS = 10
+_logger = logging.getLogger(__name__)
+
+Row = Tensor
+"""Four words of all blocks, shape (4, blocks), int32."""
+Rounds = Callable[[Row, Row, Row, Row, int], tuple[Row, Row, Row, Row]]
 
 _CONSTANTS = (0x61707865, 0x3320646E, 0x79622D32, 0x6B206574)  # "expand 32-byte k"
 _WORDS = 16
@@ -82,6 +91,7 @@ class DeviceNoise(GaussianNoise):
         super().__init__(key, noise_stddev, is_secure=True)
         self.device = device
         self._host_threads = host_threads
+        fastest_rounds(device.type)  # compiles before the first step
 
     def slice(
         self,
@@ -111,8 +121,8 @@ class DeviceNoise(GaussianNoise):
 
         Edge cases:
             start = stop -> an empty tensor. Standard deviation 0 -> zeros. Blocks of `BLOCK_VALUES`
-            that the slice does not touch are not drawn. Beside the result, drawing takes at most
-            `BYTES_PER_VALUE` times `CHUNK_VALUES` bytes.
+            that the slice does not touch are not drawn. Chunks are drawn one after the other, in
+            `BYTES_PER_VALUE` times `CHUNK_VALUES` bytes beside the result.
         """
         if not 0 <= start <= stop <= numel:
             raise ValueError(f"slice {start}:{stop} is not inside a parameter of {numel} values")
@@ -147,6 +157,7 @@ class DeviceNoise(GaussianNoise):
         )
 
 
+@torch.no_grad()  # one state of autograd, so that what was compiled fits
 def device_normals(
     key: bytes, start: int, stop: int, *, scale: float, device: torch.device
 ) -> Tensor:
@@ -197,7 +208,9 @@ def device_normals(
     return result.view(-1)[start - first * BLOCK_VALUES : stop - first * BLOCK_VALUES]
 
 
-def chacha20_words(key: bytes, first: int, num_blocks: int, device: torch.device) -> Tensor:
+def chacha20_words(
+    key: bytes, first: int, num_blocks: int, device: torch.device, rounds: Rounds | None = None
+) -> Tensor:
     """Returns blocks of the ChaCha20 stream of a key, whose nonce is zero, drawn on a device.
 
     Args:
@@ -205,6 +218,7 @@ def chacha20_words(key: bytes, first: int, num_blocks: int, device: torch.device
         first: Number of the first block, from 0.
         num_blocks: Number of blocks, each of 64 bytes.
         device: Where they are drawn.
+        rounds: `quarter_rounds` or a compiled form of it; None: the faster one.
 
     Returns:
         The words of each block, shape (num_blocks, 16), int32, contiguous. Secret.
@@ -217,43 +231,92 @@ def chacha20_words(key: bytes, first: int, num_blocks: int, device: torch.device
         2**19 of a chunk, so that none wraps around.
 
     Reference:
-        [1], section 2.3 (block function) and 2.4 (block counter).
+        [1], sections 2.3 (block function) and 2.4 (block counter).
     """
     if len(key) != 32:
         raise ValueError(f"a key of ChaCha20 has 32 bytes, and this one {len(key)}")
     if not 0 <= first <= first + num_blocks <= 2**31:
         raise ValueError(f"blocks {first} to {first + num_blocks} are not in a stream of 2**31")
+    if rounds is None:
+        rounds = fastest_rounds(device.type)
     secret = np.frombuffer(key, dtype="<i4").tolist()
     initial = torch.tensor([*_CONSTANTS, *secret, 0, 0, 0, 0], dtype=torch.int32)
     initial = initial.to(device).view(4, 4, 1)
     counters = torch.arange(first, first + num_blocks, dtype=torch.int32, device=device)
     state = initial.expand(4, 4, num_blocks).clone()
     state[3, 0] += counters
-    a, b, c, d = state.unbind()  # rows of four words; a quarter round works on a column
-    for _ in range(DOUBLE_ROUNDS):
-        _quarter_rounds(a, b, c, d)
-        b, c, d = b.roll(-1, 0), c.roll(-2, 0), d.roll(-3, 0)  # diagonals become columns
-        _quarter_rounds(a, b, c, d)
-        b, c, d = b.roll(1, 0), c.roll(2, 0), d.roll(3, 0)
+    a, b, c, d = state.unbind()
+    del state  # a alone holds its memory, until the first round
+    b, c, d = b.roll(-1, 0), c.roll(-2, 0), d.roll(-3, 0)  # undone by the first round
+    for _ in range(_DOUBLE_ROUNDS):
+        a, b, c, d = rounds(a, b, c, d, 1)  # on columns
+        a, b, c, d = rounds(a, b, c, d, -1)  # on diagonals
+    b, c, d = b.roll(1, 0), c.roll(2, 0), d.roll(3, 0)
     words = torch.empty(num_blocks, 4, 4, dtype=torch.int32, device=device)
     for index, row in enumerate((a, b, c, d)):
-        row += initial[index]
-        if index == 3:
-            row[0] += counters
-        words[:, index] = row.t()
+        words[:, index] = (row + initial[index]).t()
+    words[:, 3, 0] += counters
     return words.view(num_blocks, _WORDS)
 
 
-def _quarter_rounds(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
-    """Applies the quarter round to all columns of all blocks, in place."""
-    for target, other, rotated, bits in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
-        target += other
-        rotated ^= target
-        _rotate_left(rotated, bits)
+def quarter_rounds(a: Row, b: Row, c: Row, d: Row, shift: int) -> tuple[Row, Row, Row, Row]:
+    """Returns the rows after four quarter rounds [1, section 2.1], one in each column.
+
+    Args:
+        a: The first row.
+        b: The second row, which is moved by `shift` columns before.
+        c: The third row, which is moved by twice as many.
+        d: The last row, which is moved by three times as many.
+        shift: 1 or -1.
+    """
+    b, c, d = b.roll(shift, 0), c.roll(2 * shift, 0), d.roll(3 * shift, 0)
+    a = a + b
+    d = _rotated(d ^ a, 16)
+    c = c + d
+    b = _rotated(b ^ c, 12)
+    a = a + b
+    d = _rotated(d ^ a, 8)
+    c = c + d
+    b = _rotated(b ^ c, 7)
+    return a, b, c, d
 
 
-def _rotate_left(words: Tensor, bits: int) -> None:
-    """Rotates 32-bit words in place; a shift to the right of int32 copies the sign bit."""
-    low = (words >> (32 - bits)).bitwise_and_(2**bits - 1)
-    # The shifted words and `low` have no bit in common, so the sum is their union.
-    torch.add(low, words, alpha=2**bits, out=words)
+def _rotated(words: Tensor, bits: int) -> Tensor:
+    """Returns 32-bit words rotated to the left; a shift of int32 to the right copies the sign."""
+    return (words << bits) | ((words >> (32 - bits)) & (2**bits - 1))
+
+
+@cache
+@torch.no_grad()
+def fastest_rounds(device_type: str) -> Rounds:
+    """Returns `quarter_rounds`, compiled on a GPU where torch can compile and the bits are equal.
+
+    Edge cases:
+        What hinders a compiler (no Triton, no C compiler) is logged; then noise takes longer.
+    """
+    if device_type != "cuda":
+        return quarter_rounds
+    try:
+        compiled = compiled_rounds(torch.device(device_type))
+    except Exception as error:  # of any compiler; the other form has the same bits
+        _logger.warning("noise is drawn by operations that are not compiled (%s)", error)
+        return quarter_rounds
+    return compiled
+
+
+def compiled_rounds(device: torch.device) -> Rounds:
+    """Returns `quarter_rounds` compiled for a device, after a comparison of their bits.
+
+    Raises:
+        GuaranteeError: The bits differ.
+        Exception: Whatever the compiler raises.
+    """
+    compiled: Rounds = torch.compile(quarter_rounds, dynamic=True)
+    words = torch.arange(16 * _BLOCKS_PER_BLOCK, device=device) * 0x9E3779B9  # all bits vary
+    rows = words.to(torch.int32).view(4, 4, _BLOCKS_PER_BLOCK).unbind()
+    for shift in (1, -1):
+        judged = quarter_rounds(*rows, shift)
+        found = compiled(*rows, shift)
+        if not all(torch.equal(one, other) for one, other in zip(judged, found, strict=True)):
+            raise GuaranteeError("compiled rounds of ChaCha20 have other bits")
+    return compiled
