@@ -41,7 +41,7 @@ from udp_ray.dp.keys import StreamKey
 from udp_ray.dp.noise import BLOCK_VALUES, CHUNK_VALUES, DRAWS, GaussianNoise
 from udp_ray.errors import GuaranteeError
 
-BYTES_PER_VALUE = 96
+BYTES_PER_VALUE = 128
 """Most memory of the device per value of a chunk while it is drawn, beside the result."""
 
 _DOUBLE_ROUNDS = 10
@@ -313,10 +313,10 @@ def compiled_rounds(device: torch.device) -> Rounds:
     """
     compiled: Rounds = torch.compile(quarter_rounds, dynamic=True)
     words = torch.arange(16 * _BLOCKS_PER_BLOCK, device=device) * 0x9E3779B9  # all bits vary
-    rows = words.to(torch.int32).view(4, 4, _BLOCKS_PER_BLOCK).unbind()
+    a, b, c, d = words.to(torch.int32).view(4, 4, _BLOCKS_PER_BLOCK).unbind()
     for shift in (1, -1):
-        judged = quarter_rounds(*rows, shift)
-        found = compiled(*rows, shift)
+        judged = quarter_rounds(a, b, c, d, shift)
+        found = compiled(a, b, c, d, shift)
         if not all(torch.equal(one, other) for one, other in zip(judged, found, strict=True)):
             raise GuaranteeError("compiled rounds of ChaCha20 have other bits")
     return compiled
