@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from tests.support.distributed import run_on_ranks
-from tests.support.stores import write_tiny_store
-from tests.support.training import TinyRun, distance
+from tests.support.training import TinyRun, distance, write_tiny_store
 from tests.support.training_steps import take_many_steps
 
 # Kernels and stages add up in other orders: see `test_world_and_stage.py`.
