@@ -60,7 +60,7 @@ VECTORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("key", "counter", "expected"), VECTORS)
+@pytest.mark.parametrize(("key", "counter", "expected"), VECTORS, ids=range(1, 5))
 def test_blocks_are_those_of_the_standard(key, counter, expected):
     assert chacha20_words(key, counter, 1, CPU).numpy().tobytes().hex() == expected
 
@@ -105,7 +105,7 @@ def test_a_faulty_cipher_has_other_bits(monkeypatch, fault):
     assert fault(monkeypatch).numpy().tobytes() != judged_bytes(0, 8)
 
 
-@pytest.mark.parametrize("key", [b"", bytes(16), bytes(33)])
+@pytest.mark.parametrize("key", [b"", bytes(16), bytes(33)], ids=len)
 def test_a_key_of_another_length_is_refused(key):
     with pytest.raises(ValueError, match="32 bytes"):
         chacha20_words(key, 0, 1, CPU)
