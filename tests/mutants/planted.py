@@ -275,8 +275,9 @@ NOISE = [
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
         file="udp_ray/engine/loop.py",
-        text="            self.plan.fresh_noise_stddev,\n",
-        replacement="            self.plan.fresh_noise_stddev / self.world.size**0.5,\n",
+        text="fresh_noise(key, self.plan, self.settings, self.world.device)",
+        replacement="fresh_noise(key, self.plan, self.settings, self.world.device).with_stddev("
+        "self.plan.fresh_noise_stddev / self.world.size**0.5)",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
     ),
     Mutant(
