@@ -271,7 +271,7 @@ def test_where_kernels_round_visibly_the_digest_holds_what_decides_it(
     deciding = [
         ["--train.kernel", "direct"],
         ["--train.microbatch_tokens", "4096"],
-        ["--cluster.use_gpu", "true"],
+        ["--cluster.use_gpu", "true", "--train.noise_device", "cpu"],
     ]
     exact, rounded = read(settings_file).config.digest(), read(settings_file, *rough).config
     for change in deciding:
@@ -283,6 +283,27 @@ def test_where_kernels_round_visibly_the_digest_holds_what_decides_it(
         ["--train.checkpoint_every", "7"],
     ):
         assert read(settings_file, *rough, *same).config.digest() == rounded.digest(), same
+
+
+def test_where_noise_is_drawn_on_a_gpu_is_part_of_the_release(settings_file: str) -> None:
+    """Its last bits are a device's own; the same noise in host memory is drawn again on any."""
+    on_cpu = read(settings_file).config.digest()
+    gpu, host = ["--cluster.use_gpu", "true"], ["--train.noise_device", "cpu"]
+    plain = ["--privacy.secure_noise", "false"]
+    assert read(settings_file, *gpu).config.digest() != on_cpu
+    assert read(settings_file, *gpu, *host).config.digest() == on_cpu
+    assert read(settings_file, *host).config.digest() == on_cpu
+    on_plain = read(settings_file, *plain).config.digest()
+    assert read(settings_file, *gpu, *plain).config.digest() == on_plain
+
+
+def test_no_noise_is_drawn_ahead_in_host_memory_where_a_gpu_draws_it(settings_file: str) -> None:
+    train = read(settings_file).config.train
+    assert train.noise_buffer_bytes(use_gpu=True, is_secure=True) == 0
+    assert train.noise_buffer_bytes(use_gpu=True, is_secure=False) == 2**30
+    assert train.noise_buffer_bytes(use_gpu=False, is_secure=True) == 2**26
+    host = read(settings_file, "--train.noise_device", "cpu").config.train
+    assert host.noise_buffer_bytes(use_gpu=True, is_secure=True) == 2**30
 
 
 def test_under_autocast_slices_are_another_release(settings_file: str) -> None:

@@ -35,6 +35,11 @@ def verdicts(request):
     for stage, fault in enumerate(FAULTS):
         runs[fault] = replace(sound, fault=fault, zero_stage=stage % 3)
         runs[f"{fault}, stage 3"] = replace(sliced, fault=fault)
+    device = {"secure_noise": True, "noise_on_device": True}
+    runs["sound, drawn on a device"] = replace(sound, **device)
+    runs["sound, drawn on a device, stage 3"] = replace(sliced, **device)
+    runs["sound, drawn on a device, correlated"] = replace(sound, **device, strategy=STRATEGY)
+    runs["other_device_noise"] = replace(sound, **device, fault="other_device_noise")
     runs["misplaced_noise, stage 3"] = replace(sliced, fault="misplaced_noise")
     outcomes = run_on_ranks(request.param, self_check_many, list(runs.values()))
     assert all([bool(t) for t in o] == [bool(t) for t in outcomes[0]] for o in outcomes)
@@ -50,6 +55,7 @@ def test_a_sound_step_passes_at_every_stage(verdicts):
     [
         *(f"{fault}{where}" for where in ("", ", stage 3") for fault in [*FAULTS, FORGOTTEN]),
         "misplaced_noise, stage 3",
+        "other_device_noise",
     ],
 )
 def test_faulty_noise_is_refused(verdicts, fault):

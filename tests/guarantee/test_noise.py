@@ -12,15 +12,23 @@ import torch
 from tests.support.statistics import agrees_with_normal, looks_uncorrelated, repeats_a_window
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
+from udp_ray.dp.noise_device import DeviceNoise
 
 STDDEV = 0.37
 SHAPES = {"embed.weight": (300, 64), "head.weight": (64, 300), "norm.bias": (500,)}
 NUM_STEPS = 4
+KINDS = ["plain", "secure", "on a device"]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "secure"])
+def noise_of(key, kind):
+    if kind == "on a device":
+        return DeviceNoise(key, STDDEV, device=torch.device("cpu"))
+    return GaussianNoise(key, STDDEV, is_secure=kind == "secure")
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def noise(request):
-    return GaussianNoise(RunKey.from_seed(11).noise(), STDDEV, is_secure=request.param)
+    return noise_of(RunKey.from_seed(11).noise(), request.param)
 
 
 def every_value(noise, steps=range(1, NUM_STEPS + 1), names=tuple(SHAPES)):
@@ -55,11 +63,10 @@ def test_every_parameter_alone_has_the_promised_distribution(noise, name):
     assert agrees_with_normal(every_value(noise, range(1, 9), [name]), stddev=STDDEV)
 
 
-@pytest.mark.parametrize("is_secure", [False, True])
-def test_no_noise_occurs_twice_over_steps_parameters_chunks_and_purposes(is_secure):
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_noise_occurs_twice_over_steps_parameters_chunks_and_purposes(kind):
     key = RunKey.from_seed(12)
-    noise = GaussianNoise(key.noise(), STDDEV, is_secure=is_secure)
-    check = GaussianNoise(key.selfcheck(), STDDEV, is_secure=is_secure)
+    noise, check = noise_of(key.noise(), kind), noise_of(key.selfcheck(), kind)
     two_chunks = noise.tensor(1, "big", (CHUNK_VALUES + 5000,)).numpy()
     around = np.concatenate([two_chunks[:5000], two_chunks[CHUNK_VALUES:]])
     values = np.concatenate([every_value(noise), every_value(check), around])

@@ -275,8 +275,9 @@ NOISE = [
         name="noise_divided_by_sqrt_of_world",
         breaks="review, P11: each of several workers is trusted with a share of the noise",
         file="udp_ray/engine/loop.py",
-        text="            self.plan.fresh_noise_stddev,\n",
-        replacement="            self.plan.fresh_noise_stddev / self.world.size**0.5,\n",
+        text="fresh_noise(key, self.plan, self.settings, self.world.device)",
+        replacement="fresh_noise(key, self.plan, self.settings, self.world.device).with_stddev("
+        "self.plan.fresh_noise_stddev / self.world.size**0.5)",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
     ),
     Mutant(
@@ -432,8 +433,8 @@ NOISE = [
         name="secure_noise_not_drawn",
         breaks="P38: the settings ask for secure noise and the plain one is drawn",
         file="udp_ray/engine/loop.py",
-        text="is_secure=self.plan.secure_noise,",
-        replacement="is_secure=False,",
+        text="stddev, is_secure = plan.fresh_noise_stddev, plan.secure_noise",
+        replacement="stddev, is_secure = plan.fresh_noise_stddev, False",
         tests=(f"{LOOP}::test_secure_noise_is_drawn_where_the_plan_says_so",),
     ),
     Mutant(
@@ -445,6 +446,48 @@ NOISE = [
         tests=(
             "tests/dp/test_secure_noise.py::test_each_value_is_four_draws_by_box_and_muller_over_two",
         ),
+    ),
+    Mutant(
+        name="device_noise_of_half_the_rounds",
+        breaks="P38: the cipher behind a device's noise has ten rounds of twenty",
+        file="udp_ray/dp/noise_device.py",
+        text="_DOUBLE_ROUNDS = 10\n",
+        replacement="_DOUBLE_ROUNDS = 5\n",
+        tests=("tests/dp/test_noise_device.py::test_blocks_are_those_of_the_standard",),
+    ),
+    Mutant(
+        name="device_noise_repeats_its_counter",
+        breaks="P13: each part of a chunk that a device draws is the first one",
+        file="udp_ray/dp/noise_device.py",
+        text="        key, first * _BLOCKS_PER_BLOCK, (last",
+        replacement="        key, 0 * _BLOCKS_PER_BLOCK, (last",
+        tests=("tests/dp/test_noise_device.py::test_any_slice_has_the_bits_of_the_whole",),
+    ),
+    Mutant(
+        name="device_noise_of_a_shorter_key",
+        breaks="P38: half of the key's bytes do not enter the noise of a device",
+        file="udp_ray/dp/noise_device.py",
+        text='secret = np.frombuffer(key, dtype="<i4")',
+        replacement='secret = np.frombuffer(key[:16] + bytes(16), dtype="<i4")',
+        tests=("tests/dp/test_noise_device.py::test_any_blocks_have_the_bits_of_the_hosts_stream",),
+    ),
+    Mutant(
+        name="place_of_noise_not_in_the_release",
+        breaks="a step drawn on a GPU is repeated in host memory for free: two releases",
+        file="udp_ray/config/experiment.py",
+        text='            kept["noise_device"] = "gpu"\n',
+        replacement="            pass\n",
+        tests=(
+            "tests/config/test_cli.py::test_where_noise_is_drawn_on_a_gpu_is_part_of_the_release",
+        ),
+    ),
+    Mutant(
+        name="noise_check_trusts_the_device",
+        breaks="the noise check compares a device's noise with itself",
+        file="udp_ray/engine/noise_check.py",
+        text="None if noise is None else noise.on_host()",
+        replacement="noise",
+        tests=("tests/engine/test_noise_check.py::test_faulty_noise_is_refused",),
     ),
     Mutant(
         name="drawn_noise_left_in_memory",

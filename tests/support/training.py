@@ -47,6 +47,7 @@ Weights = dict[str, NDArray[np.float32]]
 Fault = Literal[
     "none", "realized_divisor", "clip_each_microbatch", "noise_on_all", "no_noise", "half_noise",
     "noise_twice", "misplaced_noise", "clip_weighted_pass", "forgotten_noise",
+    "other_device_noise",
 ]  # fmt: skip
 
 
@@ -91,6 +92,8 @@ class TinyRun:
     """Trains adapters of this rank instead of the whole model."""
     dropout: float = 0.0
     secure_noise: bool = False
+    noise_on_device: bool = False
+    """Draws secure noise by the generator of a device, on the CPU."""
     strategy: tuple[float, ...] = (1.0,)
     """Coefficients of correlated noise, one for each band."""
     max_cohort_size: int | None = None

@@ -19,6 +19,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.clipping import clip_and_add, clip_factor
 from udp_ray.dp.keys import RunKey, StreamKey
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.noise_device import DeviceNoise
 from udp_ray.engine.distributed import World, join_world
 from udp_ray.engine.gradient_sum import own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
@@ -85,7 +86,8 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
     step_class = _FAULTY_STEPS.get(run.fault, PrivateStep)
     # Noise drawn ahead is refused unless it is added once and in order: a faulty step draws none
     # ahead, so that its fault reaches the weights.
-    buffer = {"noise_buffer_bytes": 0} if run.fault in _FAULTY_STEPS else {}
+    is_drawn_late = run.fault in _FAULTY_STEPS or run.noise_on_device
+    buffer = {"noise_buffer_bytes": 0} if is_drawn_late else {}
     step = step_class(kernel, zero, plan, noise, world=world, fuse_reduce=run.fuse_reduce, **buffer)
     if isinstance(step, _NoiseOnAllRanks):
         key = RunKey.from_seed(run.seed).noise()
@@ -94,7 +96,28 @@ def build_step(run: TinyRun, model: nn.Module, world: World) -> PrivateStep:
 
 
 def _fresh_noise(run: TinyRun, key: StreamKey | None, stddev: float) -> GaussianNoise | None:
-    return None if key is None else GaussianNoise(key, stddev, is_secure=run.secure_noise)
+    if key is None:
+        return None
+    if run.noise_on_device:
+        kind = _OtherDeviceNoise if run.fault == "other_device_noise" else DeviceNoise
+        return kind(key, stddev, device=torch.device("cpu"))
+    return GaussianNoise(key, stddev, is_secure=run.secure_noise)
+
+
+class _OtherDeviceNoise(DeviceNoise):
+    """A device whose generator draws sound noise, but not that of the host's generator."""
+
+    def slice(
+        self,
+        step: int,
+        name: str,
+        numel: int,
+        *,
+        start: int,
+        stop: int,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return super().slice(step + 1, name, numel, start=start, stop=stop, out=out)
 
 
 def self_check(run: TinyRun) -> str:

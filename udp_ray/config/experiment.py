@@ -258,10 +258,26 @@ class TrainConfig(Section):
     noise_buffer: Annotated[int, Field(ge=0)] | None = None
     """Host memory in MiB for noise that rank 0 draws while gradients are computed; 0 draws it
     afterwards. No more is taken than a step's noise has: 8 bytes per trained weight, or 4 with
-    privacy.secure_noise false. Default: 64, or 1,024 on GPUs."""
+    privacy.secure_noise false. Default: 64, or 1,024 on GPUs. No effect where noise is drawn on a
+    GPU."""
+    noise_device: Literal["auto", "cpu"] = "auto"
+    """Where rank 0 draws the noise: auto, secure noise on its GPU if it trains on one, and other
+    noise in host memory; cpu, all noise in host memory. Both agree to float64 rounding, so a
+    repeated step must be drawn where it was drawn before."""
 
-    def noise_buffer_bytes(self, *, use_gpu: bool) -> int:
-        """Returns the most bytes of noise that rank 0 draws ahead."""
+    def draws_on_gpu(self, *, use_gpu: bool, is_secure: bool) -> bool:
+        """Returns whether rank 0 draws its noise on a GPU.
+
+        Args:
+            use_gpu: Whether it trains on one.
+            is_secure: `PrivacyConfig.secure_noise`.
+        """
+        return use_gpu and is_secure and self.noise_device == "auto"
+
+    def noise_buffer_bytes(self, *, use_gpu: bool, is_secure: bool) -> int:
+        """Returns the most bytes of noise that rank 0 draws ahead, in host memory."""
+        if self.draws_on_gpu(use_gpu=use_gpu, is_secure=is_secure):
+            return 0
         if self.noise_buffer is None:
             return GPU_NOISE_BUFFER_BYTES if use_gpu else NOISE_BUFFER_BYTES
         return self.noise_buffer * 2**20
@@ -378,6 +394,7 @@ SPEED_ONLY = {
     "fuse_reduce",
     "kernel",
     "noise_buffer",
+    "noise_device",
 }
 
 
@@ -547,6 +564,9 @@ class ExperimentConfig(Section):
         differed by 0.027 clip norms, which the same noise on both would reveal. With dropout
         they decide the shapes of its masks. With adaptive clipping a rounding could change the
         count of unclipped users by one. Then they are part of the digest.
+
+        Noise drawn on a GPU differs from the host's in the last bits of float64, a difference that
+        two releases of one sum would reveal. So it is part of the digest too.
         """
         kept = self.model_dump(
             mode="json",
@@ -562,4 +582,8 @@ class ExperimentConfig(Section):
                 "is_sliced": self.train.zero_stage == 3,
                 "use_gpu": self.cluster.use_gpu,
             }
+        if self.train.draws_on_gpu(
+            use_gpu=self.cluster.use_gpu, is_secure=self.privacy.secure_noise
+        ):
+            kept["noise_device"] = "gpu"
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -96,7 +96,11 @@ class StreamKey:
         Edge cases:
             A stream ends after 256 GiB, with an error.
         """
-        return Keystream(_keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES))
+        return Keystream(self.keystream_key(*counters))
+
+    def keystream_key(self, *counters: int | str) -> bytes:
+        """Returns the 32 secret bytes under which ChaCha20 makes `keystream` of these counters."""
+        return _keyed(self.secret, _KEYSTREAM, counters, size=_CHACHA_KEY_BYTES)
 
     def cipher_key(self, *counters: int | str) -> bytes:
         """Returns the 32 secret bytes of these counters, as in `generator`, to encrypt with."""

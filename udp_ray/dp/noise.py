@@ -186,6 +186,10 @@ class GaussianNoise:
             self._key, self.noise_stddev, num_threads=num_threads, is_secure=self._is_secure
         )
 
+    def on_host(self) -> GaussianNoise:
+        """Returns the same noise, drawn by this class; `DeviceNoise` draws elsewhere."""
+        return self
+
     def number(self, step: int, name: str, stddev: float) -> float:
         """Returns one normal of a step, for a number that is released beside the gradients.
 

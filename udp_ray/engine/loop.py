@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.dp.keys import RankKeys, StreamKey
 from udp_ray.dp.noise import GaussianNoise
+from udp_ray.dp.noise_device import DeviceNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine import checkpoint, sealed_noise
@@ -310,19 +311,14 @@ class TrainingLoop(ABC):
             world=self.world,
             fuse_reduce=self.settings.fuse_reduce,
             noise_buffer_bytes=self.settings.noise_buffer_bytes(
-                use_gpu=self.world.device.type == "cuda"
+                use_gpu=self.world.device.type == "cuda", is_secure=self.plan.secure_noise
             ),
         )
 
     def _noise(self, key: StreamKey | None) -> GaussianNoise | None:
         if key is None:
             return None
-        return GaussianNoise(
-            key,
-            self.plan.fresh_noise_stddev,
-            num_threads=torch.get_num_threads(),
-            is_secure=self.plan.secure_noise,
-        )
+        return fresh_noise(key, self.plan, self.settings, self.world.device)
 
     def _ask(self, step: int) -> str | None:
         """Returns None if all ranks may take the step, else why training ends before it."""
@@ -498,6 +494,24 @@ class TrainingLoop(ABC):
     def _report(self, metrics: Metrics) -> None:
         if self.world.is_first and self.on_metrics is not None:
             self.on_metrics(metrics)
+
+
+def fresh_noise(
+    key: StreamKey, plan: PrivacyPlan, settings: TrainConfig, device: torch.device
+) -> GaussianNoise:
+    """Returns the fresh noise of a plan, drawn where the settings say.
+
+    Args:
+        key: Of the noise, on rank 0. Secret.
+        plan: Gives the scale, and whether noise is secure.
+        settings: `TrainConfig.noise_device` decides.
+        device: Where rank 0 trains.
+    """
+    stddev, is_secure = plan.fresh_noise_stddev, plan.secure_noise
+    num_threads = torch.get_num_threads()
+    if settings.draws_on_gpu(use_gpu=device.type == "cuda", is_secure=is_secure):
+        return DeviceNoise(key, stddev, device=device, host_threads=num_threads)
+    return GaussianNoise(key, stddev, num_threads=num_threads, is_secure=is_secure)
 
 
 def of_average(name: str) -> str:

@@ -43,6 +43,7 @@ from torch.utils._pytree import tree_leaves
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig, ModelConfig, TrainConfig
 from udp_ray.data.batches import Group, Microbatch, Packing, pack, pack_groups
 from udp_ray.dp.noise import CHUNK_VALUES
+from udp_ray.dp.noise_device import BYTES_PER_VALUE
 from udp_ray.dp.plan import PricedPlan, PrivacyPlan
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
@@ -231,6 +232,7 @@ def estimate_memory(
     is_sliced = train.zero_stage == 3
     if is_sliced:  # its own slices, and what is gathered for the layers in use
         weights = weights // num_workers + min(weights, LIVE_BYTES)
+    is_drawn_on_gpu = train.draws_on_gpu(use_gpu=cluster.use_gpu, is_secure=plan.secure_noise)
     return MemoryEstimate(
         weights=weights,
         clipped_sum=2 * trained // (num_workers if is_sliced else 1),  # it is float64
@@ -238,7 +240,7 @@ def estimate_memory(
         past_noise=_past_noise_bytes(trained, plan, num_workers if is_sliced else 1),
         noise_ahead=_noise_ahead_bytes(trained, plan, train, use_gpu=cluster.use_gpu),
         kernel=kernel,
-        update=_update_bytes(trained, train, num_workers),
+        update=_update_bytes(trained, train, num_workers, is_drawn_on_gpu=is_drawn_on_gpu),
         average=_average_bytes(trained, train, num_workers),
         checkpoint=_checkpoint_bytes(trained, train),
     )
@@ -291,7 +293,8 @@ def _past_noise_bytes(trained: int, plan: PricedPlan, num_slices: int) -> int:
 def _noise_ahead_bytes(trained: int, plan: PricedPlan, train: TrainConfig, *, use_gpu: bool) -> int:
     """Returns the memory for noise that is drawn ahead: a step's noise, or what is allowed."""
     factor = 2 if plan.secure_noise else 1
-    return min(factor * trained, train.noise_buffer_bytes(use_gpu=use_gpu))
+    allowed = train.noise_buffer_bytes(use_gpu=use_gpu, is_secure=plan.secure_noise)
+    return min(factor * trained, allowed)
 
 
 def _average_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
@@ -308,12 +311,16 @@ def _checkpoint_bytes(trained: int, train: TrainConfig) -> int:
     return trained * (1 + _num_states(train)) + _average_bytes(trained, train, num_workers=1)
 
 
-def _update_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
+def _update_bytes(
+    trained: int, train: TrainConfig, num_workers: int, *, is_drawn_on_gpu: bool
+) -> int:
     """Returns what the update takes: autograd copies the gradient, ZeRO reduces the copy.
 
     From stage 1 on ZeRO reduces in buckets.
     """
     noise = torch.get_num_threads() * CHUNK_VALUES * FLOAT_BYTES * 4  # drawn, moved, added, rounded
+    if is_drawn_on_gpu:
+        noise = BYTES_PER_VALUE * CHUNK_VALUES
     if train.zero_stage == 3:
         return noise + trained // num_workers
     if train.zero_stage == 0:

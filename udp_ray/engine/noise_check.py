@@ -4,7 +4,8 @@
        used for nothing else and with the optimizer frozen.
     2. On every rank, compare what the optimizer would receive with the expected noise, which rank 0
        draws again and broadcasts chunk by chunk. Noise on each rank, on none, twice, or in the
-       wrong slice fails here.
+       wrong slice fails here. It is drawn again in host memory, so that a GPU that draws other
+       noise than the host's generator fails too.
     3. Compare its standard deviation with the plan's. A generator of the wrong scale fails here.
     4. With correlated noise, repeat this for a second step, whose noise depends on the first's. The
        noise of both is forgotten afterwards.
@@ -88,6 +89,7 @@ def _largest_difference(
 ) -> float:
     """Returns the largest difference on this rank between what arrived and the noise of rank 0."""
     worst = 0.0
+    host_noise = None if noise is None else noise.on_host()
     for name, shape in step.engine.shapes.items():
         first, last = step.engine.slice_range(name)
         values = arrived[name].reshape(-1)
@@ -96,9 +98,9 @@ def _largest_difference(
         for start in range(0, shape.numel(), BROADCAST_VALUES):
             stop = min(shape.numel(), start + BROADCAST_VALUES)
             expected = torch.zeros(stop - start, device=values.device)
-            if noise is not None:
+            if host_noise is not None:
                 for number, share in enumerate(response):
-                    drawn = noise.slice(number, name, shape.numel(), start=start, stop=stop)
+                    drawn = host_noise.slice(number, name, shape.numel(), start=start, stop=stop)
                     expected += (share * drawn).to(expected)
             dist.broadcast(expected, src=0)
             begin, end = max(start, first), min(stop, last)

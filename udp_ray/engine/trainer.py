@@ -313,6 +313,9 @@ class Trainer:
         public = [self.plan.to_dict(), settings, code, self._autocast, self._microbatch_rows]
         if self._autocast != "off" or self.plan.clipping == "adaptive":
             public.append(world.device.type)
+        is_secure, use_gpu = self.plan.secure_noise, world.device.type == "cuda"
+        if self._settings.draws_on_gpu(use_gpu=use_gpu, is_secure=is_secure):
+            public.append("noise drawn on a GPU")
         digest.update(json.dumps(public, sort_keys=True).encode())
         digest.update(self._users.user_offsets.tobytes())
         for index in range(int(self._users.user_offsets[-1])):

@@ -46,14 +46,13 @@ from udp_ray.data.store import (
     write_shard,
 )
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.noise import GaussianNoise
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum, SlicedSum, own_slice
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.select import select_kernel
-from udp_ray.engine.loop import cohorts
+from udp_ray.engine.loop import cohorts, fresh_noise
 from udp_ray.engine.loss import autocast_context, row_losses
 from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.types import Kernel
@@ -385,14 +384,17 @@ class PrivateContestant:
         if self._is_sliced:
             sums.reduce()
         require_equal_sums(entry.name, list(sums.views.values()), expected, entry.study.autocast)
-        noise = GaussianNoise(
-            run_key().noise(),
-            self._plan.noise_stddev,
-            num_threads=torch.get_num_threads(),
-            is_secure=self._plan.secure_noise,
-        )
+        settings = entry.settings()
+        noise = fresh_noise(run_key().noise(), self._plan, settings, world.device)
         self._step = PrivateStep(
-            kernel, zero, self._plan, noise if world.is_first else None, world=world
+            kernel,
+            zero,
+            self._plan,
+            noise if world.is_first else None,
+            world=world,
+            noise_buffer_bytes=settings.noise_buffer_bytes(
+                use_gpu=world.device.type == "cuda", is_secure=self._plan.secure_noise
+            ),
         )
 
     def take(self, step: int, groups: Sequence[Group]) -> None:
