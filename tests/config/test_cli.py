@@ -271,7 +271,7 @@ def test_where_kernels_round_visibly_the_digest_holds_what_decides_it(
     deciding = [
         ["--train.kernel", "direct"],
         ["--train.microbatch_tokens", "4096"],
-        ["--cluster.use_gpu", "true", "--train.noise_device", "cpu"],
+        ["--cluster.use_gpu", "true"],
     ]
     exact, rounded = read(settings_file).config.digest(), read(settings_file, *rough).config
     for change in deciding:
@@ -288,21 +288,21 @@ def test_where_kernels_round_visibly_the_digest_holds_what_decides_it(
 def test_where_noise_is_drawn_on_a_gpu_is_part_of_the_release(settings_file: str) -> None:
     """Its last bits are a device's own; the same noise in host memory is drawn again on any."""
     on_cpu = read(settings_file).config.digest()
-    gpu, host = ["--cluster.use_gpu", "true"], ["--train.noise_device", "cpu"]
+    gpu, auto = ["--cluster.use_gpu", "true"], ["--train.noise_device", "auto"]
     plain = ["--privacy.secure_noise", "false"]
-    assert read(settings_file, *gpu).config.digest() != on_cpu
-    assert read(settings_file, *gpu, *host).config.digest() == on_cpu
-    assert read(settings_file, *host).config.digest() == on_cpu
+    assert read(settings_file, *gpu, *auto).config.digest() != on_cpu
+    assert read(settings_file, *gpu).config.digest() == on_cpu
+    assert read(settings_file, *auto).config.digest() == on_cpu
     on_plain = read(settings_file, *plain).config.digest()
-    assert read(settings_file, *gpu, *plain).config.digest() == on_plain
+    assert read(settings_file, *gpu, *auto, *plain).config.digest() == on_plain
 
 
 def test_no_noise_is_drawn_ahead_in_host_memory_where_a_gpu_draws_it(settings_file: str) -> None:
-    train = read(settings_file).config.train
+    train = read(settings_file, "--train.noise_device", "auto").config.train
     assert train.noise_buffer_bytes(use_gpu=True, is_secure=True) == 0
     assert train.noise_buffer_bytes(use_gpu=True, is_secure=False) == 2**30
     assert train.noise_buffer_bytes(use_gpu=False, is_secure=True) == 2**26
-    host = read(settings_file, "--train.noise_device", "cpu").config.train
+    host = read(settings_file).config.train
     assert host.noise_buffer_bytes(use_gpu=True, is_secure=True) == 2**30
 
 

@@ -260,10 +260,10 @@ class TrainConfig(Section):
     afterwards. No more is taken than a step's noise has: 8 bytes per trained weight, or 4 with
     privacy.secure_noise false. Default: 64, or 1,024 on GPUs. No effect where noise is drawn on a
     GPU."""
-    noise_device: Literal["auto", "cpu"] = "auto"
-    """Where rank 0 draws the noise: auto, secure noise on its GPU if it trains on one, and other
-    noise in host memory; cpu, all noise in host memory. Both agree to float64 rounding, so a
-    repeated step must be drawn where it was drawn before."""
+    noise_device: Literal["auto", "cpu"] = "cpu"
+    """Where rank 0 draws the noise: cpu, all noise in host memory; auto, secure noise on its GPU if
+    it trains on one. Both agree to float64 rounding, so a repeated step must be drawn where it was
+    drawn before. Default: cpu, as the other has not been run on a GPU yet."""
 
     def draws_on_gpu(self, *, use_gpu: bool, is_secure: bool) -> bool:
         """Returns whether rank 0 draws its noise on a GPU.
