@@ -18,6 +18,7 @@ import hashlib
 import json
 import secrets
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Literal, Self, get_args
 
 import numpy as np
@@ -35,13 +36,15 @@ CanaryText = Literal["random", "rare", "sampled"]
 COIN_KEY_BYTES = 16
 RARE_SHARE = 0.25
 """Share of the tokenizer's words that count as rare, those that it learned last."""
-FEWEST_WORDS = 64
+FEWEST_WORDS = 32
 """Fewer different words would make canaries alike."""
 TEMPERATURE = 1.5
 """Of sampled texts: high, so that the model does not expect them."""
 MOST_ATTEMPTS = 20
 """Samples per text until one is not blank."""
 _BATCH = 64
+_BEFORE = "a"
+"""A word before another, by which it is seen whether that one stays a single token."""
 
 
 @dataclass(frozen=True)
@@ -241,40 +244,58 @@ class TextWriter:
         """
         if settings.text == "sampled":
             return self._sampled(settings, number)
-        words, joint = self._words(settings.text)
-        if len(words) < FEWEST_WORDS:
+        tokenizer = load_tokenizer(self.tokenizer)
+        ids = self._rare_words() if settings.text == "rare" else self._single_tokens()
+        if len(ids) < FEWEST_WORDS:
             raise ConfigError(
                 f"audit.canary_text is {settings.text}, but the tokenizer {self.tokenizer!r} has"
-                f" only {len(words)} such words, fewer than {FEWEST_WORDS}: give another kind"
+                f" only {len(ids)} such words, fewer than {FEWEST_WORDS}: give another kind"
             )
         return [
-            joint.join(
-                words[index]
-                for index in _generator(settings.seed, n).integers(
-                    len(words), size=settings.text_tokens
+            str(
+                tokenizer.decode(
+                    _generator(settings.seed, n).choice(ids, settings.text_tokens).tolist(),
+                    clean_up_tokenization_spaces=False,
                 )
             )
             for n in range(number)
         ]
 
-    def _words(self, kind: str) -> tuple[list[str], str]:
-        """Returns the words that texts are made of, and what stands between them."""
-        tokenizer = load_tokenizer(self.tokenizer)
-        special = set(tokenizer.all_special_ids)
-        ids = [n for n in sorted(tokenizer.get_vocab().values()) if n not in special]
-        words = [tokenizer.decode([n], clean_up_tokenization_spaces=False) for n in ids]
-        # Pieces of characters decode to a replacement character, which is another token.
-        encoded = self.encoder.encode(words)
-        kept = [
-            word
-            for n, word, own in zip(ids, words, encoded, strict=True)
+    def _single_tokens(self) -> list[int]:
+        """Returns the tokens whose text is not blank and gives the same token again.
+
+        Pieces of characters are left out: they decode to a replacement character.
+        """
+        words = self._vocabulary
+        encoded = self.encoder.encode(list(words.values()))
+        return [
+            n
+            for (n, word), own in zip(words.items(), encoded, strict=True)
             if own == [n] and word.strip()
         ]
-        if kind == "random":
-            return kept, ""
-        # Tokenizers number their words in the order in which they were learned, frequent first.
-        whole = list(dict.fromkeys(word.strip() for word in kept if word.strip().isalpha()))
-        return whole[round(len(whole) * (1 - RARE_SHARE)) :], " "
+
+    def _rare_words(self) -> list[int]:
+        """Returns the tokens of whole words that were learned last.
+
+        Tokenizers number their words in the order in which they were learned, frequent first.
+        """
+        words = {n: word.strip() for n, word in self._vocabulary.items()}
+        words = {n: word for n, word in words.items() if word.isalpha()}
+        alone = self.encoder.encode([_BEFORE])[0]
+        after = self.encoder.encode([f"{_BEFORE} {word}" for word in words.values()])
+        whole = [n for n, own in zip(words, after, strict=True) if own == [*alone, n]]
+        return whole[round(len(whole) * (1 - RARE_SHARE)) :]
+
+    @cached_property
+    def _vocabulary(self) -> dict[int, str]:
+        """The text of each token that is not special, in the order of their numbers."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        special = set(tokenizer.all_special_ids)
+        return {
+            n: str(tokenizer.decode([n], clean_up_tokenization_spaces=False))
+            for n in sorted(tokenizer.get_vocab().values())
+            if n not in special
+        }
 
     def _sampled(self, settings: BlackBoxSettings, number: int) -> list[str]:
         sampler = Sampler(
