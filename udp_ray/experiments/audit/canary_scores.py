@@ -206,7 +206,8 @@ def score_canaries(examples: CanaryExamples, *, base: str, trained: Path) -> NDA
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = examples.shard.num_examples
     current().phase("scoring canaries, base model", total=total, unit="example")
-    model = load_model(base, dropout=0.0).to(device)
+    with without_bars():
+        model = load_model(base, dropout=0.0).to(device)
     before = examples.losses(model)
     current().phase("scoring canaries, trained model", total=total, unit="example")
     after = examples.losses(_trained(model, trained, device))
@@ -214,8 +215,8 @@ def score_canaries(examples: CanaryExamples, *, base: str, trained: Path) -> NDA
 
 
 def _trained(base: PreTrainedModel, folder: Path, device: str) -> PreTrainedModel:
-    if not (folder / ADAPTERS_FILE).is_file():
-        return load_model(str(folder), dropout=0.0).to(device)
     with without_bars():
+        if not (folder / ADAPTERS_FILE).is_file():
+            return load_model(str(folder), dropout=0.0).to(device)
         from_cache_or_hub("output", str(folder), lambda _: base.load_adapter(str(folder)))
     return base
