@@ -421,7 +421,7 @@ def test_an_audit_is_continued_with_its_own_settings_only(tmp_path: Path) -> Non
     config = experiment(tmp_path)
     first = prepare_canaries(config, SETTINGS)
     assert prepare_canaries(config, SETTINGS, coin_key=COIN_KEY) == first
-    with pytest.raises(ConfigError, match="holds an audit with num_guesses = 10, and not 12"):
+    with pytest.raises(ConfigError, match=r"holds an audit with audit\.guesses = 10, and not 12"):
         prepare_canaries(config, replace(SETTINGS, num_guesses=12))
     (Path(config.output) / "canaries" / "canaries.json").write_text("{}")
     with pytest.raises(DataError, match="is damaged"):

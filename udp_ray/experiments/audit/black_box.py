@@ -34,6 +34,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.audit.canary_scores import CanaryExamples, score_canaries
 from udp_ray.experiments.audit.canary_texts import (
+    NAMES,
     BlackBoxSettings,
     Canaries,
     TextWriter,
@@ -41,6 +42,7 @@ from udp_ray.experiments.audit.canary_texts import (
     new_coin_key,
 )
 from udp_ray.io import (
+    ERROR_FILE,
     OWNER_ONLY,
     PRIVACY_FILE,
     RUN_FILE,
@@ -204,12 +206,8 @@ def stored_examples(audited: ExperimentConfig, canaries: Canaries) -> CanaryExam
 def _require_folder(folder: Path) -> None:
     require_writable_folder(folder, what="the audit")
     is_ours = (folder / CANARIES_FOLDER / CANARIES_FILE).is_file()
-    others = (
-        [each for each in folder.iterdir() if each.name != CANARIES_FOLDER]
-        if (folder.is_dir())
-        else []
-    )
-    if not is_ours and others:
+    found = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+    if not is_ours and found - {CANARIES_FOLDER}:
         raise ConfigError(
             f"output {folder} is not empty and holds no audit to continue: give another folder"
         )
@@ -220,9 +218,9 @@ def _require_same(old: BlackBoxSettings, new: BlackBoxSettings, folder: Path) ->
     changed = [name for name in before if before[name] != now[name]]
     if changed:
         raise ConfigError(
-            f"output {folder} holds an audit with {changed[0]} = {before[changed[0]]}, and not"
-            f" {now[changed[0]]}: settings are chosen before an audit, so give another folder, or"
-            " continue with the same settings"
+            f"output {folder} holds an audit with audit.{NAMES.get(changed[0], changed[0])} ="
+            f" {before[changed[0]]}, and not {now[changed[0]]}: settings are chosen before an"
+            " audit, so give another folder, or continue with the same settings"
         )
 
 
@@ -235,6 +233,11 @@ def _trained(audited: ExperimentConfig, announce: Callable[[str], None]) -> Priv
     has_begun = (folder.path / RUN_FILE).is_file()
     if not (has_begun and _has_ended(audited.data, folder.run_id())):
         return train(audited, resume=has_begun, announce=announce).statement
+    if (folder.path / ERROR_FILE).is_file():
+        raise ConfigError(
+            f"the audited run in {folder.path} diverged: audit in another output folder, with a"
+            " lower train.learning_rate or privacy.clip_norm"
+        )
     statement = load_statement(folder.path / PRIVACY_FILE)
     if not isinstance(statement, PrivacyStatement):
         raise DataError(f"{folder.path} holds a sweep: give another output folder")

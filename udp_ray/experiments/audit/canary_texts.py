@@ -42,6 +42,8 @@ TEMPERATURE = 1.5
 """Of sampled texts: high, so that the model does not expect them."""
 MOST_ATTEMPTS = 20
 """Samples per text until one is not blank."""
+NAMES = {"num_canaries": "canary_users", "num_guesses": "guesses", "text": "canary_text"}
+"""Fields of `BlackBoxSettings` that are called otherwise in the section `audit`."""
 _BATCH = 64
 _BEFORE = "a"
 """A word before another, by which it is seen whether that one stays a single token."""
@@ -73,13 +75,10 @@ class BlackBoxSettings:
         Raises:
             ConfigError: The setting, its value and what to give.
         """
-        for name, setting in (
-            ("num_canaries", "canary_users"),
-            ("texts_per_canary", "texts_per_canary"),
-            ("text_tokens", "text_tokens"),
-        ):
+        for name in ("num_canaries", "texts_per_canary", "text_tokens"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"audit.{setting} is {getattr(self, name)}: give 1 or more")
+                setting = f"audit.{NAMES.get(name, name)}"
+                raise ConfigError(f"{setting} is {getattr(self, name)}: give 1 or more")
         if self.seed < 0:
             raise ConfigError(f"audit.seed is {self.seed}: give 0 or more")
         if self.text not in get_args(CanaryText):
