@@ -7,7 +7,7 @@
 2. `prepare` makes a store of the data's input and the rows of the canaries that are in.
 3. A run with the given plan trains on it. The data's ledger charges it like any other run.
 4. The score of each canary is the fall of its loss from the base model to the released one
-   (Steinke, Nasr and Jagielski 2023, arXiv:2305.08846, section 6).
+   (Steinke, Nasr and Jagielski 2023, arXiv:2305.08846).
 5. `reports.audit` writes what the scores say.
 
 Everything lies in the output folder: canaries/ (open to its owner only), store/, run/ and the
