@@ -1045,8 +1045,8 @@ DATA = [
         name="share_of_users_not_held_out",
         breaks="P22: the users of the held-out share stay in the training split",
         file="udp_ray/data/tokenize.py",
-        text="if is_heldout_input or is_held_out(self.key, user_hash, self.heldout_share):",
-        replacement="if is_heldout_input:",
+        text="if is_heldout_input or is_in_share",
+        replacement="if is_heldout_input",
         tests=(
             "tests/data/test_tokenize.py"
             "::test_heldout_users_go_to_the_heldout_shards_and_so_does_a_heldout_input",
