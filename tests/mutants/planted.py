@@ -1088,8 +1088,8 @@ DATA = [
         name="share_of_users_not_held_out",
         breaks="P22: the users of the held-out share stay in the training split",
         file="udp_ray/data/tokenize.py",
-        text="if is_heldout_input or is_held_out(self.key, user_hash, self.heldout_share):",
-        replacement="if is_heldout_input:",
+        text="if is_heldout_input or is_in_share",
+        replacement="if is_heldout_input",
         tests=(
             "tests/data/test_tokenize.py"
             "::test_heldout_users_go_to_the_heldout_shards_and_so_does_a_heldout_input",
@@ -1773,6 +1773,52 @@ AVERAGE = [
     ),
 ]
 
+BLACK_BOX_TESTS = "tests/experiments/test_black_box.py"
+BLACK_BOX = [
+    Mutant(
+        name="black_box_coin_is_unfair",
+        breaks="three of four canaries are in, so that guesses are right by chance more often",
+        file="udp_ray/experiments/audit/canary_texts.py",
+        text="digest.digest()[0] & 1)",
+        replacement="digest.digest()[0] & 3)",
+        tests=(
+            f"{BLACK_BOX_TESTS}::test_coins_are_fair_and_independent_of_ids_places_and_other_keys",
+        ),
+    ),
+    Mutant(
+        name="black_box_trains_on_all_canaries",
+        breaks="canaries whose coin says out are in the store all the same",
+        file="udp_ray/experiments/audit/canary_texts.py",
+        text="if is_in or not only_in",
+        replacement="if True",
+        tests=(f"{BLACK_BOX_TESTS}::test_only_canaries_that_are_in_get_rows",),
+    ),
+    Mutant(
+        name="black_box_scores_of_other_canaries",
+        breaks="scores are in the order of the store, not in that of the coins",
+        file="udp_ray/experiments/audit/canary_scores.py",
+        text="losses[self.numbers] = means",
+        replacement="losses[:] = means",
+        tests=(f"{BLACK_BOX_TESTS}::test_losses_are_those_of_a_plain_loop",),
+    ),
+    Mutant(
+        name="held_out_share_takes_canaries",
+        breaks="canaries whose coin says in are held out, so that the audit has less power",
+        file="udp_ray/data/tokenize.py",
+        text="user_hash not in self.never_held_out and is_held_out(",
+        replacement="is_held_out(",
+        tests=(f"{BLACK_BOX_TESTS}::test_a_share_of_held_out_users_takes_no_canary",),
+    ),
+    Mutant(
+        name="audit_decides_by_the_gaussian_bound",
+        breaks="a promise counts as refuted by a bound that holds for Gaussian mechanisms only",
+        file="udp_ray/reports/audit.py",
+        text="return self.bound > self.promised_epsilon",
+        replacement="return self.gaussian_bound > self.promised_epsilon",
+        tests=("tests/reports/test_audit.py::test_the_gaussian_bound_decides_nothing",),
+    ),
+]
+
 STARTUP = [
     Mutant(
         name="damaged_price_believed",
@@ -1913,5 +1959,5 @@ SCALING = [
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
     *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING,
-    *SCALING,
+    *SCALING, *BLACK_BOX,
 ]  # fmt: skip
