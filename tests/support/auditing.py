@@ -34,8 +34,8 @@ from udp_ray.engine.distributed import join_world
 from udp_ray.engine.loop import cohorts
 
 Defect = Literal[
-    "none", "no_noise", "half_noise", "missing_on_one", "divided_by_ranks", "repeated", "twice_as_often",
-    "clip_each_microbatch",
+    "none", "no_noise", "half_noise", "missing_on_one", "divided_by_ranks", "repeated",
+    "twice_as_often", "clip_each_microbatch",
 ]  # fmt: skip
 
 WITHOUT_NOISE = "transformer.h.0.mlp.c_fc.weight"
@@ -144,7 +144,7 @@ def curve_of(plan: PrivacyPlan) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured of one run, beside its promise. Found out: a p-value is below 1e-3."""
+    """What was measured of one run, beside its promise. Found out: a p-value is below 0.01."""
 
     p_value: float
     """Of the plan's curve, for any mechanism, of guesses at a fifth of the canaries."""

@@ -51,6 +51,7 @@ Counts = NDArray[np.int64]
 
 CACHED_BYTES = 2**26
 """Signs of all canaries are kept up to this size (64 MiB), else drawn again in each step."""
+EVERY = slice(None)
 SCORED_VALUES = 2**22
 """Signs multiplied at once (16 MiB as float32). Speed and memory only."""
 
@@ -136,21 +137,24 @@ class CanaryUsers:
 
         return both
 
-    def signs(self, name: str, *, start: int, stop: int) -> NDArray[np.uint8]:
-        """Returns all canaries' signs at positions of a parameter: 1 for plus, 0 for minus.
+    def signs(
+        self, name: str, *, start: int, stop: int, canaries: slice | Counts = EVERY
+    ) -> NDArray[np.uint8]:
+        """Returns canaries' signs at positions of a parameter: 1 for plus, 0 for minus.
 
         Args:
             name: Name of the parameter.
             start: First position in the flattened parameter.
             stop: One after the last; both in one chunk of CHUNK_VALUES.
+            canaries: Which ones.
 
         Returns:
-            Shape (num_canaries, stop - start).
+            Shape (number of those canaries, stop - start).
         """
         first = start // CHUNK_VALUES * CHUNK_VALUES
         packed = self._packed(name, first // CHUNK_VALUES)
         begin, end = (start - first) // 8, -(-(stop - first) // 8)
-        signs = np.unpackbits(packed[:, begin:end], axis=1, bitorder="little")
+        signs = np.unpackbits(packed[canaries, begin:end], axis=1, bitorder="little")
         offset = start - first - 8 * begin
         return signs[:, offset : offset + stop - start]
 
@@ -167,7 +171,7 @@ class CanaryUsers:
         drawn = np.flatnonzero(numbers)
         weights = numbers[drawn].astype(np.float64)
         for start, stop in _pieces(0, flat.numel(), len(drawn)):
-            signs = self.signs(name, start=start, stop=stop)[drawn]
+            signs = self.signs(name, start=start, stop=stop, canaries=drawn)
             total = 2 * (weights @ signs) - weights.sum()
             total *= clip_bound * self.scale
             flat[start:stop] += torch.from_numpy(total).to(flat)
@@ -187,7 +191,7 @@ class CanaryUsers:
         found = np.zeros(count)
         for first, last in _pieces(start, start + len(values), self.num_canaries):
             part = values[first - start : last - start]
-            signs = self.signs(name, start=first, stop=last)[canaries]
+            signs = self.signs(name, start=first, stop=last, canaries=canaries)
             found += 2.0 * (signs.astype(np.float32) @ part) - float(part.sum(dtype=np.float64))
         found *= self.scale
         return found
