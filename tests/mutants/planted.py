@@ -1799,6 +1799,7 @@ STARTUP = [
 ]
 
 AUDITING_TESTS = "tests/dp/test_auditing.py"
+CANARIES = "tests/guarantee/test_canaries.py"
 AUDITING = [
     Mutant(
         name="audit_without_the_factor_2",
@@ -1831,6 +1832,38 @@ AUDITING = [
         text="if not np.isfinite(values).all():",
         replacement="if False:",
         tests=(f"{AUDITING_TESTS}::test_a_score_that_is_not_finite_is_refused",),
+    ),
+    Mutant(
+        name="canaries_of_norm_1",
+        breaks="a canary's gradient has the norm 1 in place of the clip norm",
+        file="udp_ray/engine/canaries.py",
+        text="total *= clip_bound * self.scale",
+        replacement="total *= self.scale",
+        tests=(f"{CANARIES}::test_directions_have_the_clip_norm_and_are_nearly_orthogonal",),
+    ),
+    Mutant(
+        name="canaries_all_in",
+        breaks="no canary is out, so that nothing can be guessed",
+        file="udp_ray/engine/canaries.py",
+        text="coins.number(canary) % 2 == 1",
+        replacement="coins.number(canary) >= 0",
+        tests=(f"{CANARIES}::test_coins_are_fair_and_of_the_seed",),
+    ),
+    Mutant(
+        name="canary_slice_begins_at_a_byte",
+        breaks="a slice of a direction that is drawn alone is another one",
+        file="udp_ray/engine/canaries.py",
+        text="offset = start - first - 8 * begin",
+        replacement="offset = 0",
+        tests=(f"{CANARIES}::test_any_slice_of_a_direction_can_be_drawn_alone",),
+    ),
+    Mutant(
+        name="canaries_on_every_rank",
+        breaks="each rank adds all canaries, so that they enter as often as there are ranks",
+        file="udp_ray/engine/canaries.py",
+        text="numbers[np.arange(len(numbers)) % self._world.size != self._world.rank] = 0",
+        replacement="numbers[:] = numbers",
+        tests=(f"{CANARIES}::test_scores_do_not_depend_on_ranks_stage_or_kernel",),
     ),
 ]
 

@@ -1,0 +1,325 @@
+"""Canary users of a run that is audited: their directions, their part of the sum, their scores.
+
+Each of m canary users is in the population with probability 1/2, by a coin of the audit's seed. The
+run's own sampler draws those that are in, like everyone, with the run's probability; under ELS each
+has G examples. A canary's gradient is C times a direction of its own: it enters the clipped sum on
+the rank whose turn it is, and is reduced, divided and noised with everyone's.
+
+    users = CanaryUsers(200, seed=5, plan=plan, shapes=engine.shapes)
+    draw = users.drawn(store.user_offsets, partial(cohorts, plan, keys.sampling))
+    others, numbers = draw(1)                          # everyone else's cohort, and canaries
+    step = PrivateStep(CanaryKernel(kernel, users, world), engine, plan, noise, world=world)
+    step.observer = observer = CanaryObserver(users, world, divisor=plan.divisor)
+    step.run(1, CanaryGroups(groups, numbers))
+
+A direction has a random sign at each position over the root of the number of positions, so its norm
+is exactly 1 without a sum over parameters. Signs are a function of (seed, canary, parameter,
+position), drawn chunk by chunk: any slice can be drawn alone, at any world size and ZeRO stage. The
+seed is no secret: an attacker may know the direction of the user that is looked for.
+
+The observer sees what the optimizer receives, and nothing else of the run: that is what is released
+to someone who sees every weight, up to post-processing.
+
+Reference: Andrew et al. 2024, arXiv:2302.03098, section 3. Departures: signs in place of normals,
+each canary in with probability 1/2, and weights by the measured noise of each parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from udp_ray.data.batches import Packing
+from udp_ray.dp.keys import RunKey, StreamKey
+from udp_ray.dp.noise import CHUNK_VALUES
+from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sampling import Cohort
+from udp_ray.engine.distributed import World
+from udp_ray.engine.types import Kernel, RunningSum
+from udp_ray.errors import ConfigError
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+CACHED_BYTES = 2**26
+"""Signs of all canaries are kept up to this size (64 MiB), else drawn again in each step."""
+EVERY = slice(None)
+SCORED_VALUES = 2**22
+"""Signs multiplied at once (16 MiB as float32). Speed and memory only."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """The examples of everyone, those of canaries at the end. Sensitive."""
+
+    user_offsets: NDArray[Any]
+    """User i has examples user_offsets[i] to user_offsets[i + 1]."""
+
+
+class CanaryUsers:
+    """The canary users of a run.
+
+    Args:
+        num_canaries: m, at least 1; each is in the population with probability 1/2.
+        seed: Of the audit, from 0. Not secret, and unrelated to the run's key.
+        plan: The run's plan.
+        shapes: Of the whole trainable parameters, in the same order on all ranks.
+    """
+
+    def __init__(
+        self,
+        num_canaries: int,
+        *,
+        seed: int,
+        plan: PrivacyPlan,
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        if num_canaries < 1:
+            raise ConfigError(f"audit.canary_users is {num_canaries}: give 1 or more")
+        key = RunKey.from_seed(seed)
+        self.num_canaries = num_canaries
+        coins = StreamKey(key.derive("canary coins"))
+        self.is_in = np.array([coins.number(canary) % 2 == 1 for canary in range(num_canaries)])
+        """Whether each canary is in the population. Scores must not use it."""
+        self.num_values = {name: shape.numel() for name, shape in shapes.items()}
+        self.scale = 1 / math.sqrt(sum(self.num_values.values()))
+        """The size of each value of a direction."""
+        self._key = StreamKey(key.derive("canary directions"))
+        self._group_size = plan.group_size
+        self._is_els = plan.sampling == "els"
+        is_cached = num_canaries * sum(self.num_values.values()) / 8 <= CACHED_BYTES
+        self._cache: dict[tuple[str, int], NDArray[np.uint8]] | None = {} if is_cached else None
+
+    def drawn(
+        self, user_offsets: NDArray[Any], sampler: Callable[[Population], Callable[[int], Cohort]]
+    ) -> Callable[[int], tuple[Cohort, Counts]]:
+        """Returns what the run's own sampler draws in each step, canaries and others apart.
+
+        Canaries are appended to the users, so that they change no one else's draw, but for a cohort
+        that is cut to `max_cohort_size`, where they compete like everyone.
+
+        Args:
+            user_offsets: Where each other user's examples begin, one entry more than users.
+            sampler: Returns the run's sampler of a population, `loop.cohorts` with plan and key.
+
+        Returns:
+            A function of the step, which returns everyone else's cohort and how often each canary
+            was drawn, shape (num_canaries,). Sensitive.
+        """
+        offsets = np.asarray(user_offsets)
+        num_users, num_examples = len(offsets) - 1, int(offsets[-1])
+        present = np.flatnonzero(self.is_in)
+        more = num_examples + self._group_size * np.arange(1, len(present) + 1)
+        draw = sampler(Population(np.concatenate([offsets, more])))
+
+        def both(step: int) -> tuple[Cohort, Counts]:
+            cohort = draw(step)
+            numbers = np.zeros(self.num_canaries, dtype=np.int64)
+            is_canary = cohort.units >= (num_examples if self._is_els else num_users)
+            units = cohort.units[is_canary]
+            if self._is_els:
+                places = (units - num_examples) // self._group_size
+            else:
+                places = units - num_users
+            np.add.at(numbers, present[places], 1)
+            kept = int((~is_canary).sum())  # units ascend: canaries come last
+            end = int(cohort.offsets[kept])
+            others = Cohort(cohort.units[:kept], cohort.examples[:end], cohort.offsets[: kept + 1])
+            return others, numbers
+
+        return both
+
+    def signs(
+        self, name: str, *, start: int, stop: int, canaries: slice | Counts = EVERY
+    ) -> NDArray[np.uint8]:
+        """Returns canaries' signs at positions of a parameter: 1 for plus, 0 for minus.
+
+        Args:
+            name: Name of the parameter.
+            start: First position in the flattened parameter.
+            stop: One after the last; both in one chunk of CHUNK_VALUES.
+            canaries: Which ones.
+
+        Returns:
+            Shape (number of those canaries, stop - start).
+        """
+        first = start // CHUNK_VALUES * CHUNK_VALUES
+        packed = self._packed(name, first // CHUNK_VALUES)
+        begin, end = (start - first) // 8, -(-(stop - first) // 8)
+        signs = np.unpackbits(packed[canaries, begin:end], axis=1, bitorder="little")
+        offset = start - first - 8 * begin
+        return signs[:, offset : offset + stop - start]
+
+    def add(self, name: str, target: Tensor, numbers: Counts, clip_bound: float) -> None:
+        """Adds drawn canaries' clipped gradients to a tensor of the parameter's shape.
+
+        Args:
+            name: Name of the parameter.
+            target: Float32 or float64.
+            numbers: How often each canary adds, shape (num_canaries,). Sensitive.
+            clip_bound: The norm of each clipped gradient.
+        """
+        flat = target.view(-1)
+        drawn = np.flatnonzero(numbers)
+        weights = numbers[drawn].astype(np.float64)
+        for start, stop in _pieces(0, flat.numel(), len(drawn)):
+            signs = self.signs(name, start=start, stop=stop, canaries=drawn)
+            total = 2 * (weights @ signs) - weights.sum()
+            total *= clip_bound * self.scale
+            flat[start:stop] += torch.from_numpy(total).to(flat)
+
+    def products(
+        self, name: str, values: NDArray[np.float32], start: int, canaries: slice
+    ) -> Floats:
+        """Returns the inner products of directions with values of a parameter from a position on.
+
+        Args:
+            name: Name of the parameter.
+            values: Flat, float32.
+            start: Position of the first value in the flattened parameter.
+            canaries: Which canaries.
+        """
+        count = len(range(*canaries.indices(self.num_canaries)))
+        found = np.zeros(count)
+        for first, last in _pieces(start, start + len(values), self.num_canaries):
+            part = values[first - start : last - start]
+            signs = self.signs(name, start=first, stop=last, canaries=canaries)
+            found += 2.0 * (signs.astype(np.float32) @ part) - float(part.sum(dtype=np.float64))
+        found *= self.scale
+        return found
+
+    def _packed(self, name: str, chunk: int) -> NDArray[np.uint8]:
+        if self._cache is not None and (name, chunk) in self._cache:
+            return self._cache[name, chunk]
+        size = min(CHUNK_VALUES, self.num_values[name] - chunk * CHUNK_VALUES)
+        words = -(-size // 64)
+        rows = [
+            self._key.generator(canary, name, chunk).random_raw(words)
+            for canary in range(self.num_canaries)
+        ]
+        packed = np.ascontiguousarray(np.stack(rows).astype("<u8")).view(np.uint8)
+        if self._cache is not None:
+            self._cache[name, chunk] = packed
+        return packed
+
+
+def _pieces(start: int, stop: int, num_rows: int) -> Iterable[tuple[int, int]]:
+    """Yields parts of a range that lie in one chunk each and are small for so many rows."""
+    length = max(1, min(CHUNK_VALUES, SCORED_VALUES // max(1, num_rows)))
+    while start < stop:
+        end = min(stop, start + length, (start // CHUNK_VALUES + 1) * CHUNK_VALUES)
+        yield start, end
+        start = end
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CanaryGroups:
+    """This rank's groups of a step, and how often each canary was drawn. Sensitive."""
+
+    groups: Iterable[Any] = field(repr=False)
+    numbers: Counts = field(repr=False)
+    """On all ranks those of all canaries, shape (num_canaries,)."""
+
+
+class CanaryKernel:
+    """A kernel that also adds the canaries of a step, each on one rank."""
+
+    def __init__(self, kernel: Kernel, users: CanaryUsers, world: World) -> None:
+        self._kernel, self._users, self._world = kernel, users, world
+
+    @property
+    def packing(self) -> Packing | None:
+        """That of the kernel inside."""
+        return self._kernel.packing
+
+    def add_clipped(self, sums: RunningSum, groups: Any, clip_bound: float | None = None) -> Tensor:
+        """Adds the groups of `CanaryGroups`, then the canaries, of which each counts as clipped.
+
+        Raises:
+            ValueError: The bound of the step is missing.
+        """
+        if clip_bound is None:
+            raise ValueError("canaries need the bound of the step that they are clipped to")
+        balance = self._kernel.add_clipped(sums, groups.groups, clip_bound)
+        numbers = groups.numbers.copy()
+        numbers[np.arange(len(numbers)) % self._world.size != self._world.rank] = 0
+        for name in self._users.num_values:
+
+            def add_to(target: Tensor, name: str = name) -> None:
+                self._users.add(name, target, numbers, clip_bound)
+
+            sums.add_by(name, add_to)
+        return balance - int(numbers.sum())
+
+
+class CanaryObserver:
+    """Scores canaries by what the optimizer receives in each step.
+
+    The inner products of a step are weighted by the inverse of the mean square that was released in
+    each parameter. So a parameter with less noise than others counts more, as it would for an
+    attacker.
+    """
+
+    def __init__(self, users: CanaryUsers, world: World, *, divisor: float) -> None:
+        self._users, self._world, self._divisor = users, world, divisor
+        self._observed: list[Floats] = []
+        self._noise: list[float] = []
+
+    @property
+    def observed(self) -> Floats:
+        """How often each canary seems to be in each step, shape (steps, canaries), real numbers.
+
+        Its mean over the noise is the true number, if the canary is in.
+        """
+        return np.array(self._observed)
+
+    @property
+    def noise(self) -> Floats:
+        """The measured standard deviation of these numbers, shape (steps,)."""
+        return np.array(self._noise)
+
+    def see(
+        self,
+        arrived: Mapping[str, Tensor],
+        ranges: Mapping[str, tuple[int, int]],
+        *,
+        clip_bound: float,
+        is_sliced: bool,
+    ) -> None:
+        """Notes a step. Collective.
+
+        Args:
+            arrived: What the optimizer receives on this rank, by parameter.
+            ranges: Which values of each flattened parameter these are.
+            clip_bound: The norm of a canary in this step.
+            is_sliced: Whether ranks have different values; else all have all, and each scores
+                some of the canaries.
+        """
+        users, world = self._users, self._world
+        mine = slice(None) if is_sliced else slice(world.rank, None, world.size)
+        table = np.zeros((users.num_canaries + 1, len(users.num_values)))
+        for column, name in enumerate(users.num_values):
+            start, _ = ranges[name]
+            values = arrived[name].detach().reshape(-1).float().cpu().numpy()
+            table[:-1, column][mine] = users.products(name, values, start, mine)
+            if is_sliced or world.is_first:
+                table[-1, column] = float(np.square(values, dtype=np.float64).sum())
+        total = torch.from_numpy(table).to(world.device)
+        dist.all_reduce(total)
+        table = total.cpu().numpy() * self._divisor
+        table[-1] *= self._divisor
+        sizes = np.array(list(users.num_values.values()), dtype=np.float64)
+        mean_square = table[-1] / sizes
+        floor = 1e-12 * (clip_bound * users.scale) ** 2  # of a parameter that received nothing
+        weights = 1 / np.maximum(mean_square, floor)
+        information = float((sizes * users.scale**2 * weights).sum()) * clip_bound**2
+        self._observed.append(table[:-1] @ weights * clip_bound / information)
+        self._noise.append(1 / math.sqrt(information))
