@@ -1,4 +1,4 @@
-"""Figures of runs, sweeps and generated text as PNG, and the TensorBoard event file of a run.
+"""Figures of runs, sweeps, generated text and audits as PNG, and a run's TensorBoard event file.
 
     write_atomic(output / "curves.png", draw_curves(metrics, epsilons, title="chats-1f"))
     write_event_file(output / "tensorboard", {50: {"heldout/token_loss": 4.2}})
@@ -29,6 +29,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from udp_ray.io import AVERAGE, write_atomic, writing
 
 if TYPE_CHECKING:
+    from udp_ray.reports.audit import AuditResult
     from udp_ray.reports.generated import Comparison
     from udp_ray.runs.result import TrialResult
 
@@ -242,6 +243,83 @@ def draw_comparison(comparison: Comparison, *, title: str) -> bytes:
     perplexity.margins(y=0.12)
     _head(figure, comparison.message(), title)
     return _png(figure)
+
+
+# ---- an audit
+
+IN_COLOUR, OUT_COLOUR = EPSILON_COLOUR, LOSS_COLOUR
+MOST_BINS = 30
+
+
+def draw_audit(audit: AuditResult, *, title: str) -> bytes:
+    """Returns a PNG of an audit: ROC curve of its scores, and their histograms in and out.
+
+    Beside the curve stands what the promise allows of any attack: TPR <= e^epsilon FPR + delta,
+    and the same with both rates taken from 1 (Dong, Roth and Su 2019, arXiv:1905.02383). A curve of
+    few canaries may cross that line by chance; what counts is the bound.
+
+    Args:
+        audit: The scores and what follows from them.
+        title: What was audited; written below the figure.
+    """
+    figure = _figure(9.5, 4.3)
+    roc, histogram = figure.subplots(1, 2)
+    _draw_roc(roc, audit)
+    _draw_scores(histogram, audit)
+    message = audit.message()
+    _head(figure, message[0].upper() + message[1:], title)
+    return _png(figure)
+
+
+def _draw_roc(panel: Axes, audit: AuditResult) -> None:
+    rates = np.linspace(0, 1, 501)
+    factor = math.exp(min(audit.promised_epsilon, 700.0))
+    most = np.minimum(factor * rates + audit.delta, 1 - (1 - audit.delta - rates) / factor)
+    label = f"most that epsilon = {audit.promised_epsilon:.3g} allows"
+    panel.plot(rates, np.clip(most, 0, 1), "--", color="0.45", label=label)
+    panel.plot([0, 1], [0, 1], ":", color="0.7", label="chance")
+    if audit.area is None:
+        _say(panel, "all canaries were in, or none was")
+    else:
+        # Equal scores are one step of the curve, else their order would show as skill.
+        _, place = np.unique(-audit.scores, return_inverse=True)
+        number = int(place.max()) + 1
+        found, false = (
+            np.concatenate([[0], np.cumsum(np.bincount(place[mask], minlength=number))])
+            for mask in (audit.is_in, ~audit.is_in)
+        )
+        panel.plot(
+            false / false[-1], found / found[-1], color=IN_COLOUR, lw=2,
+            label=f"this audit, area {audit.area:.3f}",
+        )  # fmt: skip
+    panel.set_xlabel("canaries that were out, called in", fontsize=LABEL)
+    panel.set_ylabel("canaries that were in, called in", fontsize=LABEL)
+    panel.set_xlim(-0.02, 1.02)
+    panel.set_ylim(-0.02, 1.02)
+    panel.legend(fontsize=SMALL, frameon=False, loc="lower right")
+
+
+def _draw_scores(panel: Axes, audit: AuditResult) -> None:
+    number = min(MOST_BINS, max(5, round(2 * math.sqrt(audit.num_canaries))))
+    edges = np.histogram_bin_edges(audit.scores, bins=number)
+    for mask, colour, label in (
+        (audit.is_in, IN_COLOUR, "in"),
+        (~audit.is_in, OUT_COLOUR, "out"),
+    ):
+        counts, _ = np.histogram(audit.scores[mask], bins=edges)
+        panel.stairs(counts, edges, color=colour, lw=2, label=f"{label} ({int(mask.sum())})")
+        panel.stairs(counts, edges, color=colour, alpha=0.2, fill=True)
+    ordered = np.sort(audit.scores)
+    low = audit.num_guesses // 2
+    high = audit.num_guesses - low
+    for threshold in ([ordered[low - 1]] if low else []) + [ordered[-high]]:
+        panel.axvline(threshold, color="0.35", ls="--", lw=1)
+    panel.plot([], [], "--", color="0.35", lw=1, label="guesses are outside")
+    panel.set_xlabel("score of a canary", fontsize=LABEL)
+    panel.set_ylabel("canaries", fontsize=LABEL)
+    panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_ylim(top=1.35 * panel.get_ylim()[1])  # room for the legend
+    panel.legend(fontsize=SMALL, frameon=False)
 
 
 # ---- all
