@@ -27,9 +27,10 @@ each canary in with probability 1/2, and weights by the measured noise of each p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.dp.sampling import Cohort
 from udp_ray.engine.distributed import World
 from udp_ray.engine.types import Kernel, RunningSum
-from udp_ray.errors import ConfigError
+from udp_ray.errors import CheckpointError, ConfigError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -52,6 +53,8 @@ Counts = NDArray[np.int64]
 CACHED_BYTES = 2**26
 """Signs of all canaries are kept up to this size (64 MiB), else drawn again in each step."""
 EVERY = slice(None)
+OBSERVED, NOISE = "observed", "noise"
+"""Names in a checkpoint."""
 SCORED_VALUES = 2**22
 """Signs multiplied at once (16 MiB as float32). Speed and memory only."""
 
@@ -228,6 +231,44 @@ class CanaryGroups:
     numbers: Counts = field(repr=False)
     """On all ranks those of all canaries, shape (num_canaries,)."""
 
+    def __iter__(self) -> Iterator[Any]:
+        """Iterates over the groups of the others."""
+        return iter(self.groups)
+
+
+class Reader(Protocol):
+    """Gives this rank's groups of each step, as `CohortReader`."""
+
+    def groups(self, step: int) -> Iterable[Any]:
+        """Returns the groups of a step. Sensitive."""
+        ...
+
+
+@dataclass(frozen=True)
+class CanaryReader:
+    """Gives this rank's groups of each step, and the canaries that were drawn."""
+
+    others: Reader
+    draw: Callable[[int], tuple[Cohort, Counts]] = field(repr=False)
+
+    def groups(self, step: int) -> CanaryGroups:
+        """Returns the groups of a step and its canaries. Sensitive."""
+        return CanaryGroups(self.others.groups(step), self.draw(step)[1])
+
+
+@contextmanager
+def reading_canaries(
+    others: AbstractContextManager[Reader], draw: Callable[[int], tuple[Cohort, Counts]]
+) -> Iterator[CanaryReader]:
+    """Opens the reader of everyone else's groups, and gives canaries with them.
+
+    Args:
+        others: Reads what `draw` gives first.
+        draw: Of `CanaryUsers.drawn`.
+    """
+    with others as reader:
+        yield CanaryReader(reader, draw)
+
 
 class CanaryKernel:
     """A kernel that also adds the canaries of a step, each on one rank."""
@@ -285,6 +326,32 @@ class CanaryObserver:
     def noise(self) -> Floats:
         """The measured standard deviation of these numbers, shape (steps,)."""
         return np.array(self._noise)
+
+    def to_save(self) -> dict[str, Tensor]:
+        """Returns what a checkpoint holds of the steps so far, float64."""
+        observed = self.observed.reshape(-1, self._users.num_canaries)
+        return {OBSERVED: torch.from_numpy(observed), NOISE: torch.from_numpy(self.noise)}
+
+    def restore(self, saved: Mapping[str, Tensor], *, step: int) -> None:
+        """Continues after the steps of a checkpoint.
+
+        Args:
+            saved: `to_save`, when the checkpoint was written.
+            step: The last step that it holds.
+
+        Raises:
+            CheckpointError: It does not hold these canaries in each of the steps.
+        """
+        shape = (step, self._users.num_canaries)
+        found = {name: tuple(values.shape) for name, values in saved.items()}
+        if found != {OBSERVED: shape, NOISE: shape[:1]}:
+            raise CheckpointError(
+                f"the checkpoint of step {step} does not hold what was seen of"
+                f" {shape[1]} canaries (audit.canary_users): it is of another run or of another"
+                " audit; use the settings that the run began with"
+            )
+        self._observed = list(saved[OBSERVED].numpy())
+        self._noise = saved[NOISE].tolist()
 
     def see(
         self,
