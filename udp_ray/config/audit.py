@@ -12,12 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from udp_ray.config.base import LocalFolder, PositiveInt, Section
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.errors import ConfigError
+from udp_ray.io import CONFIG_FILE
 
 GUESSED_SHARE = 0.2
 """Share of the canaries that is guessed at by default. Sure guesses tell more than many: of this
@@ -102,3 +107,30 @@ def white_canaries_of(config: ExperimentConfig) -> AuditConfig | None:
     """Returns the audit section if canaries are directions that the engine adds; else None."""
     audit = audit_of(config)
     return audit if audit is not None and audit.box == "white" else None
+
+
+def with_settings_of(argv: Sequence[str] | None = None) -> list[str]:
+    """Returns arguments in which --of RUN also names the settings file of that run.
+
+    Args:
+        argv: The arguments; default: those of the process.
+
+    Raises:
+        ConfigError: --config is given as well.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = [word.partition("=")[0] for word in arguments]
+    if "--of" not in names:
+        return arguments
+    if "--config" in names:
+        raise ConfigError(
+            "--of and --config are both given, and --of takes the settings of its run: leave"
+            " --config out, and give what differs as options"
+        )
+    place = names.index("--of")
+    _, is_joined, value = arguments[place].partition("=")
+    if not is_joined:
+        value = arguments[place + 1] if place + 1 < len(arguments) else ""
+    if not value or value.startswith("--"):
+        return arguments  # the parser says what is missing
+    return ["--config", str(Path(value) / CONFIG_FILE), *arguments]

@@ -89,8 +89,7 @@ class CanaryUsers:
             raise ConfigError(f"audit.canary_users is {num_canaries}: give 1 or more")
         key = RunKey.from_seed(seed)
         self.num_canaries = num_canaries
-        coins = StreamKey(key.derive("canary coins"))
-        self.is_in = np.array([coins.number(canary) % 2 == 1 for canary in range(num_canaries)])
+        self.is_in = coins_of(seed, num_canaries)
         """Whether each canary is in the population. Scores must not use it."""
         self.num_values = {name: shape.numel() for name, shape in shapes.items()}
         self.scale = 1 / math.sqrt(sum(self.num_values.values()))
@@ -212,6 +211,17 @@ class CanaryUsers:
         if self._cache is not None:
             self._cache[name, chunk] = packed
         return packed
+
+
+def coins_of(seed: int, num_canaries: int) -> NDArray[np.bool_]:
+    """Returns whether each canary is in the population, with probability 1/2 each.
+
+    Args:
+        seed: Of the audit.
+        num_canaries: Their number.
+    """
+    coins = StreamKey(RunKey.from_seed(seed).derive("canary coins"))
+    return np.array([coins.number(canary) % 2 == 1 for canary in range(num_canaries)])
 
 
 def _pieces(start: int, stop: int, num_rows: int) -> Iterable[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""Audits: runs with canary users, and the lower bound on epsilon that they measure."""
