@@ -12,7 +12,7 @@ run's price covers, and from directions that are no secret.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from udp_ray.config.audit import AuditJobConfig
 from udp_ray.dp import accounting
 from udp_ray.dp.auditing import (
+    Guesses,
     curve_p_value,
     guess,
     independent_p_value,
@@ -37,6 +38,9 @@ from udp_ray.runs.admission import check_manifest, open_guarding_ledger
 
 CURVE = np.linspace(0, 16, 129)
 """Epsilons at which a plan's whole curve is compared with what was guessed."""
+NOISE_RANGE = 4.0
+"""Factors of the plan's noise multiplier, and their inverses, among which a bound is looked for."""
+NOISE_PRECISION = 3e-3
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,13 @@ def result_of(
         delta=plan.delta,
         confidence=audit.confidence,
         description={
-            **_p_values(plan, scores, is_in, num_guesses=audit.num_guesses),
+            **_p_values(
+                plan,
+                scores,
+                is_in,
+                num_guesses=audit.num_guesses,
+                confidence=audit.confidence,
+            ),
             "noise seen": f"{np.median(seen.noise):.4g} C in the middle of {len(seen.noise)} steps;"
             f" the plan's is {plan.noise_multiplier * plan.noise_gain:.4g} C, others'"
             " gradients add to it",
@@ -168,7 +178,12 @@ def result_of(
 
 
 def _p_values(
-    plan: PrivacyPlan, scores: NDArray[np.float64], is_in: NDArray[np.bool_], *, num_guesses: int
+    plan: PrivacyPlan,
+    scores: NDArray[np.float64],
+    is_in: NDArray[np.bool_],
+    *,
+    num_guesses: int,
+    confidence: float,
 ) -> dict[str, str]:
     """Returns what the whole promise says of the guesses, in words; {} if it has no curve."""
     deltas = deltas_of(plan)
@@ -178,12 +193,62 @@ def _p_values(
     whole = curve_p_value(guesses, epsilons=CURVE, deltas=deltas)
     right = int(((scores > 0) == is_in).sum())
     alone = independent_p_value(right, len(scores), advantage=float(deltas[0]))
+    family = plan_bound(plan, guesses, confidence=confidence)
     return {
+        "plan's own": f"epsilon >= {family:.3g} with the same confidence, if the mechanism is the"
+        " plan's with noise of another scale",
         "whole promise": f"p-value {whole:.3g} at all epsilons of the plan at once, for any"
         " mechanism",
         "if independent": f"p-value {alone:.3g} of {right} right of {len(scores)}, if the noise"
         " of different canaries is independent; no guarantee, and far sharper",
     }
+
+
+def plan_bound(plan: PrivacyPlan, guesses: Guesses, *, confidence: float) -> float:
+    """Returns a lower bound on epsilon if the mechanism is the plan's, of unknown noise.
+
+    It is the sharper bound for sampled mechanisms that `gaussian_bound` is for Gaussian ones: the
+    epsilon, at the plan's delta, of the smallest noise multiplier whose whole curve is rejected.
+
+    Args:
+        plan: Gives sampling, steps and delta; its noise multiplier only says where to look.
+        guesses: What was guessed.
+        confidence: From 1/2 to below 1.
+
+    Returns:
+        The bound; 0 if four times the plan's noise is not rejected, and at most the epsilon of a
+        quarter of it.
+
+    Privacy:
+        With probability at least `confidence`, a mechanism that keeps the curve of the plan with
+        another noise multiplier gives a bound of at most its epsilon. For other mechanisms it is
+        no bound.
+
+    Edge cases:
+        No noise -> 0.
+    """
+    if plan.noise_multiplier == 0:
+        return 0.0
+
+    def with_noise(factor: float) -> PrivacyPlan:
+        multiplier = factor * plan.noise_multiplier
+        return replace(plan, noise_multiplier=multiplier, target_epsilon=None)
+
+    def is_rejected(factor: float) -> bool:
+        deltas = deltas_of(with_noise(factor))
+        if deltas is None:
+            return False
+        return curve_p_value(guesses, epsilons=CURVE, deltas=deltas) <= 1 - confidence
+
+    low, high = 1 / NOISE_RANGE, NOISE_RANGE
+    if not is_rejected(high):
+        return 0.0
+    if is_rejected(low):
+        return with_noise(low).epsilon()
+    while high / low > 1 + NOISE_PRECISION:
+        middle = float(np.sqrt(low * high))
+        low, high = (low, middle) if is_rejected(middle) else (middle, high)
+    return with_noise(high).epsilon()
 
 
 def deltas_of(plan: PrivacyPlan) -> NDArray[np.float64] | None:
