@@ -10,16 +10,15 @@ loop; defects replace a part of a step (`tests/support/auditing.py`). It takes s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from tests.support import distributed
 from tests.support.auditing import AuditedRun, Defect, audit_many, verdict
 from tests.support.distributed import WorldFailed, run_on_ranks
 from tests.support.training import TinyOutcome, TinyRun, train_outcomes, write_tiny_store
@@ -35,6 +34,9 @@ CONFIDENCE = 0.95
 DELTA = 1e-5
 SETTINGS = {"num_steps": 16, "noise_multiplier": 5.0, "learning_rate": 0.01, "cohort_size": 8}
 """A third of 24 users in each step, epsilon about 1."""
+
+LIMIT_S = 3600
+"""Of the processes of one world, which take several runs in turn."""
 
 NO_POWER = "canaries are clipped by construction, so they do not see how others are clipped"
 
@@ -82,28 +84,44 @@ ROWS = (
 )  # fmt: skip
 
 
-def seen_of(row: Row, run: TinyRun) -> Observations:
-    """Runs one audit and returns what was seen of its canaries."""
-    if row.defect != "none":
-        audited = AuditedRun(run, NUM_CANARIES, seed=run.audit_seed, defect=row.defect)
-        (found,) = run_on_ranks(row.ranks, audit_many, [audited])[0]
-        return Observations(found.observed, found.noise)
-    outcome = _killed(row, run) if row.is_killed else _undisturbed(row, run)
+def all_seen(rows: Sequence[Row], store: str, seed: int) -> Iterator[tuple[Row, Observations]]:
+    """Runs audits and yields what was seen of their canaries; those of one world together.
+
+    Most of the time of a tiny run is that of the imports of its processes.
+    """
+    for ranks in sorted({row.ranks for row in rows}):
+        sound, broken, killed = [], [], []
+        for row in rows:
+            if row.ranks == ranks:
+                kind = killed if row.is_killed else sound if row.defect == "none" else broken
+                kind.append(row)
+        if sound:
+            runs = [row.run(store, seed) for row in sound]
+            outcomes = run_on_ranks(ranks, train_outcomes, runs)[0]
+            yield from ((row, _of_loop(each)) for row, each in zip(sound, outcomes, strict=True))
+        if broken:
+            audits = [
+                AuditedRun(row.run(store, seed), NUM_CANARIES, seed=seed, defect=row.defect)
+                for row in broken
+            ]
+            for row, found in zip(broken, run_on_ranks(ranks, audit_many, audits)[0], strict=True):
+                yield row, Observations(found.observed, found.noise)
+        yield from ((row, _of_loop(_killed(row, row.run(store, seed)))) for row in killed)
+
+
+def _of_loop(outcome: TinyOutcome) -> Observations:
     return Observations(outcome.canaries["observed"], outcome.canaries["noise"])
-
-
-def _undisturbed(row: Row, run: TinyRun) -> TinyOutcome:
-    (outcome,) = run_on_ranks(row.ranks, train_outcomes, [run])[0]
-    return outcome
 
 
 def _killed(row: Row, run: TinyRun) -> TinyOutcome:
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{folder}/ledger.sqlite"
         make_ledger(url, run)
-        with contextlib.suppress(WorldFailed):
+        try:
             run_on_ranks(row.ranks, train_with_ledger, run, url, folder, Death(authorize=8))
-        return run_on_ranks(row.ranks, train_with_ledger, run, url, folder)[0]
+        except WorldFailed:
+            return run_on_ranks(row.ranks, train_with_ledger, run, url, folder)[0]
+        raise AssertionError("no rank was killed")
 
 
 def line_of(row: Row, plan: PrivacyPlan, seen: Observations, seed: int) -> str:
@@ -135,19 +153,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, required=True, help="Of the audit and of the run's key")
     parser.add_argument("--only", default="", help="Rows whose name contains this")
     arguments = parser.parse_args(argv)
+    distributed.TIMEOUT_S = LIMIT_S
     with tempfile.TemporaryDirectory() as folder:
         store = str(write_tiny_store(Path(folder) / "store"))
-        print(HEADER, flush=True)
-        for row in ROWS:
-            if arguments.only not in row.name:
-                continue
-            begun = time.monotonic()
-            run = row.run(store, arguments.seed)
-            plan = replace(run.plan(), delta=DELTA)
-            seen = seen_of(row, run)
-            print(line_of(row, plan, seen, arguments.seed), flush=True)
-            took, noise = time.monotonic() - begun, np.median(seen.noise)
-            print(f"{row.name}: {took:.0f} s, noise seen {noise:.3g} C", file=sys.stderr)
+        rows = [row for row in ROWS if arguments.only in row.name]
+        lines: dict[str, str] = {}
+        for row, seen in all_seen(rows, store, arguments.seed):
+            plan = replace(row.run(store, arguments.seed).plan(), delta=DELTA)
+            lines[row.name] = line_of(row, plan, seen, arguments.seed)
+            noise = np.median(seen.noise)
+            print(f"{lines[row.name]} noise seen {noise:.3g} C", file=sys.stderr, flush=True)
+        print("\n".join([HEADER, *(lines[row.name] for row in rows)]))
     return 0
 
 

@@ -112,10 +112,13 @@ def test_the_measured_noise_is_the_plans(outcomes: dict[Defect, Audited]) -> Non
 
 
 def test_canaries_take_part_as_often_as_everyone(outcomes: dict[Defect, Audited]) -> None:
-    """Without noise, steps show who took part: a third of those who are in, and no one else."""
+    """Without noise, steps show who took part: a third of those who are in, and no one else.
+
+    The directions of 800 canaries in 8,000 dimensions overlap: 0.5 is some four deviations away.
+    """
     clear = outcomes["no_noise"]
     took_part = clear.observed > 0.5
-    assert not took_part[:, ~clear.is_in].any()
+    assert took_part[:, ~clear.is_in].mean() < 1e-3
     assert agrees_with_binomial(
         took_part[:, clear.is_in].sum(axis=1), trials=int(clear.is_in.sum()), probability=1 / 3
     )
