@@ -225,13 +225,16 @@ class Placement:
     key: bytes
     num_shards: int
     heldout_share: float = 0.0
+    never_held_out: frozenset[bytes] = frozenset()
+    """Hashes of users who train whatever the share says: the canaries of an audit."""
 
     def shard(self, user_hash: bytes, *, is_heldout_input: bool) -> int:
         """Returns a user's shard; held-out shards are numbered after those for training."""
         number = shard_of(user_hash, self.num_shards)
-        if is_heldout_input or is_held_out(self.key, user_hash, self.heldout_share):
-            number += self.num_shards
-        return number
+        is_in_share = user_hash not in self.never_held_out and is_held_out(
+            self.key, user_hash, self.heldout_share
+        )
+        return number + self.num_shards if is_heldout_input or is_in_share else number
 
     def places(
         self, users: pa.Array, *, is_heldout_input: bool

@@ -52,6 +52,7 @@ from udp_ray.data.build import (
     tokenize_batch,
     write_shards,
 )
+from udp_ray.data.hashing import hash_user
 from udp_ray.data.read import (
     CSV_PARSE,
     CSV_READ,
@@ -282,6 +283,7 @@ def prepare(
     tokenizer: str,
     model: str | None = None,
     address: str | None = None,
+    never_held_out: Sequence[str] = (),
 ) -> PrepareResult:
     """Prepares the store of `data`; it appears whole, or not at all.
 
@@ -291,6 +293,8 @@ def prepare(
         model: Name or folder of the model that will be trained, if it is known; its positions bound
             the length of examples.
         address: Ray cluster to join.
+        never_held_out: Ids of synthetic users that a fraction `data.heldout` must not select, as an
+            audit's canaries. Of other users' ids this would bias the held-out part.
 
     Raises:
         UdpRayError: If the settings or the input cannot be used; nothing is left behind.
@@ -311,6 +315,7 @@ def prepare(
                 registration.user_hash_key,
                 data.num_shards,
                 data.heldout if isinstance(data.heldout, float) else 0.0,
+                frozenset(hash_user(registration.user_hash_key, user) for user in never_held_out),
             ),
             max_examples_per_user=data.max_examples_per_user,
             folder=folder,
