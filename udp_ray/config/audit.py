@@ -52,6 +52,8 @@ class AuditConfig(Section):
     the base model at high temperature."""
     texts_per_canary: PositiveInt = 1
     """Texts that each canary of a black box audit has written, at least 1."""
+    text_tokens: PositiveInt = 48
+    """Tokens of such a text, about, at least 1."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

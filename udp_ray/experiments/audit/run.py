@@ -105,7 +105,27 @@ def _box(config: AuditJobConfig) -> Callable[..., AuditResult]:
         from udp_ray.experiments.audit.white_box import run_white_box
 
         return run_white_box
-    raise ConfigError("audit.box is black, which this version does not have: set audit.box white")
+    return _run_black_box
+
+
+def _run_black_box(
+    config: AuditJobConfig, *, resume: bool, announce: Callable[[str], None]
+) -> AuditResult:
+    """Runs a black box audit, which continues what its output folder holds in any case."""
+    from udp_ray.experiments.audit.black_box import run_black_box
+    from udp_ray.experiments.audit.canary_texts import BlackBoxSettings
+
+    audit = config.audit
+    settings = BlackBoxSettings(
+        num_canaries=audit.canary_users,
+        seed=audit.seed,
+        num_guesses=audit.num_guesses,
+        text=audit.canary_text,
+        texts_per_canary=audit.texts_per_canary,
+        text_tokens=audit.text_tokens,
+        confidence=audit.confidence,
+    )
+    return run_black_box(config, settings, announce=announce)
 
 
 def _table(audited: AuditedRun, result: AuditResult) -> str:
