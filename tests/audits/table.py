@@ -53,10 +53,15 @@ class Row:
     expects: str = ""
     """Why this audit is known to see nothing, if it is."""
 
+    def seed(self, seed: int) -> int:
+        """Returns the seed of this row's audit: rows are independent audits."""
+        return 100 * seed + ROWS.index(self)
+
     def run(self, store: str, seed: int) -> TinyRun:
-        """Returns the run, with a key and an audit of this seed."""
-        run = TinyRun(store=store, seed=1000 + seed, **SETTINGS)  # type: ignore[arg-type]
-        canaries = {"num_canaries": NUM_CANARIES, "audit_seed": seed}
+        """Returns the run, with a key and an audit of its own."""
+        own = self.seed(seed)
+        run = TinyRun(store=store, seed=own + 50, **SETTINGS)  # type: ignore[arg-type]
+        canaries = {"num_canaries": NUM_CANARIES, "audit_seed": own}
         return replace(run, **(canaries | dict(self.changes)))  # type: ignore[arg-type]
 
 
@@ -101,7 +106,9 @@ def all_seen(rows: Sequence[Row], store: str, seed: int) -> Iterator[tuple[Row, 
             yield from ((row, _of_loop(each)) for row, each in zip(sound, outcomes, strict=True))
         if broken:
             audits = [
-                AuditedRun(row.run(store, seed), NUM_CANARIES, seed=seed, defect=row.defect)
+                AuditedRun(
+                    row.run(store, seed), NUM_CANARIES, seed=row.seed(seed), defect=row.defect
+                )
                 for row in broken
             ]
             for row, found in zip(broken, run_on_ranks(ranks, audit_many, audits)[0], strict=True):
@@ -126,7 +133,7 @@ def _killed(row: Row, run: TinyRun) -> TinyOutcome:
 
 def line_of(row: Row, plan: PrivacyPlan, seen: Observations, seed: int) -> str:
     """Returns the row of the table in markdown."""
-    scores, is_in = seen.scores(plan), coins_of(seed, NUM_CANARIES)
+    scores, is_in = seen.scores(plan), coins_of(row.seed(seed), NUM_CANARIES)
     found = verdict(plan, scores, is_in, guesses=NUM_GUESSES)
     guesses = guess(scores, is_in, num_guesses=NUM_GUESSES)
     family = plan_bound(plan, guesses, confidence=CONFIDENCE)

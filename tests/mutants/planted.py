@@ -1863,7 +1863,47 @@ AUDITING = [
         file="udp_ray/engine/canaries.py",
         text="numbers[np.arange(len(numbers)) % self._world.size != self._world.rank] = 0",
         replacement="numbers[:] = numbers",
-        tests=(f"{CANARIES}::test_scores_do_not_depend_on_ranks_stage_or_kernel",),
+        tests=(f"{CANARIES}::test_runs_with_canaries_do_not_depend_on_ranks_stage_or_kernel",),
+    ),
+    Mutant(
+        name="audit_forgets_the_steps_of_a_checkpoint",
+        breaks="a resumed audit scores only the steps after the restart",
+        file="udp_ray/engine/canaries.py",
+        text="self._observed = list(saved[OBSERVED].numpy())",
+        replacement="self._observed = []",
+        tests=(f"{CANARIES}::test_a_killed_and_resumed_audit_ends_alike",),
+    ),
+    Mutant(
+        name="audit_of_other_canaries_resumes",
+        breaks="an audit is continued with other canaries than it began with",
+        file="udp_ray/config/audit.py",
+        text='exclude={"confidence", "guesses", "accept_canaries"},',
+        replacement='exclude={"confidence", "guesses", "accept_canaries", "seed"},',
+        tests=(
+            "tests/config/test_audit.py::test_canaries_are_part_of_the_digest_and_statistics_are_not",
+        ),
+    ),
+    Mutant(
+        name="audited_model_without_a_mark",
+        breaks="the statement of an audited run does not say that its model is not for release",
+        file="udp_ray/reports/statement.py",
+        text="        if self.is_accepted:\n            return None",
+        replacement="        if not self.is_accepted:\n            return None",
+        tests=(
+            "tests/reports/test_statement.py::"
+            "test_an_audited_run_says_so_and_is_not_for_release_unless_accepted",
+        ),
+    ),
+    Mutant(
+        name="audit_at_the_wrong_confidence",
+        breaks="the bound of the plan's mechanism rejects at 95% in place of 5%",
+        file="udp_ray/dp/auditing.py",
+        text="return not recursion.is_possible(_level(confidence))",
+        replacement="return not recursion.is_possible(1 - _level(confidence))",
+        tests=(
+            "tests/experiments/test_audit.py::"
+            "test_plan_bound_agrees_with_a_rejection_at_each_noise",
+        ),
     ),
 ]
 

@@ -304,6 +304,26 @@ def curve_p_value(guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike) -
     Reference:
         [2], Algorithm 3; [4], Proposition 2.12 (curve and trade-off).
     """
+    return _CurveRecursion(guesses, _curve_inverse(epsilons, deltas)).p_value()
+
+
+def is_curve_rejected(
+    guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike, confidence: float
+) -> bool:
+    """Returns whether `curve_p_value` is below 1 - confidence, in a fraction of its time.
+
+    Args:
+        guesses: What was guessed.
+        epsilons: As for `curve_p_value`.
+        deltas: As for `curve_p_value`.
+        confidence: From 1/2 to below 1.
+    """
+    recursion = _CurveRecursion(guesses, _curve_inverse(epsilons, deltas))
+    return not recursion.is_possible(_level(confidence))
+
+
+def _curve_inverse(epsilons: ArrayLike, deltas: ArrayLike) -> Inverse:
+    """Returns the least chance of an event under a neighbour, by a promise's points."""
     factors = np.exp(-np.asarray(epsilons, dtype=np.float64))
     missing = np.asarray(deltas, dtype=np.float64)
     if factors.ndim != 1 or factors.shape != missing.shape or factors.size == 0:
@@ -320,7 +340,7 @@ def curve_p_value(guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike) -
         complement = (1 - missing - (1 - chance) / factors).max()
         return max(0.0, float(direct), float(complement))
 
-    return _CurveRecursion(guesses, inverse).p_value()
+    return inverse
 
 
 def independent_p_value(right: int, canaries: int, *, advantage: float) -> float:

@@ -26,6 +26,7 @@ from udp_ray.dp.auditing import (
     curve_p_value,
     guess,
     independent_p_value,
+    is_curve_rejected,
     likelihood_scores,
 )
 from udp_ray.dp.plan import PrivacyPlan
@@ -238,7 +239,7 @@ def plan_bound(plan: PrivacyPlan, guesses: Guesses, *, confidence: float) -> flo
         deltas = deltas_of(with_noise(factor))
         if deltas is None:
             return False
-        return curve_p_value(guesses, epsilons=CURVE, deltas=deltas) <= 1 - confidence
+        return is_curve_rejected(guesses, epsilons=CURVE, deltas=deltas, confidence=confidence)
 
     low, high = 1 / NOISE_RANGE, NOISE_RANGE
     if not is_rejected(high):
