@@ -1853,7 +1853,7 @@ AUDITING = [
         name="canary_slice_begins_at_a_byte",
         breaks="a slice of a direction that is drawn alone is another one",
         file="udp_ray/engine/canaries.py",
-        text="offset = start - first - 8 * begin",
+        text="offset = start - 8 * begin",
         replacement="offset = 0",
         tests=(f"{CANARIES}::test_any_slice_of_a_direction_can_be_drawn_alone",),
     ),

@@ -57,6 +57,8 @@ OBSERVED, NOISE = "observed", "noise"
 """Names in a checkpoint."""
 SCORED_VALUES = 2**22
 """Signs multiplied at once (16 MiB as float32). Speed and memory only."""
+BLOCK_CANARIES = 64
+"""Canaries whose signs in a chunk are drawn at once (8 MiB). Speed and memory only."""
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,9 @@ class CanaryUsers:
         Returns:
             Shape (number of those canaries, stop - start).
         """
-        first = start // CHUNK_VALUES * CHUNK_VALUES
-        packed = self._packed(name, first // CHUNK_VALUES)
-        begin, end = (start - first) // 8, -(-(stop - first) // 8)
-        signs = np.unpackbits(packed[canaries, begin:end], axis=1, bitorder="little")
-        offset = start - first - 8 * begin
-        return signs[:, offset : offset + stop - start]
+        chunk = start // CHUNK_VALUES
+        packed = self._packed(name, chunk, np.arange(self.num_canaries)[canaries])
+        return _unpacked(packed, start - chunk * CHUNK_VALUES, stop - chunk * CHUNK_VALUES)
 
     def add(self, name: str, target: Tensor, numbers: Counts, clip_bound: float) -> None:
         """Adds drawn canaries' clipped gradients to a tensor of the parameter's shape.
@@ -171,10 +170,13 @@ class CanaryUsers:
         """
         flat = target.view(-1)
         drawn = np.flatnonzero(numbers)
-        weights = numbers[drawn].astype(np.float64)
-        for start, stop in _pieces(0, flat.numel(), len(drawn)):
-            signs = self.signs(name, start=start, stop=stop, canaries=drawn)
-            total = 2 * (weights @ signs) - weights.sum()
+        if not len(drawn):
+            return
+        weights = numbers.astype(np.float64)
+        for chunk, start, stop in _chunks(0, flat.numel()):
+            total = np.full(stop - start, -weights.sum())
+            for block, first, last, signs in self._parts(name, chunk, 0, stop - start, drawn):
+                total[first:last] += 2 * (weights[drawn[block]] @ signs)
             total *= clip_bound * self.scale
             flat[start:stop] += torch.from_numpy(total).to(flat)
 
@@ -189,28 +191,49 @@ class CanaryUsers:
             start: Position of the first value in the flattened parameter.
             canaries: Which canaries.
         """
-        count = len(range(*canaries.indices(self.num_canaries)))
-        found = np.zeros(count)
-        for first, last in _pieces(start, start + len(values), self.num_canaries):
-            part = values[first - start : last - start]
-            signs = self.signs(name, start=first, stop=last, canaries=canaries)
-            found += 2.0 * (signs.astype(np.float32) @ part) - float(part.sum(dtype=np.float64))
+        which = np.arange(self.num_canaries)[canaries]
+        found = np.zeros(len(which))
+        for chunk, first, last in _chunks(start, start + len(values)):
+            origin = chunk * CHUNK_VALUES
+            found -= float(values[first - start : last - start].sum(dtype=np.float64))
+            parts = self._parts(name, chunk, first - origin, last - origin, which)
+            for block, begin, end, signs in parts:
+                part = values[origin + begin - start : origin + end - start]
+                found[block] += 2.0 * (signs.astype(np.float32) @ part)
         found *= self.scale
         return found
 
-    def _packed(self, name: str, chunk: int) -> NDArray[np.uint8]:
-        if self._cache is not None and (name, chunk) in self._cache:
-            return self._cache[name, chunk]
+    def _parts(
+        self, name: str, chunk: int, start: int, stop: int, canaries: Counts
+    ) -> Iterator[tuple[slice, int, int, NDArray[np.uint8]]]:
+        """Yields signs in a chunk, block by block of canaries, so that each is drawn once.
+
+        Yields:
+            Which of `canaries`, first position in the chunk, one after the last, and their signs.
+        """
+        for low in range(0, len(canaries), BLOCK_CANARIES):
+            block = slice(low, min(low + BLOCK_CANARIES, len(canaries)))
+            packed = self._packed(name, chunk, canaries[block])
+            length = max(8, SCORED_VALUES // len(packed))
+            for first in range(start, stop, length):
+                last = min(stop, first + length)
+                yield block, first, last, _unpacked(packed, first, last)
+
+    def _packed(self, name: str, chunk: int, canaries: Counts) -> NDArray[np.uint8]:
+        """Returns the signs of some canaries in a chunk as bits, one row each."""
+        if self._cache is None:
+            return self._drawn_bits(name, chunk, canaries)
+        if (name, chunk) not in self._cache:
+            everyone = np.arange(self.num_canaries)
+            self._cache[name, chunk] = self._drawn_bits(name, chunk, everyone)
+        return self._cache[name, chunk][canaries]
+
+    def _drawn_bits(self, name: str, chunk: int, canaries: Counts) -> NDArray[np.uint8]:
         size = min(CHUNK_VALUES, self.num_values[name] - chunk * CHUNK_VALUES)
-        words = -(-size // 64)
-        rows = [
-            self._key.generator(canary, name, chunk).random_raw(words)
-            for canary in range(self.num_canaries)
-        ]
-        packed = np.ascontiguousarray(np.stack(rows).astype("<u8")).view(np.uint8)
-        if self._cache is not None:
-            self._cache[name, chunk] = packed
-        return packed
+        words = np.empty((len(canaries), -(-size // 64)), dtype="<u8")
+        for row, canary in enumerate(canaries.tolist()):
+            words[row] = self._key.generator(canary, name, chunk).random_raw(words.shape[1])
+        return words.view(np.uint8)
 
 
 def coins_of(seed: int, num_canaries: int) -> NDArray[np.bool_]:
@@ -224,12 +247,20 @@ def coins_of(seed: int, num_canaries: int) -> NDArray[np.bool_]:
     return np.array([coins.number(canary) % 2 == 1 for canary in range(num_canaries)])
 
 
-def _pieces(start: int, stop: int, num_rows: int) -> Iterable[tuple[int, int]]:
-    """Yields parts of a range that lie in one chunk each and are small for so many rows."""
-    length = max(1, min(CHUNK_VALUES, SCORED_VALUES // max(1, num_rows)))
+def _unpacked(packed: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.uint8]:
+    """Returns the bits of each row from one position to another."""
+    begin, end = start // 8, -(-stop // 8)
+    signs = np.unpackbits(packed[:, begin:end], axis=1, bitorder="little")
+    offset = start - 8 * begin
+    return signs[:, offset : offset + stop - start]
+
+
+def _chunks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yields the number, the first and the last position of each chunk's part of a range."""
     while start < stop:
-        end = min(stop, start + length, (start // CHUNK_VALUES + 1) * CHUNK_VALUES)
-        yield start, end
+        chunk = start // CHUNK_VALUES
+        end = min(stop, (chunk + 1) * CHUNK_VALUES)
+        yield chunk, start, end
         start = end
 
 
