@@ -68,10 +68,12 @@ class Row:
 STAGE_3 = (("zero_stage", 3), ("kernel", "ghost"))
 ELS = (("sampling", "els"), ("num_examples", 48), ("cohort_size", 16))
 LORA = (("lora_rank", 4),)
+TRUNCATED = (("population", 3100), ("cohort_size", 1033), ("max_cohort_size", 1050))
+"""The population bounds users and the canaries that are in, some 3,000; q is a third."""
 ROWS = (
     Row("sound, ULS, ZeRO 0"),
     Row("sound, ELS", changes=ELS),
-    Row("sound, truncated cohorts", changes=(("max_cohort_size", 2 * 8),)),
+    Row("sound, truncated cohorts", changes=TRUNCATED),
     Row("sound, correlated noise", changes=(("strategy", (1.0, 0.5, 0.25)),)),
     Row("sound, LoRA", changes=LORA),
     Row("sound, ZeRO 2, 2 ranks", ranks=2, changes=(("zero_stage", 2),)),

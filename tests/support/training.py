@@ -85,6 +85,8 @@ class TinyRun:
     group_size: int = 2
     num_examples: int | None = None
     """Under els, what the kept examples are said to number."""
+    population: int = NUM_USERS
+    """Declared users: with a largest cohort it must bound the canaries that are in, too."""
     num_steps: int = 4
     checkpoint_every: int = 2
     async_checkpoints: bool = False
@@ -119,7 +121,7 @@ class TinyRun:
             num_examples=self.num_examples,
             num_steps=self.num_steps,
             expected_size=self.cohort_size,
-            population=NUM_USERS,
+            population=self.population,
             population_is_declared=True,
             max_cohort_size=self.max_cohort_size,
             secure_noise=self.secure_noise,
