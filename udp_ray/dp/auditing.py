@@ -323,7 +323,7 @@ def is_curve_rejected(
 
 
 def _curve_inverse(epsilons: ArrayLike, deltas: ArrayLike) -> Inverse:
-    """Returns the least chance of an event under a neighbour, by a promise's points."""
+    """Returns the least chance of an event on adjacent data, by a promise's points."""
     factors = np.exp(-np.asarray(epsilons, dtype=np.float64))
     missing = np.asarray(deltas, dtype=np.float64)
     if factors.ndim != 1 or factors.shape != missing.shape or factors.size == 0:
