@@ -470,6 +470,8 @@ NOISE = [
         text="            balance = self._kernel.add_clipped("
         "self._sum, groups, self.clip_norm.bound)\n"
         "            mean = self._noisy_mean(noise, step)\n"
+        "        if self.observer is not None:\n"
+        "            self._observe(self.observer, mean)\n"
         "        self.engine.apply(mean, step)\n",
         replacement="            groups = list(groups)\n"
         "            balance = self._kernel.add_clipped("
@@ -669,10 +671,9 @@ SAMPLING = [
         name="ranks_draw_other_cohorts",
         breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
         file="udp_ray/engine/language_model.py",
-        text="cohorts(self.plan, self.keys.sampling, self.store),",
-        replacement="cohorts(\n                self.plan,\n"
-        "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
-        "                self.store,\n            ),",
+        text="cohorts(self.plan, self.keys.sampling, self.store))",
+        replacement="cohorts(self.plan,"
+        " type(self.keys.sampling)(bytes(15) + bytes([self.world.rank])), self.store))",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
     ),
 ]
