@@ -270,7 +270,9 @@ def test_directions_have_the_clip_norm_and_are_nearly_orthogonal() -> None:
     assert found == pytest.approx(exact, abs=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"sampling": "els"}, {"strategy": (1.0, 0.5)}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampling": "els", "num_examples": 48}, {"strategy": (1.0, 0.5)}], ids=str
+)
 def test_canaries_change_no_one_elses_draw(store: str, changes: dict[str, object]) -> None:
     run = replace(TinyRun(store=store), **changes)  # type: ignore[arg-type]
     plan, key = run.plan(), run.keys(0).sampling

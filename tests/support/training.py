@@ -127,7 +127,7 @@ class TinyRun:
             secure_noise=self.secure_noise,
             bands=len(self.strategy),
             strategy=self.strategy,
-            delta=1e-3,
+            delta=1e-3 if self.population == NUM_USERS else 1e-5,
         )
 
     def model(self) -> GPT2LMHeadModel:
