@@ -95,7 +95,7 @@ AUDITS = {
     ),
     "canaries that a truncated cohort has no room for": bad(
         "audit",
-        f"{AUDIT} --privacy.max_cohort_size 6 --privacy.population 100 --audit.canary_users 100",
+        f"{AUDIT} --privacy.max_cohort_size 60 --privacy.population 100 --audit.canary_users 100",
         "privacy.population", "100", "raise it, or take fewer canaries",
     ),
 }  # fmt: skip
