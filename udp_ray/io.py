@@ -285,6 +285,10 @@ CURVES_FILE = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
 ERROR_FILE = "error.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+CANARIES_FILE = "canaries.safetensors"
+"""Of a run made for a white box audit: what was seen of each canary in each step."""
+NOT_FOR_RELEASE_FILE = "NOT-FOR-RELEASE.txt"
+"""Says in the folder of a model that synthetic users took part in its training."""
 OWNER_ONLY = 0o700
 
 
@@ -316,6 +320,8 @@ class OutputFolder:
         privacy.json, statement.md                               what was promised and spent
         metrics.json, curves.png, tensorboard/                   held-out loss and epsilon per step
         error.json              of a run that diverged: how, and what to change
+        canaries.safetensors    of an audited run: what was seen of its canaries
+        NOT-FOR-RELEASE.txt     of an audited run, unless audit.accept_canaries
         checkpoints/            until the run ends, unless cluster.storage is set
 
     Privacy:

@@ -55,6 +55,50 @@ BENCHMARK = "--config WORLD/benchmark.yaml --output TMP/out"
 PRETRAIN = "--input WORLD/public.parquet --output TMP/out"
 LEDGER = "--ledger sqlite:///WORLD/ledger.sqlite --dataset test-users"
 DEMO = "--config WORLD/train.yaml --output TMP/demo/private"
+AUDIT = "--config WORLD/train.yaml --output TMP/out"
+
+AUDITS = {
+    "an audit without canaries": bad(
+        "audit", f"{AUDIT} --audit.canary_users 0", "audit.canary_users", "0", "greater than 0",
+    ),
+    "more guesses than canaries": bad(
+        "audit", f"{AUDIT} --audit.canary_users 10 --audit.guesses 11", "audit.guesses", "11",
+        "at most one guess per canary",
+    ),
+    "an audit with full confidence": bad(
+        "audit", f"{AUDIT} --audit.confidence 1", "audit.confidence", "1", "less than 1",
+    ),
+    "an audit from a negative seed": bad(
+        "audit", f"{AUDIT} --audit.seed -1", "audit.seed", "-1", "greater than or equal to 0",
+    ),
+    "an audit of a box of another colour": bad(
+        "audit", f"{AUDIT} --audit.box grey", "audit.box", "grey", "'white' or 'black'",
+    ),
+    "an audit without a clip norm": bad(
+        "audit",
+        f"{AUDIT} --privacy.noise_multiplier 0 --privacy.accept_no_guarantee true"
+        " --privacy.clip_norm inf",
+        "privacy.clip_norm", "infinite", "give a finite privacy.clip_norm",
+    ),
+    "an audit of a run and of a file": bad(
+        "audit", f"{AUDIT} --of WORLD/run", "--of", "--config", "leave --config out",
+    ),
+    "an audit of a run without settings": bad(
+        "audit", "--of WORLD/run --output TMP/out", "--config", "WORLD/run", "give a readable",
+    ),
+    "an audit in a folder that is not empty": bad(
+        "audit", "--config WORLD/train.yaml --output WORLD/run", "output", "WORLD/run",
+        "give another folder",
+    ),
+    "canaries in a run that is no audit": bad(
+        "train", f"{TRAIN} --audit.canary_users 5", "--audit.canary_users", "5", "--help",
+    ),
+    "canaries that a truncated cohort has no room for": bad(
+        "audit",
+        f"{AUDIT} --privacy.max_cohort_size 60 --privacy.population 100 --audit.canary_users 100",
+        "privacy.population", "100", "raise it, or take fewer canaries",
+    ),
+}  # fmt: skip
 
 FILES = {
     "a settings file that is missing": bad(
@@ -1198,6 +1242,7 @@ OTHERS = {
 
 CASES: dict[str, BadInput] = {
     **FILES,
+    **AUDITS,
     **PRICES,
     **TRAININGS,
     **SWEEPS,

@@ -232,6 +232,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     )
     (tmp_path / "chats.yaml").write_text(settings)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    settings = (ROOT / "jobs" / "configs" / "demo.yaml").read_text()
+    (tmp_path / "runs" / "first" / "config.yaml").write_text(settings)
     return monkeypatch
 
 

@@ -107,6 +107,7 @@ def test_a_submitted_job_gets_every_folder_of_the_package() -> None:
 
 DEMO = ["--config", str(CONFIGS / "demo.yaml")]
 DRY_RUNS = {
+    "audit": [*DEMO, "--data.store", "TMP/store", "--output", "TMP/out"],
     "benchmark": ["--output", "TMP/out"],
     "demo": ["--data.store", "TMP/d/store", "--output", "TMP/d/private"],
     "generate": ["--run", "demo/model", "--output", "TMP/out"],
@@ -201,6 +202,9 @@ MISTAKES = {
         "benchmark",
         ["--config", str(CONFIGS / "benchmark.yaml"), "--study.contestants", "faster"],
         ["study.contestants", "faster"],
+    ),
+    "audit of a run that is not there": (
+        "audit", ["--of", "TMP/none", "--output", "TMP/out"], ["--config", "TMP/none"],
     ),
     "study of an unknown variant": (
         "study", ["--only", "bandit", "--output", "TMP/out"], ["only", "bandit"],

@@ -513,6 +513,8 @@ NOISE = [
         text="            balance = self._kernel.add_clipped("
         "self._sum, groups, self.clip_norm.bound)\n"
         "            mean = self._noisy_mean(noise, step)\n"
+        "        if self.observer is not None:\n"
+        "            self._observe(self.observer, mean)\n"
         "        self.engine.apply(mean, step)\n",
         replacement="            groups = list(groups)\n"
         "            balance = self._kernel.add_clipped("
@@ -712,10 +714,9 @@ SAMPLING = [
         name="ranks_draw_other_cohorts",
         breaks="P12: each rank draws by a key of its own, so that users are missed or doubled",
         file="udp_ray/engine/language_model.py",
-        text="cohorts(self.plan, self.keys.sampling, self.store),",
-        replacement="cohorts(\n                self.plan,\n"
-        "                StreamKey(bytes(15) + bytes([self.world.rank])),\n"
-        "                self.store,\n            ),",
+        text="cohorts(self.plan, self.keys.sampling, self.store))",
+        replacement="cohorts(self.plan,"
+        " type(self.keys.sampling)(bytes(15) + bytes([self.world.rank])), self.store))",
         tests=(f"{LOOP}::test_two_ranks_share_the_groups_and_none_is_with_both",),
     ),
 ]
@@ -1888,6 +1889,7 @@ STARTUP = [
 ]
 
 AUDITING_TESTS = "tests/dp/test_auditing.py"
+CANARIES = "tests/guarantee/test_canaries.py"
 AUDITING = [
     Mutant(
         name="audit_without_the_factor_2",
@@ -1920,6 +1922,78 @@ AUDITING = [
         text="if not np.isfinite(values).all():",
         replacement="if False:",
         tests=(f"{AUDITING_TESTS}::test_a_score_that_is_not_finite_is_refused",),
+    ),
+    Mutant(
+        name="canaries_of_norm_1",
+        breaks="a canary's gradient has the norm 1 in place of the clip norm",
+        file="udp_ray/engine/canaries.py",
+        text="total *= clip_bound * self.scale",
+        replacement="total *= self.scale",
+        tests=(f"{CANARIES}::test_directions_have_the_clip_norm_and_are_nearly_orthogonal",),
+    ),
+    Mutant(
+        name="canaries_all_in",
+        breaks="no canary is out, so that nothing can be guessed",
+        file="udp_ray/engine/canaries.py",
+        text="coins.number(canary) % 2 == 1",
+        replacement="coins.number(canary) >= 0",
+        tests=(f"{CANARIES}::test_coins_are_fair_and_of_the_seed",),
+    ),
+    Mutant(
+        name="canary_slice_begins_at_a_byte",
+        breaks="a slice of a direction that is drawn alone is another one",
+        file="udp_ray/engine/canaries.py",
+        text="offset = start - 8 * begin",
+        replacement="offset = 0",
+        tests=(f"{CANARIES}::test_any_slice_of_a_direction_can_be_drawn_alone",),
+    ),
+    Mutant(
+        name="canaries_on_every_rank",
+        breaks="each rank adds all canaries, so that they enter as often as there are ranks",
+        file="udp_ray/engine/canaries.py",
+        text="numbers[np.arange(len(numbers)) % self._world.size != self._world.rank] = 0",
+        replacement="numbers[:] = numbers",
+        tests=(f"{CANARIES}::test_runs_with_canaries_do_not_depend_on_ranks_stage_or_kernel",),
+    ),
+    Mutant(
+        name="audit_forgets_the_steps_of_a_checkpoint",
+        breaks="a resumed audit scores only the steps after the restart",
+        file="udp_ray/engine/canaries.py",
+        text="self._observed = list(saved[OBSERVED].numpy())",
+        replacement="self._observed = []",
+        tests=(f"{CANARIES}::test_a_killed_and_resumed_audit_ends_alike",),
+    ),
+    Mutant(
+        name="audit_of_other_canaries_resumes",
+        breaks="an audit is continued with other canaries than it began with",
+        file="udp_ray/config/audit.py",
+        text='exclude={"confidence", "guesses", "accept_canaries"},',
+        replacement='exclude={"confidence", "guesses", "accept_canaries", "seed"},',
+        tests=(
+            "tests/config/test_audit.py::test_canaries_are_part_of_the_digest_and_statistics_are_not",
+        ),
+    ),
+    Mutant(
+        name="audited_model_without_a_mark",
+        breaks="the statement of an audited run does not say that its model is not for release",
+        file="udp_ray/reports/statement.py",
+        text="        if self.is_accepted:\n            return None",
+        replacement="        if not self.is_accepted:\n            return None",
+        tests=(
+            "tests/reports/test_statement.py::"
+            "test_an_audited_run_says_so_and_is_not_for_release_unless_accepted",
+        ),
+    ),
+    Mutant(
+        name="audit_at_the_wrong_confidence",
+        breaks="the bound of the plan's mechanism rejects at 95% in place of 5%",
+        file="udp_ray/dp/auditing.py",
+        text="return not recursion.is_possible(_level(confidence))",
+        replacement="return not recursion.is_possible(1 - _level(confidence))",
+        tests=(
+            "tests/experiments/test_audit.py::"
+            "test_plan_bound_agrees_with_a_rejection_at_each_noise",
+        ),
     ),
 ]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from udp_ray.config.audit import AuditConfig
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan
@@ -220,3 +221,42 @@ def test_a_statement_says_how_gradients_are_clipped_and_comes_back():
         statement = PrivacyStatement.promise(privacy, plan)
         assert words in " ".join(statement.to_text().split())
         assert PrivacyStatement.from_dict(json.loads(statement.to_json())).plan == plan
+
+
+# ---- audited runs
+
+
+def test_an_audited_run_says_so_and_is_not_for_release_unless_accepted() -> None:
+    privacy = PrivacyConfig.model_validate(
+        {
+            "epsilon": 4.0,
+            "delta": 1e-5,
+            "clip_norm": 0.5,
+            "cohort_size": 20,
+            "group_size": 3,
+            "num_steps": 50,
+            "population": 2000,
+        }
+    )
+    for accepts in (False, True):
+        audit = AuditConfig(canary_users=1200, accept_canaries=accepts)
+        promised = PrivacyStatement.promise(privacy, plan_of(privacy), audit=audit)
+        done = promised.with_spent(num_steps=50).of_run(RUN, TOTAL)
+        for text in (promised.to_text(), done.to_text(), done.to_markdown()):
+            words = " ".join(text.split())
+            assert "made for a white box audit: each of 1,200 synthetic users" in words
+            assert ("NOT FOR RELEASE" in words) is not accepts
+        assert done.to_dict()["audit"] == {
+            "num_canaries": 1200, "box": "white", "is_accepted": accepts,
+        }  # fmt: skip
+        assert PrivacyStatement.from_dict(json.loads(done.to_json())).audit == done.audit
+        assert done.is_guarantee
+
+
+def test_a_run_that_is_no_audit_says_nothing_of_canaries() -> None:
+    plain = statement().with_spent(num_steps=50)
+    assert "audit" not in plain.to_dict()
+    assert "synthetic" not in plain.to_text()
+    damaged = plain.to_dict() | {"audit": {"num_canaries": "many", "box": "white"}}
+    with pytest.raises(DataError, match=r"audit\.num_canaries is 'many', no int"):
+        PrivacyStatement.from_dict(damaged)

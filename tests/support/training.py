@@ -23,10 +23,12 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.support.stores import Users, write_store
+from udp_ray.config.audit import AuditConfig
 from udp_ray.config.experiment import LoraConfig, TrainConfig
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine import checkpoint as checkpoint_files
 from udp_ray.engine import language_model as loop
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
@@ -84,6 +86,8 @@ class TinyRun:
     group_size: int = 2
     num_examples: int | None = None
     """Under els, what the kept examples are said to number."""
+    population: int = NUM_USERS
+    """Declared users: with a largest cohort it must bound the canaries that are in, too."""
     num_steps: int = 4
     checkpoint_every: int = 2
     async_checkpoints: bool = False
@@ -98,6 +102,15 @@ class TinyRun:
     """Coefficients of correlated noise, one for each band."""
     max_cohort_size: int | None = None
     fault: Fault = "none"
+    num_canaries: int = 0
+    """Synthetic users of an audited run; 0: it is not audited."""
+    audit_seed: int = 5
+
+    def audit(self) -> AuditConfig | None:
+        """Returns the settings of the audit."""
+        if self.num_canaries == 0:
+            return None
+        return AuditConfig(canary_users=self.num_canaries, seed=self.audit_seed)
 
     def plan(self) -> PrivacyPlan:
         """Returns the plan: by default group size 2, each user in a third of the steps."""
@@ -111,13 +124,13 @@ class TinyRun:
             num_examples=self.num_examples,
             num_steps=self.num_steps,
             expected_size=self.cohort_size,
-            population=NUM_USERS,
+            population=self.population,
             population_is_declared=True,
             max_cohort_size=self.max_cohort_size,
             secure_noise=self.secure_noise,
             bands=len(self.strategy),
             strategy=self.strategy,
-            delta=1e-3,
+            delta=1e-3 if self.population == NUM_USERS else 1e-5,
         )
 
     def model(self) -> GPT2LMHeadModel:
@@ -187,6 +200,8 @@ class TinyOutcome:
     events: list[tuple[Any, ...]] = field(default_factory=list)
     """On rank 0 what happened, in order: ("authorize", step, digest), ("publish", step),
     ("commit", step, location), ("metrics", dict)."""
+    canaries: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    """On rank 0, of an audited run: what its last checkpoint holds of its canaries."""
 
 
 def tiny_model() -> GPT2LMHeadModel:
@@ -327,8 +342,13 @@ def run_loop(
         attempt=resume,
         resume_from=folder_of(resume),
         provenance={"run_id": "tiny"},
+        audit=run.audit(),
     )
-    return TinyOutcome(weights_of(model), result, events)
+    canaries = {}
+    if is_first and run.num_canaries and result.location is not None:
+        saved = checkpoint_files.read(Path(result.location)).canaries
+        canaries = {name: values.numpy() for name, values in saved.items()}
+    return TinyOutcome(weights_of(model), result, events, canaries)
 
 
 def evaluate_tiny(store: str, microbatch_tokens: int) -> HeldoutMetrics:

@@ -34,7 +34,7 @@ from pydantic import (
 from udp_ray.errors import ConfigError
 from udp_ray.io import absolute, holds_secret, is_url
 
-SECTIONS = {"privacy", "data", "model", "train", "cluster", "output", "sweep"}
+SECTIONS = {"audit", "privacy", "data", "model", "train", "cluster", "output", "sweep"}
 """What a settings file may have beside a job's own sections, so that one file serves every job."""
 UNION_TYPES = {"bool", "dict", "float", "int", "list", "str"}
 MOST_SHOWN = 80

@@ -304,6 +304,26 @@ def curve_p_value(guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike) -
     Reference:
         [2], Algorithm 3; [4], Proposition 2.12 (curve and trade-off).
     """
+    return _CurveRecursion(guesses, _curve_inverse(epsilons, deltas)).p_value()
+
+
+def is_curve_rejected(
+    guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike, confidence: float
+) -> bool:
+    """Returns whether `curve_p_value` is below 1 - confidence, in a fraction of its time.
+
+    Args:
+        guesses: What was guessed.
+        epsilons: As for `curve_p_value`.
+        deltas: As for `curve_p_value`.
+        confidence: From 1/2 to below 1.
+    """
+    recursion = _CurveRecursion(guesses, _curve_inverse(epsilons, deltas))
+    return not recursion.is_possible(_level(confidence))
+
+
+def _curve_inverse(epsilons: ArrayLike, deltas: ArrayLike) -> Inverse:
+    """Returns the least chance of an event on adjacent data, by a promise's points."""
     factors = np.exp(-np.asarray(epsilons, dtype=np.float64))
     missing = np.asarray(deltas, dtype=np.float64)
     if factors.ndim != 1 or factors.shape != missing.shape or factors.size == 0:
@@ -320,7 +340,27 @@ def curve_p_value(guesses: Guesses, *, epsilons: ArrayLike, deltas: ArrayLike) -
         complement = (1 - missing - (1 - chance) / factors).max()
         return max(0.0, float(direct), float(complement))
 
-    return _CurveRecursion(guesses, inverse).p_value()
+    return inverse
+
+
+def independent_p_value(right: int, canaries: int, *, advantage: float) -> float:
+    """Returns the chance of so many right guesses if canaries are independent. No guarantee.
+
+    Args:
+        right: Canaries of which a rule on their own scores, fixed beforehand, tells whether they
+            are in.
+        canaries: All canaries, each in with probability 1/2.
+        advantage: Promised delta at epsilon 0: a guess is right with probability at most (1 +
+            advantage) / 2.
+
+    Privacy:
+        A p-value *if guesses at different canaries are independent*, as under the noise of a sound
+        mechanism in many dimensions. It then needs far fewer canaries than `curve_p_value`, which
+        must allow for noise that all canaries share.
+    """
+    Guesses(canaries, canaries, right)  # refuses counts that do not fit together
+    _check_promise(0.0, advantage)
+    return float(_binomial_tail(np.array([right]), canaries, (1 + advantage) / 2)[0])
 
 
 def gaussian_p_value(guesses: Guesses, *, epsilon: float, delta: float) -> float:
@@ -556,6 +596,80 @@ def _mass(distribution: stats.rv_continuous, low: float, high: float) -> float:
     if low > distribution.mean():
         return float(distribution.sf(low) - distribution.sf(high))
     return float(distribution.cdf(high) - distribution.cdf(low))
+
+
+# ---- scores of canaries that are seen in each step
+
+
+def likelihood_scores(
+    observed: ArrayLike, noise: ArrayLike, *, probability: float, group_size: int = 1
+) -> Floats:
+    """Returns the log of the likelihood ratio, in to absent, of canaries that are seen in steps.
+
+    In each step a canary takes part k times, k ~ Binomial(group_size, probability) if it is in and
+    0 if not, and is seen as k plus normal noise. Noise that two steps share is removed: where the
+    differences between two steps scatter over canaries by less than half of what independent noise
+    gives, the difference is scored in place of both.
+
+    Args:
+        observed: Shape (steps, canaries).
+        noise: Its standard deviation in each step, > 0, as measured or as known. Shape (steps,).
+        probability: Of taking part, in [0, 1].
+        group_size: Most times in one step: 1 under uls, G under els.
+
+    Returns:
+        One score per canary, higher: more likely in. Any value is a valid score for the bounds; a
+        wrong probability or noise makes them only less telling.
+
+    Edge cases:
+        No steps -> zeros.
+
+    Reference:
+        Neyman and Pearson: no other score of one canary tells more, if the noise is as assumed.
+    """
+    seen, scale = np.asarray(observed, dtype=np.float64), np.asarray(noise, dtype=np.float64)
+    if seen.ndim != 2 or scale.shape != seen.shape[:1]:
+        raise ConfigError(
+            f"observed has the shape {seen.shape} and noise {scale.shape}: give (steps, canaries)"
+            " and (steps,)"
+        )
+    times = np.arange(group_size + 1)
+    chances = stats.binom.pmf(times, group_size, probability)
+    scores = np.zeros(seen.shape[1])
+    alone = set(range(len(seen)))
+    for first, second, spread in _shared_noise(seen, scale):
+        if first in alone and second in alone:
+            alone -= {first, second}
+            shift = np.subtract.outer(times, times).reshape(-1)
+            both = np.multiply.outer(chances, chances).reshape(-1)
+            scores += _log_ratio(seen[first] - seen[second], spread, shift, both)
+    for step in sorted(alone):
+        scores += _log_ratio(seen[step], float(scale[step]), times, chances)
+    return scores
+
+
+def _log_ratio(seen: Floats, scale: float, shifts: NDArray[np.int64], chances: Floats) -> Floats:
+    """Returns log of sum_k chances[k] N(seen; shifts[k], scale) / N(seen; 0, scale)."""
+    exponents = (seen[:, None] * shifts - shifts**2 / 2) / scale**2
+    found: Floats = special.logsumexp(exponents, b=chances, axis=1)
+    return found
+
+
+def _shared_noise(seen: Floats, scale: Floats) -> list[tuple[int, int, float]]:
+    """Returns pairs of steps that share noise, with the scatter of their difference, least first.
+
+    Scatter is the median distance from the median, which the canaries that took part in one of the
+    two steps move little.
+    """
+    found = []
+    for first in range(len(seen)):
+        for second in range(first + 1, len(seen)):
+            difference = seen[first] - seen[second]
+            middle = np.median(difference)
+            spread = float(np.median(np.abs(difference - middle)) / special.ndtri(0.75))
+            if spread < math.hypot(scale[first], scale[second]) / 2:
+                found.append((first, second, max(spread, 1e-6)))
+    return sorted(found, key=lambda pair: pair[2])
 
 
 # ---- shared

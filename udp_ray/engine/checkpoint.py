@@ -7,6 +7,7 @@
       optimizer.safetensors   the optimizer's state, as kind/parameter
       noise.sealed            only with correlated noise: that of the last steps, encrypted
       average.safetensors     the average of the weights over the steps, float64, if one is kept
+      canaries.safetensors    only of an audited run: what was seen of its canaries in each step
 
 The digest of a checkpoint is that of its `checkpoint.json`, which holds the digests of the other
 files, so that a file that was cut short, altered or taken from elsewhere is refused by name. A
@@ -49,8 +50,10 @@ OPTIMIZER = "optimizer.safetensors"
 NOISE = "noise.sealed"
 """Only with correlated noise; see `sealed_noise.py`."""
 AVERAGE = "average.safetensors"
+CANARIES = "canaries.safetensors"
+"""Only of an audited run; see `canaries.py`."""
 ALWAYS = {WEIGHTS, OPTIMIZER}
-OPTIONAL = {AVERAGE, NOISE}
+OPTIONAL = {AVERAGE, CANARIES, NOISE}
 PIECE_BYTES = 2**22
 """Bytes that are digested and written at once."""
 SAFETENSORS_KINDS = {torch.float32: "F32", torch.float64: "F64"}
@@ -76,6 +79,8 @@ class Checkpoint:
     """The average of the weights over the steps, float64; empty if none was kept."""
     averaging: str | None = None
     """How it was made; None if none was kept."""
+    canaries: dict[str, Tensor] = field(default_factory=dict)
+    """Of an audited run: `CanaryObserver.to_save`; else empty."""
 
     def require_average(self, averaging: str) -> None:
         """Raises CheckpointError if it lacks an average, or has one that was made in another way.
@@ -169,6 +174,8 @@ class Snapshot:
     """Of the next step, under adaptive clipping."""
     past_noise: Path | None = None
     """An encrypted file in the file system of the checkpoint, into which it is moved."""
+    canaries: Mapping[str, Tensor] | None = None
+    """`CanaryObserver.to_save` of an audited run; None for others."""
 
 
 class HostCopies:
@@ -251,6 +258,8 @@ def _write_files(folder: Path, snapshot: Snapshot, is_cancelled: Callable[[], bo
     tensors = {WEIGHTS: snapshot.weights, OPTIMIZER: _flattened(snapshot.optimizer)}
     if snapshot.average is not None:
         tensors[AVERAGE] = snapshot.average
+    if snapshot.canaries is not None:
+        tensors[CANARIES] = snapshot.canaries
     digests = {
         name: _write_tensors(folder / name, held, is_cancelled) for name, held in tensors.items()
     }
@@ -346,6 +355,7 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
         optimizer=_unflattened(_load(directory / OPTIMIZER)),
         past_noise=directory / NOISE if NOISE in manifest["files"] else None,
         average=_load(directory / AVERAGE) if AVERAGE in manifest["files"] else {},
+        canaries=_load(directory / CANARIES) if CANARIES in manifest["files"] else {},
         averaging=manifest.get("average"),
         clip_norm=manifest.get("clip_norm"),
     )

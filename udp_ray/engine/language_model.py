@@ -8,24 +8,30 @@ All ranks of a process group call `train` with equal arguments. Ray Train's work
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from udp_ray.config.audit import AuditConfig
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.data.batches import CohortReader
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RankKeys
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.dp.sampling import Cohort
+from udp_ray.engine.canaries import CanaryKernel, CanaryObserver, CanaryUsers, reading_canaries
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
 from udp_ray.engine.invariance import check_invariance
 from udp_ray.engine.kernels.ghost import GhostKernel
 from udp_ray.engine.kernels.select import select_kernel
-from udp_ray.engine.loop import TrainingLoop, cohorts
+from udp_ray.engine.loop import GroupSource, TrainingLoop, cohorts
 from udp_ray.engine.loss import chunk_logits
+from udp_ray.engine.step import PrivateStep
 from udp_ray.engine.types import Accountant, Kernel, Metrics, Publish, TrainResult
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.ledger.records import Attempt
@@ -49,6 +55,7 @@ def train(
     attempt: Attempt | None = None,
     resume_from: Path | None = None,
     provenance: dict[str, Any] | None = None,
+    audit: AuditConfig | None = None,
 ) -> TrainResult:
     """Fine-tunes `model` in place under `plan`, and returns the outcome. Collective.
 
@@ -82,6 +89,8 @@ def train(
         resume_from: Local folder with the checkpoint that `attempt` names, readable by this rank;
             None if it names none.
         provenance: Public words written into each checkpoint: ledger id, run id, and the like.
+        audit: In a run made for a white box audit: the canary users that take part like everyone.
+            What is seen of them is in each checkpoint.
 
     Raises:
         NoiseCheckError: The run-time check failed; nothing was trained.
@@ -110,6 +119,7 @@ def train(
         attempt=attempt,
         resume_from=resume_from,
         provenance=provenance or {},
+        audit=audit,
     )
     return training.run()
 
@@ -121,6 +131,9 @@ class LanguageModelTraining(TrainingLoop):
     store: TokenStore
     autocast: str
     """`ModelConfig.autocast`."""
+    audit: AuditConfig | None = None
+    """The canary users of a run made for a white box audit; None for others."""
+    canaries: CanaryUsers | None = field(init=False, default=None)
 
     def _prepare_model(self) -> None:
         self._require_positions()
@@ -178,10 +191,32 @@ class LanguageModelTraining(TrainingLoop):
             trains_on=self.world.device.type,
         )
 
-    def _open_groups(self) -> CohortReader:
+    def _private_step(self) -> PrivateStep:
+        if self.audit is None:
+            return super()._private_step()
+        self.canaries = CanaryUsers(
+            self.audit.canary_users,
+            seed=self.audit.seed,
+            plan=self.plan,
+            shapes=self.engine.shapes,
+        )
+        self.kernel = CanaryKernel(self.kernel, self.canaries, self.world)
+        step = super()._private_step()
+        step.observer = CanaryObserver(self.canaries, self.world, divisor=self.plan.divisor)
+        return step
+
+    def _open_groups(self) -> AbstractContextManager[GroupSource]:
+        if self.canaries is None:
+            return self._reader(cohorts(self.plan, self.keys.sampling, self.store))
+        draw = self.canaries.drawn(
+            self.store.user_offsets, partial(cohorts, self.plan, self.keys.sampling)
+        )
+        return reading_canaries(self._reader(lambda step: draw(step)[0]), draw)
+
+    def _reader(self, draw: Callable[[int], Cohort]) -> CohortReader:
         return CohortReader(
             self.store,
-            cohorts(self.plan, self.keys.sampling, self.store),
+            draw,
             rank=self.world.rank,
             world_size=self.world.size,
             microbatch_tokens=self.settings.microbatch_tokens,

@@ -253,6 +253,8 @@ class TrainingLoop(ABC):
         if saved is not None:
             saved.load_optimizer(self.engine)
             self._restore_noise(saved)
+            if (observer := self.private_step.observer) is not None:
+                observer.restore(saved.canaries, step=saved.step)
             if self.average is not None:
                 self.average.load(saved.average)
 
@@ -388,6 +390,7 @@ class TrainingLoop(ABC):
         copy: Copy = to_host if self.copies is None else self.copies
         if self.copies is not None:
             self.copies.begin()
+        observer = self.private_step.observer
         snapshot = checkpoint.Snapshot(
             step=self.step,
             key_id=self.keys.key_id,
@@ -398,6 +401,7 @@ class TrainingLoop(ABC):
             averaging=self.settings.averaging,
             clip_norm=self.private_step.clip_norm.to_save,
             past_noise=self._seal_noise(directory),
+            canaries=None if observer is None else observer.to_save(),
         )
 
         def store(is_cancelled: Callable[[], bool]) -> Stored:

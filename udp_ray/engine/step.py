@@ -42,6 +42,7 @@ from udp_ray.dp.noise import CHUNK_VALUES, GaussianNoise
 from udp_ray.dp.noise_ahead import NoiseAhead, NoiseSource
 from udp_ray.dp.noise_history import NoiseHistory
 from udp_ray.dp.plan import PrivacyPlan
+from udp_ray.engine.canaries import CanaryObserver
 from udp_ray.engine.clip_norm import ClipNorm
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import DRAWN_VALUES, ClippedSum, SlicedSum, num_held_values
@@ -95,6 +96,8 @@ class PrivateStep:
         self.plan = plan
         self.engine = engine
         self.clip_norm = ClipNorm(plan, world)
+        self.observer: CanaryObserver | None = None
+        """In a run that is audited: scores canaries by what the optimizer receives."""
         self._kernel = kernel
         self._noise = noise
         noise_dtype = torch.float64 if plan.secure_noise else torch.float32
@@ -138,9 +141,22 @@ class PrivateStep:
             self._sum.clear()
             balance = self._kernel.add_clipped(self._sum, groups, self.clip_norm.bound)
             mean = self._noisy_mean(noise, step)
+        if self.observer is not None:
+            self._observe(self.observer, mean)
         self.engine.apply(mean, step)
         self.clip_norm.follow(balance, self._noise, step)
         self._noise = self.clip_norm.scaled(self._noise)
+
+    def _observe(self, observer: CanaryObserver, mean: dict[str, Tensor]) -> None:
+        """Shows an observer what the optimizer is about to receive, noise included."""
+        # Copies: an engine may reduce in place what it is given.
+        arrived = self.engine.read_back({name: values.clone() for name, values in mean.items()})
+        observer.see(
+            arrived,
+            {name: self.engine.slice_range(name) for name in self.engine.shapes},
+            clip_bound=self.clip_norm.bound,
+            is_sliced=self.engine.is_sliced,
+        )
 
     def restore(self, clip_norm: float | None) -> None:
         """Continues with what a checkpoint holds beside weights and optimizer state.

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
@@ -47,11 +48,13 @@ from udp_ray.engine.optim import learning_rate
 from udp_ray.errors import CheckpointError, DataError, DivergedError, UdpRayError
 from udp_ray.io import (
     AVERAGE,
+    CANARIES_FILE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     CURVES_FILE,
     ERROR_FILE,
     METRICS_FILE,
+    NOT_FOR_RELEASE_FILE,
     PRIVACY_FILE,
     RUN_FILE,
     STATEMENT_FILE,
@@ -155,6 +158,8 @@ def publish_run(
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
+    if statement.audit is not None and (warning := statement.audit.warning()) is not None:
+        write_atomic(folder.path / NOT_FOR_RELEASE_FILE, warning + "\n")
     folder.forget_start()
     accountant.finish()
     # Not before: a crash in between would leave a run that can neither end nor be resumed.
@@ -219,6 +224,8 @@ def _publish_model(config: ExperimentConfig, record: RunRecord, folder: OutputFo
         )
     with open_checkpoint(record.checkpoint) as directory:
         checkpoint = read(Path(directory), expected_digest=record.checkpoint_digest)
+    if checkpoint.canaries:
+        write_atomic(folder.path / CANARIES_FILE, save(checkpoint.canaries))
     if config.train.publish == "average":
         checkpoint = checkpoint.of_average()
     if not all(bool(torch.isfinite(weight).all()) for weight in checkpoint.weights.values()):

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray.train import Checkpoint
 
+from udp_ray.config.audit import white_canaries_of
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.errors import UdpRayError
@@ -127,6 +128,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             attempt=attempt,
             resume_from=folder,
             provenance=job.provenance,
+            audit=white_canaries_of(config),
         )
     if rank == 0:
         client.end(result.budget_message)

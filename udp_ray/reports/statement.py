@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from jinja2 import Environment, StrictUndefined
 
+from udp_ray.config.audit import AuditConfig
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.dp.plan import PrivacyPlan, json_number
@@ -390,6 +391,55 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
+class AuditMark:
+    """Says that a run was made to be audited: synthetic users took part like everyone."""
+
+    num_canaries: int
+    """Each was in with probability 1/2."""
+    box: str
+    """white: they added directions to the sums. black: they had synthetic text in the store."""
+    is_accepted: bool = False
+    """Whether the model may be released all the same (`audit.accept_canaries`)."""
+
+    @classmethod
+    def of(cls, audit: AuditConfig | None) -> Self | None:
+        """Returns the mark of a run with this audit section; None without one."""
+        if audit is None:
+            return None
+        return cls(audit.canary_users, audit.box, audit.accept_canaries)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Returns the mark that `dataclasses.asdict` gave.
+
+        Raises:
+            TypeError: If the values are not those of a mark.
+        """
+        mark = cls(**values)
+        for name, kind in (("num_canaries", int), ("box", str), ("is_accepted", bool)):
+            if type(getattr(mark, name)) is not kind:
+                raise TypeError(f"audit.{name} is {getattr(mark, name)!r}, no {kind.__name__}")
+        return mark
+
+    def in_words(self) -> str:
+        """Returns what took part."""
+        part = "directions of gradients" if self.box == "white" else "synthetic text"
+        return (
+            f"made for a {self.box} box audit: each of {self.num_canaries:,} synthetic users, with"
+            f" {part}, was in with probability 1/2 and took part like everyone"
+        )
+
+    def warning(self) -> str | None:
+        """Returns that the model is not for release; None if its users were accepted."""
+        if self.is_accepted:
+            return None
+        return (
+            f"NOT FOR RELEASE: this run was {self.in_words()}, so its model is not that of the"
+            " users alone (audit.accept_canaries accepts that)."
+        )
+
+
+@dataclass(frozen=True)
 class PrivacyStatement(Statement):
     """The guarantee of one run, as promised before it and as spent after it."""
 
@@ -414,6 +464,8 @@ class PrivacyStatement(Statement):
     versions: dict[str, str] = field(default_factory=versions)
     example: str | None = None
     """What one example of the store holds, in words; None if the store was not opened."""
+    audit: AuditMark | None = None
+    """Of a run that was made to be audited; None for all others."""
 
     @classmethod
     def promise(
@@ -423,6 +475,7 @@ class PrivacyStatement(Statement):
         *,
         averaging: str | None = None,
         example: str | None = None,
+        audit: AuditConfig | None = None,
     ) -> Self:
         """Returns the statement of a run that has not begun.
 
@@ -431,6 +484,7 @@ class PrivacyStatement(Statement):
             plan: The plan made of them.
             averaging: `describe_averaging`.
             example: `Manifest.what_an_example_is` of the store, if it was opened.
+            audit: The settings of a run that is made to be audited.
         """
         epsilon = plan.epsilon() if privacy.epsilon is None else privacy.epsilon
         promised = Budget(epsilon, plan.delta)
@@ -441,6 +495,7 @@ class PrivacyStatement(Statement):
             is_seeded=is_seeded,
             averaging=averaging,
             example=example,
+            audit=AuditMark.of(audit),
         )
 
     def with_spent(self, *, num_steps: int) -> Self:
@@ -482,6 +537,8 @@ class PrivacyStatement(Statement):
                 f"NO GUARANTEE LEFT on dataset {self.dataset.name}: a run without noise was made"
                 " on it."
             )
+        if self.audit and (warning := self.audit.warning()) is not None:
+            found.append(warning)
         return found if self.spent else found + self.plan.warnings()
 
     def sentence(self) -> str:
@@ -531,6 +588,8 @@ class PrivacyStatement(Statement):
         rows += _plan_rows(self.plan)
         if self.averaging:
             rows.append(("average of the weights", self.averaging))
+        if self.audit:
+            rows.append(("audit", self.audit.in_words()))
         rows.append(("accountant", f"PLD, dp-accounting {self.versions.get('dp-accounting')}"))
         if self.dataset:
             rows.append((f"dataset {self.dataset.name}", self.dataset.to_text()))
@@ -557,6 +616,7 @@ class PrivacyStatement(Statement):
             "is_seeded": self.is_seeded,
             "plan": self.plan.to_dict(),
             **({"averaging": self.averaging} if self.averaging else {}),
+            **({"audit": asdict(self.audit)} if self.audit else {}),
             "run": self.run and asdict(self.run),
             "dataset": self.dataset and self.dataset.to_dict(),
             "assumptions": list(self.assumptions()),
@@ -594,6 +654,7 @@ class PrivacyStatement(Statement):
                 dataset=DatasetTotal.from_dict(dataset) if dataset else None,
                 versions=values["versions"],
                 example=_text_or_none(values, "example"),
+                audit=AuditMark.from_dict(audit) if (audit := values.get("audit")) else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(

@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from udp_ray.config.audit import audit_of, white_canaries_of
 from udp_ray.config.experiment import DataConfig, ExperimentConfig, TrainConfig
 from udp_ray.config.privacy import PricingConfig, PrivacyConfig
 from udp_ray.config.schedule import step_weights
@@ -137,6 +138,7 @@ def prepare_run(
         plan,
         averaging=describe_averaging(config.train),
         example=store.manifest.what_an_example_is,
+        audit=audit_of(config),
     )
     if on_priced is not None:
         on_priced(promise)
@@ -182,10 +184,29 @@ def _plan_on(config: ExperimentConfig, store: TokenStore) -> PrivacyPlan:
     privacy = config.privacy
     return PrivacyPlan.from_config(
         privacy,
-        num_users=store.num_users,
+        num_users=_most_drawn_from(config, store),
         num_examples=count_kept_examples(store, privacy.group_size),
         workload=workload_of(privacy, config.train),
     )
+
+
+def _most_drawn_from(config: ExperimentConfig, store: TokenStore) -> int:
+    """Returns the users of a store; for a truncated cohort, whose price bounds them, all canaries.
+
+    Raises:
+        ConfigError: A declared population leaves no room for the canaries.
+    """
+    canaries, privacy = white_canaries_of(config), config.privacy
+    if canaries is None or privacy.max_cohort_size is None:
+        return store.num_users
+    number = store.num_users + canaries.canary_users
+    if privacy.population is not None and privacy.population < number:
+        raise ConfigError(
+            f"privacy.population is {privacy.population}: with privacy.max_cohort_size it must"
+            f" bound the users in data.store and audit.canary_users = {canaries.canary_users} from"
+            " above; raise it, or take fewer canaries"
+        )
+    return number
 
 
 def workload_of(

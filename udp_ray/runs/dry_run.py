@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from udp_ray.config.audit import audit_of
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
 from udp_ray.data.remote import is_at_hand, read_manifest
@@ -56,7 +57,9 @@ def describe_run(config: ExperimentConfig) -> str:
     plan = _priced(lambda: plan_of(config, checks_model=False), _is_at_target)
     estimate = _once(config, plan, lambda manifest: _checked_estimate(config, plan, manifest))
     averaging = describe_averaging(config.train)
-    statement = PrivacyStatement.promise(config.privacy, plan, averaging=averaging)
+    statement = PrivacyStatement.promise(
+        config.privacy, plan, averaging=averaging, audit=audit_of(config)
+    )
     return "\n\n".join(
         [
             statement.to_text(),
