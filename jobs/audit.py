@@ -10,22 +10,21 @@ model is not for release.
 
 from collections.abc import Sequence
 
-from udp_ray.config.audit import AuditJobConfig, with_settings_of
+from udp_ray.config.audit import AuditJobConfig, require_option_of, with_settings_of
 from udp_ray.config.cli import DRY_RUN, RESUME, parse, run_job
 from udp_ray.console import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     job = parse(AuditJobConfig, __doc__, with_settings_of(argv), flags=(DRY_RUN, RESUME))
+    require_option_of(job.config, argv)
     # Imported after the settings are read: a mistake in them need not wait for the libraries.
     with progress("loading libraries"):
-        from udp_ray.experiments.audit.run import describe_audit, run_audit, settings_of
+        from udp_ray.experiments.audit.run import describe_dry_run, run_audit, settings_of
 
         config, audited = settings_of(job.config)
     if job.flag("dry-run"):
-        from udp_ray.runs.dry_run import describe_run
-
-        print(f"{describe_audit(config)}\n\n{describe_run(config)}")
+        print(describe_dry_run(config))
         return 0
     print(f"\n{run_audit(config, audited, resume=job.flag('resume'))}")
     return 0

@@ -11,6 +11,7 @@ from udp_ray.config.audit import (
     AuditConfig,
     AuditJobConfig,
     audit_of,
+    require_option_of,
     white_canaries_of,
     with_settings_of,
 )
@@ -66,6 +67,21 @@ def test_a_run_ignores_the_audit_section_of_a_settings_file(tmp_path: Path) -> N
     config = ExperimentConfig.load(file)
     assert audit_of(config) is None
     assert config.digest() == ExperimentConfig.load(DEMO).digest()
+
+
+def test_a_run_named_in_a_settings_file_is_refused() -> None:
+    """It would be named in the report, and its settings would not be taken."""
+    config = load("of=runs/a")
+    with pytest.raises(ConfigError, match="in the settings file: give it as --of"):
+        require_option_of(config, ["--config", "a.yaml"])
+    require_option_of(config, ["--of=runs/a"])
+
+
+def test_many_canaries_do_not_move_an_adaptive_clip_norm() -> None:
+    adaptive = ["privacy.clipping=adaptive", "privacy.mechanism=independent", "privacy.bands=1"]
+    load(*adaptive, "audit.canary_users=3807")
+    with pytest.raises(ConfigError, match=r"audit\.canary_users is 3808, above a quarter"):
+        load(*adaptive, "audit.canary_users=3808")
 
 
 @pytest.mark.parametrize("arguments", [["--of", "runs/a"], ["--of=runs/a"]])

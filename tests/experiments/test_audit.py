@@ -20,10 +20,16 @@ from udp_ray.dp.auditing import Guesses, guess, likelihood_scores
 from udp_ray.engine.canaries import coins_of
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.audit.run import describe_audit, run_audit, settings_of
-from udp_ray.experiments.audit.white_box import Observations, deltas_of, plan_bound, result_of
+from udp_ray.experiments.audit.white_box import (
+    Observations,
+    _require_same,
+    deltas_of,
+    plan_bound,
+    result_of,
+)
 from udp_ray.io import CANARIES_FILE, NOT_FOR_RELEASE_FILE
-from udp_ray.reports.audit import load_audit
-from udp_ray.reports.statement import PrivacyStatement
+from udp_ray.reports.audit import load_audit, write_audit
+from udp_ray.reports.statement import PrivacyStatement, RunIdentity
 from udp_ray.runs.admission import plan_of
 
 # ---- settings
@@ -64,6 +70,8 @@ def test_an_audit_of_a_run_has_its_plan(tmp_path: Path, privacy: dict[str, objec
     assert fewer.epsilon() < plan.epsilon()
     calibrated = run.model_copy(update={"privacy": run.privacy.model_copy(update={"num_steps": 2})})
     assert plan_of(calibrated, checks_model=False).noise_multiplier < plan.noise_multiplier
+    # A seed of the run would draw the run's noise again.
+    assert settings("--privacy.seed", "3").privacy.seed is None
     other = plan_of(settings("--privacy.epsilon", "5"), checks_model=False)
     assert other.noise_multiplier < plan.noise_multiplier
 
@@ -76,10 +84,28 @@ def test_an_audit_does_not_write_into_the_run(tmp_path: Path) -> None:
         settings_of(config)
 
 
+def test_an_ended_audit_is_judged_with_its_own_settings_only(tmp_path: Path) -> None:
+    config = audited(tmp_path, canary_users=20, seed=4)
+    promise = PrivacyStatement.promise(config.privacy, plan_of(config, checks_model=False))
+    run = RunIdentity("run", config.digest(), "code", "store", "ledger", "sqlite://")
+    statement = replace(promise, run=run)
+    _require_same(config, statement)
+    with pytest.raises(ConfigError, match="holds an audit of other settings"):
+        _require_same(audited(tmp_path, canary_users=20, seed=5), statement)
+    random = np.random.default_rng(1)
+    result = result_of(config, promise, Observations(random.normal(size=(6, 20)), np.ones(6)))
+    write_audit(Path(config.output), result)
+    _require_same(config, statement)
+    for name, value in (("guesses", 10), ("confidence", 0.9)):
+        other = audited(tmp_path, canary_users=20, seed=4, **{name: value})
+        with pytest.raises(ConfigError, match=rf"audit\.{name} is {value}, and the audit in"):
+            _require_same(other, statement)
+
+
 def test_an_audit_says_beforehand_what_it_can_find_and_charges(tmp_path: Path) -> None:
     text = " ".join(describe_audit(audited(tmp_path, canary_users=100)).split())
     assert "100 canary users, 20 guesses, 95% confidence" in text
-    assert "No bound on epsilon above 3." in text
+    assert "No bound on epsilon above 1.48 is possible" in text  # with 20 right of 20
     assert "charged to the total of test-users" in text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.support.runs import DATASET, text_of_people, tiny_experiment
 from tests.support.statistics import agrees_with_binomial
 from tests.support.training import VOCABULARY, RecordingAccountant
+from udp_ray.config.audit import audit_of
 from udp_ray.config.experiment import DataConfig, ExperimentConfig, LoraConfig, TrainConfig
 from udp_ray.data.build import (
     BuildSettings,
@@ -40,7 +42,12 @@ from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.language_model import train as train_in_process
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.experiments.audit.black_box import prepare_canaries, run_black_box
+from udp_ray.experiments.audit.black_box import (
+    audited_run,
+    prepare_canaries,
+    require_possible,
+    run_black_box,
+)
 from udp_ray.experiments.audit.canary_scores import CanaryExamples, score_canaries
 from udp_ray.experiments.audit.canary_texts import (
     BlackBoxSettings,
@@ -53,6 +60,7 @@ from udp_ray.ledger.ledger import Ledger
 from udp_ray.models.load import trainable_parameters
 from udp_ray.models.lora import add_adapters
 from udp_ray.reports.audit import AuditResult, load_audit
+from udp_ray.reports.statement import AuditMark
 
 KEY = bytes(range(32))
 COIN_KEY = b"sixteen bytes of"
@@ -428,13 +436,69 @@ def test_an_audit_is_continued_with_its_own_settings_only(tmp_path: Path) -> Non
         prepare_canaries(config, SETTINGS)
 
 
-def test_an_audit_in_which_no_canary_is_in_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("train", {"learning_rate": 0.3}, "privacy, model or train"),
+        ("privacy", {"clip_norm": 0.3}, "privacy, model or train"),
+        ("data", {"max_examples_per_user": 3}, "settings of data,"),
+        ("model", {"name": "another"}, "settings of model.name,"),
+    ],
+)
+def test_an_audit_is_continued_with_the_same_run_only(
+    tmp_path: Path, section: str, changes: dict[str, Any], words: str
+) -> None:
+    config = experiment(tmp_path)
+    tokenizer = {"tokenizer": config.tokenizer}  # it stays where the model changes
+    base = config.model_copy(update={"data": config.data.model_copy(update=tokenizer)})
+    prepare_canaries(base, SETTINGS)
+    other = getattr(base, section).model_copy(update=changes)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        prepare_canaries(base.model_copy(update={section: other}), SETTINGS)
+
+
+def test_the_ledger_that_guards_the_store_is_charged(tmp_path: Path) -> None:
+    """Not a new one beside the store, which would know of nothing that was spent."""
+    (tmp_path / "secure").mkdir()
+    elsewhere = f"sqlite:///{tmp_path / 'secure' / 'ledger.sqlite'}"
+    data = text_of_people(tmp_path)
+    config = tiny_experiment(tmp_path, ledger_url=elsewhere, data=data, privacy={"num_steps": 2})
+    assert config.data.ledger is None  # as in the config.yaml of a run
+    possible = require_possible(config)
+    assert possible.data.ledger == elsewhere
+    assert audited_run(possible, SETTINGS).data.ledger == elsewhere
+    other = config.data.model_copy(update={"name": "others"})
+    with pytest.raises(ConfigError, match=r"data\.name is others, but data\.store"):
+        require_possible(config.model_copy(update={"data": other}))
+
+
+def test_the_run_of_an_audit_is_marked(tmp_path: Path) -> None:
+    audited = audited_run(experiment(tmp_path), SETTINGS)
+    mark = AuditMark.of(audit_of(audited))
+    assert mark is not None
+    assert (mark.num_canaries, mark.box) == (40, "black")
+    assert mark.warning() is not None
+
+
+@pytest.mark.parametrize("name", ["audit[1]", "audits*", "audit?"])
+def test_a_folder_that_reads_as_a_pattern_is_refused(tmp_path: Path, name: str) -> None:
+    config = experiment(tmp_path).model_copy(update={"output": str(tmp_path / name)})
+    with pytest.raises(ConfigError, match="give a folder without them"):
+        run_black_box(config, SETTINGS, announce=print)
+
+
+def test_sampled_texts_fit_the_model(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"audit\.text_tokens is 4096, and the \d+ positions"):
+        canaries_of(folder, text="sampled", text_tokens=4096)
+
+
+def test_an_audit_in_which_no_canary_is_in_goes_on(tmp_path: Path) -> None:
     one = replace(SETTINGS, num_canaries=1, num_guesses=1)
     for number in range(64):
         config = experiment(tmp_path).model_copy(update={"output": str(tmp_path / f"{number}")})
         key = number.to_bytes(16, "big")
         if not any(make_canaries(one, writer_of(tmp_path), coin_key=key).is_in):
-            with pytest.raises(ConfigError, match="none of 1 canaries is in, by chance"):
-                prepare_canaries(config, one, coin_key=key)
+            prepare_canaries(config, one, coin_key=key)
+            assert audited_run(config, one).data.input == config.data.input
             return
     pytest.fail("64 coins alike")

@@ -319,3 +319,15 @@ def test_likelihood_scores_are_the_logs_of_density_ratios() -> None:
     assert likelihood_scores(np.zeros((0, 3)), [], probability=0.5).tolist() == [0, 0, 0]
     with pytest.raises(ConfigError, match=r"give \(steps, canaries\)"):
         likelihood_scores(observed, [1.0], probability=0.5)
+
+
+def test_a_run_without_canaries_does_not_continue_one_with_them(store: str, tmp_path: Path) -> None:
+    """Or its model would be released without the mark of an audited run."""
+    run = audited_loop(store, num_steps=2)
+    done = run_on_ranks(1, train_tiny, run, None, None, str(tmp_path))[0].result
+    assert done is not None
+    assert done.location is not None
+    attempt = attempt_at(2, done.location, done.digest)
+    ordinary = replace(run, num_steps=4, num_canaries=0)
+    with pytest.raises(WorldFailed, match=r"continue it with jobs/audit\.py"):
+        run_on_ranks(1, train_tiny, ordinary, None, attempt, str(tmp_path))

@@ -85,6 +85,15 @@ class AuditJobConfig(ExperimentConfig):
                 "privacy.clip_norm is infinite and audit.box white, whose canaries are as large as"
                 " the clip norm: give a finite privacy.clip_norm, or audit.box black"
             )
+        users, canaries = self.privacy.population, self.audit.canary_users
+        is_moved = self.audit.box == "white" and self.privacy.clipping == "adaptive"
+        # Each canary counts as clipped, so many of them would raise the clip norm in each step.
+        if is_moved and users is not None and canaries > users / 4:
+            raise ValueError(
+                f"audit.canary_users is {canaries}, above a quarter of privacy.population ="
+                f" {users}, and canaries move the clip norm of privacy.clipping adaptive: give"
+                " fewer, or another privacy.clipping"
+            )
         return self
 
     def digest(self) -> str:
@@ -109,6 +118,20 @@ def white_canaries_of(config: ExperimentConfig) -> AuditConfig | None:
     """Returns the audit section if canaries are directions that the engine adds; else None."""
     audit = audit_of(config)
     return audit if audit is not None and audit.box == "white" else None
+
+
+def require_option_of(config: AuditJobConfig, argv: Sequence[str] | None = None) -> None:
+    """Refuses `of` in a settings file, which would name a run without taking its settings.
+
+    Raises:
+        ConfigError: `of` was not given as an option.
+    """
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    if config.of is not None and "--of" not in words:
+        raise ConfigError(
+            f"of is {config.of} in the settings file: give it as --of {config.of}, which takes the"
+            " settings of that run"
+        )
 
 
 def with_settings_of(argv: Sequence[str] | None = None) -> list[str]:

@@ -54,6 +54,10 @@ Floats = NDArray[np.float64]
 
 LARGEST_EPSILON = 1000.0
 """Bounds stop here: exp of larger numbers overflows, and no promise is anywhere near."""
+FEWEST_TO_PAIR = 100
+"""Canaries below which two steps may seem to share noise by chance."""
+LEAST_CORRELATION = 0.25
+"""Of the observations of two steps that are compared for shared noise, whose own is about 1."""
 BISECTIONS = 60
 """Halvings of an interval: enough to use up the digits of a float64."""
 
@@ -661,14 +665,17 @@ def _shared_noise(seen: Floats, scale: Floats) -> list[tuple[int, int, float]]:
     Scatter is the median distance from the median, which the canaries that took part in one of the
     two steps move little.
     """
+    if seen.shape[1] < FEWEST_TO_PAIR or len(seen) < 2:
+        return []
+    with np.errstate(invalid="ignore", divide="ignore"):  # a step in which all look alike
+        close = np.triu(np.corrcoef(seen) > LEAST_CORRELATION, 1)
     found = []
-    for first in range(len(seen)):
-        for second in range(first + 1, len(seen)):
-            difference = seen[first] - seen[second]
-            middle = np.median(difference)
-            spread = float(np.median(np.abs(difference - middle)) / special.ndtri(0.75))
-            if spread < math.hypot(scale[first], scale[second]) / 2:
-                found.append((first, second, max(spread, 1e-6)))
+    for first, second in np.argwhere(close).tolist():
+        difference = seen[first] - seen[second]
+        middle = np.median(difference)
+        spread = float(np.median(np.abs(difference - middle)) / special.ndtri(0.75))
+        if spread < math.hypot(scale[first], scale[second]) / 2:
+            found.append((first, second, max(spread, 1e-6)))
     return sorted(found, key=lambda pair: pair[2])
 
 

@@ -53,7 +53,7 @@ Counts = NDArray[np.int64]
 CACHED_BYTES = 2**26
 """Signs of all canaries are kept up to this size (64 MiB), else drawn again in each step."""
 EVERY = slice(None)
-OBSERVED, NOISE = "observed", "noise"
+OBSERVED, NOISE, SEED = "observed", "noise", "seed"
 """Names in a checkpoint."""
 SCORED_VALUES = 2**22
 """Signs multiplied at once (16 MiB as float32). Speed and memory only."""
@@ -91,6 +91,7 @@ class CanaryUsers:
             raise ConfigError(f"audit.canary_users is {num_canaries}: give 1 or more")
         key = RunKey.from_seed(seed)
         self.num_canaries = num_canaries
+        self.seed = seed
         self.is_in = coins_of(seed, num_canaries)
         """Whether each canary is in the population. Scores must not use it."""
         self.num_values = {name: shape.numel() for name, shape in shapes.items()}
@@ -342,6 +343,11 @@ class CanaryKernel:
         return balance - int(numbers.sum())
 
 
+def _seed_to_save(seed: int) -> Tensor:
+    """Returns a seed as two numbers that float64 holds exactly."""
+    return torch.tensor([seed >> 32, seed & (2**32 - 1)], dtype=torch.float64)
+
+
 class CanaryObserver:
     """Scores canaries by what the optimizer receives in each step.
 
@@ -371,7 +377,11 @@ class CanaryObserver:
     def to_save(self) -> dict[str, Tensor]:
         """Returns what a checkpoint holds of the steps so far, float64."""
         observed = self.observed.reshape(-1, self._users.num_canaries)
-        return {OBSERVED: torch.from_numpy(observed), NOISE: torch.from_numpy(self.noise)}
+        return {
+            OBSERVED: torch.from_numpy(observed),
+            NOISE: torch.from_numpy(self.noise),
+            SEED: _seed_to_save(self._users.seed),
+        }
 
     def restore(self, saved: Mapping[str, Tensor], *, step: int) -> None:
         """Continues after the steps of a checkpoint.
@@ -385,11 +395,12 @@ class CanaryObserver:
         """
         shape = (step, self._users.num_canaries)
         found = {name: tuple(values.shape) for name, values in saved.items()}
-        if found != {OBSERVED: shape, NOISE: shape[:1]}:
+        is_ours = found == {OBSERVED: shape, NOISE: shape[:1], SEED: (2,)}
+        if not is_ours or not torch.equal(saved[SEED], _seed_to_save(self._users.seed)):
             raise CheckpointError(
                 f"the checkpoint of step {step} does not hold what was seen of"
-                f" {shape[1]} canaries (audit.canary_users): it is of another run or of another"
-                " audit; use the settings that the run began with"
+                f" {shape[1]} canaries (audit.canary_users) of audit.seed {self._users.seed}: it is"
+                " of another run or of another audit; use the settings that the run began with"
             )
         self._observed = list(saved[OBSERVED].numpy())
         self._noise = saved[NOISE].tolist()

@@ -255,6 +255,11 @@ class TrainingLoop(ABC):
             self._restore_noise(saved)
             if (observer := self.private_step.observer) is not None:
                 observer.restore(saved.canaries, step=saved.step)
+            elif saved.canaries:
+                raise CheckpointError(
+                    f"the checkpoint of step {saved.step} is of a run with canary users, made for"
+                    " an audit: continue it with jobs/audit.py"
+                )
             if self.average is not None:
                 self.average.load(saved.average)
 

@@ -35,7 +35,6 @@ import ray
 from ray.data import Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.context import DataContext, ShuffleStrategy
-from ray.exceptions import RayTaskError
 
 from udp_ray.config.experiment import DataConfig
 from udp_ray.console import current, progress
@@ -71,13 +70,13 @@ from udp_ray.data.read import (
 from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupied
 from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
-from udp_ray.errors import ConfigError, DataError, UdpRayError
+from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.cluster import connected
-from udp_ray.on_ray.tasks import quiet_ray_data
+from udp_ray.on_ray.tasks import own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
@@ -460,13 +459,11 @@ def _own_error(error: BaseException, found: Input) -> BaseException:
 
     Where a reader of Ray's failed, the files are looked at for the one that cannot be read.
     """
+    if (ours := own_error(error)) is not None:
+        return ours
     cause: BaseException | None = error
     innermost = error
-    # Ray also makes classes that inherit from ours and its own: the plain one is further inside.
     while cause is not None:
-        if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
-            # Ours are one line; what follows is Ray's advice on retrying.
-            return type(cause)(str(cause).splitlines()[0])
         innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__
     if isinstance(innermost, UNREADABLE):
         try:

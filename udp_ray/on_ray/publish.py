@@ -141,6 +141,9 @@ def publish_run(
     if budget_message is not None:
         announce(f"training ended at step {record.committed_step}: {budget_message}")
     folder = run.folder
+    mark = run.statement.audit
+    if mark is not None and (warning := mark.warning()) is not None:  # before there is a model
+        write_atomic(folder.path / NOT_FOR_RELEASE_FILE, warning + "\n")
     has_weights = False
     if stopped_by is None or record.checkpoint is not None:
         with without_bars():
@@ -158,8 +161,6 @@ def publish_run(
     total = DatasetTotal.of(run.ledger.spent(run.config.data.name))
     statement = statement.of_run(run.identity(), total)
     statement.save(folder.path)
-    if statement.audit is not None and (warning := statement.audit.warning()) is not None:
-        write_atomic(folder.path / NOT_FOR_RELEASE_FILE, warning + "\n")
     folder.forget_start()
     accountant.finish()
     # Not before: a crash in between would leave a run that can neither end nor be resumed.

@@ -24,10 +24,10 @@ import ray
 from udp_ray.config.synthesize import SynthesizeConfig
 from udp_ray.console import progress
 from udp_ray.data.synthetic import SCHEMA, SyntheticText
-from udp_ray.errors import ConfigError
-from udp_ray.io import require_writable_folder, writing
+from udp_ray.errors import ConfigError, StorageError
+from udp_ray.io import require_writable_folder, vanishes_with_job, writing
 from udp_ray.on_ray.cluster import connected
-from udp_ray.on_ray.tasks import quiet_ray_data
+from udp_ray.on_ray.tasks import own_error, quiet_ray_data
 
 ROWS_PER_GROUP = 20_000
 VERSION = 1
@@ -64,6 +64,11 @@ def synthesize(config: SynthesizeConfig) -> SynthesisResult:
         StorageError: It cannot be written.
     """
     folder = Path(config.output)
+    if vanishes_with_job(folder):
+        raise ConfigError(
+            f"output {folder} lies in Ray's copy of the project, which is removed with the job:"
+            " give an absolute path"
+        )
     require_writable_folder(folder, what="the parquet files")
     missing = [number for number in range(config.num_files) if not _is_there(config, number)]
     unknown = _others(config)
@@ -72,16 +77,22 @@ def synthesize(config: SynthesizeConfig) -> SynthesisResult:
             f"output is {folder}, which holds {unknown[0]} of other settings: give another folder,"
             " or remove its files"
         )
-    with writing("the parquet files", folder):
-        folder.mkdir(parents=True, exist_ok=True)
     if missing:
         with progress("connecting to Ray") as display, connected(config.cluster.address):
             display.phase("writing text", total=len(missing), unit="file")
             with quiet_ray_data():
                 tasks = ray.data.from_items(missing, override_num_blocks=len(missing))
                 written = tasks.map(_write, fn_kwargs={"config": config.model_dump()}, num_cpus=1)
-                for done, _ in enumerate(written.iter_rows(), start=1):
-                    display.advance(done)
+                try:
+                    for done, _ in enumerate(written.iter_rows(), start=1):
+                        display.advance(done)
+                except Exception as error:
+                    raise own_error(error) or error from None
+        if not all(_is_there(config, number) for number in missing):
+            raise StorageError(
+                f"output {folder} does not have the files that other nodes wrote: give a folder on"
+                " a file system that all nodes share"
+            )
     return SynthesisResult(
         output=folder,
         num_users=config.num_users,
@@ -102,6 +113,7 @@ def _write(row: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     start, stop = _range(settings, number)
     try:
         with writing(file.name, file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for first in range(start, stop, ROWS_PER_GROUP):
                     rows = text.rows(first, min(stop, first + ROWS_PER_GROUP))

@@ -16,14 +16,27 @@ from typing import Any, TypeVar
 
 import ray
 from ray.data.context import DataContext
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from udp_ray.console import progress
+from udp_ray.errors import UdpRayError
 
 Result = TypeVar("Result")
 
 IN_FLIGHT_PER_CORE = 4
 """Tasks submitted ahead of time: enough to keep every core busy, few enough to stay cheap."""
+
+
+def own_error(error: BaseException) -> UdpRayError | None:
+    """Returns our error from inside those that Ray has wrapped around it; None if there is none."""
+    cause: BaseException | None = error
+    # Ray also makes classes that inherit from ours and its own: the plain one is further inside.
+    while cause is not None:
+        if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
+            # Ours are one line; what follows is Ray's advice on retrying.
+            return type(cause)(str(cause).splitlines()[0])
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return None
 
 
 def run_tasks(

@@ -20,16 +20,19 @@ when it ends.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from udp_ray.config.audit import AuditConfig, AuditJobConfig, audit_of
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import progress
-from udp_ray.data.remote import is_prepared
+from udp_ray.data.remote import is_prepared, read_manifest
 from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.audit.canary_scores import CanaryExamples, score_canaries
@@ -48,6 +51,7 @@ from udp_ray.io import (
     RUN_FILE,
     OutputFolder,
     require_writable_folder,
+    vanishes_with_job,
     write_atomic,
     writing,
 )
@@ -61,7 +65,7 @@ from udp_ray.reports.statement import PrivacyStatement, load_statement
 from udp_ray.runs.registration import registered
 
 CANARIES_FOLDER, STORE_FOLDER, RUN_FOLDER = "canaries", "store", "run"
-CANARIES_FILE, ROWS_FILE = "canaries.json", "rows.parquet"
+CANARIES_FILE, AUDITED_FILE, ROWS_FILE = "canaries.json", "audited.json", "rows.parquet"
 
 
 def run_black_box(
@@ -74,8 +78,8 @@ def run_black_box(
     """Prepares, trains, scores and reports an audit in `config.output`, or continues it.
 
     Args:
-        config: The run to audit: data, plan, model, kernel and stage. `data.store` is not used; its
-            ledger is, so that the users' budget is charged.
+        config: The run to audit: data, plan, model, kernel and stage. The store at `data.store` is
+            not trained on, but the ledger that guards it is charged.
         settings: Of the audit.
         coin_key: Decides who is in. Default: a new random one.
         announce: Shows a text.
@@ -87,11 +91,10 @@ def run_black_box(
     folder = Path(config.output)
     with progress("checking the input") as display:
         announce = display.announcing(announce)
-        _require_folder(folder)
-        require_usable(config.data, tokenizer=config.tokenizer, model=config.model.name)
+        config = require_possible(config)
         display.phase("writing canaries")
         canaries = prepare_canaries(config, settings, coin_key=coin_key)
-        audited = audited_run(config)
+        audited = audited_run(config, settings)
         announce(
             f"This run is made for an audit, with {settings.num_canaries} synthetic users of whom"
             " about half train. It is charged to the budget of"
@@ -99,12 +102,13 @@ def run_black_box(
         )
         with connected(config.cluster.address):
             if not is_prepared(audited.data.store):
-                prepare(
+                prepared = prepare(
                     audited.data,
                     tokenizer=config.tokenizer,
                     model=config.model.name,
                     never_held_out=canaries.ids,
                 )
+                announce(prepared.to_text())  # a new ledger knows of no earlier spending
             display.phase("checking the canaries in the store")
             examples = stored_examples(audited, canaries)
             statement = _trained(audited, announce)
@@ -125,18 +129,66 @@ def run_black_box(
     return result
 
 
-def audited_run(config: ExperimentConfig) -> ExperimentConfig:
-    """Returns the settings of the run that an audit makes: other store, input and output."""
+def require_possible(config: ExperimentConfig) -> ExperimentConfig:
+    """Checks folder, input and ledger, and returns the settings with the ledger that is charged.
+
+    Raises:
+        ConfigError: The output folder holds something else, or would vanish.
+        UdpRayError: The input or the ledger cannot be used.
+    """
+    _require_folder(Path(config.output))
+    data = config.data.model_copy(update={"ledger": _guarding_ledger(config.data)})
+    require_usable(data, tokenizer=config.tokenizer, model=config.model.name)
+    return config.model_copy(update={"data": data})
+
+
+def _guarding_ledger(data: DataConfig) -> str:
+    """Returns the URL of the ledger that the users' runs are charged to.
+
+    A store names the ledger that it was prepared with, which need not lie beside it.
+    """
+    if not is_prepared(data.store):
+        return data.ledger_url
+    manifest = read_manifest(data.store)
+    if manifest.name != data.name:
+        raise ConfigError(
+            f"data.name is {data.name}, but data.store {data.store} was prepared as"
+            f" {manifest.name}: the name decides whose budget is spent, so correct one of them"
+        )
+    url = data.ledger or manifest.ledger_url
+    Ledger.open(url, expected_id=manifest.ledger_id).close()
+    return url
+
+
+def audited_run(config: ExperimentConfig, settings: BlackBoxSettings) -> AuditJobConfig:
+    """Returns the settings of the run that an audit makes: other store, input and output.
+
+    Its `audit` section is that of these settings, so that the run's statement and model are marked.
+    """
     folder = Path(config.output)
-    rows = str(folder / CANARIES_FOLDER / ROWS_FILE)
+    rows = folder / CANARIES_FOLDER / ROWS_FILE
     data = config.data.model_copy(
         update={
-            "input": [*config.data.input, rows],
+            "input": [*config.data.input, *([str(rows)] if rows.is_file() else [])],
             "store": str(folder / STORE_FOLDER),
             "ledger": config.data.ledger_url,  # that of the users, wherever the new store lies
         }
     )
-    return config.model_copy(update={"data": data, "output": str(folder / RUN_FOLDER)})
+    given = audit_of(config)
+    audit = AuditConfig(
+        box="black",
+        canary_users=settings.num_canaries,
+        seed=settings.seed,
+        confidence=settings.confidence,
+        guesses=settings.num_guesses,
+        accept_canaries=given is not None and given.accept_canaries,
+        canary_text=settings.text,
+        texts_per_canary=settings.texts_per_canary,
+        text_tokens=settings.text_tokens,
+    )
+    values = {name: getattr(config, name) for name in ExperimentConfig.model_fields}
+    values |= {"data": data, "output": str(folder / RUN_FOLDER), "audit": audit}
+    return AuditJobConfig.model_construct(config.model_fields_set | set(values), **values)
 
 
 # ---- canaries
@@ -161,6 +213,7 @@ def prepare_canaries(
     if file.is_file():
         canaries = Canaries.from_json(file.read_text(), source=str(file))
         _require_same(canaries.settings, settings, Path(config.output))
+        _require_same_run(folder / AUDITED_FILE, config)
     else:
         writer = TextWriter.of(
             config.tokenizer, model=config.model.name, block_tokens=config.data.block_tokens
@@ -169,14 +222,11 @@ def prepare_canaries(
         with writing("the canaries", folder):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(OWNER_ONLY)
+        write_atomic(folder / AUDITED_FILE, json.dumps(_what_is_audited(config)))
         write_atomic(file, canaries.to_json())
     rows = canaries.rows(config.data, only_in=True)
-    if not rows.num_rows:
-        raise ConfigError(
-            f"none of {settings.num_canaries} canaries is in, by chance: give a larger"
-            " audit.canary_users, and another output folder"
-        )
-    if not (folder / ROWS_FILE).is_file():
+    # No rows: all coins say out. To refuse that would tell something of the coins of the others.
+    if rows.num_rows and not (folder / ROWS_FILE).is_file():
         with writing(ROWS_FILE, folder):
             temporary = folder / f".{ROWS_FILE}"
             pq.write_table(rows, temporary)
@@ -204,6 +254,16 @@ def stored_examples(audited: ExperimentConfig, canaries: Canaries) -> CanaryExam
 
 
 def _require_folder(folder: Path) -> None:
+    if vanishes_with_job(folder):
+        raise ConfigError(
+            f"output {folder} lies in Ray's copy of the project, which is removed with the job:"
+            " give an absolute path"
+        )
+    if any(letter in str(folder) for letter in "*?["):
+        raise ConfigError(
+            f"output {folder} has one of * ? [ in it, which stand for several files where the"
+            " canaries are read: give a folder without them"
+        )
     require_writable_folder(folder, what="the audit")
     is_ours = (folder / CANARIES_FOLDER / CANARIES_FILE).is_file()
     found = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
@@ -222,6 +282,36 @@ def _require_same(old: BlackBoxSettings, new: BlackBoxSettings, folder: Path) ->
             f" {before[changed[0]]}, and not {now[changed[0]]}: settings are chosen before an"
             " audit, so give another folder, or continue with the same settings"
         )
+
+
+def _what_is_audited(config: ExperimentConfig) -> dict[str, Any]:
+    """Returns the settings that decide the run and the scores, which are chosen beforehand."""
+    data = config.data.model_dump(mode="json", exclude={"store", "cache", "ledger"})
+    plain = ExperimentConfig.model_construct(
+        **{name: getattr(config, name) for name in ExperimentConfig.model_fields}
+    )
+    return {
+        "data": data,
+        "model.name": config.model.name,
+        "data.tokenizer": config.tokenizer,
+        "privacy, model or train": plain.digest(),
+    }
+
+
+def _require_same_run(file: Path, config: ExperimentConfig) -> None:
+    """Refuses to go on with another run, or to score with another base model.
+
+    Raises:
+        ConfigError: The settings of the run have changed.
+    """
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    now = json.loads(json.dumps(_what_is_audited(config)))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"output {config.output} holds an audit with other settings of {name}, which are"
+                " chosen before an audit: give those, or another folder"
+            )
 
 
 # ---- the run

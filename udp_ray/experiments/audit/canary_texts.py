@@ -29,7 +29,8 @@ from udp_ray.config.experiment import DataConfig
 from udp_ray.data.tokenize import TextEncoder
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.models.generate import Batch, ModelSource, Sampler, Sampling
-from udp_ray.models.hub import load_tokenizer, tokenizer_fingerprint
+from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
+from udp_ray.models.positions import num_positions
 
 CanaryText = Literal["random", "rare", "sampled"]
 
@@ -297,6 +298,14 @@ class TextWriter:
         }
 
     def _sampled(self, settings: BlackBoxSettings, number: int) -> list[str]:
+        context = list(self.encoder.prefix) or [self.encoder.info.eos_id]
+        positions = num_positions(model_config(self.model))
+        if positions is not None and settings.text_tokens + len(context) > positions:
+            raise ConfigError(
+                f"audit.text_tokens is {settings.text_tokens}, and the {positions} positions of"
+                f" model.name {self.model!r} also hold {len(context)} before it: give"
+                f" {positions - len(context)} or less"
+            )
         sampler = Sampler(
             ModelSource(self.model),
             Sampling(
@@ -306,7 +315,6 @@ class TextWriter:
                 compare_base=False,
             ),
         )
-        context = list(self.encoder.prefix) or [self.encoder.info.eos_id]
         found: dict[int, str] = {}
         for attempt in range(MOST_ATTEMPTS):
             missing = [n for n in range(number) if n not in found]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from udp_ray.config.audit import AuditJobConfig
 from udp_ray.config.privacy import PrivacyConfig
-from udp_ray.dp.auditing import one_run_ceiling
+from udp_ray.data.remote import is_prepared
+from udp_ray.dp.auditing import Guesses, one_run_bound
 from udp_ray.errors import ConfigError
 from udp_ray.io import PRIVACY_FILE
 from udp_ray.reports.audit import AuditResult
@@ -38,7 +39,8 @@ def settings_of(config: AuditJobConfig) -> tuple[AuditJobConfig, AuditedRun | No
     """Returns the settings of the audited run, and the run that they are taken of, if any.
 
     Of a run at `config.of` the noise multiplier is that of its statement, so that fewer steps have
-    the noise of the run, and not less. A `privacy.epsilon` that was given beside it wins.
+    the noise of the run, and not less. Another `privacy.epsilon` that was given beside it wins. A
+    seed is left out: the audit has a key of its own.
 
     Raises:
         ConfigError: The output folder is that of the run, or it is no run.
@@ -55,13 +57,12 @@ def settings_of(config: AuditJobConfig) -> tuple[AuditJobConfig, AuditedRun | No
     statement = load_statement(folder / PRIVACY_FILE)
     if isinstance(statement, SweepStatement):
         raise ConfigError(f"of is {folder}, which holds a sweep: give the folder of one run")
-    privacy = config.privacy
-    if privacy.epsilon is not None and privacy.epsilon == statement.plan.target_epsilon:
-        values = privacy.model_dump(exclude_unset=True) | {
-            "epsilon": None,
-            "noise_multiplier": statement.plan.noise_multiplier,
-        }
-        privacy = PrivacyConfig.model_validate(values)
+    values = config.privacy.model_dump(exclude_unset=True) | {"seed": None}  # a key of its own
+    epsilon = config.privacy.epsilon
+    if epsilon is not None and epsilon == statement.plan.target_epsilon:
+        noise = {"epsilon": None, "noise_multiplier": statement.plan.noise_multiplier}
+        values |= noise
+    privacy = PrivacyConfig.model_validate(values)
     changed = config.model_copy(update={"of": None, "privacy": privacy})
     return changed, AuditedRun(folder, statement)
 
@@ -69,15 +70,37 @@ def settings_of(config: AuditJobConfig) -> tuple[AuditJobConfig, AuditedRun | No
 def describe_audit(config: AuditJobConfig) -> str:
     """Returns what an audit would measure at best, and what it charges."""
     audit = config.audit
-    ceiling = one_run_ceiling(
-        audit.canary_users, delta=config.privacy.delta, confidence=audit.confidence
-    )
+    other = "data.store" if audit.box == "white" else "data.name, data.input and data.ledger"
+    all_right = Guesses(audit.canary_users, audit.num_guesses, audit.num_guesses)
+    ceiling = one_run_bound(all_right, delta=config.privacy.delta, confidence=audit.confidence)
     return wrap(
         f"Audit ({audit.box} box): {audit.canary_users:,} canary users, {audit.num_guesses:,}"
         f" guesses, {100 * audit.confidence:g}% confidence. No bound on epsilon above {ceiling:.3g}"
         f" is possible. The audited run is charged to the total of {config.data.name} like any"
-        " other run; audit another data.store to spare it."
+        f" other run; audit another {other} to spare it."
     )
+
+
+def describe_dry_run(config: AuditJobConfig) -> str:
+    """Returns what an audit would do, after the checks that need no cluster.
+
+    Raises:
+        UdpRayError: What `run_audit` would refuse before it starts.
+    """
+    text = describe_audit(config)
+    if config.audit.box == "black":
+        from udp_ray.experiments.audit.black_box import require_possible
+
+        require_possible(config)
+        privacy = config.privacy
+        is_els = privacy.sampling == "els"
+        counted = privacy.num_examples if is_els else privacy.population
+        if counted is None and not is_prepared(config.data.store):
+            field = "privacy.num_examples" if is_els else "privacy.population"
+            return f"{text}\n\nThe price follows from the store that is made: {field} is not given."
+    from udp_ray.runs.dry_run import describe_run
+
+    return f"{text}\n\n{describe_run(config)}"
 
 
 def run_audit(

@@ -30,10 +30,10 @@ from udp_ray.dp.auditing import (
     likelihood_scores,
 )
 from udp_ray.dp.plan import PrivacyPlan
-from udp_ray.errors import DataError
+from udp_ray.errors import ConfigError, DataError
 from udp_ray.io import CANARIES_FILE, PRIVACY_FILE, RUN_FILE, OutputFolder
 from udp_ray.on_ray.train import train
-from udp_ray.reports.audit import AuditResult, write_audit
+from udp_ray.reports.audit import AUDIT_FILE, AuditResult, load_audit, write_audit
 from udp_ray.reports.statement import PrivacyStatement
 from udp_ray.runs.admission import check_manifest, open_guarding_ledger
 
@@ -103,9 +103,37 @@ def run_white_box(
     if not (resume and _has_ended(config)):
         train(config, resume=resume, announce=announce)
     statement = PrivacyStatement.load(output / PRIVACY_FILE)
+    _require_same(config, statement)
     result = result_of(config, statement, Observations.load(output / CANARIES_FILE))
     write_audit(output, result)
     return result
+
+
+def _require_same(config: AuditJobConfig, statement: PrivacyStatement) -> None:
+    """Refuses to judge a run with other canaries, or with what was chosen after scores were seen.
+
+    Raises:
+        ConfigError: The settings are not those that the audit began with.
+    """
+    run, audit = statement.run, config.audit
+    if run is not None and run.config_digest != config.digest():
+        raise ConfigError(
+            f"output {config.output} holds an audit of other settings: give those that it began"
+            " with, or another folder"
+        )
+    file = Path(config.output) / AUDIT_FILE
+    if not file.is_file():
+        return
+    old = load_audit(file)
+    for name, before, now in (
+        ("guesses", old.num_guesses, audit.num_guesses),
+        ("confidence", old.confidence, audit.confidence),
+    ):
+        if before != now:
+            raise ConfigError(
+                f"audit.{name} is {now}, and the audit in {config.output} began with {before}: it"
+                " is chosen before scores are seen, so give that, or another folder"
+            )
 
 
 def _has_ended(config: AuditJobConfig) -> bool:
@@ -194,10 +222,13 @@ def _p_values(
     whole = curve_p_value(guesses, epsilons=CURVE, deltas=deltas)
     right = int(((scores > 0) == is_in).sum())
     alone = independent_p_value(right, len(scores), advantage=float(deltas[0]))
-    family = plan_bound(plan, guesses, confidence=confidence)
+    try:
+        family = f"epsilon >= {plan_bound(plan, guesses, confidence=confidence):.3g} with the same"
+    except ConfigError:  # a curve that cannot be computed must not cost the audit its bound
+        family = "not known, since its curve cannot be computed; else with the same"
     return {
-        "plan's own": f"epsilon >= {family:.3g} with the same confidence, if the mechanism is the"
-        " plan's with noise of another scale",
+        "plan's own": f"{family} confidence, if the mechanism is the plan's with noise of another"
+        " scale",
         "whole promise": f"p-value {whole:.3g} at all epsilons of the plan at once, for any"
         " mechanism",
         "if independent": f"p-value {alone:.3g} of {right} right of {len(scores)}, if the noise"
@@ -241,11 +272,16 @@ def plan_bound(plan: PrivacyPlan, guesses: Guesses, *, confidence: float) -> flo
             return False
         return is_curve_rejected(guesses, epsilons=CURVE, deltas=deltas, confidence=confidence)
 
-    low, high = 1 / NOISE_RANGE, NOISE_RANGE
-    if not is_rejected(high):
+    if not is_rejected(NOISE_RANGE):
         return 0.0
-    if is_rejected(low):
-        return with_noise(low).epsilon()
+    # From much noise to little, whose curves take far longer.
+    high = NOISE_RANGE
+    for low in (2.0, 1.0, 0.5, 1 / NOISE_RANGE):
+        if not is_rejected(low):
+            break
+        high = low
+    else:
+        return with_noise(high).epsilon()
     while high / low > 1 + NOISE_PRECISION:
         middle = float(np.sqrt(low * high))
         low, high = (low, middle) if is_rejected(middle) else (middle, high)
