@@ -132,6 +132,8 @@ def audited_loop(store: str, **changes: object) -> TinyRun:
     return replace(run, **changes)  # type: ignore[arg-type]
 
 
+FOUR_RANKS = pytest.param(4, {"zero_stage": 1, "kernel": "ghost"}, marks=pytest.mark.slow)
+
 VARIANTS: dict[str, dict[str, object]] = {
     "uls": {},
     "els": {"sampling": "els", "num_examples": 48, "cohort_size": 12},
@@ -155,7 +157,7 @@ def alone(store: str) -> dict[str, TinyOutcome]:
         (2, {}),
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3, "kernel": "ghost"}),
-        pytest.param(4, {"zero_stage": 1, "kernel": "ghost"}, marks=pytest.mark.slow),
+        FOUR_RANKS,
         (2, {"fuse_reduce": True}),
     ],
     ids=str,
