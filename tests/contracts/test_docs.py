@@ -469,6 +469,7 @@ def test_the_readme_is_short_and_opens_with_what_it_is() -> None:
         "In a notebook",
         "Your own data in five minutes",
         "On a cluster",
+        "Speed",
         "Documentation",
     ]
 
