@@ -85,7 +85,14 @@ def test_many_canaries_do_not_move_an_adaptive_clip_norm() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--of", "runs/a"], ["--of=runs/a"]])
-def test_the_settings_of_a_run_are_those_of_its_folder(arguments: list[str]) -> None:
+def test_the_settings_of_a_run_are_those_of_its_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--of runs/a holds no config\.yaml"):
+        with_settings_of([*arguments, "--output", "b"])
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").touch()
     found = with_settings_of([*arguments, "--output", "b"])
     assert found == ["--config", "runs/a/config.yaml", *arguments, "--output", "b"]
     assert with_settings_of(["--config", "c.yaml"]) == ["--config", "c.yaml"]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from udp_ray.config.audit import AuditJobConfig
 from udp_ray.config.base import SECTIONS
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.sweep import SweepJobConfig
@@ -52,7 +53,9 @@ def test_settings_need_no_file(file: Path) -> None:
 
 def test_each_settings_class_takes_its_own_sections_of_a_file(file: Path) -> None:
     assert SweepJobConfig.load(file, ["sweep.group_size=4"]).sweep.group_size == [4]
-    assert set(ExperimentConfig.model_fields) | set(SweepJobConfig.model_fields) == SECTIONS
+    assert AuditJobConfig.load(file, ["audit.seed=4"]).audit.seed == 4
+    jobs = set(SweepJobConfig.model_fields) | set(AuditJobConfig.model_fields) - {"of"}
+    assert set(ExperimentConfig.model_fields) | jobs == SECTIONS
 
 
 def test_what_was_loaded_is_written_and_read_as_the_same(file: Path, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ AUDIT = "--config WORLD/train.yaml --output TMP/out"
 AUDITS = {
     "an audit without canaries": bad(
         "audit", f"{AUDIT} --audit.canary_users 0", "audit.canary_users", "0", "greater than 0",
+        as_process=True,
     ),
     "more guesses than canaries": bad(
         "audit", f"{AUDIT} --audit.canary_users 10 --audit.guesses 11", "audit.guesses", "11",
@@ -84,7 +85,7 @@ AUDITS = {
         "audit", f"{AUDIT} --of WORLD/run", "--of", "--config", "leave --config out",
     ),
     "an audit of a run without settings": bad(
-        "audit", "--of WORLD/run --output TMP/out", "--config", "WORLD/run", "give a readable",
+        "audit", "--of WORLD/run --output TMP/out", "--of", "WORLD/run", "give the output folder",
     ),
     "an audit in a folder that is not empty": bad(
         "audit", "--config WORLD/train.yaml --output WORLD/run", "output", "WORLD/run",
@@ -1179,6 +1180,13 @@ OTHERS = {
     "a demo of a missing input": bad(
         "demo", f"{DEMO} --data.store TMP/demo/store --data.input TMP/none.parquet", "data.input",
         "none.parquet", "correct the path",
+    ),
+    "an audit of a run that is missing": bad(
+        "audit", "--of TMP/none --output TMP/out", "--of", "TMP/none", "give the output folder",
+    ),
+    "a black box audit in a folder of others": bad(
+        "audit", "--config WORLD/train.yaml --audit.box black --output WORLD/full", "output",
+        "WORLD/full", "give another folder",
     ),
     "fewer synthetic texts than users": bad(
         "synthesize", "--num_users 10 --num_texts 9 --output TMP/out", "num_texts", "is 9",

@@ -420,6 +420,7 @@ def test_the_world_is_one_in_which_the_jobs_work(
         "mean_estimation": ["--config", f"{world}/mean_estimation.yaml", "--dry-run"],
         "benchmark": ["--config", f"{world}/benchmark.yaml", "--output", "x", "--dry-run"],
         "study": ["--config", f"{world}/study.yaml", "--output", "x", "--dry-run"],
+        "audit": ["--config", f"{world}/train.yaml", "--output", f"{scratch}/out", "--dry-run"],
         "synthesize": ["--output", f"{scratch}/out", "--dry-run"],
         "demo": [
             "--config", f"{world}/train.yaml", "--output", f"{scratch}/demo/private",

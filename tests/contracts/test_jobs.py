@@ -204,7 +204,7 @@ MISTAKES = {
         ["study.contestants", "faster"],
     ),
     "audit of a run that is not there": (
-        "audit", ["--of", "TMP/none", "--output", "TMP/out"], ["--config", "TMP/none"],
+        "audit", ["--of", "TMP/none", "--output", "TMP/out"], ["--of", "TMP/none"],
     ),
     "study of an unknown variant": (
         "study", ["--only", "bandit", "--output", "TMP/out"], ["only", "bandit"],

@@ -418,6 +418,7 @@ def trained(
     return study, folder, run_and_report(study, folder)
 
 
+@pytest.mark.slow
 def test_a_study_trains_each_cell_and_goes_on_after_a_failed_one(
     trained: tuple[PlannedStudy, StudyFolder, str],
 ) -> None:
@@ -436,6 +437,7 @@ def test_a_study_trains_each_cell_and_goes_on_after_a_failed_one(
     assert (folder.path / "differences.png").is_file()
 
 
+@pytest.mark.slow
 def test_equal_seeds_have_equal_cohorts_and_noise(
     trained: tuple[PlannedStudy, StudyFolder, str],
 ) -> None:
@@ -446,6 +448,7 @@ def test_equal_seeds_have_equal_cohorts_and_noise(
     assert abs(first - second) > SAME  # two seeds differ, so that the above says something
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_trained_again(
     trained: tuple[PlannedStudy, StudyFolder, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,7 +141,7 @@ def with_settings_of(argv: Sequence[str] | None = None) -> list[str]:
         argv: The arguments; default: those of the process.
 
     Raises:
-        ConfigError: --config is given as well.
+        ConfigError: --config is given as well, or the run has no settings file.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     names = [word.partition("=")[0] for word in arguments]
@@ -158,4 +158,9 @@ def with_settings_of(argv: Sequence[str] | None = None) -> list[str]:
         value = arguments[place + 1] if place + 1 < len(arguments) else ""
     if not value or value.startswith("--"):
         return arguments  # the parser says what is missing
-    return ["--config", str(Path(value) / CONFIG_FILE), *arguments]
+    file = Path(value) / CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(
+            f"--of {value} holds no {CONFIG_FILE}: give the output folder of a run that has ended"
+        )
+    return ["--config", str(file), *arguments]
