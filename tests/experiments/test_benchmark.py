@@ -5,6 +5,9 @@ No test here asserts a speed: `jobs/benchmark.py` measures, and says which aims 
 
 import json
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +52,7 @@ from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluatio
 from udp_ray.experiments.benchmark.noise import measure_noise_draws
 from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
-from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation
+from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation, watching
 from udp_ray.experiments.benchmark.settings import (
     BASELINE,
     BenchmarkConfig,
@@ -410,6 +413,15 @@ def test_seconds_of_processes_that_a_program_starts_are_counted(tmp_path: Path) 
     )
     assert 0.5 < found.processor_s < 3
     assert len(found.peak_bytes) == 2
+
+
+def test_seconds_of_a_block_count_processes_that_ended_and_nothing_before() -> None:
+    burn = "import time\nwhile time.process_time() < 1: pass"
+    while time.process_time() < 1.5:  # this process has a past
+        pass
+    with watching() as found:
+        subprocess.run([sys.executable, "-c", burn], check=True)
+    assert 0.5 < found.processor_s < 1.5
 
 
 def test_padding_is_counted_from_the_lengths_of_ragged_users() -> None:

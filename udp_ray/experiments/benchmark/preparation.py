@@ -24,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -53,14 +55,15 @@ prepare_once(*sys.argv[1:])
 """
 STEADY = """
 import sys, time
-from udp_ray.experiments.benchmark.preparation import WARM_UP_FILE, prepare_once, processor_seconds
+from udp_ray.experiments.benchmark.preparation import WARM_UP_FILE, prepare_once, watching
 from udp_ray.on_ray.cluster import connected
 folder, file, store = sys.argv[1:]
 with connected():
     prepare_once(folder, WARM_UP_FILE, "warm-up")
-    clock, processor = time.perf_counter(), processor_seconds()
-    prepare_once(folder, file, store)
-    print(time.perf_counter() - clock, processor_seconds() - processor)
+    clock = time.perf_counter()
+    with watching() as found:
+        prepare_once(folder, file, store)
+    print(time.perf_counter() - clock, found.processor_s)
 """
 ROWS_FILE, WARM_UP_FILE = "rows.parquet", "warm-up.parquet"
 
@@ -223,46 +226,62 @@ class _Watched:
     names: dict[int, str] = field(default_factory=dict)
     processor: dict[int, float] = field(default_factory=dict)
     """Seconds on a processor of each process, as last seen."""
+    before: dict[int, float] = field(default_factory=dict)
+    """The same of those that ran before, when they were first seen."""
     peak_bytes: dict[int, int] = field(default_factory=dict)
     """Peak resident memory of each process, pages of the object store included."""
 
     @property
     def processor_s(self) -> float:
-        return sum(self.processor.values())
+        return sum(self.processor.values()) - sum(self.before.values())
+
+
+@contextmanager
+def watching(root: int | None = None) -> Iterator[_Watched]:
+    """Yields what a process and all below it take while the block lasts, those that end included.
+
+    Args:
+        root: The process. Default: this one.
+    """
+    found, ended = _Watched(), threading.Event()
+    root = os.getpid() if root is None else root
+
+    def look() -> None:
+        for number in _tree(root):
+            _look_at(number, found)
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            look()
+
+    look()
+    found.before.update(found.processor)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
+        look()
 
 
 def _watched(program: str, folder: Path, store: str) -> _Watched:
     """Runs a program with the folder, the file of the rows and the name of its store."""
-    found = _Watched()
     command = [sys.executable, "-c", program, str(folder), ROWS_FILE, store]
     start = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        ended = threading.Event()
-
-        def watch() -> None:
-            while not ended.wait(POLL_S):
-                for number in _tree(process.pid):
-                    _look_at(number, found)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process,
+        watching(process.pid) as found,
+    ):
         found.output, errors = process.communicate()
         found.seconds = time.perf_counter() - start
-        ended.set()
-        watcher.join()
+    found.before.clear()  # this process was new
     if process.returncode:
         raise BenchmarkError(f"prepare failed in the benchmark:\n{errors}")
     return found
-
-
-def processor_seconds() -> float:
-    """Returns the seconds on a processor of this process and all below it that live."""
-    found = _Watched()
-    for number in _tree(os.getpid()):
-        _look_at(number, found)
-    return found.processor_s
 
 
 def _tree(root: int) -> list[int]:
