@@ -90,6 +90,19 @@ def vanishes_with_job(path: Path) -> bool:
     )
 
 
+def require_lasting(output: Path) -> None:
+    """Refuses an output folder that vanishes with the job.
+
+    Raises:
+        ConfigError: With the remedy.
+    """
+    if vanishes_with_job(output):
+        raise ConfigError(
+            f"output {output} lies in a job's temporary package directory and would vanish with the"
+            " job: give an absolute path"
+        )
+
+
 # ---- refusals of the disk
 
 
@@ -341,11 +354,7 @@ class OutputFolder:
             ConfigError: With the remedy.
             StorageError: If the folder cannot be written.
         """
-        if vanishes_with_job(self.path):
-            raise ConfigError(
-                f"output {self.path} lies in a job's temporary package directory and would vanish"
-                " with the job: give an absolute path"
-            )
+        require_lasting(self.path)
         require_writable_folder(self.path)
         if resume and not (self.path / RUN_FILE).is_file():
             raise ConfigError(

@@ -102,11 +102,16 @@ class AuditJobConfig(ExperimentConfig):
             mode="json",
             exclude={"confidence", "guesses", "accept_canaries"},  # which change no step
         )
-        run = ExperimentConfig.model_construct(
-            **{name: getattr(self, name) for name in ExperimentConfig.model_fields}
-        ).digest()
+        run = without_audit(self).digest()
         text = json.dumps({"run": run, "audit": canaries}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def without_audit(config: ExperimentConfig) -> ExperimentConfig:
+    """Returns the settings of the run alone, without those of an audit."""
+    return ExperimentConfig.model_construct(
+        **{name: getattr(config, name) for name in ExperimentConfig.model_fields}
+    )
 
 
 def audit_of(config: ExperimentConfig) -> AuditConfig | None:

@@ -224,18 +224,22 @@ def one_run_bound(
     return max(found, default=0.0)
 
 
-def one_run_ceiling(num_canaries: int, *, delta: float, confidence: float) -> float:
-    """Returns the largest bound that `one_run_bound` can give with so many canaries.
+def one_run_ceiling(
+    num_canaries: int, *, delta: float, confidence: float, num_guesses: int | None = None
+) -> float:
+    """Returns the largest bound that `one_run_bound` can give with so many canaries and guesses.
 
-    It is that of guessing at all of them and being right each time: the p-value falls with more
-    guesses if all are right, and with more right ones of the same number.
+    It is that of being right each time. Without a number of guesses it is that of guessing at all
+    canaries: the p-value falls with more guesses if all are right, and with more right ones of the
+    same number.
 
     Example:
         >>> [round(one_run_ceiling(m, delta=1e-6, confidence=0.95), 2) for m in (10, 100, 1000)]
         [1.05, 3.49, 5.81]
     """
-    everything = Guesses(num_canaries, num_canaries, num_canaries)
-    return one_run_bound(everything, delta=delta, confidence=confidence)
+    number = num_canaries if num_guesses is None else num_guesses
+    all_right = Guesses(num_canaries, number, number)
+    return one_run_bound(all_right, delta=delta, confidence=confidence)
 
 
 # ---- Gaussian mechanisms, and promises in the form of a curve

@@ -76,7 +76,7 @@ from udp_ray.ledger.database import parse_url, public_url
 from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
 from udp_ray.on_ray.cluster import connected
-from udp_ray.on_ray.tasks import own_error, quiet_ray_data
+from udp_ray.on_ray.tasks import causes_of, own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
@@ -461,10 +461,7 @@ def _own_error(error: BaseException, found: Input) -> BaseException:
     """
     if (ours := own_error(error)) is not None:
         return ours
-    cause: BaseException | None = error
-    innermost = error
-    while cause is not None:
-        innermost, cause = cause, getattr(cause, "cause", None) or cause.__cause__
+    *_, innermost = causes_of(error)
     if isinstance(innermost, UNREADABLE):
         try:
             for pieces, columns, _ in found.parts:

@@ -25,7 +25,7 @@ from udp_ray.config.synthesize import SynthesizeConfig
 from udp_ray.console import progress
 from udp_ray.data.synthetic import SCHEMA, SyntheticText
 from udp_ray.errors import ConfigError, StorageError
-from udp_ray.io import require_writable_folder, vanishes_with_job, writing
+from udp_ray.io import require_lasting, require_writable_folder, writing
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.tasks import own_error, quiet_ray_data
 
@@ -64,11 +64,7 @@ def synthesize(config: SynthesizeConfig) -> SynthesisResult:
         StorageError: It cannot be written.
     """
     folder = Path(config.output)
-    if vanishes_with_job(folder):
-        raise ConfigError(
-            f"output {folder} lies in Ray's copy of the project, which is removed with the job:"
-            " give an absolute path"
-        )
+    require_lasting(folder)
     require_writable_folder(folder, what="the parquet files")
     missing = [number for number in range(config.num_files) if not _is_there(config, number)]
     unknown = _others(config)

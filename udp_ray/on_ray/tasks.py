@@ -27,15 +27,21 @@ IN_FLIGHT_PER_CORE = 4
 """Tasks submitted ahead of time: enough to keep every core busy, few enough to stay cheap."""
 
 
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """Yields an error and those that Ray has wrapped it around, the innermost last."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+
+
 def own_error(error: BaseException) -> UdpRayError | None:
     """Returns our error from inside those that Ray has wrapped around it; None if there is none."""
-    cause: BaseException | None = error
-    # Ray also makes classes that inherit from ours and its own: the plain one is further inside.
-    while cause is not None:
+    for cause in causes_of(error):
+        # Ray also makes classes that inherit from ours and its own: the plain one is further in.
         if isinstance(cause, UdpRayError) and not isinstance(cause, RayTaskError):
             # Ours are one line; what follows is Ray's advice on retrying.
             return type(cause)(str(cause).splitlines()[0])
-        cause = getattr(cause, "cause", None) or cause.__cause__
     return None
 
 

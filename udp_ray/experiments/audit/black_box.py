@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from udp_ray.config.audit import AuditConfig, AuditJobConfig, audit_of
+from udp_ray.config.audit import AuditConfig, AuditJobConfig, audit_of, without_audit
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import progress
 from udp_ray.data.remote import is_prepared, read_manifest
@@ -50,8 +50,8 @@ from udp_ray.io import (
     PRIVACY_FILE,
     RUN_FILE,
     OutputFolder,
+    require_lasting,
     require_writable_folder,
-    vanishes_with_job,
     write_atomic,
     writing,
 )
@@ -254,11 +254,7 @@ def stored_examples(audited: ExperimentConfig, canaries: Canaries) -> CanaryExam
 
 
 def _require_folder(folder: Path) -> None:
-    if vanishes_with_job(folder):
-        raise ConfigError(
-            f"output {folder} lies in Ray's copy of the project, which is removed with the job:"
-            " give an absolute path"
-        )
+    require_lasting(folder)
     if any(letter in str(folder) for letter in "*?["):
         raise ConfigError(
             f"output {folder} has one of * ? [ in it, which stand for several files where the"
@@ -287,14 +283,11 @@ def _require_same(old: BlackBoxSettings, new: BlackBoxSettings, folder: Path) ->
 def _what_is_audited(config: ExperimentConfig) -> dict[str, Any]:
     """Returns the settings that decide the run and the scores, which are chosen beforehand."""
     data = config.data.model_dump(mode="json", exclude={"store", "cache", "ledger"})
-    plain = ExperimentConfig.model_construct(
-        **{name: getattr(config, name) for name in ExperimentConfig.model_fields}
-    )
     return {
         "data": data,
         "model.name": config.model.name,
         "data.tokenizer": config.tokenizer,
-        "privacy, model or train": plain.digest(),
+        "privacy, model or train": without_audit(config).digest(),
     }
 
 

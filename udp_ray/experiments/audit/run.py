@@ -13,7 +13,7 @@ from pathlib import Path
 from udp_ray.config.audit import AuditJobConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.data.remote import is_prepared
-from udp_ray.dp.auditing import Guesses, one_run_bound
+from udp_ray.dp.auditing import one_run_ceiling
 from udp_ray.errors import ConfigError
 from udp_ray.io import PRIVACY_FILE
 from udp_ray.reports.audit import AuditResult
@@ -71,8 +71,12 @@ def describe_audit(config: AuditJobConfig) -> str:
     """Returns what an audit would measure at best, and what it charges."""
     audit = config.audit
     other = "data.store" if audit.box == "white" else "data.name, data.input and data.ledger"
-    all_right = Guesses(audit.canary_users, audit.num_guesses, audit.num_guesses)
-    ceiling = one_run_bound(all_right, delta=config.privacy.delta, confidence=audit.confidence)
+    ceiling = one_run_ceiling(
+        audit.canary_users,
+        num_guesses=audit.num_guesses,
+        delta=config.privacy.delta,
+        confidence=audit.confidence,
+    )
     return wrap(
         f"Audit ({audit.box} box): {audit.canary_users:,} canary users, {audit.num_guesses:,}"
         f" guesses, {100 * audit.confidence:g}% confidence. No bound on epsilon above {ceiling:.3g}"

@@ -21,7 +21,7 @@ from typing import Any
 
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.study.settings import OWN_FIELDS, Cell, PlannedStudy
-from udp_ray.io import require_writable_folder, vanishes_with_job, write_atomic, writing
+from udp_ray.io import require_lasting, require_writable_folder, write_atomic, writing
 
 MARK = "study.yaml"
 CELLS, STORES, HELDOUT = "cells", "stores", "heldout"
@@ -46,11 +46,7 @@ class StudyFolder:
             ConfigError: With the remedy.
             StorageError: If the folder cannot be written.
         """
-        if vanishes_with_job(self.path):
-            raise ConfigError(
-                f"output {self.path} lies in a job's temporary package directory and would vanish"
-                " with the job: give an absolute path"
-            )
+        require_lasting(self.path)
         require_writable_folder(self.path, what=MARK)
         if not self.is_claimed and self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
