@@ -1,5 +1,6 @@
 """How jobs read their settings, and how they refuse a mistake."""
 
+import signal
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from udp_ray.config.base import Section
-from udp_ray.config.cli import DRY_RUN, RESUME, Job, parse
+from udp_ray.config.cli import DRY_RUN, RESUME, Job, parse, run_job
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.config.sweep import SweepJobConfig
@@ -328,3 +329,35 @@ def test_a_users_mistake_exits_with_two_and_no_traceback() -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "error: data.user_column 'who' is not in the input\n"
+
+
+STOPPED = """
+    import signal
+    from udp_ray.config.cli import run_job
+    def main():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            print("cleaned up", flush=True)
+    run_job(main)
+"""
+
+
+def test_sigterm_lets_a_job_clean_up_and_exits_with_143() -> None:
+    program = textwrap.dedent(STOPPED)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned up\n", "terminated\n")
+
+
+def test_an_interrupt_exits_with_130() -> None:
+    program = textwrap.dedent(STOPPED).replace("SIGTERM", "SIGINT")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
+def test_another_exit_status_of_a_job_stays() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        run_job(lambda: sys.exit(7))
+    assert end.value.code == 7
+    assert signal.getsignal(signal.SIGTERM) is before

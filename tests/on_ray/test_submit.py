@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,8 +17,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import udp_ray
+from tests.support.fault_points import reached
+from tests.support.faults import TRAIN_WORKER
 from tests.support.heads import RayHead
+from tests.support.placements import ACCOUNTANT
+from tests.support.recovery import TOLERANCE, require_unreleased, weights
 from tests.support.runs import text_of_people, tiny_experiment
+from tests.support.training import distance
 from udp_ray.data.store import TokenStore
 from udp_ray.ledger.ledger import Ledger
 from udp_ray.reports.verify import verify
@@ -24,6 +31,18 @@ from udp_ray.runs.provenance import code_digest
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 NUM_STEPS = 4
+STOPPED_STEP = 3  # after the checkpoint of step 2
+PATIENCE_S = 30.0
+PHASES = (
+    "loading libraries", "verifying the store", "checking the model", "loading Ray Train",
+    "connecting to Ray", "starting workers", "training", "publishing", "disconnecting from Ray",
+)  # fmt: skip
+LOG_OF_THE_LAST_JOB = """
+from ray.job_submission import JobSubmissionClient
+client = JobSubmissionClient("http://127.0.0.1:8265")
+last = max(client.list_jobs(), key=lambda job: job.start_time)
+print(client.get_job_logs(last.submission_id), end="")
+"""
 RUNTIME_ENV = {"env_vars": {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}}
 
 pytestmark = pytest.mark.slow
@@ -79,12 +98,25 @@ def test_a_submitted_job_prepares_a_store(prepared: TokenStore, project: Path) -
         assert ledger.id == prepared.manifest.ledger_id
 
 
-def test_a_submitted_job_trains_with_the_code_that_was_submitted(
-    head: RayHead, project: Path, prepared: TokenStore
-) -> None:
+class Trained(NamedTuple):
+    """An undisturbed run."""
+
+    output: Path
+    log: str
+
+
+@pytest.fixture(scope="module")
+def trained(head: RayHead, project: Path, prepared: TokenStore) -> Trained:
     output = project / "trained"
     done = submitted(head, "train", project, "--output", str(output))
     assert done.returncode == 0, done.stdout
+    return Trained(output, done.stdout)
+
+
+def test_a_submitted_job_trains_with_the_code_that_was_submitted(
+    trained: Trained, prepared: TokenStore
+) -> None:
+    output = trained.output
     assert AutoModelForCausalLM.from_pretrained(output)
     assert verify(output).agrees
     run_id = json.loads((output / "run.json").read_text())["run_id"]
@@ -92,7 +124,76 @@ def test_a_submitted_job_trains_with_the_code_that_was_submitted(
         record = ledger.run(run_id)
     assert (record.state, record.charged_steps) == ("finished", NUM_STEPS)
     assert record.digests.code == code_digest()  # the head's Python path does not lead here
-    assert "Traceback" not in done.stdout
+    assert "Traceback" not in trained.log
+
+
+def test_the_log_of_a_submitted_job_names_phase_and_progress(trained: Trained) -> None:
+    lines = iter(re.findall(r"^\[ *[\d:]+ *s?\] (.+)$", trained.log, re.M))
+    # Each one after the other; shorter ones in between may be missed by the driver, which asks.
+    missing = [phase for phase in PHASES if not any(line.startswith(phase) for line in lines)]
+    assert not missing, trained.log
+    shown = f"training: step [0-9]+ of {NUM_STEPS}, epsilon [0-9.]+"
+    assert re.search(shown, trained.log), trained.log
+
+
+def by_client(head: RayHead, program: str) -> str:
+    """Runs a program of the documentation at this head, and returns what it printed."""
+    return head.python(program.replace("http://127.0.0.1:8265", head.dashboard), cwd=REPOSITORY)
+
+
+def documented(word: str) -> str:
+    """Returns the one Python block of the page on clusters that has a word."""
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    (found,) = [
+        code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if word in code
+    ]
+    return str(found)
+
+
+@pytest.fixture
+def stopped(head: RayHead, project: Path, trained: Trained, tmp_path: Path) -> Path:
+    """The output folder of a job that the client library submits, and stops in a step."""
+    output, moment = project / "stopped", tmp_path / "moment"
+    moment.mkdir()
+    # The worker waits where the step is reserved and nothing is computed; `tests` is not uploaded.
+    command = f"-m tests.support.fault_points {moment} authorized {STOPPED_STEP} 0 jobs/train.py"
+    submit = documented("submit_job").replace("python jobs/train.py", f"python {command}")
+    submit = submit.replace("chats.yaml", f"{project / 'settings.yaml'} --output {output}")
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    submit = submit.replace('"OMP_NUM_THREADS": "1"', f'"OMP_NUM_THREADS": "1", **{environment}')
+    job = by_client(head, submit + "print(job)").strip()
+    pid = reached(moment)
+    assert pid in head.processes(TRAIN_WORKER)
+    assert head.processes(ACCOUNTANT)
+    said = by_client(head, f"job = {job!r}\n" + documented("stop_job"))
+    assert said.splitlines()[-1] == "STOPPED"
+    return output
+
+
+def test_a_job_stopped_by_the_client_library_ends_cleanly_and_continues_to_the_same_weights(
+    head: RayHead, project: Path, prepared: TokenStore, trained: Trained, stopped: Path
+) -> None:
+    log = by_client(head, LOG_OF_THE_LAST_JOB)
+    run_id = json.loads((stopped / "run.json").read_text())["run_id"]
+    assert f"run {run_id} is stopped: continue with --resume\n" in log
+    assert log.splitlines()[-1] == "terminated"
+    assert "Traceback" not in log
+    deadline = time.monotonic() + PATIENCE_S
+    while left := [*head.processes(TRAIN_WORKER), *head.processes(ACCOUNTANT)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    require_unreleased(stopped)
+    with Ledger.open(prepared.manifest.ledger_url) as ledger:
+        record = ledger.run(run_id)
+    assert (record.state, record.charged_steps, record.committed_step) == (
+        "admitted", STOPPED_STEP, STOPPED_STEP - 1,
+    )  # fmt: skip
+    done = submitted(head, "train", project, "--output", str(stopped), "--resume")
+    assert done.returncode == 0, done.stdout
+    assert distance(weights(stopped), weights(trained.output)) < TOLERANCE
+    with Ledger.open(prepared.manifest.ledger_url) as ledger:
+        record = ledger.run(run_id)
+    assert (record.state, record.charged_steps, record.num_keys) == ("finished", NUM_STEPS, 1)
 
 
 def test_a_submitted_job_sweeps(head: RayHead, project: Path, prepared: TokenStore) -> None:

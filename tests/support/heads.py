@@ -22,10 +22,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil  # type: ignore[import-untyped]
 
 START_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 60.0
@@ -153,6 +155,32 @@ class RayHead:
             timeout=JOB_TIMEOUT_S,
             check=False,
         )
+
+    def python(self, program: str, *arguments: str, cwd: Path) -> str:
+        """Runs a Python program as somebody who uses the cluster; returns what it printed.
+
+        Raises:
+            subprocess.CalledProcessError: If it fails.
+        """
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            env=self.environment(),
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=JOB_TIMEOUT_S,
+            check=True,
+        ).stdout
+
+    def processes(self, name: str) -> list[int]:
+        """Returns the ids of the head's processes that have a word in their title."""
+        assert self._process is not None
+        found = []
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if name in " ".join(process.cmdline()):
+                    found.append(process.pid)
+        return found
 
     def jobs(self) -> list[dict[str, object]]:
         """Returns what the cluster knows of its jobs, oldest first."""

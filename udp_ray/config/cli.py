@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -162,21 +164,44 @@ def parse(
 def run_job(main: Callable[[], int]) -> NoReturn:
     """Runs a job's main function and exits with its status.
 
-    A user's mistake prints one sentence and exits with 2; an interrupt exits with 130.
+    A user's mistake prints one sentence and exits with 2; an interrupt exits with 130, and SIGTERM,
+    as of `ray job stop`, with 143. Both let every open block clean up.
     """
-    try:
-        status = main()
-    except UdpRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.stdout.flush()
+    with _interrupting_on_sigterm() as received:
+        try:
+            status = main()
+        except UdpRayError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        except KeyboardInterrupt:
+            number = received[0] if received else signal.SIGINT
+            print("terminated" if received else "interrupted", file=sys.stderr)
+            status = 128 + number  # as a shell reports a process that the signal has ended
+        except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 0
+        sys.stdout.flush()
     sys.exit(status)
+
+
+@contextmanager
+def _interrupting_on_sigterm() -> Iterator[list[int]]:
+    """Has SIGTERM raise KeyboardInterrupt within the block; yields the numbers of those received.
+
+    Without it SIGTERM ends the process at once. While `ray.get` waits, Ray passes on
+    KeyboardInterrupt as it is, replaces the status of SystemExit, and only prints other exceptions.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 class _InitOnlySettings(BaseSettings):

@@ -85,11 +85,13 @@ def connecting(address: str | None = None, *, is_early: bool) -> Iterator[Callab
         joining = pool.submit(_join, place) if in_thread else None
 
         def connect() -> None:
+            before = signal.getsignal(signal.SIGTERM)
             with progress("connecting to Ray"):
                 if joining is None:
                     _join(place)
                 else:
                     joining.result()
+            _install_sigterm_handler(before)
 
         try:
             yield connect
@@ -117,6 +119,19 @@ def _exiting_on_sigterm() -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGTERM) is _exit:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _install_sigterm_handler(before: object) -> None:
+    """Installs the program's handler of SIGTERM again, or else the one of `ray.init`.
+
+    Ray's C++ core has put its own in front, which prints a stack and aborts the process after three
+    seconds, in the middle of its clean-up (absl::InstallFailureSignalHandler).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    handler = before if callable(before) else signal.getsignal(signal.SIGTERM)
+    if callable(handler):
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _exit(number: int, _: object) -> None:

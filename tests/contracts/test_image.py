@@ -1,0 +1,155 @@
+"""The recipe of the image holds what its own commands and the Kubernetes manifests need.
+
+    pytest tests/contracts/test_image.py
+
+No image is built here. The recipe's own commands run on a folder that has what the recipe copies,
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+import udp_ray
+
+REPOSITORY = Path(udp_ray.__file__).parent.parent
+DEPLOY = REPOSITORY / "deploy"
+PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+KNOWN = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV"}
+
+
+class Instruction(NamedTuple):
+    """One instruction of a recipe."""
+
+    word: str
+    text: str
+
+
+def instructions(recipe: str) -> list[Instruction]:
+    """Returns the instructions of a recipe, each on one line."""
+    kept = [line for line in recipe.splitlines() if not line.lstrip().startswith("#")]
+    lines = re.sub(r"\\\n\s*", " ", "\n".join(kept)).splitlines()
+    return [Instruction(*line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+def texts(word: str) -> list[str]:
+    """Returns the texts of all instructions of a kind."""
+    recipe = (DEPLOY / "Containerfile").read_text()
+    return [each.text for each in instructions(recipe) if each.word == word]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the image, with what the recipe copies."""
+    folder = tmp_path_factory.mktemp("image")
+    for text in texts("COPY"):
+        *sources, target = text.split()
+        place = folder / target
+        for name in sources:
+            source = REPOSITORY / name
+            if source.is_dir():  # a folder's content is copied, not the folder
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, place)
+    return folder
+
+
+def in_image(image: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python as in the image: our environment, without this repository."""
+    variables = dict(pair.split("=", 1) for text in texts("ENV") for pair in text.split())
+    environment = os.environ | variables | {"PYTHONPATH": str(image)}
+    return subprocess.run(
+        [sys.executable, *command], cwd=image, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def test_every_instruction_is_one_that_builders_know() -> None:
+    recipe = instructions((DEPLOY / "Containerfile").read_text())
+    assert recipe[0].word == "FROM"
+    assert {each.word for each in recipe} <= KNOWN
+
+
+def test_the_base_image_has_a_python_that_the_package_takes() -> None:
+    (base,) = texts("FROM")
+    found = re.fullmatch(r"python:([\d.]+)-slim-\w+", base)
+    assert found is not None, base
+    assert Version(found[1]) in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_what_is_copied_is_enough_to_install_the_package(image: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from setuptools import build_meta;"
+        " print(build_meta.prepare_metadata_for_build_editable(sys.argv[1]))"
+    )
+    done = in_image(image, "-c", program, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    assert f"Name: {PROJECT['name']}\n" in metadata.read_text()
+
+
+def test_without_the_readme_the_package_would_not_install(image: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "image"
+    shutil.copytree(image, broken)
+    (broken / "README.md").unlink()
+    program = (
+        "from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable('.')"
+    )
+    assert in_image(broken, "-c", program).returncode != 0
+
+
+def test_all_that_is_installed_is_pinned() -> None:
+    pins = (REPOSITORY / "constraints.txt").read_text()
+    pinned = {line.partition("==")[0].lower() for line in pins.splitlines() if "==" in line}
+    needed = {Requirement(text).name.lower() for text in PROJECT["dependencies"]}
+    named = [word for text in texts("RUN") for word in re.findall(r"constraints.txt (\w\S*)", text)]
+    assert named
+    assert needed | set(named) <= pinned
+
+
+def test_the_imports_that_end_the_installation_work_with_what_is_copied(image: Path) -> None:
+    (check,) = [
+        words[-1]
+        for text in texts("RUN")
+        for words in map(shlex.split, text.split("&&"))
+        if words[:2] == ["python", "-c"]
+    ]
+    assert "udp_ray.on_ray.train" in check
+    done = in_image(image, "-c", f"{check}; print(udp_ray.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(image)
+
+
+def test_the_command_of_the_kubernetes_job_runs_in_the_image(image: Path) -> None:
+    job = yaml.safe_load((DEPLOY / "rayjob.yaml").read_text())
+    (folder,) = texts("WORKDIR")
+    python, script, *_ = shlex.split(job["spec"]["entrypoint"])
+    assert python == "python"
+    done = in_image(image, str(image / Path(script).relative_to(folder)), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+def test_the_user_of_the_image_is_the_one_that_the_pods_run_as() -> None:
+    (made,) = [text for text in texts("RUN") if "useradd" in text]
+    found = re.search(r"useradd --uid (\d+) \S+ (\w+)", made)
+    assert found is not None
+    assert texts("USER") == [found[2]]
+    pods = re.findall(
+        r"runAsUser: (\d+)", "".join(f.read_text() for f in sorted(DEPLOY.glob("*.yaml")))
+    )
+    assert set(pods) == {found[1]}
