@@ -102,10 +102,10 @@ def test_what_is_copied_is_enough_to_install_the_package(image: Path, tmp_path: 
     assert f"Name: {PROJECT['name']}\n" in metadata.read_text()
 
 
-def test_without_the_readme_the_package_would_not_install(image: Path, tmp_path: Path) -> None:
+def test_without_the_licence_the_package_would_not_install(image: Path, tmp_path: Path) -> None:
     broken = tmp_path / "image"
     shutil.copytree(image, broken)
-    (broken / "README.md").unlink()
+    (broken / "LICENSE").unlink()
     program = (
         "from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable('.')"
     )
@@ -121,6 +121,7 @@ def test_all_that_is_installed_is_pinned() -> None:
     assert needed | set(named) <= pinned
 
 
+@pytest.mark.slow
 def test_the_imports_that_end_the_installation_work_with_what_is_copied(image: Path) -> None:
     (check,) = [
         words[-1]

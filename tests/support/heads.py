@@ -34,6 +34,7 @@ END_TIMEOUT_S = 60.0
 JOB_TIMEOUT_S = 400.0
 PAUSE_S = 0.5
 OBJECT_STORE_BYTES = 128 << 20
+NO_AGENT = "No available agent to submit job"
 PORT_OPTIONS = (
     "port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port",
     "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port",
@@ -145,16 +146,21 @@ class RayHead:
         command += ["--working-dir", "."]
         if runtime_env:
             command += ["--runtime-env-json", json.dumps(runtime_env)]
-        return subprocess.run(
-            [*command, "--", *entrypoint],
-            env=self.environment(token=token),
-            cwd=working_dir,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=JOB_TIMEOUT_S,
-            check=False,
-        )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            done = subprocess.run(
+                [*command, "--", *entrypoint],
+                env=self.environment(token=token),
+                cwd=working_dir,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=JOB_TIMEOUT_S,
+                check=False,
+            )
+            if NO_AGENT not in done.stdout or time.monotonic() > deadline:
+                return done
+            time.sleep(PAUSE_S)  # a head on a busy machine knows of jobs before it takes any
 
     def python(self, program: str, *arguments: str, cwd: Path) -> str:
         """Runs a Python program as somebody who uses the cluster; returns what it printed.

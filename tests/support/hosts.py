@@ -1,8 +1,10 @@
 """Several hosts on one machine: network namespaces with their own addresses, joined by a bridge.
 
-    with Hosts(tmp_path, 2) as hosts:
-        hosts.start_ray()                                  # the first one is the head
+    with Hosts(tmp_path, 3) as hosts:
+        hosts.start_ray(count=2)                           # the first one is the head
         hosts.run(0, "python", "-m", "tests.support.placements", ...)
+        hosts.cut(1)                                       # its link is down, its processes run on
+        hosts.join(2)                                      # a further node of the cluster
 
 Each host has its own loopback, address and home; the disks are shared. It needs root and iproute2.
 Everything is named by chance and taken away at the end, whatever happens.
@@ -18,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,7 +48,16 @@ class Hosts:
         self._names = [f"udp{secrets.token_hex(3)}" for _ in range(count)]
         self._network = f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}"
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._variables: dict[str, str] = {}
+        self._head = f"{self.address(0)}:{PORT}"
+        self._num_cpus = 1
+        self._scratch = ""
         self._open = ExitStack()
+
+    @property
+    def gateway(self) -> str:
+        """The address of this machine itself in the hosts' network."""
+        return f"{self._network}.254"
 
     def __enter__(self) -> Self:
         """Makes the namespaces, their links and the bridge.
@@ -66,6 +78,7 @@ class Hosts:
     def _make(self) -> None:
         bridge = f"{self._names[0]}br"
         self._add(["ip", "link", "add", bridge, "type", "bridge"], ["ip", "link", "del", bridge])
+        _call("ip", "addr", "add", f"{self.gateway}/24", "dev", bridge)
         _call("ip", "link", "set", bridge, "up")
         for number, name in enumerate(self._names):
             inside, outside = f"{name}a", f"{name}b"
@@ -101,6 +114,8 @@ class Hosts:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        for number in range(len(self._names)):
+            self.switch_off(number)  # what a node that was cut off has left
         self._open.close()
 
     def address(self, number: int) -> str:
@@ -111,30 +126,69 @@ class Hosts:
         """Returns a host's home folder, where its caches go."""
         return self._folder / f"home-{number}"
 
-    def start_ray(self, num_cpus: int = 1) -> str:
-        """Starts a raylet of its own on every host; returns the cluster's address."""
-        scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
-        head = f"{self.address(0)}:{PORT}"
-        for number in range(len(self._names)):
-            place = ["--head", f"--port={PORT}", f"--temp-dir={scratch}/{number}"]
-            command = [program("ray"), "start", "--block", f"--num-cpus={num_cpus}"]
-            command += place if number == 0 else [f"--address={head}"]
-            command += [f"--node-ip-address={self.address(number)}", "--num-gpus=0"]
-            command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-            command += ["--include-dashboard=false"] if number == 0 else []
-            with (self._folder / f"ray-{number}.log").open("wb") as log:
-                self._processes.append(
-                    subprocess.Popen(
-                        self._on(number, command),
-                        env=self._environment(number),
-                        cwd=self.home(number),
-                        stdout=log,
-                        stderr=log,
-                        start_new_session=True,
-                    )
-                )
-            self._wait(number, head)
-        return head
+    def start_ray(
+        self, num_cpus: int = 1, *, count: int | None = None, variables: Mapping[str, str] = {}
+    ) -> str:
+        """Starts a raylet of its own on the hosts; returns the cluster's address.
+
+        Args:
+            num_cpus: Of each node.
+            count: On how many hosts, from the first one on; default: on all.
+            variables: Added to the environment of everything that runs on the hosts.
+        """
+        self._num_cpus, self._variables = num_cpus, dict(variables)
+        self._scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
+        for number in range(len(self._names) if count is None else count):
+            self.join(number)
+            self._wait(number)
+        return self._head
+
+    def join(self, number: int) -> None:
+        """Starts the raylet of a host, which joins the cluster; the first host's is the head."""
+        place = ["--head", f"--port={PORT}", f"--temp-dir={self._scratch}/{number}"]
+        command = [program("ray"), "start", "--block", f"--num-cpus={self._num_cpus}"]
+        command += place if number == 0 else [f"--address={self._head}"]
+        command += [f"--node-ip-address={self.address(number)}", "--num-gpus=0"]
+        command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        command += ["--include-dashboard=false"] if number == 0 else []
+        self._processes.append(self.start(number, command, self._folder / f"ray-{number}.log"))
+
+    def start(self, number: int, command: list[str], output: Path) -> subprocess.Popen[bytes]:
+        """Starts a command on a host; what it prints goes to a file."""
+        with output.open("wb") as log:
+            return subprocess.Popen(
+                self._on(number, command),
+                env=self._environment(number),
+                cwd=self.home(number),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def cut(self, number: int) -> None:
+        """Takes a host's link down. Its processes run on, and no one reaches them."""
+        _call("ip", "link", "set", f"{self._names[number]}b", "nomaster", "down")
+
+    def reconnect(self, number: int) -> None:
+        """Brings a link up again."""
+        bridge = f"{self._names[0]}br"
+        _call("ip", "link", "set", f"{self._names[number]}b", "master", bridge, "up")
+
+    def switch_off(self, number: int) -> None:
+        """Kills all processes of a host at once, as when it loses power."""
+        for pid in self.processes(number):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, number: int) -> list[int]:
+        """Returns the ids of the processes of a host."""
+        asked = subprocess.run(
+            ["ip", "netns", "pids", self._names[number]],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(pid) for pid in asked.stdout.split()]
 
     def run(self, number: int, *command: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         """Runs a command on a host."""
@@ -154,24 +208,28 @@ class Hosts:
     def _environment(self, number: int) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        return kept | {
-            "HOME": str(self.home(number)),
-            "PATH": path,
-            "PYTHONPATH": str(ROOT),  # programs of the tests' package run in the home folder
-            "RAY_AUTH_MODE": "disabled",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # gloo and NCCL look an address up by the host's name, which all hosts here share.
-            "GLOO_SOCKET_IFNAME": f"{self._names[number]}a",
-        }
+        return (
+            kept
+            | self._variables
+            | {
+                "HOME": str(self.home(number)),
+                "PATH": path,
+                "PYTHONPATH": str(ROOT),  # programs of the tests' package run in the home folder
+                "RAY_AUTH_MODE": "disabled",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                # gloo and NCCL look an address up by the host's name, which all hosts here share.
+                "GLOO_SOCKET_IFNAME": f"{self._names[number]}a",
+            }
+        )
 
-    def _wait(self, number: int, head: str) -> None:
+    def _wait(self, number: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         program_text = (
             "import ray, sys; ray.init(address=sys.argv[1], logging_level='ERROR');"
             " print(sum(node['Alive'] for node in ray.nodes()))"
         )
         while True:
-            asked = self.run(number, sys.executable, "-c", program_text, head, timeout_s=120)
+            asked = self.run(number, sys.executable, "-c", program_text, self._head, timeout_s=120)
             if asked.stdout.strip() == str(number + 1):
                 return
             if time.monotonic() > deadline or self._processes[-1].poll() is not None:

@@ -1,4 +1,4 @@
-"""A real S3-compatible object store: rclone's server on loopback, with keys, on a local folder.
+"""A real S3-compatible object store: rclone's server, with keys, on a local folder.
 
     with ObjectStore(tmp_path) as store:
         monkeypatch.setenv(...)  for each of store.credentials()
@@ -41,8 +41,14 @@ class NoObjectStoreError(Exception):
 class ObjectStore:
     """A server with one bucket, which only who has its keys may use."""
 
-    def __init__(self, folder: Path):
-        """Prepares a server; entering the block starts it."""
+    def __init__(self, folder: Path, address: str = "127.0.0.1"):
+        """Prepares a server; entering the block starts it.
+
+        Args:
+            folder: For its files.
+            address: Of this machine, where clients reach it.
+        """
+        self._address = address
         self.files = folder / BUCKET
         """What is in the bucket, as files."""
         self.reads: Counter[str] = Counter()
@@ -66,7 +72,7 @@ class ObjectStore:
             stderr=subprocess.DEVNULL,
         )
         _wait(port, self._process)
-        self._relay = ThreadingHTTPServer(("127.0.0.1", 0), _relay_to(port, self.reads))
+        self._relay = ThreadingHTTPServer((self._address, 0), _relay_to(port, self.reads))
         threading.Thread(target=self._relay.serve_forever, daemon=True).start()
         return self
 
@@ -88,7 +94,7 @@ class ObjectStore:
         """Returns the URL of a name in the bucket."""
         assert self._relay is not None
         port = self._relay.server_address[1]
-        options = f"endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
+        options = f"endpoint_override={self._address}:{port}&scheme=http&region=us-east-1"
         return f"s3://{BUCKET}/{name}?{options}"
 
     def credentials(self) -> dict[str, str]:

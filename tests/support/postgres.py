@@ -105,6 +105,11 @@ class PostgresServer:
         """The URL of the server's only database."""
         return f"postgresql://{SUPERUSER}@/postgres?host={self._folder}"
 
+    @property
+    def socket(self) -> str:
+        """The path of the server's socket."""
+        return str(self._folder / ".s.PGSQL.5432")
+
     def new_url(self) -> str:
         """Returns a URL under which nothing is there yet: a new schema is the session's home."""
         name = f"ledger_{next(self._numbers)}"  # a new database each would cost 300 files

@@ -1,0 +1,171 @@
+"""Four hosts with addresses of their own: one is lost in the middle of a step, another one joins.
+
+    pytest tests/faults/test_hosts.py -m slow -s
+
+Store and checkpoints are at an S3-compatible URL. With -s it prints how long each recovery took.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.support.fault_points import go_on, reached
+from tests.support.faults import wait_for_steps
+from tests.support.hosts import Hosts, NoHostsError
+from tests.support.jobs import JOBS
+from tests.support.object_store import NoObjectStoreError, ObjectStore
+from tests.support.recovery import TOLERANCE, require_unreleased, run_id_in, weights
+from tests.support.runs import text_of_people, tiny_experiment
+from tests.support.training import distance
+from udp_ray.ledger.ledger import Ledger
+from udp_ray.reports.verify import verify
+
+NUM_HOSTS = 4
+SPARE = {2: 4, 3: 5}
+"""The host that joins, by ZeRO stage."""
+NUM_STEPS, STEP = 8, 5  # between the checkpoints of steps 4 and 6
+PATIENCE_S = 400.0
+VARIABLES = {
+    # The head declares a host lost after about 15 s without an answer, instead of 30.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "AWS_REGION": "us-east-1",
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Job(NamedTuple):
+    """A job that runs on the first host, where the head is."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def end(self) -> str:
+        """Waits for it, and returns what it has said."""
+        status = self.process.wait(PATIENCE_S)
+        said = self.log.read_text()
+        assert status == 0, said
+        return said
+
+
+class Cluster(NamedTuple):
+    """Four hosts that run Ray, spare ones, and the settings of the runs."""
+
+    hosts: Hosts
+    folder: Path
+    settings: dict[str, Any]
+
+    def start(self, name: str, *by: str, output: Path, stage: int = 2) -> Job:
+        """Starts a job, by an interpreter with these arguments before it."""
+        train = self.settings["train"] | {"zero_stage": stage}
+        file = self.folder / f"{name}-{output.name}-{stage}.yaml"
+        file.write_text(yaml.safe_dump(self.settings | {"train": train, "output": str(output)}))
+        command = [sys.executable, *by, str(JOBS / f"{name}.py"), "--config", str(file)]
+        log = file.with_suffix(".log")
+        return Job(self.hosts.start(0, command, log), log)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    settings = tiny_experiment(folder, privacy={"num_steps": NUM_STEPS}).model_dump(mode="json")
+    try:
+        with (
+            Hosts(folder / "hosts", NUM_HOSTS + len(SPARE)) as hosts,
+            ObjectStore(folder / "objects", hosts.gateway) as objects,
+        ):
+            variables = VARIABLES | objects.credentials()
+            address = hosts.start_ray(count=NUM_HOSTS, variables=variables)
+            settings["data"] |= text_of_people(folder) | {
+                "num_shards": 4,
+                "store": objects.url("chats"),
+                "ledger": f"sqlite:///{folder / 'own.sqlite'}",
+            }
+            settings["cluster"] |= {
+                "address": address,
+                "num_workers": NUM_HOSTS,
+                "storage": objects.url("checkpoints"),
+            }
+            cluster = Cluster(hosts, folder, settings)
+            cluster.start("prepare", output=folder / "unused").end()
+            yield cluster
+    except (NoHostsError, NoObjectStoreError) as error:
+        pytest.skip(f"NOT TESTED ON SEVERAL HOSTS: {error}")
+
+
+@pytest.fixture(scope="module")
+def ledger(cluster: Cluster) -> Iterator[Ledger]:
+    with Ledger.open(cluster.settings["data"]["ledger"]) as ledger:
+        yield ledger
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster) -> Path:
+    """The output of the run that loses no host."""
+    output = cluster.folder / "undisturbed"
+    cluster.start("train", output=output).end()
+    return output
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_that_loses_a_host_and_gains_another_ends_with_the_same_weights(
+    cluster: Cluster, ledger: Ledger, undisturbed: Path, tmp_path: Path, stage: int
+) -> None:
+    hosts, output, moment = cluster.hosts, tmp_path / "output", tmp_path / "moment"
+    moment.mkdir()
+    waiting = ("-m", "tests.support.fault_points", str(moment), "authorized", str(STEP), "0")
+    job = cluster.start("train", *waiting, output=output, stage=stage)
+    try:
+        lost = lost_host(hosts, reached(moment))
+        run_id = run_id_in(output)
+        assert ledger.run(run_id).charged_steps == STEP
+        require_unreleased(output)
+        began = time.monotonic()
+        # Stage 2: out of reach, and its worker runs on. Stage 3: without power.
+        (hosts.cut if stage == 2 else hosts.switch_off)(lost)
+        go_on(moment)
+        hosts.join(SPARE[stage])
+        wait_for_steps(ledger, run_id, STEP, timeout_s=PATIENCE_S, attempt=2)
+        continued_s = time.monotonic() - began
+        said = job.end()
+        ended_s = time.monotonic() - began
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()
+    hosts.switch_off(lost)
+    assert "the workers were restarted and continue after step 4" in said
+    record = ledger.run(run_id)
+    assert (record.state, record.charged_steps, record.num_keys) == ("finished", NUM_STEPS, 1)
+    told, expected = (json.loads((f / "privacy.json").read_text()) for f in (output, undisturbed))
+    assert told["spent"] == expected["spent"]
+    difference = distance(weights(output), weights(undisturbed))
+    print(
+        f"\nstage {stage}, host {lost} lost: {record.num_attempts} attempts, the next one began"
+        f" after {continued_s:.0f} s, the run ended after {ended_s:.0f} s, weights differ by at"
+        f" most {difference:.1e}"
+    )
+    assert difference < TOLERANCE
+    assert verify(output).agrees
+
+
+def lost_host(hosts: Hosts, pid: int | None) -> int:
+    """Returns the host of rank 0; if that is the driver's own, the last one that is in use."""
+    assert pid is not None
+    used = [number for number in range(NUM_HOSTS + len(SPARE)) if hosts.processes(number)]
+    of_rank_0 = [number for number in used[1:] if pid in hosts.processes(number)]
+    return of_rank_0[0] if of_rank_0 else used[-1]
