@@ -28,10 +28,11 @@ from udp_ray.ledger import Ledger
 from udp_ray.ledger.database import CONNECT_TIMEOUT_S
 from udp_ray.on_ray.accountant import AccountantConfig, RunAccountant
 
+COMMIT = "COMMIT\0"  # with the end of its text: transactions begin with READ COMMITTED
 moments = pytest.mark.parametrize(
     ("statement", "moment"),
-    [("INSERT INTO udp_ray", "unread"), ("UPDATE udp_ray", "unanswered"), ("COMMIT", "unread"),
-     ("COMMIT", "unanswered")],
+    [("INSERT INTO udp_ray", "unread"), ("UPDATE udp_ray", "unanswered"), (COMMIT, "unread"),
+     (COMMIT, "unanswered")],
     ids=["before the first row", "between the rows", "before the commit", "after the commit"],
 )  # fmt: skip
 PATIENCE_S = 30.0
@@ -108,7 +109,7 @@ def test_the_server_has_or_has_not_committed_what_was_not_answered(
 ) -> None:  # fmt: skip
     attempt = accountant._attempt
     assert attempt is not None
-    way.break_at("COMMIT", moment)
+    way.break_at(COMMIT, moment)
     with pytest.raises(LedgerUnavailableError, match="does not answer") as caught:
         ledger.authorize(attempt, 2, starting_checkpoint=START)
     assert len(str(caught.value).splitlines()) == 1
@@ -122,7 +123,7 @@ def test_a_write_that_is_not_repeatable_would_be_charged_twice(
         with ledger._database.write() as connection:
             connection.exec_driver_sql("UPDATE udp_ray_runs SET charged_steps = charged_steps + 1")
 
-    way.break_at("COMMIT", "unanswered")
+    way.break_at(COMMIT, "unanswered")
     accountant._retried(careless)
     assert charged(url) == (3, 1)
 
@@ -131,7 +132,7 @@ def test_a_write_that_is_not_repeatable_would_be_charged_twice(
 def test_a_checkpoint_is_committed_once(
     accountant: RunAccountant, way: BreakingConnections, url: str, moment: Moment
 ) -> None:
-    way.break_at("COMMIT", moment)
+    way.break_at(COMMIT, moment)
     accountant.commit(1, 1, "/checkpoint-1", "checkpoint-1")
     assert way.broken == 1
     assert counted(url, "SELECT count(*) FROM udp_ray_commits") == 1
@@ -144,7 +145,7 @@ def test_a_new_attempt_continues_with_the_same_key_and_fences_the_older_ones(
     accountant: RunAccountant, ledger: Ledger, way: BreakingConnections, url: str, moment: Moment
 ) -> None:
     before = accountant._attempt
-    way.break_at("COMMIT", moment)
+    way.break_at(COMMIT, moment)
     attempt = accountant.begin()
     assert before is not None
     assert attempt is not None
@@ -162,7 +163,7 @@ def test_a_run_is_admitted_once_and_its_budget_charged_once(
 ) -> None:
     ledger.set_budget(DATASET, epsilon=1.0, delta=1e-6)
     key = RunKey.generate()
-    way.break_at("COMMIT", moment)
+    way.break_at(COMMIT, moment)
     with pytest.raises(LedgerUnavailableError):
         admit(ledger, key=key)
     admit(ledger, key=key)  # it takes the whole budget, so a second charge would be refused
@@ -174,7 +175,7 @@ def test_a_run_is_admitted_once_and_its_budget_charged_once(
 def test_a_run_ends_once_and_its_key_is_destroyed(
     accountant: RunAccountant, way: BreakingConnections, url: str, moment: Moment
 ) -> None:
-    way.break_at("COMMIT", moment)
+    way.break_at(COMMIT, moment)
     assert accountant.finish().state == "finished"
     assert way.broken == 1
     assert counted(url, "SELECT count(secret) FROM udp_ray_keys") == 0

@@ -2,7 +2,7 @@
 
     with BreakingConnections(server) as way:
         ledger = new_ledger(way.url(server.new_url()))
-        way.break_at("COMMIT", "unanswered")     # the server commits, and no one hears of it
+        way.break_at("COMMIT\\0", "unanswered")   # the server commits, and no one hears of it
         ...
         assert way.broken == 1
 
@@ -73,7 +73,7 @@ class BreakingConnections:
         return re.sub(r"host=[^&]*", f"host={self._address}&port={port}&sslmode=disable", url)
 
     def break_at(self, statement: str, moment: Moment) -> None:
-        """Breaks the next connection that sends a statement, which is named by its beginning."""
+        """Breaks the next connection that sends a statement; a part of its text names it."""
         self._word, self._moment = statement.encode(), moment
 
     def _accept(self) -> None:

@@ -3,7 +3,7 @@
     with Hosts(tmp_path, 3) as hosts:
         hosts.start_ray(count=2)                           # the first one is the head
         hosts.run(0, "python", "-m", "tests.support.placements", ...)
-        hosts.cut(1)                                       # its link is down, its processes run on
+        hosts.cut(1)                                       # off the network, its processes run on
         hosts.join(2)                                      # a further node of the cluster
 
 Each host has its own loopback, address and home; the disks are shared. It needs root and iproute2.
@@ -166,13 +166,12 @@ class Hosts:
             )
 
     def cut(self, number: int) -> None:
-        """Takes a host's link down. Its processes run on, and no one reaches them."""
-        _call("ip", "link", "set", f"{self._names[number]}b", "nomaster", "down")
+        """Takes a host off the network. Its processes run on; packets to and from it are lost."""
+        _call("ip", "link", "set", f"{self._names[number]}b", "nomaster")
 
     def reconnect(self, number: int) -> None:
-        """Brings a link up again."""
-        bridge = f"{self._names[0]}br"
-        _call("ip", "link", "set", f"{self._names[number]}b", "master", bridge, "up")
+        """Puts a host back on the network."""
+        _call("ip", "link", "set", f"{self._names[number]}b", "master", f"{self._names[0]}br")
 
     def switch_off(self, number: int) -> None:
         """Kills all processes of a host at once, as when it loses power."""
