@@ -2030,8 +2030,39 @@ SCALING = [
     ),
 ]
 
+BREAKS = "tests/faults/test_ledger_breaks.py"
+STOPS_AND_BREAKS = [
+    Mutant(
+        name="sigterm_ends_a_job_at_once",
+        breaks="a driver that Ray stops leaves without a word, and cleans nothing up",
+        file="udp_ray/config/cli.py",
+        text="before = signal.signal(signal.SIGTERM, interrupt)",
+        replacement="before = signal.getsignal(signal.SIGTERM)",
+        tests=("tests/config/test_cli.py::test_sigterm_lets_a_job_clean_up_and_exits_with_143",),
+    ),
+    Mutant(
+        name="unanswered_reservation_taken_for_granted",
+        breaks="noise is drawn for a step whose transaction the server has rolled back",
+        file="udp_ray/on_ray/accountant.py",
+        text="                    if time.monotonic() + pause > deadline:\n                        raise\n",
+        replacement="                    return None  # type: ignore[return-value]\n",
+        tests=(
+            f"{BREAKS}"
+            "::test_a_step_is_charged_once_when_the_connection_breaks_while_it_is_reserved",
+        ),
+    ),
+    Mutant(
+        name="dead_connection_waited_for",
+        breaks="a run whose database has gone without a sign waits for up to two hours",
+        file="udp_ray/ledger/database.py",
+        text="connect_args=options,",
+        replacement="connect_args={},",
+        tests=(f"{BREAKS}::test_a_connection_is_found_dead_within_half_a_minute",),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
     *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING,
-    *SCALING, *BLACK_BOX,
+    *SCALING, *BLACK_BOX, *STOPS_AND_BREAKS,
 ]  # fmt: skip
