@@ -2044,7 +2044,8 @@ STOPS_AND_BREAKS = [
         name="unanswered_reservation_taken_for_granted",
         breaks="noise is drawn for a step whose transaction the server has rolled back",
         file="udp_ray/on_ray/accountant.py",
-        text="                    if time.monotonic() + pause > deadline:\n                        raise\n",
+        text="                    if time.monotonic() + pause > deadline:\n"
+        "                        raise\n",
         replacement="                    return None  # type: ignore[return-value]\n",
         tests=(
             f"{BREAKS}"

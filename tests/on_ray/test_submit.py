@@ -33,9 +33,10 @@ REPOSITORY = Path(udp_ray.__file__).parent.parent
 NUM_STEPS = 4
 STOPPED_STEP = 3  # after the checkpoint of step 2
 PATIENCE_S = 30.0
+# The phases of the driver; those of the workers may be shorter than the pause in which it asks.
 PHASES = (
     "loading libraries", "verifying the store", "checking the model", "loading Ray Train",
-    "connecting to Ray", "starting workers", "training", "publishing", "disconnecting from Ray",
+    "connecting to Ray", "starting workers", "publishing", "disconnecting from Ray",
 )  # fmt: skip
 LOG_OF_THE_LAST_JOB = """
 from ray.job_submission import JobSubmissionClient
@@ -127,13 +128,10 @@ def test_a_submitted_job_trains_with_the_code_that_was_submitted(
     assert "Traceback" not in trained.log
 
 
-def test_the_log_of_a_submitted_job_names_phase_and_progress(trained: Trained) -> None:
+def test_the_log_of_a_submitted_job_names_its_phases(trained: Trained) -> None:
     lines = iter(re.findall(r"^\[ *[\d:]+ *s?\] (.+)$", trained.log, re.M))
-    # Each one after the other; shorter ones in between may be missed by the driver, which asks.
     missing = [phase for phase in PHASES if not any(line.startswith(phase) for line in lines)]
-    assert not missing, trained.log
-    shown = f"training: step [0-9]+ of {NUM_STEPS}, epsilon [0-9.]+"
-    assert re.search(shown, trained.log), trained.log
+    assert not missing, trained.log  # each one after the other
 
 
 def by_client(head: RayHead, program: str) -> str:
@@ -178,6 +176,7 @@ def test_a_job_stopped_by_the_client_library_ends_cleanly_and_continues_to_the_s
     assert f"run {run_id} is stopped: continue with --resume\n" in log
     assert log.splitlines()[-1] == "terminated"
     assert "Traceback" not in log
+    assert re.search(rf"training: step {STOPPED_STEP} of {NUM_STEPS}, epsilon [\d.]+", log), log
     deadline = time.monotonic() + PATIENCE_S
     while left := [*head.processes(TRAIN_WORKER), *head.processes(ACCOUNTANT)]:
         assert time.monotonic() < deadline, left
