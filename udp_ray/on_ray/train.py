@@ -126,39 +126,38 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     Raises:
         DivergedError: Training diverged; the run has ended.
         UdpRayError: Anything else that a user can fix; the run can be resumed.
+        KeyboardInterrupt: A signal has stopped the run, which can be resumed.
     """
-    announce(f"run {run.run_id}: {'resumed' if resume else 'admitted'}")
-    try:
-        return _execute(run, resume=resume, announce=announce)
-    except DivergedError:  # nothing is left to be resumed
-        raise
-    except (KeyboardInterrupt, SystemExit):  # by a signal, such as SIGTERM of `ray job stop`
-        announce(f"run {run.run_id} is stopped: continue with --resume")
-        raise
-    except BaseException:
-        announce(f"run {run.run_id} has not ended: fix the cause, then continue with --resume")
-        raise
-
-
-def _execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunResult:
     from udp_ray.on_ray.checkpoints import make_folder
 
     if resume:
         _remove_ray_snapshot(run.run_folder)
+    announce(f"run {run.run_id}: {'resumed' if resume else 'admitted'}")
     current().phase("starting workers")
     if run.has_own_storage:
         run.folder.make_checkpoints_folder()
     make_folder(run.run_folder)
     curve = EpsilonCurve.of(run.plan, every=run.config.train.checkpoint_every)
-    accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
-    with following(accountant, run.plan, curve, announce, on_training=_load_publishing):
-        stopped_by = _train(run, accountant)
-    current().phase("publishing")
-    # Loads matplotlib and transformers, which would delay the start of the workers.
-    with quick_imports():
-        from udp_ray.on_ray.publish import publish_run
+    try:
+        accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
+        with following(accountant, run.plan, curve, announce, on_training=_load_publishing):
+            stopped_by = _train(run, accountant)
+        current().phase("publishing")
+        # Loads matplotlib and transformers, which would delay the start of the workers.
+        with quick_imports():
+            from udp_ray.on_ray.publish import publish_run
 
-    return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
+        return publish_run(run, accountant, curve, announce, stopped_by=stopped_by)
+    except DivergedError:  # nothing is left to be resumed
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        # A signal has stopped it, such as SIGTERM of `ray job stop`. At an interrupt Ray Train has
+        # aborted the workers, and exits by itself.
+        announce(f"run {run.run_id} is stopped: continue with --resume")
+        raise KeyboardInterrupt from None
+    except BaseException:
+        announce(f"run {run.run_id} has not ended: fix the cause, then continue with --resume")
+        raise
 
 
 def _load_publishing() -> None:
@@ -207,7 +206,6 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
     Raises:
         UdpRayError: The one that stopped a worker.
         WorkersLostError: The workers died more often than they may.
-        KeyboardInterrupt: A signal has stopped the run.
         ray.train.TrainingFailedError: They failed by a defect.
     """
     from ray.train import TrainingFailedError
@@ -217,8 +215,6 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
         _trainer(run, accountant).fit()
     except TrainingFailedError as error:
         failure = error
-    except SystemExit:  # Ray Train has aborted the workers at an interrupt, and exits by itself
-        raise KeyboardInterrupt from None
     stopped_by = accountant.progress(0).error
     if isinstance(stopped_by, DivergedError):
         return stopped_by
