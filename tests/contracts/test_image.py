@@ -91,25 +91,33 @@ def test_the_base_image_has_a_python_that_the_package_takes() -> None:
     assert Version(found[1]) in SpecifierSet(PROJECT["requires-python"])
 
 
-def test_what_is_copied_is_enough_to_install_the_package(image: Path, tmp_path: Path) -> None:
+def metadata_of(image: Path, target: Path) -> str:
+    """Returns the metadata that an installation makes of a folder."""
     program = (
         "import sys; from setuptools import build_meta;"
-        " print(build_meta.prepare_metadata_for_build_editable(sys.argv[1]))"
+        " build_meta.prepare_metadata_for_build_editable(sys.argv[1])"
     )
-    done = in_image(image, "-c", program, str(tmp_path))
+    done = in_image(image, "-c", program, str(target))
     assert done.returncode == 0, done.stderr
-    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
-    assert f"Name: {PROJECT['name']}\n" in metadata.read_text()
+    (metadata,) = target.glob("*.dist-info/METADATA")
+    return metadata.read_text()
 
 
-def test_without_the_licence_the_package_would_not_install(image: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "image"
+README_AND_LICENSE = ("License-File: LICENSE\n", "Description-Content-Type: text/markdown\n")
+
+
+def test_what_is_copied_is_enough_to_install_the_package(image: Path, tmp_path: Path) -> None:
+    metadata = metadata_of(image, tmp_path)
+    assert f"Name: {PROJECT['name']}\n" in metadata
+    assert all(line in metadata for line in README_AND_LICENSE)
+
+
+def test_a_file_that_is_not_copied_would_be_missed(image: Path, tmp_path: Path) -> None:
+    broken, target = tmp_path / "image", tmp_path / "metadata"
     shutil.copytree(image, broken)
+    target.mkdir()
     (broken / "LICENSE").unlink()
-    program = (
-        "from setuptools import build_meta; build_meta.prepare_metadata_for_build_editable('.')"
-    )
-    assert in_image(broken, "-c", program).returncode != 0
+    assert README_AND_LICENSE[0] not in metadata_of(broken, target)
 
 
 def test_all_that_is_installed_is_pinned() -> None:
