@@ -35,7 +35,7 @@ NUM_HOSTS = 4
 SPARE = {2: 4, 3: 5}
 """The host that joins, by ZeRO stage."""
 NUM_STEPS, STEP = 8, 5  # between the checkpoints of steps 4 and 6
-PATIENCE_S = 400.0
+PATIENCE_S = 800.0
 VARIABLES = {
     # How soon the head declares a host lost; by default after most of a minute.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -48,7 +48,7 @@ VARIABLES = {
     "OMP_NUM_THREADS": "1",
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_S)]
 
 
 class Job(NamedTuple):

@@ -30,7 +30,7 @@ from tests.support.heads import OBJECT_STORE_BYTES, program
 from tests.support.jobs import ROOT
 
 PORT = 6379
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 END_TIMEOUT_S = 60.0
 PAUSE_S = 1.0
 
@@ -138,9 +138,11 @@ class Hosts:
         """
         self._num_cpus, self._variables = num_cpus, dict(variables)
         self._scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
-        for number in range(len(self._names) if count is None else count):
+        count = len(self._names) if count is None else count
+        for number in range(count):
             self.join(number)
-            self._wait(number)
+            if number in (0, count - 1):  # the others need the head, and start side by side
+                self._wait(number)
         return self._head
 
     def join(self, number: int) -> None:
@@ -231,9 +233,11 @@ class Hosts:
             asked = self.run(number, sys.executable, "-c", program_text, self._head, timeout_s=120)
             if asked.stdout.strip() == str(number + 1):
                 return
-            if time.monotonic() > deadline or self._processes[-1].poll() is not None:
-                log = (self._folder / f"ray-{number}.log").read_text()[-3000:]
-                raise RuntimeError(f"no raylet on host {number}:\n{log}\n{asked.stderr[-2000:]}")
+            ended = [n for n, each in enumerate(self._processes) if each.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                host = ended[0] if ended else number
+                log = (self._folder / f"ray-{host}.log").read_text()[-3000:]
+                raise RuntimeError(f"no raylet on host {host}:\n{log}\n{asked.stderr[-2000:]}")
             time.sleep(PAUSE_S)
 
 
