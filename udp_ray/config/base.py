@@ -157,9 +157,7 @@ def _override_items(overrides: Mapping[str, Any] | Sequence[str]) -> Iterator[tu
     for text in overrides:
         name, mark, value = text.partition("=")
         if not mark or not name.strip():
-            raise ConfigError(
-                f"override {shown(text)} has no value: write it as privacy.epsilon=8"
-            )
+            raise ConfigError(f"override {shown(text)} has no value: write it as privacy.epsilon=8")
         try:
             yield name.strip(), yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):

@@ -375,9 +375,7 @@ def _workers_or_range(value: Any) -> Any:
 class ClusterConfig(Section):
     """Resources of the Ray cluster that a run uses. Nothing here can change the guarantee."""
 
-    num_workers: Annotated[
-        int | tuple[int, int], NoDecode, BeforeValidator(_workers_or_range)
-    ] = 1
+    num_workers: Annotated[int | tuple[int, int], NoDecode, BeforeValidator(_workers_or_range)] = 1
     """Number of training workers, at least 1; or a range [LEAST, MOST], within which training
     continues with the workers that the cluster has room for."""
     use_gpu: bool = False

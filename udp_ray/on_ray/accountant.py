@@ -94,6 +94,8 @@ class Progress:
     """Why training ended early, in the words of the ledger, or because it diverged."""
     error: UdpRayError | None = None
     """The error that stopped the run for good."""
+    has_ended: bool = False
+    """Whether all ranks of the present attempt have returned from the end of training."""
     is_preempted: bool = False
     """Whether a worker of the present attempt was told that it is about to be taken away."""
     waiting_s: float = 0.0
@@ -256,6 +258,7 @@ class RunAccountant:
             step=attempt.resume_step,
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,
+            has_ended=False,
             is_preempted=False,
         )
         return attempt
@@ -336,7 +339,7 @@ class RunAccountant:
     def end(self, number: int, budget_message: str | None) -> None:
         """Notes that all ranks have returned from training."""
         self._current(number)
-        self._update(budget_message=budget_message, phase="stopping workers")
+        self._update(budget_message=budget_message, phase="stopping workers", has_ended=True)
 
     def stop(self, error: UdpRayError) -> None:
         """Stops the run for good: the next worker group finds nothing to do. The first error wins.

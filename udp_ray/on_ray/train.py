@@ -234,7 +234,8 @@ def _is_preempted(run: Run, accountant: RemoteAccountant) -> bool:
     if progress.error is not None:
         raise progress.error
     if failure is None:
-        return bool(returned == PREEMPTED)
+        is_told = returned == PREEMPTED or progress.is_preempted
+        return is_told and not progress.has_ended
     lost = _lost_workers(failure, run.config.cluster.max_failures)
     if lost is not None and progress.is_preempted:  # killed before the checkpoint was stored
         return True

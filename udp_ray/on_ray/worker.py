@@ -43,7 +43,6 @@ from udp_ray.on_ray.checkpoints import (
 )
 from udp_ray.runs.provenance import code_digest
 
-
 PREEMPTED = "preempted"
 """What `run_worker` returns if training paused because a worker is about to be taken away."""
 
@@ -142,7 +141,9 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             provenance=job.provenance,
             audit=white_canaries_of(config),
         )
-    if rank == 0 and not result.is_preempted:
+    if rank == 0 and result.is_preempted:
+        client.set_phase("starting workers")
+    elif rank == 0:
         client.end(result.budget_message)
     return result.is_preempted
 
