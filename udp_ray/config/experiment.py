@@ -388,7 +388,8 @@ class ClusterConfig(Section):
     """Folder or URL for checkpoints that all nodes reach and only the operator may read. Default:
     output/checkpoints, which is open to its owner only and is removed when the run ends."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Most restarts of the workers before the run fails."""
+    """Most restarts of the workers before the run fails. Those after a notice that a worker will be
+    taken away, and those to use another number of workers, are not counted."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds to wait for an autoscaling cluster to grow; 0 fails at once if it is too small."""
     resize_every_s: PositiveFloat = 60.0
