@@ -2065,6 +2065,17 @@ PREEMPTION = [
         ),
     ),
     Mutant(
+        name="run_ends_at_a_notice",
+        breaks="a run that paused for a notice is published, and ended, before its last step",
+        file="udp_ray/on_ray/train.py",
+        text="        return is_told and not progress.has_ended\n",
+        replacement="        return is_told and progress.has_ended\n",
+        tests=(
+            "tests/on_ray/test_preemption.py"
+            "::test_workers_are_started_anew_after_a_notice_and_only_then",
+        ),
+    ),
+    Mutant(
         name="fused_sums_of_the_least_workers",
         breaks="a range from one worker lets rank 0 round its noise before other workers' sums",
         file="udp_ray/config/experiment.py",
