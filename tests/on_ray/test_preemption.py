@@ -3,9 +3,8 @@
 pytest tests/on_ray/test_preemption.py; tests/faults/test_preemption.py has whole runs.
 """
 
+import os
 import signal
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -23,49 +22,51 @@ from udp_ray.on_ray.worker import PREEMPTED
 
 PATIENCE_S = 30.0
 
-LISTENER = """
-import os, signal
-from udp_ray.on_ray import preemption
-{listen}
-os.kill(os.getpid(), signal.SIGTERM)
-print("lives", preemption._sigterm.is_set(), flush=True)
-os.kill(os.getpid(), signal.SIGTERM)
-print("lives still", flush=True)
-"""
 
-
-@pytest.mark.parametrize("is_listening", [True, False])
-def test_a_worker_notes_the_first_sigterm_and_ends_by_the_second(is_listening: bool) -> None:
-    listen = "preemption.listen_for_sigterm()" if is_listening else ""
-    done = subprocess.run(
-        [sys.executable, "-c", LISTENER.format(listen=listen)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGTERM, done.stderr
-    assert done.stdout == ("lives True\n" if is_listening else "")
+def test_a_worker_notes_the_first_sigterm_and_ends_by_the_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preemption, "_sigterm", threading.Event())
+    kept = signal.getsignal(signal.SIGTERM)
+    by_default: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: by_default.append(number))
+    try:
+        preemption.listen_for_sigterm()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption._sigterm.is_set()
+        assert by_default == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert by_default == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, kept)
 
 
 @pytest.mark.parametrize("notice", ["SIGTERM", "drain"])
 def test_either_notice_is_passed_on_once_it_comes(
     monkeypatch: pytest.MonkeyPatch, notice: str
 ) -> None:
-    sigterm, told, asked = threading.Event(), threading.Event(), threading.Event()
-    infos = iter([None, None, "a node is drained"])
+    sigterm, told = threading.Event(), threading.Event()
+    drained, over, asked = threading.Event(), threading.Event(), threading.Event()
 
     def look() -> str | None:
         asked.set()
-        return next(infos) if notice == "drain" else None
+        if over.is_set():
+            raise ray.exceptions.RayError("the workers are gone")
+        return "a node is drained" if drained.is_set() else None
 
     monkeypatch.setattr(preemption, "_sigterm", sigterm)
     monkeypatch.setattr(preemption, "POLL_S", 0.01)
     monkeypatch.setattr(ray.train, "get_preemption_info", look)
+    others = set(threading.enumerate())
     preemption.watch(told.set)
     assert asked.wait(PATIENCE_S)
-    if notice == "SIGTERM":
-        assert not told.is_set()
-        sigterm.set()
+    assert not told.is_set()
+    (sigterm if notice == "SIGTERM" else drained).set()
     assert told.wait(PATIENCE_S)
-    sigterm.set()  # lets the other thread end
+    over.set()
+    sigterm.set()
+    for thread in set(threading.enumerate()) - others:
+        thread.join(PATIENCE_S)
 
 
 def lost() -> WorkerGroupError:
