@@ -55,6 +55,13 @@ class FencedError(LedgerError):
     """A newer attempt of this run has begun; this one may no longer write."""
 
 
+class PreemptedError(UdpRayError):
+    """A worker is about to be taken away: the step was not reserved, and training pauses here.
+
+    Training writes a checkpoint and continues from it with other workers.
+    """
+
+
 class UnsupportedAdjacencyError(ConfigError):
     """The mechanism has no proven guarantee under the requested adjacency."""
 

@@ -160,6 +160,39 @@ def test_an_option_of_one_value_is_given_once_and_a_list_as_often_as_it_has_valu
             read(settings_file, *repeated)
 
 
+def test_workers_are_a_number_or_a_range(settings_file: str, tmp_path: Path) -> None:
+    for given, least, most in (("2", 2, 2), ("[2, 8]", 2, 8), ("[3,3]", 3, 3)):
+        job = read(settings_file, "--cluster.num_workers", given)
+        assert (job.config.cluster.least_workers, job.config.cluster.most_workers) == (least, most)
+        loaded = ExperimentConfig.load(settings_file, [f"cluster.num_workers={given}"])
+        assert loaded.cluster == job.config.cluster
+        (tmp_path / "again.yaml").write_text(loaded.to_yaml())
+        assert ExperimentConfig.load(tmp_path / "again.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    "given", ["[8, 2]", "[0, 4]", "[2]", "[]", "[1, 2, 3]", "[2, 2.5]", "2.5", "two", "-1", "2,8"]
+)
+def test_other_numbers_of_workers_are_one_sentence(settings_file: str, given: str) -> None:
+    wanted = r"cluster\.num_workers is .*: give a whole number of at least 1, or a range"
+    with pytest.raises(ConfigError, match=wanted) as refused:
+        read(settings_file, "--cluster.num_workers", given)
+    assert "\n" not in str(refused.value)
+    with pytest.raises(ConfigError, match=wanted):
+        ExperimentConfig.load(settings_file, [f"cluster.num_workers={given}"])
+
+
+def test_workers_given_twice_are_no_range(settings_file: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.num_workers is '2,4'"):
+        read(settings_file, "--cluster.num_workers", "2", "--cluster.num_workers", "4")
+
+
+def test_a_range_that_reaches_two_workers_counts_as_several(settings_file: str) -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.num_workers 2: rank 0 would round"):
+        read(settings_file, *FUSED, "--cluster.num_workers", "[1, 2]")
+    assert read(settings_file, *FUSED, "--cluster.num_workers", "[1, 1]").config.train.fuse_reduce
+
+
 @pytest.mark.parametrize("number", ["-1e-6", "-inf", "-3"])
 def test_a_negative_number_is_a_value_and_not_an_option(settings_file: str, number: str) -> None:
     with pytest.raises(ConfigError, match=rf"privacy\.delta is '{number}'"):
@@ -254,6 +287,7 @@ def test_digest_changes_with_what_a_step_releases_and_with_nothing_else(settings
         ["--train.zero_stage", "3"],
         ["--train.activation_checkpointing", "true"],
         ["--cluster.num_workers", "4"],
+        ["--cluster.num_workers", "[2, 8]"],
         ["--output", "x"],
     ):
         assert read(settings_file, *same).config.digest() == digest, same

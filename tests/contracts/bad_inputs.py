@@ -551,7 +551,15 @@ TRAININGS = {
     ),
     "no workers": bad(
         "train", f"{TRAIN} --cluster.num_workers 0", "cluster.num_workers", "'0'",
-        "greater than or equal to 1",
+        "whole number of at least 1",
+    ),
+    "a range of workers that begins with the most": bad(
+        "train", f"{TRAIN} --cluster.num_workers [8,2]", "cluster.num_workers", "'[8,2]'",
+        "LEAST first",
+    ),
+    "a range of workers in a sweep": bad(
+        "sweep", f"{SWEEP} --cluster.num_workers [1,2]", "cluster.num_workers", "[1, 2]",
+        "give one number",
     ),
     "a Ray client's address": bad(
         "train", f"{TRAIN} --cluster.address ray://head:10001", "cluster.address",

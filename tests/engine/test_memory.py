@@ -7,6 +7,7 @@ with glibc told to return what is freed.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,12 @@ def test_more_workers_share_what_zero_partitions(models: Path) -> None:
     shared = estimated(settings(models, "gpt2", zero_stage=2, num_workers=4))
     assert shared.optimizer == pytest.approx(alone.optimizer / 4, rel=1e-3)
     assert shared.kernel == alone.kernel
+
+
+def test_a_range_of_workers_is_estimated_at_its_least(models: Path) -> None:
+    of = partial(settings, models, "gpt2", zero_stage=3)
+    assert estimated(of(num_workers=[2, 8])) == estimated(of(num_workers=2))
+    assert estimated(of(num_workers=[2, 8])).total_bytes > estimated(of(num_workers=8)).total_bytes
 
 
 @pytest.mark.parametrize(

@@ -2031,6 +2031,7 @@ SCALING = [
 ]
 
 BREAKS = "tests/faults/test_ledger_breaks.py"
+
 STOPS_AND_BREAKS = [
     Mutant(
         name="sigterm_ends_a_job_at_once",
@@ -2062,8 +2063,63 @@ STOPS_AND_BREAKS = [
     ),
 ]
 
+PREEMPTION = [
+    Mutant(
+        name="pause_between_reserved_steps",
+        breaks="a notice pauses a run where no checkpoint may be committed, and its steps are lost",
+        file="udp_ray/on_ray/accountant.py",
+        text="if self._progress.is_preempted and step > attempt.replay_until:",
+        replacement="if self._progress.is_preempted:",
+        tests=(
+            "tests/on_ray/test_accountant.py"
+            "::test_a_notice_waits_until_reserved_steps_are_repeated",
+        ),
+    ),
+    Mutant(
+        name="notice_of_an_old_attempt",
+        breaks="a worker that is gone pauses the workers that took its place",
+        file="udp_ray/on_ray/accountant.py",
+        text="        if self._attempt is not None and self._attempt.number == number:\n"
+        "            self._update(is_preempted=True)",
+        replacement="        self._update(is_preempted=True)",
+        tests=(
+            "tests/on_ray/test_accountant.py::test_a_notice_of_an_older_attempt_changes_nothing",
+        ),
+    ),
+    Mutant(
+        name="pause_without_a_checkpoint",
+        breaks="the steps before a notice are lost with the worker that is taken away",
+        file="udp_ray/engine/loop.py",
+        text="        if self.step > self.saved:\n            self._checkpoint(is_last=False)\n",
+        replacement="",
+        tests=(
+            "tests/engine/test_preemption.py::test_a_notice_leads_to_a_checkpoint_of_the_last_step"
+            "_and_the_run_continues_to_the_same_bits[blocking]",
+        ),
+    ),
+    Mutant(
+        name="run_ends_at_a_notice",
+        breaks="a run that paused for a notice is published, and ended, before its last step",
+        file="udp_ray/on_ray/train.py",
+        text="        return is_told and not progress.has_ended\n",
+        replacement="        return is_told and progress.has_ended\n",
+        tests=(
+            "tests/on_ray/test_preemption.py"
+            "::test_workers_are_started_anew_after_a_notice_and_only_then",
+        ),
+    ),
+    Mutant(
+        name="fused_sums_of_the_least_workers",
+        breaks="a range from one worker lets rank 0 round its noise before other workers' sums",
+        file="udp_ray/config/experiment.py",
+        text="num_workers=cluster.most_workers,",
+        replacement="num_workers=cluster.least_workers,",
+        tests=(
+            "tests/config/test_cli.py::test_a_range_that_reaches_two_workers_counts_as_several",
+        ),
+    ),
+]
+
 MUTANTS = [
-    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
-    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING,
-    *SCALING, *BLACK_BOX, *STOPS_AND_BREAKS,
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE, *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING, *SCALING, *BLACK_BOX, *STOPS_AND_BREAKS, *PREEMPTION,
 ]  # fmt: skip

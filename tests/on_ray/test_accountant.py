@@ -18,6 +18,7 @@ from udp_ray.errors import (
     FencedError,
     LedgerError,
     LedgerUnavailableError,
+    PreemptedError,
     PrivacyBudgetExceededError,
 )
 from udp_ray.ledger import Digests, Ledger, plan_digest
@@ -137,6 +138,51 @@ def test_the_step_after_the_last_is_refused(config: AccountantConfig) -> None:
     with pytest.raises(PrivacyBudgetExceededError):
         accountant.authorize(attempt.number, 4, START)
     assert accountant.progress(0).charged_steps == 3
+
+
+def test_after_a_notice_no_step_is_reserved_until_the_next_attempt(
+    config: AccountantConfig,
+) -> None:
+    accountant = RunAccountant(config)
+    attempt = accountant.begin()
+    assert attempt is not None
+    accountant.authorize(attempt.number, 1, START)
+    accountant.preempt(attempt.number)
+    with pytest.raises(PreemptedError, match="after step 1"):
+        accountant.authorize(attempt.number, 2, START)
+    assert accountant.progress(0).charged_steps == 1
+    with Ledger.open(config.ledger_url) as ledger:
+        assert ledger.run("run").charged_steps == 1
+    accountant.commit(attempt.number, 1, "there", "one")  # the checkpoint of the pause
+    again = accountant.begin()
+    assert again is not None
+    accountant.authorize(again.number, 2, "one")
+
+
+def test_a_notice_of_an_older_attempt_changes_nothing(config: AccountantConfig) -> None:
+    accountant = RunAccountant(config)
+    old, new = accountant.begin(), accountant.begin()
+    assert old is not None
+    assert new is not None
+    accountant.preempt(old.number)
+    accountant.authorize(new.number, 1, START)
+
+
+def test_a_notice_waits_until_reserved_steps_are_repeated(config: AccountantConfig) -> None:
+    """Before the last of them no checkpoint may be committed, so a pause would lose them."""
+    accountant = RunAccountant(config)
+    first = accountant.begin()
+    assert first is not None
+    for step in (1, 2):
+        accountant.authorize(first.number, step, START)
+    again = accountant.begin()
+    assert again is not None
+    assert again.replay_until == 2
+    accountant.preempt(again.number)
+    for step in (1, 2):
+        accountant.authorize(again.number, step, START)
+    with pytest.raises(PreemptedError):
+        accountant.authorize(again.number, 3, START)
 
 
 class UnavailableLedger:

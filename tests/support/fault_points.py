@@ -116,15 +116,15 @@ def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def waiting_worker(moment: Moment, folder: Path) -> Callable[[dict[str, Any]], None]:
+def waiting_worker(moment: Moment, folder: Path) -> Callable[[dict[str, Any]], str | None]:
     """Returns the worker function of a run that waits in a moment."""
 
-    def wait_and_run(settings: dict[str, Any]) -> None:
+    def wait_and_run(settings: dict[str, Any]) -> str | None:
         # Imported in the worker, where nothing stands in its place.
         from udp_ray.on_ray.worker import run_worker
 
         _wait_in(moment, folder)
-        run_worker(settings)
+        return run_worker(settings)
 
     return wait_and_run
 

@@ -3,6 +3,7 @@
 with Head(num_cpus=0) as head:
     spare = head.add_node(num_cpus=2)
     ...                      # jobs with cluster.address = head.address
+    head.drain(spare, deadline_s=60)    # as an autoscaler does before it takes the machine back
     spare.switch_off()
 """
 
@@ -15,11 +16,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Self
 
 import psutil  # type: ignore[import-untyped]
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 STARTED = "Ray runtime started"
 STORE_BYTES = 256 << 20
@@ -43,6 +47,14 @@ class Node:
             if STARTED in line:
                 return
         raise RuntimeError("the node does not start: " + "".join(said))
+
+    def has(self, name: str) -> bool:
+        """Returns whether a process of a name is one of this node's."""
+        found = False
+        for process in self._below():
+            with suppress(psutil.Error):
+                found = found or name in " ".join(process.cmdline())
+        return found
 
     def runs(self, pid: int) -> bool:
         """Returns whether a process is one of this node's."""
@@ -80,8 +92,25 @@ class Head(Node):
     def add_node(self, *, num_cpus: int) -> Node:
         """Starts a further node."""
         options = [f"--address={self.address}", f"--num-cpus={num_cpus}"]
+        options += [f"--node-name={len(self._nodes)}"]
         self._nodes.append(Node([*options, "--node-ip-address=127.0.0.1"]))
         return self._nodes[-1]
+
+    def drain(self, node: Node, *, deadline_s: float) -> None:
+        """Tells Ray that a node will be taken away."""
+        client = GcsClient(address=self.address)
+        name = str(self._nodes.index(node))
+        (node_id,) = [
+            each.hex() for each, info in client.get_all_node_info().items()
+            if info.node_name == name
+        ]  # fmt: skip
+        is_accepted, why = client.drain_node(
+            node_id,
+            DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+            "a test",
+            int((time.time() + deadline_s) * 1000),
+        )
+        assert is_accepted, why
 
     def __enter__(self) -> Self:
         return self

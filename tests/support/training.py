@@ -35,7 +35,7 @@ from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
 from udp_ray.engine.language_model import train
 from udp_ray.engine.loss import chunk_logits
 from udp_ray.engine.types import Accountant, Metrics, Publish, TrainResult
-from udp_ray.errors import PrivacyBudgetExceededError
+from udp_ray.errors import PreemptedError, PrivacyBudgetExceededError
 from udp_ray.ledger import Attempt
 from udp_ray.models.load import trainable_parameters
 from udp_ray.models.lora import add_adapters
@@ -247,16 +247,27 @@ def distance(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]])
 
 
 class RecordingAccountant:
-    """An accountant in memory: notes what it was asked, and refuses steps above a limit."""
+    """An accountant in memory: notes what it was asked, and refuses steps above a limit.
 
-    def __init__(self, events: list[tuple[Any, ...]], last_step: int | None = None) -> None:
+    `preempted_at` is the step at which it says that a worker is about to be taken away.
+    """
+
+    def __init__(
+        self,
+        events: list[tuple[Any, ...]],
+        last_step: int | None = None,
+        preempted_at: int | None = None,
+    ) -> None:
         self._events = events
         self._last_step = last_step
+        self._preempted_at = preempted_at
 
     def authorize(self, step: int, starting_checkpoint: str) -> None:
         """Grants the step, or says that the budget is spent."""
         if self._last_step is not None and step > self._last_step:
             raise PrivacyBudgetExceededError(f"step {step} would overspend")
+        if step == self._preempted_at:
+            raise PreemptedError(f"training pauses after step {step - 1}")
         self._events.append(("authorize", step, starting_checkpoint))
 
     def commit(self, step: int, location: str, digest: str) -> None:
@@ -269,6 +280,7 @@ def train_tiny(
     last_step: int | None = None,
     resume: Attempt | None = None,
     checkpoints: str | None = None,
+    preempted_at: int | None = None,
 ) -> TinyOutcome:
     """Runs the training loop with an accountant in memory.
 
@@ -277,9 +289,11 @@ def train_tiny(
         last_step: The accountant refuses the steps after this one.
         resume: Where to continue.
         checkpoints: Folder for them; a temporary one by default.
+        preempted_at: The step at which the accountant says that a worker is taken away.
     """
     events: list[tuple[Any, ...]] = []
-    accountant = RecordingAccountant(events, last_step) if dist.get_rank() == 0 else None
+    is_first = dist.get_rank() == 0
+    accountant = RecordingAccountant(events, last_step, preempted_at) if is_first else None
     with tempfile.TemporaryDirectory() as folder, chunks_of(run.chunk_logits):
         return run_loop(run, accountant, events, Path(checkpoints or folder), resume)
 

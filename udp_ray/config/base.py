@@ -153,13 +153,11 @@ def _override_items(overrides: Mapping[str, Any] | Sequence[str]) -> Iterator[tu
         yield from overrides.items()
         return
     if isinstance(overrides, str):
-        raise ConfigError(f"overrides is the text {_shown(overrides)}: give a list of texts")
+        raise ConfigError(f"overrides is the text {shown(overrides)}: give a list of texts")
     for text in overrides:
         name, mark, value = text.partition("=")
         if not mark or not name.strip():
-            raise ConfigError(
-                f"override {_shown(text)} has no value: write it as privacy.epsilon=8"
-            )
+            raise ConfigError(f"override {shown(text)} has no value: write it as privacy.epsilon=8")
         try:
             yield name.strip(), yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
@@ -275,7 +273,7 @@ def explain(error: ValidationError, known: Iterable[str] = (), *, remedy: str = 
         return f"{field} is not a known setting{did_you_mean(plain, known)}; {listing}"
     if kind == "value_error":
         return _of_rule(message, field, first["input"])
-    value = _shown(first["input"])
+    value = shown(first["input"])
     if kind in ("model_type", "model_attributes_type"):
         return f"section {field!r} is {value}: write its settings below it, as 'name: value'"
     if kind == "string_pattern_mismatch":
@@ -304,7 +302,7 @@ def _is_union_part(part: int | str) -> bool:
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     if value is None:
         return "null"
     if holds_secret(str(value)):

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import Field, field_validator, model_validator
+import yaml
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic_settings import NoDecode
 
 from udp_ray.config.base import (
     AbsolutePath,
@@ -25,6 +28,7 @@ from udp_ray.config.base import (
     PositiveInt,
     Section,
     refuse_secret,
+    shown,
 )
 from udp_ray.config.privacy import PrivacyConfig
 from udp_ray.errors import ConfigError
@@ -349,11 +353,31 @@ class TrainConfig(Section):
         return f"mean over the last {self.average_share!r} of the steps"
 
 
+WORKERS = re.compile(r"\s*(\d+|\[\s*\d+\s*,\s*\d+\s*\])\s*")
+"""A number of workers or a range, as the text of an option."""
+
+
+def _workers_or_range(value: Any) -> Any:
+    """Returns a number of workers, or a range of two numbers, and refuses anything else."""
+    found = yaml.safe_load(value) if isinstance(value, str) and WORKERS.fullmatch(value) else value
+    if isinstance(found, int) and found >= 1:
+        return found
+    if isinstance(found, list | tuple) and len(found) == 2:
+        least, most = found
+        if isinstance(least, int) and isinstance(most, int) and 1 <= least <= most:
+            return least, most
+    raise ValueError(
+        f"cluster.num_workers is {shown(value)}: give a whole number of at least 1, or a range"
+        " [LEAST, MOST] of two such numbers, LEAST first"
+    )
+
+
 class ClusterConfig(Section):
     """Resources of the Ray cluster that a run uses. Nothing here can change the guarantee."""
 
-    num_workers: Annotated[int, Field(ge=1)] = 1
-    """Number of training workers, at least 1."""
+    num_workers: Annotated[int | tuple[int, int], NoDecode, BeforeValidator(_workers_or_range)] = 1
+    """Number of training workers, at least 1; or a range [LEAST, MOST], within which training
+    continues with the workers that the cluster has room for."""
     use_gpu: bool = False
     """Uses one GPU per worker, with nccl, instead of the CPU, with gloo."""
     cpus_per_worker: PositiveFloat = 1.0
@@ -364,11 +388,25 @@ class ClusterConfig(Section):
     """Folder or URL for checkpoints that all nodes reach and only the operator may read. Default:
     output/checkpoints, which is open to its owner only and is removed when the run ends."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """Most restarts of the workers before the run fails."""
+    """Most restarts of the workers before the run fails. Those after a notice that a worker will be
+    taken away, and those to use another number of workers, are not counted."""
     wait_s: Annotated[float, Field(ge=0)] = 0.0
     """Seconds to wait for an autoscaling cluster to grow; 0 fails at once if it is too small."""
+    resize_every_s: PositiveFloat = 60.0
+    """Seconds after which training looks again whether the cluster has room for another number of
+    workers, if num_workers is a range. A resize repeats the steps since the last checkpoint."""
     ledger_wait_s: Annotated[float, Field(ge=0)] = 120.0
     """Seconds that training waits for a ledger whose database does not answer, before it stops."""
+
+    @property
+    def least_workers(self) -> int:
+        """The number of workers, or the lower end of its range."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the upper end of its range."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @field_validator("storage")
     @classmethod
@@ -513,7 +551,7 @@ def require_consistent_sections(config: Sections, *, rows_per_group: int) -> Non
         require_fusible(
             is_secure=privacy.secure_noise,
             expected_groups=privacy.expected_size,
-            num_workers=cluster.num_workers,
+            num_workers=cluster.most_workers,
         )
     if train.kernel == "ghost" and model.dropout > 0:
         raise ConfigError(

@@ -171,6 +171,11 @@ class SweepJobConfig(Section):
         sizes = self.sweep.group_size or [self.privacy.group_size]
         is_uls = "uls" in (self.sweep.sampling or [self.privacy.sampling])
         require_consistent_sections(self, rows_per_group=max(sizes) if is_uls else 1)
+        if not isinstance(self.cluster.num_workers, int):
+            raise ValueError(
+                f"cluster.num_workers is {list(self.cluster.num_workers)}, a range, and the trials"
+                " of a sweep share the cluster by the number of workers of each: give one number"
+            )
         if self.privacy.max_cohort_size is not None:
             raise ValueError(
                 "privacy.max_cohort_size belongs to one cohort size, and the trials of a sweep have"

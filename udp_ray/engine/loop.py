@@ -24,6 +24,10 @@ last committed checkpoint as their start. An error of the thread ends training a
 points, on all ranks. Whatever ends training abandons the checkpoint in flight; nothing has named
 it, and a resumed run repeats its steps.
 
+If a worker is about to be taken away, the accountant does not grant the next step. All ranks hear
+of it in 4, so it takes no collective of its own: they write and commit a checkpoint of the last
+step, without an evaluation, and pause.
+
 Subclasses say what is trained: `language_model.py` a causal language model on a token store,
 `trainer.py` any module on tensors.
 """
@@ -73,6 +77,7 @@ from udp_ray.errors import (
     ConfigError,
     DivergedError,
     GuaranteeError,
+    PreemptedError,
     PrivacyBudgetExceededError,
 )
 from udp_ray.ledger.records import Attempt
@@ -204,7 +209,10 @@ class TrainingLoop(ABC):
         with self._open_groups() as source:
             while self.step < last_step:
                 self._settle(wait=False)
-                budget_message = self._ask(self.step + 1)
+                try:
+                    budget_message = self._ask(self.step + 1)
+                except PreemptedError:
+                    return self._pause()
                 if budget_message is not None:
                     break
                 self._take_step(source)
@@ -220,6 +228,14 @@ class TrainingLoop(ABC):
             self.average.put_into_model()
         self.engine.close()
         return TrainResult(self.step, self.location, self.digest, budget_message)
+
+    def _pause(self) -> TrainResult:
+        """Commits the steps taken so far, and ends without what belongs to the end of training."""
+        if self.step > self.saved:
+            self._checkpoint(is_last=False)
+        self._settle(wait=True)
+        self.engine.close()
+        return TrainResult(self.step, self.location, self.digest, None, is_preempted=True)
 
     def _set_up(self) -> None:
         self._refuse_other_key()
@@ -328,7 +344,11 @@ class TrainingLoop(ABC):
         return fresh_noise(key, self.plan, self.settings, self.world.device)
 
     def _ask(self, step: int) -> str | None:
-        """Returns None if all ranks may take the step, else why training ends before it."""
+        """Returns None if all ranks may take the step, else why training ends before it.
+
+        Raises:
+            PreemptedError: Training pauses before it; on all ranks.
+        """
         try:
             self.world.from_first(lambda: self._accountant().authorize(step, self.digest))
         except (PrivacyBudgetExceededError, DivergedError) as error:

@@ -131,8 +131,8 @@ def _speed(config: ExperimentConfig) -> float:
     cluster = config.cluster
     if cluster.use_gpu:
         is_fast = config.model.autocast == "bfloat16"
-        return cluster.num_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
-    return cluster.num_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
+        return cluster.least_workers * SUSTAINED_FLOPS["gpu" if is_fast else "gpu without bfloat16"]
+    return cluster.least_workers * cluster.cpus_per_worker * SUSTAINED_FLOPS["cpu core"]
 
 
 # ---- memory
@@ -207,12 +207,13 @@ def estimate_memory(
         train: Stage, kernel, optimizer, microbatch.
         plan: Gives the examples of a group.
         block_tokens: Most tokens of an example.
-        cluster: Gives the world size.
+        cluster: Gives the world size. Of a range the least number counts: with fewer workers each
+            holds a larger part.
 
     Raises:
         ConfigError: If there is no such model.
     """
-    num_workers = cluster.num_workers
+    num_workers = cluster.least_workers
     with torch.device("meta"):
         fake = model_without_weights(model)
     with FakeTensorMode(allow_non_fake_inputs=True):

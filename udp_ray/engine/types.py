@@ -34,6 +34,7 @@ class Accountant(Protocol):
         Raises:
             PrivacyBudgetExceededError: The step would overspend; training ends well.
             DivergedError: The last commit is of a model that diverged; training ends likewise.
+            PreemptedError: A worker is about to be taken away; training pauses after a checkpoint.
             ReplayRefusedError: The step was reserved under other circumstances.
             FencedError: A newer attempt has begun.
         """
@@ -218,3 +219,5 @@ class TrainResult:
     """Digest of that checkpoint, or of the initial weights."""
     budget_message: str | None
     """The accountant's message if it ended training early; None if all steps were taken."""
+    is_preempted: bool = False
+    """Whether training paused because a worker is about to be taken away; it can be resumed."""

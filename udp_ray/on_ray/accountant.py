@@ -36,6 +36,7 @@ from udp_ray.errors import (
     FencedError,
     GuaranteeError,
     LedgerUnavailableError,
+    PreemptedError,
     UdpRayError,
 )
 from udp_ray.io import AVERAGE, write_atomic
@@ -93,6 +94,10 @@ class Progress:
     """Why training ended early, in the words of the ledger, or because it diverged."""
     error: UdpRayError | None = None
     """The error that stopped the run for good."""
+    has_ended: bool = False
+    """Whether all ranks of the present attempt have returned from the end of training."""
+    is_preempted: bool = False
+    """Whether a worker of the present attempt was told that it is about to be taken away."""
     waiting_s: float = 0.0
     """Seconds for which the ledger has not answered the call in progress."""
 
@@ -165,6 +170,10 @@ class RemoteAccountant:
     def set_phase(self, phase: str) -> None:
         """Reports what the workers do now, without waiting for an answer."""
         self.actor.set_phase.remote(self.attempt, phase)
+
+    def preempt(self) -> None:
+        """See `RunAccountant.preempt`."""
+        self._call("preempt", self.attempt)
 
     def end(self, budget_message: str | None) -> None:
         """See `RunAccountant.end`."""
@@ -249,6 +258,8 @@ class RunAccountant:
             step=attempt.resume_step,
             charged_steps=record.charged_steps,
             committed_step=attempt.resume_step,
+            has_ended=False,
+            is_preempted=False,
         )
         return attempt
 
@@ -271,6 +282,11 @@ class RunAccountant:
     def authorize(self, number: int, step: int, starting_checkpoint: str) -> None:
         """Reserves a step durably; see `udp_ray.engine.types.Accountant`.
 
+        Raises:
+            PreemptedError: A worker is about to be taken away. Nothing was reserved. Steps that an
+                earlier attempt has reserved are granted all the same: before the last of them no
+                checkpoint may be committed (`Attempt.replay_until`).
+
         Privacy:
             Whether a run continues after a committed evaluation depends on released weights and on
             held-out users only. The number of steps is then chosen along the way, so the run's
@@ -279,6 +295,10 @@ class RunAccountant:
         attempt = self._current(number)
         if self._divergence is not None:
             raise DivergedError(self._divergence)
+        if self._progress.is_preempted and step > attempt.replay_until:
+            raise PreemptedError(
+                f"a worker is about to be taken away: training pauses after step {step - 1}"
+            )
         self._asked(
             lambda: self._ledger.authorize(attempt, step, starting_checkpoint=starting_checkpoint)
         )
@@ -306,10 +326,20 @@ class RunAccountant:
         if self._attempt is not None and self._attempt.number == number:
             self._update(phase=phase)
 
+    def preempt(self, number: int) -> None:
+        """Notes that a worker is about to be taken away; an attempt that is over changes nothing.
+
+        Privacy:
+            When a machine is taken away does not depend on the data, and the checkpoint that
+            follows holds steps that are charged.
+        """
+        if self._attempt is not None and self._attempt.number == number:
+            self._update(is_preempted=True)
+
     def end(self, number: int, budget_message: str | None) -> None:
         """Notes that all ranks have returned from training."""
         self._current(number)
-        self._update(budget_message=budget_message, phase="stopping workers")
+        self._update(budget_message=budget_message, phase="stopping workers", has_ended=True)
 
     def stop(self, error: UdpRayError) -> None:
         """Stops the run for good: the next worker group finds nothing to do. The first error wins.

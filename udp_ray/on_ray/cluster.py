@@ -177,6 +177,8 @@ def worker_resources(cluster: ClusterConfig) -> dict[str, float]:
 def require_capacity(cluster: ClusterConfig, announce: Callable[[str], None]) -> None:
     """Returns once the cluster has room for all workers at once, whether or not it is in use.
 
+    Of a range it is the least number of workers.
+
     A cluster that scales is asked to grow.
 
     Raises:
@@ -185,25 +187,30 @@ def require_capacity(cluster: ClusterConfig, announce: Callable[[str], None]) ->
     needed = worker_resources(cluster)
     deadline = time.monotonic() + cluster.wait_s
     is_announced = False
-    while (room := _num_workers_that_fit(needed)) < cluster.num_workers:
+    while (room := _num_workers_that_fit(needed)) < cluster.least_workers:
         if time.monotonic() >= deadline:
             wanted = " and ".join(f"{amount:g} {name}" for name, amount in needed.items())
             raise ConfigError(
-                f"cluster.num_workers is {cluster.num_workers}, each with {wanted}, but the cluster"
+                f"cluster.num_workers is {_in_words(cluster)}, each with {wanted}, but the cluster"
                 f" has room for {room}: lower it or cluster.cpus_per_worker, or set cluster.wait_s"
                 " if the cluster grows by itself"
             )
         if not is_announced:
-            announce(f"waiting for the cluster to grow to {cluster.num_workers} workers")
+            announce(f"waiting for the cluster to grow to {cluster.least_workers} workers")
             current().phase("waiting for the cluster")
-            request_resources(bundles=[needed] * cluster.num_workers)
+            request_resources(bundles=[needed] * cluster.least_workers)
             is_announced = True
         time.sleep(PAUSE_S)
 
 
 def max_concurrent_runs(cluster: ClusterConfig) -> int:
     """Returns how many runs fit on the cluster side by side, in use or not; at least one."""
-    return max(1, _num_workers_that_fit(worker_resources(cluster)) // cluster.num_workers)
+    return max(1, _num_workers_that_fit(worker_resources(cluster)) // cluster.most_workers)
+
+
+def _in_words(cluster: ClusterConfig) -> str:
+    least, most = cluster.least_workers, cluster.most_workers
+    return str(most) if least == most else f"at least {least}"
 
 
 def _num_workers_that_fit(needed: dict[str, float]) -> int:

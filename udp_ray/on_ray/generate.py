@@ -344,7 +344,7 @@ def _device(config: GenerateConfig) -> str:
 def _uses_ray(config: GenerateConfig) -> bool:
     """Returns whether workers of a cluster are asked for, or this is a job on one."""
     cluster = config.cluster
-    return bool(cluster.num_workers > 1 or cluster.address or os.environ.get("RAY_ADDRESS"))
+    return bool(cluster.most_workers > 1 or cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _find_heldout(
@@ -559,7 +559,10 @@ def _on_workers(
             SamplerActor,
             fn_constructor_args=(job.source, job.sampling),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(cluster.num_workers, len(items))),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(cluster.least_workers, len(items)),
+                max_size=min(cluster.most_workers, len(items)),
+            ),
             num_cpus=needed["CPU"],
             num_gpus=needed.get("GPU", 0.0),
         )

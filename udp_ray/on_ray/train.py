@@ -141,7 +141,7 @@ def execute(run: Run, *, resume: bool, announce: Callable[[str], None]) -> RunRe
     try:
         accountant = RemoteAccountant(start_accountant(_accountant_config(run)))
         with following(accountant, run.plan, curve, announce, on_training=_load_publishing):
-            stopped_by = _train(run, accountant)
+            stopped_by = _train(run, accountant, announce)
         current().phase("publishing")
         # Loads matplotlib and transformers, which would delay the start of the workers.
         with quick_imports():
@@ -197,8 +197,13 @@ def _accountant_config(run: Run) -> AccountantConfig:
     )
 
 
-def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
+def _train(
+    run: Run, accountant: RemoteAccountant, announce: Callable[[str], None]
+) -> DivergedError | None:
     """Runs the workers until the last checkpoint is committed.
+
+    Ray Train counts a worker that received SIGTERM as failed, and one on a drained node as done. So
+    workers that were told to stop return well, and are started anew here: that is no failure.
 
     Returns:
         What a worker found if it stopped because training diverged; else None.
@@ -208,28 +213,48 @@ def _train(run: Run, accountant: RemoteAccountant) -> DivergedError | None:
         WorkersLostError: The workers died more often than they may.
         ray.train.TrainingFailedError: They failed by a defect.
     """
+    while _is_preempted(run, accountant):
+        announce(
+            f"run {run.run_id}: a worker is about to be taken away; training continues from the"
+            " last checkpoint with the workers that there are"
+        )
+        _remove_ray_snapshot(run.run_folder)
+    stopped_by = accountant.progress(0).error
+    return stopped_by if isinstance(stopped_by, DivergedError) else None
+
+
+def _is_preempted(run: Run, accountant: RemoteAccountant) -> bool:
+    """Runs the workers, and returns whether they must be started anew after a preemption."""
     from ray.train import TrainingFailedError
 
+    from udp_ray.on_ray.worker import PREEMPTED
+
     failure: TrainingFailedError | None = None
+    returned = None
     try:
-        _trainer(run, accountant).fit()
+        returned = _trainer(run, accountant).fit().return_value
     except TrainingFailedError as error:
         failure = error
-    stopped_by = accountant.progress(0).error
-    if isinstance(stopped_by, DivergedError):
-        return stopped_by
-    if stopped_by is not None:
-        raise stopped_by
-    if failure is not None:
-        raise _lost_workers(failure, run.config.cluster.max_failures) or failure
-    return None
+    progress = accountant.progress(0)
+    if isinstance(progress.error, DivergedError):
+        return False
+    if progress.error is not None:
+        raise progress.error
+    if failure is None:
+        is_told = returned == PREEMPTED or progress.is_preempted
+        return is_told and not progress.has_ended
+    lost = _lost_workers(failure, run.config.cluster.max_failures)
+    if lost is not None and progress.is_preempted:  # killed before the checkpoint was stored
+        return True
+    raise lost or failure
 
 
 def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
     with quick_imports():
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
 
+        from udp_ray.on_ray.preemption import PreemptibleTorchConfig
         from udp_ray.on_ray.worker import WorkerJob, run_worker
 
     cluster = run.config.cluster
@@ -247,11 +272,12 @@ def _trainer(run: Run, accountant: RemoteAccountant) -> TorchTrainer:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        torch_config=PreemptibleTorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=cluster.use_gpu,
             resources_per_worker=worker_resources(cluster),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         run_config=RunConfig(
             name=run.run_id,

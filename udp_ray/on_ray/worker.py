@@ -5,7 +5,8 @@
 2. Each rank fetches its own keys.
 3. The ranks train from the checkpoint that the ledger names; Ray's snapshot is ignored.
 
-A user's error stops the run for good; after any other failure Ray restarts the workers.
+A user's error stops the run for good; after any other failure Ray restarts the workers. If one of
+them is about to be taken away, all write a checkpoint and return, and the driver starts new ones.
 
 The driver imports this module to hand `run_worker` to Ray Train. What only workers need (torch,
 DeepSpeed, transformers, the engine) is imported inside functions: it takes seconds to load.
@@ -42,6 +43,9 @@ from udp_ray.on_ray.checkpoints import (
 )
 from udp_ray.runs.provenance import code_digest
 
+PREEMPTED = "preempted"
+"""What `run_worker` returns if training paused because a worker is about to be taken away."""
+
 
 @dataclass(frozen=True)
 class WorkerJob:
@@ -56,11 +60,14 @@ class WorkerJob:
     accountant: ray.actor.ActorHandle
 
 
-def run_worker(settings: dict[str, Any]) -> None:
+def run_worker(settings: dict[str, Any]) -> str | None:
     """Trains on this worker. Ray Train calls it on all workers of a run at once.
 
     Args:
         settings: {"job": WorkerJob}; Ray Train passes a dict.
+
+    Returns:
+        `PREEMPTED`, or None if training has ended.
     """
     import torch
 
@@ -70,13 +77,14 @@ def run_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(job.config.cluster.cpus_per_worker)))
     try:
         attempt = _begin(accountant, rank, job.run_folder)
-        if attempt is not None:
-            _train(job, accountant, attempt, rank)
+        if attempt is not None and _train(job, accountant, attempt, rank):
+            return PREEMPTED
     except UdpRayError as error:
         # A rank that only hears of rank 0's failure raises RankFailedError, which is none of these:
         # rank 0 reports a user's error itself, and any other failure is retried.
         accountant.stop(error)
         raise
+    return None
 
 
 def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt | None:
@@ -97,17 +105,20 @@ def _begin(accountant: RemoteAccountant, rank: int, run_folder: str) -> Attempt 
     return box[0]
 
 
-def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank: int) -> None:
+def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank: int) -> bool:
+    """Trains this rank, and returns whether training paused because of a preemption."""
     with quick_imports():
         from udp_ray.data.remote import open_store
         from udp_ray.engine.language_model import train
         from udp_ray.models.load import load_model
+        from udp_ray.on_ray.preemption import watch
 
     config = job.config
     # The driver has verified it; a store at a URL was verified when this node fetched it.
     store = open_store(config.data.store, cache=config.data.cache, verify=False)
     checkpoints = RunCheckpoints(job.run_folder, attempt)
     client = accountant.of_attempt(attempt.number, on_commit=checkpoints.committed)
+    watch(client.preempt)
     keys = client.keys(rank, code=code_digest(), store=store.digest)
     if rank == 0:
         client.set_phase("loading the model")
@@ -130,8 +141,11 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             provenance=job.provenance,
             audit=white_canaries_of(config),
         )
-    if rank == 0:
+    if rank == 0 and result.is_preempted:
+        client.set_phase("starting workers")
+    elif rank == 0:
         client.end(result.budget_message)
+    return result.is_preempted
 
 
 class RunCheckpoints:

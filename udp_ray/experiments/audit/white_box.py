@@ -173,7 +173,7 @@ def result_of(
     scores = seen.scores(plan)
     is_in = coins_of(audit.seed, audit.canary_users)
     spent = statement.spent or statement.promised
-    train_, run = config.train, statement.run
+    train_, run, number = config.train, statement.run, config.cluster.num_workers
     return AuditResult(
         kind="white box",
         scores=scores,
@@ -200,7 +200,7 @@ def result_of(
             "adapters": config.model.lora is not None,
             "ZeRO stage": train_.zero_stage,
             "kernel": train_.kernel,
-            "workers": config.cluster.num_workers,
+            "workers": number if isinstance(number, int) else str(list(number)),
             "audit seed": audit.seed,
         },
     )
