@@ -129,6 +129,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             resume_from=folder,
             provenance=job.provenance,
             audit=white_canaries_of(config),
+            keeps_model=False,  # the driver publishes that of the last checkpoint
         )
     if rank == 0:
         client.end(result.budget_message)
