@@ -55,6 +55,8 @@ FLOAT_BYTES = 4
 GIB = 2**30
 LIVE_BYTES = FLOAT_BYTES * 2**27
 """Most bytes that ZeRO 3 keeps whole, unless a layer is larger; `zero3.LIVE_VALUES`."""
+SUB_GROUP_VALUES = 2**25
+"""Values that ZeRO 3's optimizer moves at once; `zero3.SUB_GROUP_VALUES`."""
 ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
 """Bytes that ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
 
@@ -338,9 +340,9 @@ def _update_bytes(
     if is_drawn_on_gpu:
         noise = BYTES_PER_VALUE * CHUNK_VALUES
     if train.zero_stage == 3:
-        # The check of the noise reads all slices back. Later, a sub-group's gradient and Adam's
-        # temporary tensors are less.
-        return noise + trained // num_workers
+        # A sub-group's gradient, and two temporary tensors of Adam.
+        tensors = 1 + 2 * (train.optimizer == "adamw")
+        return noise + tensors * min(trained // num_workers, FLOAT_BYTES * SUB_GROUP_VALUES)
     if train.zero_stage == 0:
         return max(noise, 2 * trained)
     bucket = min(trained, ZERO_BUCKET_BYTES)
