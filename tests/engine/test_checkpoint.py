@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ from udp_ray.dp.keys import RunKey
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.zero import ZeroEngine
-from udp_ray.errors import CheckpointError
+from udp_ray.errors import CheckpointError, GuaranteeError
 from udp_ray.models.load import trainable_parameters
 
 KEY = RunKey.from_seed(3)
@@ -134,3 +136,99 @@ def test_no_secret_is_in_a_checkpoint(saved):
     for secret in secrets:
         assert secret not in content
         assert secret.hex().encode() not in content
+
+
+# ---- copies that go to their files one by one
+
+
+def written_by_files(directory, zero, step=3):
+    """Writes a checkpoint as the training loop does, unless checkpoints are asynchronous."""
+    expected = checkpoint.files_of(zero, has_average=False)
+    files = checkpoint.FileCopies(directory.with_name("tensors"), expected)
+    weights, optimizer = zero.weights(files), zero.optimizer_state(files)
+    files.check()
+    snapshot = checkpoint.Snapshot(
+        step, KEY.id, {"run_id": "r"}, weights, optimizer, files=files.files
+    )
+    return checkpoint.write(directory, snapshot)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_files_written_tensor_by_tensor_are_those_of_the_library(saved, tmp_path, stage):
+    """The oracle is the writer of the safetensors library."""
+    zero, _, digest = saved
+    model = tiny_model()
+    checkpoint.read(saved[1]).load_weights(trainable_parameters(model))
+    other = make_engine(model, zero_stage=stage, kernel="ghost")
+    other.load_optimizer_state(zero.optimizer_state(), 3)
+    assert written_by_files(tmp_path / "checkpoint", other) == digest
+    state = {f"{k}/{n}": t for k, ts in zero.optimizer_state().items() for n, t in ts.items()}
+    for name, tensors in ((checkpoint.WEIGHTS, zero.weights()), (checkpoint.OPTIMIZER, state)):
+        assert (tmp_path / "checkpoint" / name).read_bytes() == safetensors.torch.save(tensors)
+
+
+def test_the_copies_are_mapped_from_the_files(tmp_path):
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7)}
+    files = checkpoint.FileCopies(tmp_path / "new", {checkpoint.WEIGHTS: tensors})
+    copies = {name: files(name, tensor) for name, tensor in tensors.items()}
+    files.check()
+    for name, tensor in tensors.items():
+        assert torch.equal(copies[name], tensor)
+        assert copies[name].data_ptr() != tensor.data_ptr()
+    files.remove()
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_average_has_its_own_names_and_type(tmp_path):
+    zero = make_engine()
+    files = checkpoint.FileCopies(tmp_path / "new", checkpoint.files_of(zero, has_average=True))
+    averages = {name: torch.randn(p.shape).double() for name, p in zero.parameters.items()}
+    for name, average in averages.items():
+        files(f"average/{name}", average)
+    zero.weights(files)
+    zero.optimizer_state(files)
+    files.check()
+    expected = safetensors.torch.save(averages)
+    assert files.files[checkpoint.AVERAGE].read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("c", torch.zeros(7), "no place"),
+        ("a", torch.zeros(8), "another shape or type"),
+        ("a", torch.zeros(7).double(), "another shape or type"),
+    ],
+)
+def test_a_tensor_that_was_not_expected_is_refused(tmp_path, name, tensor, message):
+    expected = {checkpoint.WEIGHTS: {"a": torch.zeros(7)}}
+    files = checkpoint.FileCopies(tmp_path / "new", expected)
+    with pytest.raises(GuaranteeError, match=message):
+        files(name, tensor)
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path):
+    expected = {checkpoint.WEIGHTS: {"a": torch.zeros(7), "b": torch.zeros(2)}}
+    files = checkpoint.FileCopies(tmp_path / "new", expected)
+    files("a", torch.ones(7))
+    with pytest.raises(GuaranteeError, match="lacks the tensor b"):
+        files.check()
+    files("b", torch.ones(2))
+    with pytest.raises(GuaranteeError, match="two tensors, of the name b"):
+        files("b", torch.ones(2))
+
+
+def test_what_cannot_be_written_is_raised_by_the_check_and_not_among_collectives(tmp_path):
+    (tmp_path / "new").write_text("a file in the way")
+    expected = {checkpoint.WEIGHTS: {"a": torch.zeros(7)}}
+    files = checkpoint.FileCopies(tmp_path / "new", expected)
+    files("a", torch.ones(7))
+    with pytest.raises(OSError, match="exists"):
+        files.check()
+
+
+@pytest.mark.parametrize("frozen", [None, "0" * 64])
+def test_the_digest_of_weights_is_that_of_the_file_that_would_hold_them(frozen):
+    weights = {name: p.detach() for name, p in tiny_model().named_parameters()}
+    content = safetensors.torch.save(weights) + (frozen or "").encode()
+    assert checkpoint.weights_digest(weights, frozen) == hashlib.sha256(content).hexdigest()

@@ -41,7 +41,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(folder: Path, model: str, **changes: object) -> ExperimentConfig:
-    train = {"microbatch_tokens": MICROBATCH, "zero_stage": changes.pop("zero_stage", 0),
+    train = {"microbatch_tokens": changes.pop("microbatch", MICROBATCH),
+             "zero_stage": changes.pop("zero_stage", 0),
+             "offload": changes.pop("offload", "none"),
              "kernel": changes.pop("kernel", "ghost"),
              "average": changes.pop("average", "none"),
              "async_checkpoints": changes.pop("async_checkpoints", False)}  # fmt: skip
@@ -184,6 +186,35 @@ def test_asynchronous_checkpoints_take_a_copy_of_all_that_they_hold(
     assert copied.total_bytes - plain.total_bytes == copied.checkpoint
     assert "copy for checkpoints" in copied.to_text()
     assert "copy for checkpoints" not in plain.to_text()
+
+
+@pytest.mark.parametrize(("offload", "buffers"), [("none", 1), ("optimizer", 2)])
+def test_slices_come_with_buffers_for_gradients(models: Path, offload: str, buffers: int) -> None:
+    config = settings(models, "gpt2", zero_stage=3, num_workers=4, offload=offload)
+    weights = AutoModelForCausalLM.from_pretrained(models / "gpt2").parameters()
+    number = sum(weight.numel() for weight in weights)
+    # Master weights, AdamW's two moments, and the buffers, float32.
+    assert estimated(config).optimizer == pytest.approx(4 * (3 + buffers) * number / 4, rel=1e-3)
+
+
+def test_slices_need_no_gradient_of_the_whole_model(models: Path) -> None:
+    """Only the ghost kernel works there, so the direct one does not count."""
+    auto, ghost, whole = (
+        estimated(settings(models, "gpt2", kernel=kernel, zero_stage=stage))
+        for kernel, stage in (("auto", 3), ("ghost", 3), ("auto", 0))
+    )
+    assert auto.kernel == ghost.kernel < whole.kernel
+
+
+def test_with_many_workers_the_checks_of_the_whole_model_take_most(models: Path) -> None:
+    few, many = (
+        estimated(settings(models, "gpt2", zero_stage=3, num_workers=number, microbatch=256))
+        for number in (1, 64)
+    )
+    assert few.checks == many.checks
+    assert few.total_bytes > few.checks
+    assert many.total_bytes == many.checks > 3 * few.clipped_sum / 2
+    assert "checks" in many.to_text()
 
 
 def test_adapters_are_all_that_is_summed(models: Path) -> None:

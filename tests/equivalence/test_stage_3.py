@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from tests.support.distributed import WorldFailed, run_on_ranks
-from tests.support.training import VOCABULARY, TinyRun, distance, train_tiny, write_tiny_store
+from tests.support.training import (
+    VOCABULARY,
+    TinyRun,
+    attempt_at,
+    distance,
+    train_tiny,
+    write_tiny_store,
+)
 from udp_ray.engine import checkpoint
 from udp_ray.engine.distributed import join_world
 
@@ -94,6 +101,29 @@ def test_what_lies_in_host_memory_changes_nothing(run, alone, offload):
     offloaded = replace(run, offload=offload, microbatch_tokens=4096, **SLICED)
     for outcome in run_on_ranks(2, train_tiny, offloaded):
         assert distance(outcome.weights, alone.weights) < TOLERANCE
+
+
+@pytest.fixture(scope="module", params=["uls", "els"])
+def large(request, run):
+    """The settings of docs/large-models.md, and a run of one process with none of them."""
+    sampled = {"sampling": "els", "cohort_size": 16, "num_examples": 60}
+    changes = sampled if request.param == "els" else {}
+    plain = replace(run, optimizer="adamw", learning_rate=1e-2, num_steps=4, **changes)
+    sliced = replace(
+        plain, offload="parameters", activation_checkpointing=True, sub_group_values=500, **SLICED
+    )
+    return sliced, train_tiny(plain)
+
+
+def test_a_large_model_in_slices_stopped_and_resumed_ends_as_one_process(large, tmp_path):
+    """Slices, offload, recomputed activations and several sub-groups, through a checkpoint."""
+    settings, whole = large
+    first = run_on_ranks(2, train_tiny, settings, 2, None, str(tmp_path))[0].result
+    assert first.step == 2
+    attempt = attempt_at(2, first.location, first.digest)
+    for outcome in run_on_ranks(2, train_tiny, settings, None, attempt, str(tmp_path)):
+        assert outcome.result.step == 4
+        assert distance(outcome.weights, whole.weights) < TOLERANCE
 
 
 @pytest.mark.slow

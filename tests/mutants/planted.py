@@ -1433,6 +1433,47 @@ OUTPUTS = [
         ),
     ),
     Mutant(
+        name="checkpoint_tensors_in_one_place",
+        breaks="a checkpoint that is written tensor by tensor holds each one in another's place",
+        file="udp_ray/engine/checkpoint.py",
+        text="                stream.seek(start)\n",
+        replacement="                stream.seek(self._mapped[file].numel() - tensor.nbytes)\n",
+        tests=(
+            "tests/engine/test_checkpoint.py"
+            "::test_files_written_tensor_by_tensor_are_those_of_the_library",
+        ),
+    ),
+    Mutant(
+        name="checkpoint_lacks_a_tensor",
+        breaks="a checkpoint that lacks a tensor is committed, with zeros in its place",
+        file="udp_ray/engine/checkpoint.py",
+        text="        if self._expected:\n",
+        replacement="        if False:\n",
+        tests=(
+            "tests/engine/test_checkpoint.py"
+            "::test_a_checkpoint_without_one_of_its_tensors_is_refused",
+        ),
+    ),
+    Mutant(
+        name="digest_of_weights_without_their_shapes",
+        breaks="weights of another model have the digest of those that the ledger recorded",
+        file="udp_ray/engine/checkpoint.py",
+        text="    digest = hashlib.sha256(header)\n",
+        replacement="    digest = hashlib.sha256()\n",
+        tests=(
+            "tests/engine/test_checkpoint.py"
+            "::test_the_digest_of_weights_is_that_of_the_file_that_would_hold_them",
+        ),
+    ),
+    Mutant(
+        name="memory_without_buffers_for_gradients",
+        breaks="the memory of a worker under ZeRO 3 is estimated too small by a fifth",
+        file="udp_ray/engine/memory.py",
+        text='        tensors += 1 + (train.offload != "none")\n',
+        replacement="        tensors += 0\n",
+        tests=("tests/engine/test_memory.py::test_slices_come_with_buffers_for_gradients",),
+    ),
+    Mutant(
         name="checkpoint_in_flight_not_committed_as_start",
         breaks="a run whose checkpoint was committed behind its last step cannot be resumed",
         file="udp_ray/ledger/tables.py",

@@ -1,4 +1,7 @@
-"""pytest -m slow tests/on_ray/test_train_stage_3.py"""
+"""The settings of docs/large-models.md, with a tiny model, a killed worker and both samplers.
+
+pytest -m slow tests/on_ray/test_train_stage_3.py
+"""
 
 from pathlib import Path
 
@@ -16,16 +19,30 @@ KILL_AFTER = 6  # between the checkpoints of steps 4 and 8
 TOLERANCE = 1e-5  # as in test_train.py
 
 
+SAMPLERS = {
+    "uls": {"num_steps": 10},
+    "els": {"num_steps": 10, "sampling": "els", "batch_size": 10, "cohort_size": None},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
+@pytest.mark.parametrize("sampling", SAMPLERS)
 def test_a_run_in_slices_with_a_killed_worker_ends_with_the_weights_of_stage_0(
-    tmp_path: Path,
+    tmp_path: Path, sampling: str
 ) -> None:
-    steps = {"privacy": {"num_steps": 10}}
+    steps = {"privacy": SAMPLERS[sampling]}
     common = {"checkpoint_every": 4, "microbatch_tokens": 128}
     whole = tiny_experiment(tmp_path, **steps, train=common)
     sliced = tiny_experiment(
-        tmp_path, **steps, train={**common, "zero_stage": 3, "offload": "optimizer"}
+        tmp_path,
+        **steps,
+        train={
+            **common,
+            "zero_stage": 3,
+            "offload": "parameters",
+            "activation_checkpointing": True,
+        },
     )
     expected = train(to_folder(whole, tmp_path / "whole"), announce=lambda text: None)
     result = train_with_a_killed_worker(to_folder(sliced, tmp_path / "sliced"), KILL_AFTER)

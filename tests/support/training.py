@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from udp_ray.dp.keys import RankKeys, RunKey
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine import checkpoint as checkpoint_files
 from udp_ray.engine import language_model as loop
+from udp_ray.engine import zero3
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import HeldoutMetrics, evaluate
 from udp_ray.engine.language_model import train
@@ -66,6 +68,8 @@ class TinyRun:
     activation_checkpointing: bool = False
     chunk_logits: int | None = None
     """Most logits held at once, instead of far more than there are."""
+    sub_group_values: int | None = None
+    """Values that ZeRO 3's optimizer moves at once, instead of far more than there are."""
     kernel: Literal["direct", "ghost"] = "direct"
     autocast: Literal["off", "bfloat16"] = "off"
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -294,7 +298,13 @@ def train_tiny(
     events: list[tuple[Any, ...]] = []
     is_first = dist.get_rank() == 0
     accountant = RecordingAccountant(events, last_step, preempted_at) if is_first else None
-    with tempfile.TemporaryDirectory() as folder, chunks_of(run.chunk_logits):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        chunks_of(run.chunk_logits),
+        mock.patch.object(
+            zero3, "SUB_GROUP_VALUES", run.sub_group_values or zero3.SUB_GROUP_VALUES
+        ),
+    ):
         return run_loop(run, accountant, events, Path(checkpoints or folder), resume)
 
 

@@ -16,7 +16,9 @@ function of the step and needs no state. The run key is named by its id; the key
 a checkpoint.
 
 What a checkpoint holds is copied between two steps (`Snapshot`, by all ranks), and written later by
-rank 0 alone (`write`), in a thread while training goes on if `train.async_checkpoints` says so.
+rank 0 alone (`write`), in a thread while training goes on if `train.async_checkpoints` says so. For
+such a checkpoint it is copied into memory (`HostCopies`). For any other it is copied into files,
+one tensor after the other (`FileCopies`): rank 0 need not have memory for whole weights and state.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from udp_ray.engine.types import Engine
@@ -176,6 +178,9 @@ class Snapshot:
     """An encrypted file in the file system of the checkpoint, into which it is moved."""
     canaries: Mapping[str, Tensor] | None = None
     """`CanaryObserver.to_save` of an audited run; None for others."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """`FileCopies.files`: what need not be written any more. They are moved into the checkpoint,
+    whose file system they are in."""
 
 
 class HostCopies:
@@ -224,6 +229,95 @@ class HostCopies:
             torch.cuda.current_stream().synchronize()
 
 
+class FileCopies:
+    """Copies tensors into files in the safetensors format, on rank 0; a `Copy`.
+
+    Under ZeRO 3 weights and state of a large model fit in the memory of all ranks, and need not fit
+    in that of rank 0. What is returned is mapped from the files.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Makes the files, without values.
+
+        Args:
+            folder: Where; what is there is removed.
+            tensors: By file, by the name in the file: tensors of the same shapes and types, whose
+                values are not read. They may be on the meta device.
+        """
+        self.files = {name: folder / name for name in tensors}
+        """By name, for `Snapshot.files`."""
+        self._folder = folder
+        self._expected: dict[str, tuple[Path, int, Tensor]] = {}
+        self._mapped: dict[Path, Tensor] = {}
+        self._error: Exception | None = None
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            for name, held in tensors.items():
+                self._make(folder / name, held, prefix="average/" if name == AVERAGE else "")
+        except (OSError, RuntimeError) as error:
+            self._error = error  # raised here, it would leave the other ranks in a collective
+
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        """Returns the copy of a tensor, named as by `Engine` or `IterateAverage`; see `check`."""
+        if self._error is not None:
+            return tensor
+        if name not in self._expected:
+            raise GuaranteeError(f"a checkpoint has no place, or two tensors, of the name {name}")
+        file, start, expected = self._expected.pop(name)
+        if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+            raise GuaranteeError(f"the tensor {name} of a checkpoint has another shape or type")
+        try:
+            with file.open("r+b") as stream:
+                stream.seek(start)
+                stream.write(_bytes_of(tensor.detach().cpu()))
+        except OSError as error:
+            self._error = error
+            return tensor
+        values = self._mapped[file][start : start + tensor.nbytes]
+        return values.view(tensor.dtype).view(tensor.shape)
+
+    def check(self) -> None:
+        """Returns if the files are complete.
+
+        Raises:
+            OSError: They could not be written.
+            GuaranteeError: A tensor is missing.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._expected:
+            raise GuaranteeError(f"a checkpoint lacks the tensor {next(iter(self._expected))}")
+
+    def remove(self) -> None:
+        """Removes the files that were not moved."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _make(self, file: Path, tensors: Mapping[str, Tensor], *, prefix: str) -> None:
+        header, starts = _layout(tensors)
+        num_bytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+        with file.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(num_bytes)
+        self._mapped[file] = torch.from_file(str(file), size=num_bytes, dtype=torch.uint8)
+        for name, tensor in tensors.items():
+            self._expected[prefix + name] = (file, len(header) + starts[name], tensor)
+
+
+def files_of(engine: Engine, *, has_average: bool) -> dict[str, dict[str, Tensor]]:
+    """Returns the tensors of an engine's checkpoint for `FileCopies`, on the meta device."""
+
+    def shaped(dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, shape in engine.shapes.items()
+        }
+
+    whole = shaped(torch.float32)
+    files = {WEIGHTS: whole, OPTIMIZER: _flattened(dict.fromkeys(engine.state_kinds, whole))}
+    return files | ({AVERAGE: shaped(torch.float64)} if has_average else {})
+
+
 def write(
     directory: Path, snapshot: Snapshot, *, is_cancelled: Callable[[], bool] = lambda: False
 ) -> str:
@@ -260,9 +354,14 @@ def _write_files(folder: Path, snapshot: Snapshot, is_cancelled: Callable[[], bo
         tensors[AVERAGE] = snapshot.average
     if snapshot.canaries is not None:
         tensors[CANARIES] = snapshot.canaries
-    digests = {
-        name: _write_tensors(folder / name, held, is_cancelled) for name, held in tensors.items()
-    }
+    digests = {}
+    for name, held in tensors.items():
+        if name in snapshot.files:
+            os.replace(snapshot.files[name], folder / name)
+            flush(folder / name)
+            digests[name] = _file_digest(folder / name)
+        else:
+            digests[name] = _write_tensors(folder / name, held, is_cancelled)
     if snapshot.past_noise is not None:
         os.replace(snapshot.past_noise, folder / NOISE)
         flush(folder / NOISE)
@@ -290,19 +389,27 @@ def _write_tensors(
 
     The library's own writer copies all tensors once more, and the digest would read the file again.
     """
+    header, starts = _layout(tensors)
+    parts = [memoryview(header), *(_bytes_of(tensors[name]) for name in starts)]
+    return _write_flushed(file, parts, is_cancelled)
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Returns the header of a file of tensors and where each begins after it, in their order."""
     # As the library orders them: by the size of a value, largest first, then by name.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     header: dict[str, Any] = {}
+    starts = {}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
         kind = SAFETENSORS_KINDS[tensors[name].dtype]
         shape = list(tensors[name].shape)
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        starts[name] = start
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    line = memoryview(len(text).to_bytes(8, "little") + text)
-    return _write_flushed(file, [line, *(_bytes_of(tensors[name]) for name in names)], is_cancelled)
+    return len(text).to_bytes(8, "little") + text, starts
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -368,7 +475,13 @@ def weights_digest(parameters: Mapping[str, Tensor], frozen: str | None = None) 
         parameters: The trainable ones by name.
         frozen: The fingerprint of the others, if there are any.
     """
-    return hashlib.sha256(save(_on_cpu(parameters)) + (frozen or "").encode()).hexdigest()
+    # Of the file that `_write_tensors` would write: in memory it would be another model or two.
+    header, starts = _layout(parameters)
+    digest = hashlib.sha256(header)
+    for name in starts:
+        digest.update(_bytes_of(parameters[name].detach().cpu()))
+    digest.update((frozen or "").encode())
+    return digest.hexdigest()
 
 
 def _read_manifest(directory: Path, expected_digest: str | None) -> dict[str, Any]:

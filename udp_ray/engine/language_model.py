@@ -56,6 +56,7 @@ def train(
     resume_from: Path | None = None,
     provenance: dict[str, Any] | None = None,
     audit: AuditConfig | None = None,
+    keeps_model: bool = True,
 ) -> TrainResult:
     """Fine-tunes `model` in place under `plan`, and returns the outcome. Collective.
 
@@ -91,6 +92,8 @@ def train(
         provenance: Public words written into each checkpoint: ledger id, run id, and the like.
         audit: In a run made for a white box audit: the canary users that take part like everyone.
             What is seen of them is in each checkpoint.
+        keeps_model: False if the checkpoints are all that is needed, so that no rank needs memory
+            for the whole trained weights after ZeRO 3: `model` must not be used any more.
 
     Raises:
         NoiseCheckError: The run-time check failed; nothing was trained.
@@ -120,6 +123,7 @@ def train(
         resume_from=resume_from,
         provenance=provenance or {},
         audit=audit,
+        keeps_model=keeps_model,
     )
     return training.run()
 

@@ -58,7 +58,7 @@ from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSample
 from udp_ray.engine import checkpoint, sealed_noise
 from udp_ray.engine.average import IterateAverage
 from udp_ray.engine.background import Background
-from udp_ray.engine.distributed import World
+from udp_ray.engine.distributed import World, trim_memory
 from udp_ray.engine.noise_check import check_noise
 from udp_ray.engine.optim import learning_rate
 from udp_ray.engine.step import PrivateStep
@@ -80,6 +80,7 @@ from udp_ray.errors import (
     PreemptedError,
     PrivacyBudgetExceededError,
 )
+from udp_ray.io import writing
 from udp_ray.ledger.records import Attempt
 from udp_ray.models.load import frozen_fingerprint
 
@@ -138,6 +139,8 @@ class TrainingLoop(ABC):
     resume_from: Path | None
     """Local folder of the checkpoint that the attempt names."""
     provenance: dict[str, Any]
+    keeps_model: bool = True
+    """Whether the model has the trained weights in the end; else it must not be used any more."""
 
     frozen: str | None = field(init=False)
     """The fingerprint of the weights beside which adapters train; None if all weights train."""
@@ -224,9 +227,10 @@ class TrainingLoop(ABC):
             self._settle(wait=True)
             if budget_message is not None and self.step > 0:
                 self._report({"step": self.step, **self._evaluations()})
-        if self.average is not None and self.settings.publish == "average" and self.step > 0:
-            self.average.put_into_model()
-        self.engine.close()
+        if self.keeps_model:
+            if self.average is not None and self.settings.publish == "average" and self.step > 0:
+                self.average.put_into_model()
+            self.engine.close()
         return TrainResult(self.step, self.location, self.digest, budget_message)
 
     def _pause(self) -> TrainResult:
@@ -256,7 +260,9 @@ class TrainingLoop(ABC):
             self.copies = checkpoint.HostCopies()
         self._enter("checking the model")
         self.kernel = self._make_kernel()
+        trim_memory()
         self.engine = self._make_engine()
+        trim_memory()
         self.private_step = self._private_step()
         if saved is not None:
             self.private_step.restore(saved.clip_norm)
@@ -278,6 +284,7 @@ class TrainingLoop(ABC):
                 )
             if self.average is not None:
                 self.average.load(saved.average)
+        trim_memory()
 
     def _read_checkpoint(self) -> checkpoint.Checkpoint | None:
         attempt = self.attempt
@@ -412,9 +419,16 @@ class TrainingLoop(ABC):
         """Copies what a checkpoint of this step holds, and has rank 0 store it. Collective."""
         self._enter("writing")
         directory = self.workspace / f"step-{self.step:08d}"
-        copy: Copy = to_host if self.copies is None else self.copies
+        copy: Copy = to_host
+        files: checkpoint.FileCopies | None = None
         if self.copies is not None:
             self.copies.begin()
+            copy = self.copies
+        elif self.world.is_first:
+            copy = files = checkpoint.FileCopies(
+                directory.with_name(directory.name + ".tensors"),
+                checkpoint.files_of(self.engine, has_average=self.average is not None),
+            )
         observer = self.private_step.observer
         snapshot = checkpoint.Snapshot(
             step=self.step,
@@ -427,6 +441,7 @@ class TrainingLoop(ABC):
             clip_norm=self.private_step.clip_norm.to_save,
             past_noise=self._seal_noise(directory),
             canaries=None if observer is None else observer.to_save(),
+            files={} if files is None else files.files,
         )
 
         def store(is_cancelled: Callable[[], bool]) -> Stored:
@@ -435,13 +450,25 @@ class TrainingLoop(ABC):
                 return publish(snapshot.step, directory), digest
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
+                if files is not None:
+                    files.remove()
 
         def start() -> None:
             if self.copies is not None:
                 self.copies.wait()
+            if files is not None:
+                self._check_files(files)
             self.writer.start(store)
 
         self.world.from_first(start)  # there may be no memory, or no thread
+
+    def _check_files(self, files: checkpoint.FileCopies) -> None:
+        try:
+            with writing(f"the checkpoint of step {self.step}", self.workspace):
+                files.check()
+        except BaseException:
+            files.remove()  # a full disk needs the room until the run is resumed
+            raise
 
     def _settle(self, *, wait: bool) -> None:
         """Commits the checkpoint in flight once it is stored, then reports it. Collective.

@@ -55,8 +55,13 @@ FLOAT_BYTES = 4
 GIB = 2**30
 LIVE_BYTES = FLOAT_BYTES * 2**27
 """Most bytes that ZeRO 3 keeps whole, unless a layer is larger; `zero3.LIVE_VALUES`."""
+SUB_GROUP_VALUES = 2**25
+"""Values that ZeRO 3's optimizer moves at once; `zero3.SUB_GROUP_VALUES`."""
 ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
 """Bytes that ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
+
+CHECKED_TENSORS = 3
+"""Tensors of the size of the largest parameter that the checks of the model need at a time."""
 
 SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
@@ -147,7 +152,8 @@ class MemoryEstimate:
     clipped_sum: int
     """The running sum of clipped gradients, float64."""
     optimizer: int
-    """The optimizer's state, and the master weights that ZeRO partitions."""
+    """The optimizer's state, and the master weights that ZeRO partitions; under ZeRO 3 its buffers
+    for gradients, too."""
     past_noise: int
     """Noise of the last b - 1 steps, in host memory; 0 with independent noise."""
     kernel: int
@@ -155,6 +161,9 @@ class MemoryEstimate:
     update: int
     """Noise, gradients for the optimizer and ZeRO's buckets for them; not there while a kernel
     works. An evaluation of the average takes less: a copy of the weights."""
+    checks: int = 0
+    """The whole model and two gradients, while rank 0 checks it before anything else is there. The
+    weights may be pages of the model's file, which the system can take back."""
     noise_ahead: int = 0
     """Noise that is drawn while gradients are computed, in host memory."""
     average: int = 0
@@ -162,14 +171,14 @@ class MemoryEstimate:
     """
     checkpoint: int = 0
     """Rank 0's copy of weights, optimizer state and average, in host memory, with asynchronous
-    checkpoints. Others are copied while neither a kernel nor an update works, and then freed."""
+    checkpoints. Others are written one tensor after the other."""
 
     @property
     def total_bytes(self) -> int:
         """The most at any moment."""
         persistent = self.weights + self.clipped_sum + self.optimizer
         persistent += self.past_noise + self.noise_ahead + self.average + self.checkpoint
-        return persistent + max(self.kernel, self.update)
+        return max(self.checks, persistent + max(self.kernel, self.update))
 
     def to_dict(self) -> dict[str, int]:
         """Returns the parts and the total."""
@@ -178,6 +187,7 @@ class MemoryEstimate:
     def to_text(self) -> str:
         """Returns a table for a terminal."""
         rows = [
+            ("checks (then gone)", self.checks),
             ("weights", self.weights),
             ("clipped sum", self.clipped_sum),
             ("optimizer", self.optimizer),
@@ -228,8 +238,9 @@ def estimate_memory(
         parameters = trainable_parameters(fake)
         rows = plan.group_size if plan.sampling == "uls" else 1
         kernel = _kernel_bytes(fake, parameters, model, train, rows=rows, tokens=block_tokens)
-    weights = _bytes([*fake.parameters(), *fake.buffers()])
+    weights = whole = _bytes([*fake.parameters(), *fake.buffers()])
     trained = _bytes(parameters.values())
+    largest = max(map(_bytes_of, parameters.values()))
     is_sliced = train.zero_stage == 3
     if is_sliced:  # its own slices, and what is gathered for the layers in use
         weights = weights // num_workers + min(weights, LIVE_BYTES)
@@ -242,13 +253,18 @@ def estimate_memory(
         noise_ahead=_noise_ahead_bytes(trained, plan, train, use_gpu=cluster.use_gpu),
         kernel=kernel,
         update=_update_bytes(trained, train, num_workers, is_drawn_on_gpu=is_drawn_on_gpu),
+        checks=whole + 2 * trained + CHECKED_TENSORS * largest,
         average=_average_bytes(trained, train, num_workers),
         checkpoint=_checkpoint_bytes(trained, train),
     )
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(map(_bytes_of, tensors))
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _put_on_cpu(model: nn.Module) -> None:
@@ -277,6 +293,8 @@ def _optimizer_bytes(trained: int, train: TrainConfig, num_workers: int) -> int:
     tensors = _num_states(train)
     if train.zero_stage == 0:
         return trained * tensors
+    if train.zero_stage == 3:  # one buffer for gradients, and with offload that of the optimizer
+        tensors += 1 + (train.offload != "none")
     return trained * (tensors + 1) // num_workers
 
 
@@ -323,7 +341,9 @@ def _update_bytes(
     if is_drawn_on_gpu:
         noise = BYTES_PER_VALUE * CHUNK_VALUES
     if train.zero_stage == 3:
-        return noise + trained // num_workers
+        # A sub-group's gradient, and two temporary tensors of Adam.
+        tensors = 1 + 2 * (train.optimizer == "adamw")
+        return noise + tensors * min(trained // num_workers, FLOAT_BYTES * SUB_GROUP_VALUES)
     if train.zero_stage == 0:
         return max(noise, 2 * trained)
     bucket = min(trained, ZERO_BUCKET_BYTES)
@@ -348,12 +368,13 @@ def _kernel_bytes(
     fits = sum(part.input_ids.numel() for part in group.microbatches) <= train.microbatch_tokens
     is_large = len(group.microbatches) > 1 or not fits
     counts = []
-    if train.kernel != "ghost" or is_large:
+    is_sliced = train.zero_stage == 3  # where only the ghost kernel works
+    if is_large or (train.kernel != "ghost" and not is_sliced):
         direct = DirectKernel(model, parameters, clip_norm=1.0, autocast=settings.autocast)
         with PeakMemory() as memory:
             direct.group_gradient(group)
         counts.append(memory.peak_bytes)
-    if train.kernel != "direct" and settings.dropout == 0 and not is_large:
+    if not is_large and (is_sliced or (train.kernel != "direct" and settings.dropout == 0)):
         counts.append(_ghost_bytes(model, parameters, settings, train, group))
     return max(counts)
 

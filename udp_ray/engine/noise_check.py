@@ -115,7 +115,8 @@ def _root_mean_square(step: PrivateStep, arrived: dict[str, Tensor]) -> float:
     """Returns the root mean square of what arrived on all ranks."""
     totals = torch.zeros(2, dtype=torch.float64, device=step.world.device)
     for values in arrived.values():
-        totals[0] += values.double().square().sum()
+        for some in values.reshape(-1).split(BROADCAST_VALUES):  # float64 takes twice the memory
+            totals[0] += some.double().square().sum()
         totals[1] += values.numel()
     dist.all_reduce(totals)
     return math.sqrt(float(totals[0] / totals[1]))

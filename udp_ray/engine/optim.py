@@ -27,7 +27,7 @@ class Freezable(torch.optim.Optimizer):
     state_kinds: tuple[str, ...] = ()
     """Names of the state tensors that a frozen step creates."""
     seen: list[Tensor] | None = None
-    """Receives copies of the gradients that a frozen step finds; None keeps none."""
+    """Receives the gradients that a frozen step finds, until the next step; None keeps none."""
 
     def step(self, closure: Any = None) -> Any:
         if not self.is_frozen:
@@ -36,7 +36,7 @@ class Freezable(torch.optim.Optimizer):
             if not self.state[tensor]:
                 self._create_state(tensor)
             if self.seen is not None and tensor.grad is not None:
-                self.seen.append(tensor.grad.detach().clone())
+                self.seen.append(tensor.grad.detach())
         return None
 
     def _create_state(self, tensor: Tensor) -> None:

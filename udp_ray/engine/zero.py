@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -144,10 +145,15 @@ class ZeroEngine:
             return arrived
         self._optimizer.seen = []
         self._frozen_step()
-        flat = torch.cat([part.to(self._engine.device) for part in self._optimizer.seen])
+        # One tensor for each sub-group of DeepSpeed, which holds whole slices. They are not joined:
+        # that would be another copy of all of them.
+        rest = deque(part.to(self._engine.device) for part in self._optimizer.seen)
         self._optimizer.seen = None
-        lengths = [gradients[name].numel() for name in self.parameters]
-        slices = dict(zip(self.parameters, flat.split(lengths), strict=True))
+        slices = {}
+        for name in self.parameters:
+            while not rest[0].numel():
+                rest.popleft()
+            slices[name], rest[0] = rest[0].tensor_split([gradients[name].numel()])
         return {name: part[: self._num_local(name)] for name, part in slices.items()}
 
     def local(self, name: str) -> Tensor:

@@ -35,6 +35,10 @@ PREFETCHED_VALUES = 2**24
 LIVE_VALUES = 2**27
 """Most values that are whole at once, unless a layer has more (512 MiB). Speed and memory only."""
 
+SUB_GROUP_VALUES = 2**25
+"""Values of a rank that the optimizer moves at once: Adam's temporary tensors are twice as large
+(256 MiB). Speed and memory only."""
+
 
 def sliced_options(model: nn.Module, offload: str) -> dict[str, Any]:
     """Returns DeepSpeed's options for stage 3 alone."""
@@ -46,6 +50,7 @@ def sliced_options(model: nn.Module, offload: str) -> dict[str, Any]:
         "stage3_prefetch_bucket_size": PREFETCHED_VALUES,
         "stage3_max_live_parameters": LIVE_VALUES,
         "stage3_max_reuse_distance": PREFETCHED_VALUES,
+        "sub_group_size": SUB_GROUP_VALUES,
     }
     on_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if offload != "none":

@@ -140,6 +140,7 @@ def _train(job: WorkerJob, accountant: RemoteAccountant, attempt: Attempt, rank:
             resume_from=folder,
             provenance=job.provenance,
             audit=white_canaries_of(config),
+            keeps_model=False,  # the driver publishes that of the last checkpoint
         )
     if rank == 0 and result.is_preempted:
         client.set_phase("starting workers")
