@@ -17,7 +17,7 @@ from pathlib import Path
 from udp_ray.config.cli import DRY_RUN, Flag, parse, run_job
 from udp_ray.console import progress
 from udp_ray.experiments.scale.folder import ScaleFolder
-from udp_ray.experiments.scale.settings import ScaleConfig
+from udp_ray.experiments.scale.settings import ScaleConfig, require_model
 
 CONFIG = Path(__file__).parent / "configs" / "scale.yaml"
 QUICK = Flag("quick", "Measure what the section small says: a few thousand users.")
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     job = parse(ScaleConfig, __doc__, argv, flags=(QUICK, DRY_RUN), default_file=CONFIG)
     scale = job.config.small if job.flag("quick") else job.config.scale
     folder = ScaleFolder(Path(job.config.output))
+    require_model(scale)
     folder.check(scale)
     print(scale.to_text(), flush=True)
     if job.flag("dry-run"):

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -108,7 +109,8 @@ class PoissonUserSampler:
         self._probability = sampling_probability
         self._group_size = group_size
         self._bands = bands
-        self._band_of_user: Indices | None = None  # drawn once, when the number of users is known
+        # Drawn once, when the number of users is known; two bytes for each.
+        self._band_of_user: NDArray[np.int16] | None = None
         self._max_cohort_size = max_cohort_size
 
     def cohort(self, step: int, user_offsets: Indices) -> Cohort:
@@ -139,9 +141,9 @@ class PoissonUserSampler:
         starts = np.repeat(user_offsets[users], np.diff(offsets))
         return Cohort(users, (starts + positions).astype(np.int64), offsets)
 
-    def _bands_of(self, num_users: int) -> Indices:
+    def _bands_of(self, num_users: int) -> NDArray[np.int16]:
         if self._band_of_user is None or len(self._band_of_user) != num_users:
-            self._band_of_user = user_bands(self._key, num_users, self._bands)
+            self._band_of_user = user_bands(self._key, num_users, self._bands).astype(np.int16)
         return self._band_of_user
 
 
@@ -174,9 +176,8 @@ class PoissonExampleSampler:
         _check(sampling_probability, group_size)
         self._key = key
         self._probability = sampling_probability
-        sizes = np.diff(user_offsets).astype(np.int64)
-        positions, offsets = subsets(_Stream(key, "kept", 0), sizes, group_size)
-        self._kept = np.repeat(user_offsets[:-1], np.diff(offsets)).astype(np.int64) + positions
+        self._user_offsets = user_offsets
+        self._kept = _KeptSubsets(_Stream(key, "kept", 0), np.diff(user_offsets), group_size)
 
     @property
     def num_examples(self) -> int:
@@ -193,7 +194,8 @@ class PoissonExampleSampler:
             Charles et al. 2024 [1], Algorithm 1.
         """
         drawn = poisson(_Stream(self._key, "kept", step), len(self._kept), self._probability)
-        examples = self._kept[drawn]
+        users, positions = self._kept.at(drawn)
+        examples = (self._user_offsets[users] + positions).astype(np.int64)
         return Cohort(examples, examples, np.arange(len(examples) + 1, dtype=np.int64))
 
 
@@ -285,16 +287,60 @@ def subsets(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indic
     counts = np.minimum(sizes, limit)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     positions = _ragged_arange(counts)
+    for rows, subset in _of_long_rows(stream, sizes, limit):
+        positions[offsets[rows][:, None] + np.arange(limit)] = subset
+    return positions, offsets
+
+
+def _of_long_rows(stream: _Stream, sizes: Indices, limit: int) -> Iterator[tuple[Indices, Indices]]:
+    """Yields rows of more than `limit` positions, ascending, and the subset of each, (n, limit)."""
     # Floyd takes about limit**2 / 2 comparisons per row, ranking a sort of the whole row. The rule
     # uses the row alone, so that subsets of different users stay independent.
     excess = sizes > limit
     by_floyd = excess & (sizes >= limit * limit // 16)
-    for rows, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):
-        index = np.flatnonzero(rows)
-        if len(index):
-            target = offsets[index][:, None] + np.arange(limit)
-            positions[target] = method(stream, sizes[index], limit)
-    return positions, offsets
+    for is_row, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):
+        rows = np.flatnonzero(is_row)
+        if len(rows):
+            yield rows, method(stream, sizes[rows].astype(np.int64), limit)
+
+
+class _KeptSubsets:
+    """The subsets of `subsets`, of which any can be read, in less memory.
+
+    A row of at most `limit` positions keeps all, so it takes one offset and no positions: 8 bytes
+    for each row, and 4 for each position that a longer row keeps. The positions themselves, and
+    what it takes to make them, would be several times as much: tens of gigabytes for 10**8 users.
+
+    Args:
+        stream: As `subsets` takes it.
+        sizes: As `subsets` takes it.
+        limit: As `subsets` takes it.
+
+    Privacy:
+        The same subsets as those of `subsets`, from the same bits.
+    """
+
+    def __init__(self, stream: _Stream, sizes: Indices, limit: int) -> None:
+        self._offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(np.minimum(sizes, limit), out=self._offsets[1:])
+        self._long: list[tuple[Indices, NDArray[np.unsignedinteger]]] = [
+            (rows, subset.astype(np.min_scalar_type(int(sizes[rows].max()))))
+            for rows, subset in _of_long_rows(stream, sizes, limit)
+        ]
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def at(self, kept: Indices) -> tuple[Indices, Indices]:
+        """Returns the rows of some kept positions, by number, and the positions in their rows."""
+        # Rows without positions share an offset with the next one; "right" passes over them.
+        rows = np.searchsorted(self._offsets, kept, side="right") - 1
+        positions = kept - self._offsets[rows]
+        for long_rows, subset in self._long:
+            places = np.searchsorted(long_rows, rows)
+            is_long = long_rows[np.minimum(places, len(long_rows) - 1)] == rows
+            positions[is_long] = subset[places[is_long], positions[is_long]]
+        return rows, positions
 
 
 def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:

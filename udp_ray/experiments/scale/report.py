@@ -119,7 +119,7 @@ class Results:
         rows.append(["bare tokenizer on one core, texts/s", *bare, ""])
         shares = [f"{_processor_ratio(row):.2f}" for row in self.sizes]
         rows.append(["bare over prepare, by processor time", *shares, ""])
-        waits = [f"{row['wait']['share']:.2%}" for row in self.sizes]
+        waits = [f"{row['cohorts']['wait']['share']:.2%}" for row in self.sizes]
         rows.append(["waiting for data", *waits, ""])
         for name, value in BYTES.items():
             cells = [f"{value(row) / 1e6:.3g}" for row in self.sizes]

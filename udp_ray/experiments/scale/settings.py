@@ -8,13 +8,17 @@ All users are synthetic, so nothing here concerns privacy but the budget of the 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from udp_ray.config.base import LocalFolder, NameOrFolder, PositiveInt, Section
 from udp_ray.config.experiment import ClusterConfig
+from udp_ray.errors import ConfigError
 from udp_ray.io import new_run_folder
+
+TOKENIZER_FILE, WEIGHTS_FILE = "tokenizer.json", "model.safetensors"
 
 
 class Size(Section):
@@ -62,8 +66,8 @@ class TrainingOfScale(Section):
     """Target delta of each run, below 1 / num_users."""
     num_workers: PositiveInt = 2
     """Training workers."""
-    compares: bool = True
-    """Also trains each run without the kill, and compares the weights."""
+    compares: list[Literal["uls", "els"]] = Field(default=["uls"])
+    """Samplers whose run is also trained without the kill, to compare the weights."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -158,9 +162,22 @@ class Scale(Section):
             lines.append(
                 f"training on {self.size_of_training}: {' and '.join(training.samplings)},"
                 f" {training.num_steps} steps, killed after {training.kill_after} and resumed"
-                + (", beside an undisturbed run" if training.compares else "")
+                + "".join(f"; {each} also undisturbed" for each in training.compares)
             )
         return "\n".join(lines)
+
+
+def require_model(scale: Scale) -> None:
+    """Refuses a model that is no folder with a tokenizer and weights.
+
+    Raises:
+        ConfigError: With the remedy.
+    """
+    for file in (TOKENIZER_FILE, WEIGHTS_FILE):
+        if not (Path(scale.model) / file).is_file():
+            raise ConfigError(
+                f"scale.model is {scale.model}, which has no {file}: give the folder of a model"
+            )
 
 
 class ScaleConfig(Section):

@@ -27,7 +27,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.errors import BenchmarkError
 from udp_ray.experiments.benchmark.preparation import watching
 from udp_ray.experiments.scale.processes import peak_by_name, status_bytes, timed
-from udp_ray.experiments.scale.settings import Scale, Size
+from udp_ray.experiments.scale.settings import TOKENIZER_FILE, Scale, Size
 
 DATASET = "synthetic"
 TEXTS_AT_ONCE = 256
@@ -110,7 +110,7 @@ def prepare_store(scale: Scale, folder: Path, *, address: str | None = None) -> 
 def bare_tokenizer(scale: Scale, folder: Path) -> dict[str, Any]:
     """Returns the seconds that the tokenizer alone takes on one core, for some of the texts."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = Tokenizer.from_file(str(Path(scale.model) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(Path(scale.model) / TOKENIZER_FILE))
     texts: list[str] = []
     for file in sorted((folder / "text").glob("*.parquet")):
         wanted = scale.bare_texts - len(texts)

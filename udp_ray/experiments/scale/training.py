@@ -29,7 +29,7 @@ from udp_ray.console import current
 from udp_ray.errors import BenchmarkError, LedgerError
 from udp_ray.experiments.benchmark.preparation import watching
 from udp_ray.experiments.scale.processes import descendants, peak_by_name
-from udp_ray.experiments.scale.settings import Scale
+from udp_ray.experiments.scale.settings import WEIGHTS_FILE, Scale
 from udp_ray.experiments.scale.store import data_config
 from udp_ray.ledger.ledger import Ledger
 
@@ -121,7 +121,7 @@ def measure_training(scale: Scale, sampling: str, sized: Path, folder: Path) -> 
         "attempts": record.num_attempts,
         "keys": record.num_keys,
     }
-    if training.compares:
+    if sampling in training.compares:
         current().phase(f"training ({sampling}), undisturbed")
         whole = experiment(scale, sampling, sized, folder / "undisturbed")
         measured["undisturbed"] = _run(whole, folder)
@@ -192,5 +192,5 @@ def _kill_all(numbers: list[int]) -> None:
 
 def largest_distance(one: Path, other: Path) -> float:
     """Returns the largest difference between two models' values."""
-    weights, others = (load_file(place / "model.safetensors") for place in (one, other))
+    weights, others = (load_file(place / WEIGHTS_FILE) for place in (one, other))
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
