@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from udp_ray.dp import sampling
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import (
     PoissonExampleSampler,
@@ -147,7 +148,9 @@ def test_kept_examples_are_read_as_if_they_were_all_there(sizes, group_size, ste
     assert sampler.cohort(step).examples.tolist() == everything[drawn].tolist()
 
 
-def test_cohorts_are_those_of_earlier_versions():
+@pytest.mark.parametrize("rows_at_once", [7, 1 << 20])
+def test_cohorts_are_those_of_earlier_versions(rows_at_once, monkeypatch):
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", rows_at_once)
     # Computed by commit b4058fd. A run that is resumed must draw what it drew before.
     sizes = (np.arange(3000) * 7919) % 83
     digest = hashlib.sha256()

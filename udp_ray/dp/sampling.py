@@ -49,6 +49,11 @@ Indices = NDArray[np.int64]
 # step takes at most 0.875 bytes per user; 5 and 7 take the same or more.
 MAX_HALVINGS = 6
 
+ROWS_AT_ONCE = 1 << 20
+"""Users whose subsets are made at once. Memory only: each subset has bits of its own."""
+
+_NONE = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Cohort:
@@ -293,15 +298,24 @@ def subsets(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indic
 
 
 def _of_long_rows(stream: _Stream, sizes: Indices, limit: int) -> Iterator[tuple[Indices, Indices]]:
-    """Yields rows of more than `limit` positions, ascending, and the subset of each, (n, limit)."""
+    """Yields rows of more than `limit` positions and the subset of each, (n, limit), in blocks."""
     # Floyd takes about limit**2 / 2 comparisons per row, ranking a sort of the whole row. The rule
     # uses the row alone, so that subsets of different users stay independent.
     excess = sizes > limit
     by_floyd = excess & (sizes >= limit * limit // 16)
-    for is_row, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):
-        rows = np.flatnonzero(is_row)
-        if len(rows):
-            yield rows, method(stream, sizes[rows].astype(np.int64), limit)
+    rows = np.flatnonzero(by_floyd)
+    words = stream.words("floyd", len(rows) * limit).reshape(len(rows), limit)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        yield rows[block], _floyd(words[block], sizes[rows[block]].astype(np.int64), limit)
+    rows = np.flatnonzero(excess & ~by_floyd)
+    ends = np.cumsum(sizes[rows], dtype=np.int64)
+    words = stream.words("ranks", int(ends[-1]) if len(rows) else 0)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = sizes[rows[start : start + ROWS_AT_ONCE]].astype(np.int64)
+        first = int(ends[start]) - int(some[0])
+        own_words = words[first : first + int(some.sum())]
+        yield rows[start : start + ROWS_AT_ONCE], _smallest_ranks(own_words, some, limit)
 
 
 class _KeptSubsets:
@@ -323,10 +337,15 @@ class _KeptSubsets:
     def __init__(self, stream: _Stream, sizes: Indices, limit: int) -> None:
         self._offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(np.minimum(sizes, limit), out=self._offsets[1:])
-        self._long: list[tuple[Indices, NDArray[np.unsignedinteger]]] = [
-            (rows, subset.astype(np.min_scalar_type(int(sizes[rows].max()))))
-            for rows, subset in _of_long_rows(stream, sizes, limit)
+        small = np.min_scalar_type(int(sizes.max(initial=0)))
+        blocks = [
+            (rows, subset.astype(small)) for rows, subset in _of_long_rows(stream, sizes, limit)
         ]
+        self._long_rows = np.concatenate([rows for rows, _ in blocks] or [_NONE])
+        self._subsets = np.concatenate([subset for _, subset in blocks] or [_NONE[:, None]])
+        if np.any(np.diff(self._long_rows) < 0):  # rows of both methods
+            order = np.argsort(self._long_rows)
+            self._long_rows, self._subsets = self._long_rows[order], self._subsets[order]
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -336,16 +355,21 @@ class _KeptSubsets:
         # Rows without positions share an offset with the next one; "right" passes over them.
         rows = np.searchsorted(self._offsets, kept, side="right") - 1
         positions = kept - self._offsets[rows]
-        for long_rows, subset in self._long:
-            places = np.searchsorted(long_rows, rows)
-            is_long = long_rows[np.minimum(places, len(long_rows) - 1)] == rows
-            positions[is_long] = subset[places[is_long], positions[is_long]]
+        if len(self._long_rows):
+            places = np.searchsorted(self._long_rows, rows)
+            is_long = self._long_rows[np.minimum(places, len(self._long_rows) - 1)] == rows
+            positions[is_long] = self._subsets[places[is_long], positions[is_long]]
         return rows, positions
 
 
-def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:
-    """Returns `limit` distinct positions per row, sorted, by Floyd's method on all rows at once."""
-    words = stream.words("floyd", len(sizes) * limit).reshape(len(sizes), limit)
+def _floyd(words: NDArray[np.uint64], sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted, by Floyd's method on all rows at once.
+
+    Args:
+        words: Pseudorandom words, shape (rows, limit).
+        sizes: Number of positions of each row, above limit.
+        limit: Positions that are selected.
+    """
     chosen = np.empty((len(sizes), limit), dtype=np.int64)
     for column in range(limit):
         last = sizes - limit + column
@@ -355,11 +379,17 @@ def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:
     return np.sort(chosen, axis=1)
 
 
-def _smallest_ranks(stream: _Stream, sizes: Indices, limit: int) -> Indices:
-    """Returns `limit` distinct positions per row, sorted: those with the smallest random words."""
+def _smallest_ranks(words: NDArray[np.uint64], sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted: those with the smallest random words.
+
+    Args:
+        words: A pseudorandom word for each position, row after row.
+        sizes: Number of positions of each row, above limit.
+        limit: Positions that are selected.
+    """
     starts = np.cumsum(sizes) - sizes
     row = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((stream.words("ranks", len(row)), row))
+    order = np.lexsort((words, row))
     rank = np.arange(len(row)) - starts[row]
     kept = np.sort(order[rank < limit])  # rows stay together: a row's positions are contiguous
     return (kept - starts[row[kept]]).reshape(len(sizes), limit)
