@@ -18,7 +18,7 @@ from udp_ray.data.store import TokenStore
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.memory import GIB, estimate_memory
 from udp_ray.errors import ConfigError
-from udp_ray.experiments.scale.cohorts import measure_drawing
+from udp_ray.experiments.scale.cohorts import measure_drawing, measure_sampler
 from udp_ray.experiments.scale.folder import ScaleFolder
 from udp_ray.experiments.scale.ledger import measure_ledger
 from udp_ray.experiments.scale.processes import in_new_process
@@ -39,6 +39,7 @@ def scale(**changes: Any) -> Scale:
         "cohort_size": 20,
         "draws": 2,
         "balance_workers": [2, 4],
+        "sampler_users": [],
         "ledger_steps": [],
     }
     return Scale.model_validate({**values, **changes})
@@ -163,6 +164,13 @@ def test_both_samplers_are_measured_at_equal_examples(store: Path) -> None:
         assert found[sampling]["tokens"] >= 3 * num_examples
         assert [row["workers"] for row in found[sampling]["balance"]] == [2, 4]
         assert all(1 <= row["mean"] <= row["worst"] for row in found[sampling]["balance"])
+
+
+@pytest.mark.parametrize("sampling", ["uls", "els"])
+def test_a_sampler_is_measured_without_a_store(sampling: str) -> None:
+    found = measure_sampler(scale(), 5000, sampling)
+    assert found["draw_s"] > 0
+    assert found["offsets_bytes"] == 8 * 5001
 
 
 def test_the_ledger_is_measured_after_each_number_of_steps() -> None:

@@ -9,6 +9,7 @@ Users are synthetic, so sizes of realized cohorts may be reported.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -33,6 +34,8 @@ MICROBATCH_TOKENS = 2048
 READING_WORKERS = 2
 """Workers among which the cohorts are divided that are read."""
 WAITING_STEPS = 4
+SAMPLER_EXAMPLES = 20
+"""Examples of each user where a sampler is measured without a store."""
 
 
 def measure_cohorts(scale: Scale, store: str) -> dict[str, Any]:
@@ -43,62 +46,61 @@ def measure_cohorts(scale: Scale, store: str) -> dict[str, Any]:
 def measure_drawing(scale: Scale, store: str) -> dict[str, Any]:
     """Returns, of each sampler, the seconds to draw, read and divide a cohort."""
     opened = TokenStore.open(store, verify=False)
-    return {
-        sampling: _of_sampler(scale, opened, sampling, _sampler_memory(scale, opened, sampling))
-        for sampling in ("uls", "els")
-    }
+    return {sampling: _of_sampler(scale, opened, sampling) for sampling in ("uls", "els")}
 
 
-class _Sampler:
-    """The draw of one sampler, with what it took to make it."""
+def measure_sampler(scale: Scale, num_users: int, sampling: str) -> dict[str, Any]:
+    """Returns what one sampler costs for users that are in no store, each of equally many examples.
 
-    def __init__(self, scale: Scale, store: TokenStore, sampling: str) -> None:
-        key = RunKey.from_seed(SEED).sampling()
-        self._offsets = store.user_offsets
-        if sampling == "uls":
-            self._uls = PoissonUserSampler(
-                key,
-                sampling_probability=min(1.0, scale.cohort_size / store.num_users),
-                group_size=scale.group_size,
-            )
-            self.cohort = self._of_users
-        else:
-            kept = int(np.minimum(np.diff(store.user_offsets), scale.group_size).sum())
-            self.cohort = PoissonExampleSampler(
-                key,
-                sampling_probability=min(1.0, scale.batch_size / kept),
-                group_size=scale.group_size,
-                user_offsets=store.user_offsets,
-            ).cohort
-
-    def _of_users(self, step: int) -> Cohort:
-        return self._uls.cohort(step, self._offsets)
+    So it can be measured for more users than a store of them can be made for here.
+    """
+    offsets = np.arange(num_users + 1, dtype=np.int64) * SAMPLER_EXAMPLES
+    draw, made = _made(scale, offsets, sampling)
+    draws = [timed(lambda step=step: draw(step)) for step in range(scale.draws + 1)][1:]
+    return {**made, "draw_s": median(draws), "offsets_bytes": offsets.nbytes}
 
 
-def _sampler_memory(scale: Scale, store: TokenStore, sampling: str) -> dict[str, Any]:
+def _made(
+    scale: Scale, user_offsets: NDArray[np.int64], sampling: str
+) -> tuple[Callable[[int], Cohort], dict[str, Any]]:
+    """Returns the draw of a sampler, and the seconds and memory that it took to make it."""
     before, start = status_bytes("RssAnon"), time.perf_counter()
-    sampler = _Sampler(scale, store, sampling)
+    draw = _draw(scale, user_offsets, sampling)
     seconds = time.perf_counter() - start
-    return {
-        "sampler": sampler,
-        "seconds": seconds,
-        "bytes": max(0, status_bytes("RssAnon") - before),
+    return draw, {
+        "make_s": seconds,
+        "make_bytes": max(0, status_bytes("RssAnon") - before),
     }
 
 
-def _of_sampler(
-    scale: Scale, store: TokenStore, sampling: str, made: dict[str, Any]
-) -> dict[str, Any]:
-    sampler = made["sampler"]
+def _draw(scale: Scale, user_offsets: NDArray[np.int64], sampling: str) -> Callable[[int], Cohort]:
+    key = RunKey.from_seed(SEED).sampling()
+    if sampling == "uls":
+        sampler = PoissonUserSampler(
+            key,
+            sampling_probability=min(1.0, scale.cohort_size / (len(user_offsets) - 1)),
+            group_size=scale.group_size,
+        )
+        return lambda step: sampler.cohort(step, user_offsets)
+    kept = int(np.minimum(np.diff(user_offsets), scale.group_size).sum())
+    return PoissonExampleSampler(
+        key,
+        sampling_probability=min(1.0, scale.batch_size / kept),
+        group_size=scale.group_size,
+        user_offsets=user_offsets,
+    ).cohort
+
+
+def _of_sampler(scale: Scale, store: TokenStore, sampling: str) -> dict[str, Any]:
+    draw, made = _made(scale, store.user_offsets, sampling)
     steps = range(1, scale.draws + 1)
-    draws = [timed(lambda step=step: sampler.cohort(step)) for step in (0, *steps)][1:]
-    cohorts = [sampler.cohort(step) for step in steps]
-    with _reader(store, sampler, last_step=0) as reader:  # nothing is read ahead
+    draws = [timed(lambda step=step: draw(step)) for step in (0, *steps)][1:]
+    cohorts = [draw(step) for step in steps]
+    with _reader(store, draw, last_step=0) as reader:  # nothing is read ahead
         reads = [timed(lambda step=step: reader.groups(step)) for step in (0, *steps)][1:]
     costs = [_costs(store, cohort) for cohort in cohorts]
     return {
-        "make_s": made["seconds"],
-        "make_bytes": made["bytes"],
+        **made,
         "draw_s": median(draws),
         "read_s": median(reads),
         "examples": float(np.mean([len(cohort.examples) for cohort in cohorts])),
@@ -108,11 +110,15 @@ def _of_sampler(
 
 
 def _reader(
-    store: TokenStore, sampler: _Sampler, *, last_step: int, packing: Packing | None = None
+    store: TokenStore,
+    draw: Callable[[int], Cohort],
+    *,
+    last_step: int,
+    packing: Packing | None = None,
 ) -> CohortReader:
     return CohortReader(
         store,
-        sampler.cohort,
+        draw,
         rank=0,
         world_size=READING_WORKERS,
         microbatch_tokens=MICROBATCH_TOKENS,
@@ -157,8 +163,8 @@ def measure_waiting(scale: Scale, store: str) -> dict[str, Any]:
     kernel = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=MICROBATCH_TOKENS)
     sums = ClippedSum(parameters, World(0, 1, torch.device("cpu")))
     waits, steps = [], []
-    sampler, packing = _Sampler(scale, opened, "uls"), kernel.packing
-    with _reader(opened, sampler, last_step=WAITING_STEPS, packing=packing) as reader:
+    draw, packing = _draw(scale, opened.user_offsets, "uls"), kernel.packing
+    with _reader(opened, draw, last_step=WAITING_STEPS, packing=packing) as reader:
         for step in range(WAITING_STEPS + 1):
             start = time.perf_counter()
             groups = reader.groups(step)

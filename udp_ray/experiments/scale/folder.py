@@ -26,7 +26,7 @@ from udp_ray.io import require_lasting, require_writable_folder, write_atomic, w
 
 MARK = "scale.yaml"
 MEASURED = "measured"
-_MAY_CHANGE = {"sizes", "ledger_steps", "training"}
+_MAY_CHANGE = {"sizes", "sampler_users", "ledger_steps", "training"}
 """Settings that name what is measured, so that more can be measured later."""
 
 
@@ -95,3 +95,8 @@ def common(settings: Mapping[str, Any]) -> dict[str, Any]:
 def name_of(size: Size) -> str:
     """Returns the name under which a size is kept."""
     return f"{size.num_users}-{size.num_texts}"
+
+
+def sampler_name(num_users: int, sampling: str) -> str:
+    """Returns the name under which a sampler of so many users without a store is kept."""
+    return f"sampler-{sampling}-{num_users}"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from udp_ray.experiments.plotting import large_text, new_figure, to_png
-from udp_ray.experiments.scale.folder import ScaleFolder, name_of
+from udp_ray.experiments.scale.folder import ScaleFolder, name_of, sampler_name
 from udp_ray.experiments.scale.settings import Scale
 from udp_ray.io import write_atomic
 
@@ -52,6 +52,8 @@ class Results:
 
     sizes: list[dict[str, Any]]
     """One for each measured size, by users and texts."""
+    samplers: list[dict[str, Any]]
+    """Of users without a store."""
     ledger: list[dict[str, Any]]
     training: list[dict[str, Any]]
     machine: dict[str, Any]
@@ -70,8 +72,14 @@ class Results:
             for sampling in (scale.training.samplings if scale.training else [])
             if (row := folder.read(f"training-{sampling}"))
         ]
+        samplers = [
+            row
+            for number in scale.sampler_users
+            for sampling in ("uls", "els")
+            if (row := folder.read(sampler_name(number, sampling)))
+        ]
         rows = folder.read("ledger").get("rows", [])
-        return cls(sizes, rows, training, folder.read("machine"))
+        return cls(sizes, samplers, rows, training, folder.read("machine"))
 
     @property
     def growth(self) -> list[dict[str, Any]]:
@@ -100,7 +108,7 @@ class Results:
 
     def to_text(self) -> str:
         """Returns the tables."""
-        parts = [self._sizes(), self._balance(), self._ledger(), self._training()]
+        parts = [self._sizes(), self._balance(), self._samplers(), self._ledger(), self._training()]
         return "\n\n".join(part for part in parts if part)
 
     def _sizes(self) -> str:
@@ -135,6 +143,16 @@ class Results:
         for uls, els in zip(*balances, strict=True):
             cells = [f"{each['mean']:.4f} (worst {each['worst']:.4f})" for each in (uls, els)]
             rows.append([f"{uls['workers']} workers", *cells])
+        return _table(rows)
+
+    def _samplers(self) -> str:
+        if not self.samplers:
+            return ""
+        rows = [["sampler without a store", "draw, s", "make, s", "held, MB", "process, MB"]]
+        for row in self.samplers:
+            sizes = [f"{row[name] / 1e6:,.0f}" for name in ("make_bytes", "peak_bytes")]
+            seconds = [f"{row[name]:.3g}" for name in ("draw_s", "make_s")]
+            rows.append([f"{row['sampling']}, {row['num_users']:,} users", *seconds, *sizes])
         return _table(rows)
 
     def _ledger(self) -> str:

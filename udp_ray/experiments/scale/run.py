@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from udp_ray.console import current, progress
-from udp_ray.experiments.scale.cohorts import measure_cohorts
-from udp_ray.experiments.scale.folder import ScaleFolder, name_of
+from udp_ray.experiments.scale.cohorts import measure_cohorts, measure_sampler
+from udp_ray.experiments.scale.folder import ScaleFolder, name_of, sampler_name
 from udp_ray.experiments.scale.ledger import measure_ledger
 from udp_ray.experiments.scale.processes import Found, in_new_process
 from udp_ray.experiments.scale.report import Results
@@ -50,6 +50,8 @@ def run_scale(scale: Scale, folder: ScaleFolder, *, address: str | None = None) 
         for size in scale.sizes:
             _measure_size(scale, size, folder, address)
             Results.of(scale, folder).save(folder.path)
+        for number in scale.sampler_users:
+            _measure_samplers(scale, number, folder)
         if scale.ledger_steps and not _is_measured(folder, "ledger", scale.ledger_steps):
             rows = measure_ledger(scale.ledger_steps)
             folder.write("ledger", {"settings": scale.ledger_steps, "rows": rows})
@@ -93,6 +95,16 @@ def _measure_size(scale: Scale, size: Size, folder: ScaleFolder, address: str | 
             current().phase(f"{quantity}: {name}")
             folder.write(name, measured | {quantity: measure()})
             folder.write("machine", _machine())
+
+
+def _measure_samplers(scale: Scale, num_users: int, folder: ScaleFolder) -> None:
+    """Measures the samplers that are missing of a number of users."""
+    for sampling in ("uls", "els"):
+        name = sampler_name(num_users, sampling)
+        if not folder.read(name):
+            current().phase(f"sampler ({sampling}) of {num_users:,} users")
+            found = in_new_process(measure_sampler, scale, num_users, sampling)
+            folder.write(name, {"num_users": num_users, "sampling": sampling, **_with_peak(found)})
 
 
 def _with_peak(found: Found[dict[str, Any]]) -> dict[str, Any]:

@@ -112,6 +112,9 @@ class Scale(Section):
         default=[2, 4, 8, 16, 32, 64]
     )
     """Simulated numbers of workers among which cohorts are divided."""
+    sampler_users: list[PositiveInt] = Field(default=[1_000_000, 10_000_000, 100_000_000])
+    """Numbers of users for which the samplers alone are measured, without a store. Under els a user
+    takes some 60 bytes while the sampler is made."""
     ledger_steps: list[PositiveInt] = Field(default=[1000, 10_000, 100_000])
     """Numbers of granted steps after which the ledger is measured."""
     training: TrainingOfScale | None = None
@@ -154,6 +157,9 @@ class Scale(Section):
             f"{size}: prepare, bare tokenizer, open, verify, draw, read, balance"
             for size in self.sizes
         ]
+        if self.sampler_users:
+            users = ", ".join(f"{number:,}" for number in self.sampler_users)
+            lines.append(f"samplers without a store: {users} users")
         if self.ledger_steps:
             steps = ", ".join(f"{number:,}" for number in self.ledger_steps)
             lines.append(f"ledger (SQLite) after {steps} granted steps: open, epsilon, authorize")
