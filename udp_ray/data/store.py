@@ -436,6 +436,8 @@ class TokenStore:
         """Returns a number of each of these examples, which `read` takes from their shards."""
         indices = np.asarray(indices, np.int64)
         found = np.empty(len(indices), np.int64)
+        if not len(indices):
+            return found
         shard_of = np.searchsorted(self._example_starts[1:], indices, side="right")
         # Sorted by shard, each shard is one slice. A mask for each takes shards times examples.
         order = np.argsort(shard_of, kind="stable")
