@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -56,7 +57,7 @@ def measure_sampler(scale: Scale, num_users: int, sampling: str) -> dict[str, An
     """
     offsets = np.arange(num_users + 1, dtype=np.int64) * SAMPLER_EXAMPLES
     draw, made = _made(scale, offsets, sampling)
-    draws = [timed(lambda step=step: draw(step)) for step in range(scale.draws + 1)][1:]
+    draws = [timed(partial(draw, step)) for step in range(scale.draws + 1)][1:]
     return {**made, "draw_s": median(draws), "offsets_bytes": offsets.nbytes}
 
 
@@ -94,10 +95,10 @@ def _draw(scale: Scale, user_offsets: NDArray[np.int64], sampling: str) -> Calla
 def _of_sampler(scale: Scale, store: TokenStore, sampling: str) -> dict[str, Any]:
     draw, made = _made(scale, store.user_offsets, sampling)
     steps = range(1, scale.draws + 1)
-    draws = [timed(lambda step=step: draw(step)) for step in (0, *steps)][1:]
+    draws = [timed(partial(draw, step)) for step in (0, *steps)][1:]
     cohorts = [draw(step) for step in steps]
     with _reader(store, draw, last_step=0) as reader:  # nothing is read ahead
-        reads = [timed(lambda step=step: reader.groups(step)) for step in (0, *steps)][1:]
+        reads = [timed(partial(reader.groups, step)) for step in (0, *steps)][1:]
     costs = [_costs(store, cohort) for cohort in cohorts]
     return {
         **made,

@@ -18,7 +18,7 @@ from udp_ray.experiments.scale.folder import ScaleFolder, name_of, sampler_name
 from udp_ray.experiments.scale.ledger import measure_ledger
 from udp_ray.experiments.scale.processes import Found, in_new_process
 from udp_ray.experiments.scale.report import Results
-from udp_ray.experiments.scale.settings import Scale, Size
+from udp_ray.experiments.scale.settings import Scale, Size, TrainingOfScale
 from udp_ray.experiments.scale.store import (
     bare_tokenizer,
     measure_opening,
@@ -55,12 +55,8 @@ def run_scale(scale: Scale, folder: ScaleFolder, *, address: str | None = None) 
         if scale.ledger_steps and not _is_measured(folder, "ledger", scale.ledger_steps):
             rows = measure_ledger(scale.ledger_steps)
             folder.write("ledger", {"settings": scale.ledger_steps, "rows": rows})
-        for sampling in scale.training.samplings if scale.training else []:
-            settings = scale.training.model_dump(mode="json")
-            if not _is_measured(folder, f"training-{sampling}", settings):
-                sized = folder.of(scale.size_of_training)
-                found = measure_training(scale, sampling, sized, folder.training / sampling)
-                folder.write(f"training-{sampling}", {"settings": settings, **found})
+        if scale.training:
+            _train(scale, scale.training, folder)
         results = Results.of(scale, folder)
         results.save(folder.path)
     return results.to_text()
@@ -105,6 +101,17 @@ def _measure_samplers(scale: Scale, num_users: int, folder: ScaleFolder) -> None
             current().phase(f"sampler ({sampling}) of {num_users:,} users")
             found = in_new_process(measure_sampler, scale, num_users, sampling)
             folder.write(name, {"num_users": num_users, "sampling": sampling, **_with_peak(found)})
+
+
+def _train(scale: Scale, training: TrainingOfScale, folder: ScaleFolder) -> None:
+    """Trains the private runs that are missing, or were trained with other settings."""
+    settings = training.model_dump(mode="json")
+    for sampling in training.samplings:
+        name = f"training-{sampling}"
+        if not _is_measured(folder, name, settings):
+            sized = folder.of(scale.size_of_training)
+            found = measure_training(scale, sampling, sized, folder.training / sampling)
+            folder.write(name, {"settings": settings, **found})
 
 
 def _with_peak(found: Found[dict[str, Any]]) -> dict[str, Any]:
