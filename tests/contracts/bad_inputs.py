@@ -51,6 +51,7 @@ PREPARE = f"{STORING} --data.ledger sqlite:///TMP/l.sqlite"
 PLAN = "--config WORLD/plan.yaml"
 MEAN = "--config WORLD/mean_estimation.yaml --output TMP/out"
 STUDY = "--config WORLD/study.yaml --output TMP/out"
+SCALE = "--config WORLD/scale.yaml --output TMP/out"
 BENCHMARK = "--config WORLD/benchmark.yaml --output TMP/out"
 PRETRAIN = "--input WORLD/public.parquet --output TMP/out"
 LEDGER = "--ledger sqlite:///WORLD/ledger.sqlite --dataset test-users"
@@ -1214,6 +1215,32 @@ OTHERS = {
     ),
     "a negative tail": bad(
         "synthesize", "--tail -1 --output TMP/out", "tail", "'-1'", "greater than or equal to 0",
+    ),
+    "a cohort larger than the fewest users": bad(
+        "scale", f"{SCALE} --scale.cohort_size 20000", "cohort_size", "is 20000", "lower it",
+        as_process=True,
+    ),
+    "a study of scale without its model": bad(
+        "scale", f"{SCALE} --scale.model TMP/none", "scale.model", "TMP/none", "give the folder",
+    ),
+    "a kill after the last step": bad(
+        "scale", f"{SCALE} --scale.training.kill_after 20", "kill_after", "is 20",
+        "cannot be killed",
+    ),
+    "a delta of a study of scale that is too large": bad(
+        "scale", f"{SCALE} --scale.training.delta 0.1", "delta", "is 0.1", "lower it",
+    ),
+    "training of users that no size has": bad(
+        "scale", f"{SCALE} --scale.training.num_users 7", "training.num_users", "is 7",
+        "give one of",
+    ),
+    "a study of scale in a folder of others": bad(
+        "scale", "--config WORLD/scale.yaml --output WORLD/full", "output", "WORLD/full",
+        "give another folder",
+    ),
+    "a study of scale at a URL": bad(
+        "scale", "--config WORLD/scale.yaml --output s3://bucket/x", "output", "s3://bucket/x",
+        "give a folder",
     ),
     "public text for pretraining that is missing": bad(
         "pretrain", "--input TMP/none.parquet --output TMP/out", "input", "none.parquet", "give",

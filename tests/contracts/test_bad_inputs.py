@@ -173,6 +173,8 @@ def _make_settings(folder: Path, config: ExperimentConfig, text: Mapping[str, An
     del of_store["examples_per_user"]
     benchmark = yaml.safe_load((JOBS / "configs" / "benchmark.yaml").read_text())
     study = benchmark["study"]
+    scale = yaml.safe_load((JOBS / "configs" / "scale.yaml").read_text())
+    scale["scale"]["model"] = str(folder / "model")
     strangers = {**study, "cells": [{**study["cells"][0], "model": "stranger"}]}
     settings = {
         "train": train,
@@ -185,6 +187,7 @@ def _make_settings(folder: Path, config: ExperimentConfig, text: Mapping[str, An
         "plan": {"plan": plan},
         "plan_of_store": {"plan": of_store},
         "benchmark": benchmark,
+        "scale": scale,
         "benchmark_of_strangers": benchmark | {"study": strangers},
     }
     for name, values in settings.items():
@@ -419,6 +422,7 @@ def test_the_world_is_one_in_which_the_jobs_work(
         "plan": ["--config", f"{world}/plan.yaml", "--dry-run"],
         "mean_estimation": ["--config", f"{world}/mean_estimation.yaml", "--dry-run"],
         "benchmark": ["--config", f"{world}/benchmark.yaml", "--output", "x", "--dry-run"],
+        "scale": ["--config", f"{world}/scale.yaml", "--output", "x", "--dry-run"],
         "study": ["--config", f"{world}/study.yaml", "--output", "x", "--dry-run"],
         "audit": ["--config", f"{world}/train.yaml", "--output", f"{scratch}/out", "--dry-run"],
         "synthesize": ["--output", f"{scratch}/out", "--dry-run"],

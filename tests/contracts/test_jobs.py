@@ -119,6 +119,7 @@ DRY_RUNS = {
         "--input", "demo/data/ubuntu_irc_heldout.parquet", "--output", "TMP/out",
     ],
     "price": [*DEMO, "--data.store", "TMP/store"],
+    "scale": ["--output", "TMP/out"],
     "study": ["--output", "TMP/out"],
     "train": [*DEMO, "--data.store", "TMP/store", "--output", "TMP/out"],
 }  # fmt: skip

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import stat
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,6 +59,45 @@ def test_lengths_come_in_the_order_of_the_indices(tmp_path):
     indices = np.array([8, 0, 3, 3, 5, 1])
     assert store.example_lengths(indices).tolist() == [len(EXAMPLES[i]) for i in indices]
     assert store.example_lengths(np.array([], int)).tolist() == []
+
+
+def test_lengths_over_many_shards_are_those_of_the_tokens(tmp_path):
+    users = [[[1] * (1 + (7 * user + place) % 5) for place in range(3)] for user in range(40)]
+    store = TokenStore.open(write_store(tmp_path / "s", users, num_shards=40), verify=False)
+    indices = np.random.default_rng(1).integers(0, store.num_examples, 500)
+    assert store.example_lengths(indices).tolist() == [len(store.tokens(i)) for i in indices]
+
+
+OPEN_WITH_FEW_FILES = """
+import resource, sys
+soft, hard = map(int, sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+from udp_ray.data.store import TokenStore
+from udp_ray.errors import DataError
+try:
+    print(TokenStore.open(sys.argv[1], verify=True).num_users)
+except DataError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "words"),
+    [
+        (100, 1000, ["5"]),
+        (100, 100, ["Too many open files", "ulimit -n", "data.num_shards"]),
+    ],
+)
+def test_a_store_of_more_shards_than_open_files_opens_or_is_refused_with_the_remedy(
+    tmp_path, soft, hard, words
+):
+    path = write_store(tmp_path / "s", USERS, num_shards=150)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_WITH_FEW_FILES, str(path), str(soft), str(hard)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (line,) = done.stdout.splitlines()
+    assert all(word in line for word in words), line
 
 
 def test_loss_starts_and_user_hashes_belong_to_their_examples_and_users(tmp_path):

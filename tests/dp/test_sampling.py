@@ -1,12 +1,22 @@
 """The samplers: limits of probability and group size, adjacent datasets, and what they refuse."""
 
+import hashlib
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from udp_ray.dp import sampling
 from udp_ray.dp.keys import RunKey
-from udp_ray.dp.sampling import PoissonExampleSampler, PoissonUserSampler
+from udp_ray.dp.sampling import (
+    PoissonExampleSampler,
+    PoissonUserSampler,
+    _Stream,
+    poisson,
+    subsets,
+)
 from udp_ray.errors import ConfigError
 
 KEY = RunKey.from_seed(3).sampling()
@@ -122,6 +132,64 @@ def test_example_sampling_keeps_the_same_examples_for_the_whole_run():
     assert len(ever) == sampler.num_examples == 1 + 3 + 0 + 3 + 3
     owner = np.searchsorted(np.array([1, 51, 51, 54, 63]), sorted(ever), side="right")
     assert np.bincount(owner, minlength=5).tolist() == [1, 3, 0, 3, 3]
+
+
+@settings(max_examples=60)
+@given(sizes=SIZES, group_size=st.integers(1, 40), step=st.integers(0, 1000))
+def test_kept_examples_are_read_as_if_they_were_all_there(sizes, group_size, step):
+    offsets = offsets_of(sizes)
+    kept, starts = subsets(_Stream(KEY, "kept", 0), np.array(sizes, np.int64), group_size)
+    everything = np.repeat(offsets[:-1], np.diff(starts)) + kept
+    sampler = PoissonExampleSampler(
+        KEY, sampling_probability=0.5, group_size=group_size, user_offsets=offsets
+    )
+    drawn = poisson(_Stream(KEY, "kept", step), len(everything), 0.5)
+    assert sampler.num_examples == len(everything)
+    assert sampler.cohort(step).examples.tolist() == everything[drawn].tolist()
+
+
+@pytest.mark.parametrize("rows_at_once", [7, 1 << 20])
+def test_cohorts_are_those_of_earlier_versions(rows_at_once, monkeypatch):
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", rows_at_once)
+    # Computed by commit b4058fd. A run that is resumed must draw what it drew before.
+    sizes = (np.arange(3000) * 7919) % 83
+    digest = hashlib.sha256()
+    for group_size in (1, 5, 16, 60):
+        sampler = PoissonExampleSampler(
+            KEY,
+            sampling_probability=0.1,
+            group_size=group_size,
+            user_offsets=offsets_of(sizes),
+        )
+        for step in range(3):
+            cohort = sampler.cohort(step)
+            for array in (cohort.units, cohort.examples, cohort.offsets):
+                digest.update(array.astype("<i8").tobytes())
+    assert digest.hexdigest() == "659ecd33eb6b27b7c9cbc2c89a888044ded6822141a1be0f4e6de8b6c9c47333"
+    digest, banded = hashlib.sha256(), user_sampler(0.3, 5, bands=7)
+    for step in range(9):
+        cohort = banded.cohort(step, offsets_of(sizes))
+        for array in (cohort.units, cohort.examples, cohort.offsets):
+            digest.update(array.astype("<i8").tobytes())
+    assert digest.hexdigest() == "c6dbdfa4658b73585f95bc9260c0ad4088a9d22177735f65e8724666224cb2cf"
+
+
+def test_the_memory_of_kept_examples_is_that_of_users_and_long_users():
+    # docs/scale.md: 8 bytes a user, and at most 4 a position that a longer user keeps.
+    sizes = np.full(20_000, 7)
+    sizes[::10] = 300
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    sampler = PoissonExampleSampler(
+        KEY, sampling_probability=0.1, group_size=16, user_offsets=offsets_of(sizes)
+    )
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    own_offsets = 8 * len(sizes)  # the caller's array, which only the sampler holds here
+    long_users = 2000 * (8 + 16 * 4)
+    assert sampler.num_examples == 18_000 * 7 + 2000 * 16
+    assert taken < own_offsets + 8 * len(sizes) + long_users + 20_000
+    assert own_offsets + 8 * len(sizes) + long_users < 8 * sampler.num_examples  # as before
 
 
 def test_example_sampling_makes_a_group_of_each_example():

@@ -660,8 +660,8 @@ SAMPLING = [
         name="els_keeps_twice_the_group_size",
         breaks="review: users keep 2 G examples",
         file="udp_ray/dp/sampling.py",
-        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='subsets(_Stream(key, "kept", 0), sizes, 2 * group_size)',
+        text='(_Stream(key, "kept", 0), np.diff(user_offsets), group_size)',
+        replacement='(_Stream(key, "kept", 0), np.diff(user_offsets), 2 * group_size)',
         tests=(
             "tests/dp/test_sampling.py"
             "::test_example_sampling_keeps_the_same_examples_for_the_whole_run",
@@ -671,8 +671,8 @@ SAMPLING = [
         name="els_keeps_everything",
         breaks="the bound on a user's examples is applied to no one",
         file="udp_ray/dp/sampling.py",
-        text='subsets(_Stream(key, "kept", 0), sizes, group_size)',
-        replacement='subsets(_Stream(key, "kept", 0), sizes, int(sizes.max(initial=1)))',
+        text='(_Stream(key, "kept", 0), np.diff(user_offsets), group_size)',
+        replacement='(_Stream(key, "kept", 0), np.diff(user_offsets), int(user_offsets[-1]) + 1)',
         tests=(f"{LOOP}::test_a_user_brings_distinct_examples_and_no_more_than_the_group_size",),
     ),
     Mutant(
@@ -2161,6 +2161,46 @@ PREEMPTION = [
     ),
 ]
 
+SCALE = [
+    Mutant(
+        name="kept_example_of_the_user_before",
+        breaks="an example of els is read as one of the user before, who may have kept others",
+        file="udp_ray/dp/sampling.py",
+        text='np.searchsorted(self._offsets, kept, side="right") - 1',
+        replacement='np.maximum(np.searchsorted(self._offsets, kept, side="left") - 1, 0)',
+        tests=("tests/dp/test_sampling.py::test_kept_examples_are_read_as_if_they_were_all_there",),
+    ),
+    Mutant(
+        name="blocks_of_users_share_their_bits",
+        breaks="users of different blocks draw the same subsets: they are not independent",
+        file="udp_ray/dp/sampling.py",
+        text="_floyd(words[block], sizes[rows[block]]",
+        replacement="_floyd(words[: len(rows[block])], sizes[rows[block]]",
+        tests=("tests/dp/test_sampling.py::test_cohorts_are_those_of_earlier_versions",),
+    ),
+    Mutant(
+        name="lengths_of_another_example",
+        breaks="lengths of examples in many shards come in the order of the shards",
+        file="udp_ray/data/store.py",
+        text="np.split(order, firsts[1:])",
+        replacement="np.split(np.arange(len(order)), firsts[1:])",
+        tests=("tests/data/test_store.py::test_lengths_over_many_shards_are_those_of_the_tokens",),
+    ),
+    Mutant(
+        name="slope_through_other_texts_per_user",
+        breaks="the growth is taken through a size with another number of texts per user",
+        file="udp_ray/experiments/scale/report.py",
+        text='[row for row in self.sizes if row["is_in_growth"]]',
+        replacement="list(self.sizes)",
+        tests=(
+            "tests/experiments/test_scale.py"
+            "::test_the_report_has_every_size_its_slopes_and_the_figure",
+        ),
+    ),
+]
+
 MUTANTS = [
-    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE, *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING, *SCALING, *BLACK_BOX, *STOPS_AND_BREAKS, *PREEMPTION,
+    *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
+    *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING, *SCALING,
+    *BLACK_BOX, *STOPS_AND_BREAKS, *PREEMPTION, *SCALE,
 ]  # fmt: skip

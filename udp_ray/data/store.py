@@ -23,14 +23,17 @@ operator only.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import resource
 import secrets
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -241,6 +244,8 @@ USER_HASH_BYTES = 16
 MAGIC = int.from_bytes(b"udp-ray\x01", "little")
 MAGIC_WITH_MASK = int.from_bytes(b"udp-ray\x02", "little")
 _HASHED_AT_ONCE = 1 << 22
+_OTHER_OPEN_FILES = 256
+"""Files that a process may open beside the shards of a store: libraries, sockets, logs."""
 
 Int64Array = NDArray[np.int64]
 
@@ -337,13 +342,13 @@ class TokenStore:
         self._user_starts = _starts([shard.num_users for shard in shards])
         # Python's bisect on a list is some ten times faster than numpy's on one number.
         self._bounds: list[int] = self._example_starts[1:].tolist()
-        self.user_offsets: Int64Array = np.concatenate(
-            [
-                shard.user_offsets[:-1] + start
-                for shard, start in zip(shards, self._example_starts[:-1], strict=True)
-            ]
-            + [self._example_starts[-1:]]
-        )
+        # Filled in place: at 10**8 users a list of parts would take another 0.8 GB for a moment.
+        self.user_offsets: Int64Array = np.empty(self._user_starts[-1] + 1, dtype=np.int64)
+        for shard, (first, last), start in zip(
+            shards, pairwise(self._user_starts), self._example_starts[:-1], strict=True
+        ):
+            np.add(shard.user_offsets[:-1], start, out=self.user_offsets[first:last])
+        self.user_offsets[-1] = self._example_starts[-1]
         """First example of each user, and the number of examples; shape (num_users + 1,)."""
 
     @classmethod
@@ -360,6 +365,7 @@ class TokenStore:
         """
         path = Path(path)
         manifest = Manifest.read(path)
+        _permit_open_files(len(manifest.shards))
         shards = [_open_shard(path / entry.file, entry, verify) for entry in manifest.shards]
         heldout = None
         if manifest.heldout is not None:
@@ -430,9 +436,13 @@ class TokenStore:
         """Returns a number of each of these examples, which `read` takes from their shards."""
         indices = np.asarray(indices, np.int64)
         found = np.empty(len(indices), np.int64)
+        if not len(indices):
+            return found
         shard_of = np.searchsorted(self._example_starts[1:], indices, side="right")
-        for number in np.unique(shard_of):
-            here = shard_of == number
+        # Sorted by shard, each shard is one slice. A mask for each takes shards times examples.
+        order = np.argsort(shard_of, kind="stable")
+        numbers, firsts = np.unique(shard_of[order], return_index=True)
+        for number, here in zip(numbers, np.split(order, firsts[1:]), strict=True):
             local = indices[here] - self._example_starts[number]
             found[here] = read(self._shards[number], local)
         return found
@@ -506,6 +516,12 @@ def _open_shard(path: Path, entry: ShardEntry, verify: bool) -> Shard:
                 raise DataError(f"shard {path} is damaged (it is empty): {prepare_again}")
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise DataError(
+                f"shard {path} cannot be opened ({error.strerror}): each shard takes an open file"
+                " and a mapping, so raise `ulimit -n` (above 65,000 shards vm.max_map_count, too),"
+                " or prepare the store with a lower data.num_shards"
+            ) from error
         raise DataError(f"shard {path} is missing ({error.strerror}): {prepare_again}") from error
     if verify and _sha256(buffer) != entry.sha256:
         raise DataError(f"shard {path} is damaged (its checksum is wrong): {prepare_again}")
@@ -515,6 +531,21 @@ def _open_shard(path: Path, entry: ShardEntry, verify: bool) -> Shard:
         raise DataError(
             f"shard {path} is damaged (its length does not fit its header): {prepare_again}"
         ) from error
+
+
+def _permit_open_files(num_shards: int) -> None:
+    """Raises this process's soft limit of open files, within the hard one, for so many shards.
+
+    Python keeps a file open for each mapping, and the usual soft limit is 1,024.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_shards + _OTHER_OPEN_FILES
+    # Each store that is open adds to it, so the limit grows by what is wanted, once it is near.
+    if soft == resource.RLIM_INFINITY or len(os.listdir("/dev/fd")) + wanted <= soft:
+        return
+    raised = soft + wanted if hard == resource.RLIM_INFINITY else min(hard, soft + wanted)
+    if raised > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
 
 
 def _sha256(buffer: mmap.mmap) -> str:

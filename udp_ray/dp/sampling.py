@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -47,6 +48,11 @@ Indices = NDArray[np.int64]
 # Rounds of one random bit per user; then 8 bytes decide on each user who remains. With 6 rounds a
 # step takes at most 0.875 bytes per user; 5 and 7 take the same or more.
 MAX_HALVINGS = 6
+
+ROWS_AT_ONCE = 1 << 20
+"""Users whose subsets are made at once. Memory only: each subset has bits of its own."""
+
+_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -108,7 +114,8 @@ class PoissonUserSampler:
         self._probability = sampling_probability
         self._group_size = group_size
         self._bands = bands
-        self._band_of_user: Indices | None = None  # drawn once, when the number of users is known
+        # Drawn once, when the number of users is known; two bytes for each.
+        self._band_of_user: NDArray[np.int16] | None = None
         self._max_cohort_size = max_cohort_size
 
     def cohort(self, step: int, user_offsets: Indices) -> Cohort:
@@ -139,9 +146,9 @@ class PoissonUserSampler:
         starts = np.repeat(user_offsets[users], np.diff(offsets))
         return Cohort(users, (starts + positions).astype(np.int64), offsets)
 
-    def _bands_of(self, num_users: int) -> Indices:
+    def _bands_of(self, num_users: int) -> NDArray[np.int16]:
         if self._band_of_user is None or len(self._band_of_user) != num_users:
-            self._band_of_user = user_bands(self._key, num_users, self._bands)
+            self._band_of_user = user_bands(self._key, num_users, self._bands).astype(np.int16)
         return self._band_of_user
 
 
@@ -174,9 +181,8 @@ class PoissonExampleSampler:
         _check(sampling_probability, group_size)
         self._key = key
         self._probability = sampling_probability
-        sizes = np.diff(user_offsets).astype(np.int64)
-        positions, offsets = subsets(_Stream(key, "kept", 0), sizes, group_size)
-        self._kept = np.repeat(user_offsets[:-1], np.diff(offsets)).astype(np.int64) + positions
+        self._user_offsets = user_offsets
+        self._kept = _KeptSubsets(_Stream(key, "kept", 0), np.diff(user_offsets), group_size)
 
     @property
     def num_examples(self) -> int:
@@ -193,7 +199,8 @@ class PoissonExampleSampler:
             Charles et al. 2024 [1], Algorithm 1.
         """
         drawn = poisson(_Stream(self._key, "kept", step), len(self._kept), self._probability)
-        examples = self._kept[drawn]
+        users, positions = self._kept.at(drawn)
+        examples = (self._user_offsets[users] + positions).astype(np.int64)
         return Cohort(examples, examples, np.arange(len(examples) + 1, dtype=np.int64))
 
 
@@ -285,21 +292,84 @@ def subsets(stream: _Stream, sizes: Indices, limit: int) -> tuple[Indices, Indic
     counts = np.minimum(sizes, limit)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     positions = _ragged_arange(counts)
+    for rows, subset in _of_long_rows(stream, sizes, limit):
+        positions[offsets[rows][:, None] + np.arange(limit)] = subset
+    return positions, offsets
+
+
+def _of_long_rows(stream: _Stream, sizes: Indices, limit: int) -> Iterator[tuple[Indices, Indices]]:
+    """Yields rows of more than `limit` positions and the subset of each, (n, limit), in blocks."""
     # Floyd takes about limit**2 / 2 comparisons per row, ranking a sort of the whole row. The rule
     # uses the row alone, so that subsets of different users stay independent.
     excess = sizes > limit
     by_floyd = excess & (sizes >= limit * limit // 16)
-    for rows, method in ((by_floyd, _floyd), (excess & ~by_floyd, _smallest_ranks)):
-        index = np.flatnonzero(rows)
-        if len(index):
-            target = offsets[index][:, None] + np.arange(limit)
-            positions[target] = method(stream, sizes[index], limit)
-    return positions, offsets
+    rows = np.flatnonzero(by_floyd)
+    words = stream.words("floyd", len(rows) * limit).reshape(len(rows), limit)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        block = slice(start, start + ROWS_AT_ONCE)
+        yield rows[block], _floyd(words[block], sizes[rows[block]].astype(np.int64), limit)
+    rows = np.flatnonzero(excess & ~by_floyd)
+    ends = np.cumsum(sizes[rows], dtype=np.int64)
+    words = stream.words("ranks", int(ends[-1]) if len(rows) else 0)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = sizes[rows[start : start + ROWS_AT_ONCE]].astype(np.int64)
+        first = int(ends[start]) - int(some[0])
+        own_words = words[first : first + int(some.sum())]
+        yield rows[start : start + ROWS_AT_ONCE], _smallest_ranks(own_words, some, limit)
 
 
-def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:
-    """Returns `limit` distinct positions per row, sorted, by Floyd's method on all rows at once."""
-    words = stream.words("floyd", len(sizes) * limit).reshape(len(sizes), limit)
+class _KeptSubsets:
+    """The subsets of `subsets`, of which any can be read, in less memory.
+
+    A row of at most `limit` positions keeps all, so it takes one offset and no positions: 8 bytes
+    for each row, and 4 for each position that a longer row keeps. The positions themselves, and
+    what it takes to make them, would be several times as much: tens of gigabytes for 10**8 users.
+
+    Args:
+        stream: As `subsets` takes it.
+        sizes: As `subsets` takes it.
+        limit: As `subsets` takes it.
+
+    Privacy:
+        The same subsets as those of `subsets`, from the same bits.
+    """
+
+    def __init__(self, stream: _Stream, sizes: Indices, limit: int) -> None:
+        self._offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(np.minimum(sizes, limit), out=self._offsets[1:])
+        small = np.min_scalar_type(int(sizes.max(initial=0)))
+        blocks = [
+            (rows, subset.astype(small)) for rows, subset in _of_long_rows(stream, sizes, limit)
+        ]
+        self._long_rows = np.concatenate([rows for rows, _ in blocks] or [_NONE])
+        self._subsets = np.concatenate([subset for _, subset in blocks] or [_NONE[:, None]])
+        if np.any(np.diff(self._long_rows) < 0):  # rows of both methods
+            order = np.argsort(self._long_rows)
+            self._long_rows, self._subsets = self._long_rows[order], self._subsets[order]
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    def at(self, kept: Indices) -> tuple[Indices, Indices]:
+        """Returns the rows of some kept positions, by number, and the positions in their rows."""
+        # Rows without positions share an offset with the next one; "right" passes over them.
+        rows = np.searchsorted(self._offsets, kept, side="right") - 1
+        positions = kept - self._offsets[rows]
+        if len(self._long_rows):
+            places = np.searchsorted(self._long_rows, rows)
+            is_long = self._long_rows[np.minimum(places, len(self._long_rows) - 1)] == rows
+            positions[is_long] = self._subsets[places[is_long], positions[is_long]]
+        return rows, positions
+
+
+def _floyd(words: NDArray[np.uint64], sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted, by Floyd's method on all rows at once.
+
+    Args:
+        words: Pseudorandom words, shape (rows, limit).
+        sizes: Number of positions of each row, above limit.
+        limit: Positions that are selected.
+    """
     chosen = np.empty((len(sizes), limit), dtype=np.int64)
     for column in range(limit):
         last = sizes - limit + column
@@ -309,11 +379,17 @@ def _floyd(stream: _Stream, sizes: Indices, limit: int) -> Indices:
     return np.sort(chosen, axis=1)
 
 
-def _smallest_ranks(stream: _Stream, sizes: Indices, limit: int) -> Indices:
-    """Returns `limit` distinct positions per row, sorted: those with the smallest random words."""
+def _smallest_ranks(words: NDArray[np.uint64], sizes: Indices, limit: int) -> Indices:
+    """Returns `limit` distinct positions per row, sorted: those with the smallest random words.
+
+    Args:
+        words: A pseudorandom word for each position, row after row.
+        sizes: Number of positions of each row, above limit.
+        limit: Positions that are selected.
+    """
     starts = np.cumsum(sizes) - sizes
     row = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.lexsort((stream.words("ranks", len(row)), row))
+    order = np.lexsort((words, row))
     rank = np.arange(len(row)) - starts[row]
     kept = np.sort(order[rank < limit])  # rows stay together: a row's positions are contiguous
     return (kept - starts[row[kept]]).reshape(len(sizes), limit)

@@ -47,7 +47,12 @@ from udp_ray.dp.noise_device import BYTES_PER_VALUE
 from udp_ray.dp.plan import PricedPlan, PrivacyPlan
 from udp_ray.engine.kernels.direct import DirectKernel
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.engine.kernels.gradients import summed_squared_norms
+from udp_ray.engine.kernels.gradients import (
+    SUM_VALUES,
+    GroupGradients,
+    Materialized,
+    summed_squared_norms,
+)
 from udp_ray.engine.loss import assume_chunks
 from udp_ray.models.load import checkpoint_activations, model_without_weights, trainable_parameters
 
@@ -62,6 +67,8 @@ ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
 
 CHECKED_TENSORS = 3
 """Tensors of the size of the largest parameter that the checks of the model need at a time."""
+
+_BLOCK_VALUES = SUM_VALUES["cpu"]
 
 SUSTAINED_FLOPS = {"gpu": 1.0e14, "gpu without bfloat16": 3.0e13, "cpu core": 2.0e10}
 FLOPS_PER_WEIGHT_AND_TOKEN = 6
@@ -412,8 +419,25 @@ def _ghost_bytes(
                 # Under ZeRO 3 into a tensor of its own, else into the sum, counted elsewhere.
                 is_own = train.zero_stage == 3
                 total = torch.zeros(parameter.shape) if is_own else totals[name]
-                gradient.add_weighted(total, factors)
+                _first_block(gradient).add_weighted(_first_values(gradient, total), factors)
     return memory.peak_bytes
+
+
+def _first_block(gradient: GroupGradients) -> GroupGradients:
+    """Returns what is added first of materialized gradients, and other gradients as they are.
+
+    They are added block by block, each of which takes what the first takes. A model of billions of
+    parameters has a hundred thousand blocks, which took minutes to trace.
+    """
+    if not isinstance(gradient, Materialized):
+        return gradient
+    return Materialized(gradient.gradients.flatten(1)[:, :_BLOCK_VALUES])
+
+
+def _first_values(gradient: GroupGradients, total: Tensor) -> Tensor:
+    """Returns the part of a running sum that `_first_block` is added to."""
+    is_part = isinstance(gradient, Materialized)
+    return total.view(-1)[:_BLOCK_VALUES] if is_part else total
 
 
 def _largest_group(rows: int, tokens: int, microbatch_tokens: int) -> Group:

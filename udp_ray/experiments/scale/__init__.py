@@ -1,0 +1,1 @@
+"""The scale study: what preparing, opening, drawing and accounting cost against users."""
