@@ -9,6 +9,7 @@ import re
 import runpy
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
@@ -202,7 +203,7 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(
     write_json_lines(tmp_path / "3.jsonl", rows[200:210])
     write_csv(tmp_path / "4.csv", rows[210:])
     monkeypatch.setattr(module, "_SPLIT_BYTES", 1)  # each block is split alone
-    monkeypatch.setattr(module, "_MOST_GROUPS", 2)
+    monkeypatch.setattr(module, "count_groups", lambda *_: 2)
     second = run(settings(tmp_path / "b", byte_tokenizer, [f"{tmp_path}/[0-9].*"], **changes))
     assert shards(first.path) == shards(second.path)
     assert len(shards(first.path)) == 2 * NUM_SHARDS
@@ -277,6 +278,10 @@ def test_an_input_of_files_without_rows_is_refused(tmp_path, byte_tokenizer, con
     assert not list((tmp_path / "made").iterdir())
 
 
+def never_connect() -> None:
+    raise AssertionError("a cluster was needed")
+
+
 @pytest.mark.parametrize("call", [run, lambda data: dry_run_text(data, tokenizer=data.tokenizer)])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -309,7 +314,7 @@ def test_what_can_be_known_beforehand_is_refused_before_a_cluster_is_needed(
     tmp_path, monkeypatch, byte_tokenizer, changes, message, call
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("udp_ray.on_ray.prepare.connected", None)
+    monkeypatch.setattr(module, "connecting", lambda *_, **__: nullcontext(never_connect))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     (tmp_path / "damaged.parquet").write_text("not parquet")

@@ -172,6 +172,24 @@ def _with_counts(examples: pa.Table, counts: Mapping[str, int] | None) -> pa.Tab
 # ---- examples -> examples of whole shards
 
 
+_GROUP_BYTES = 256 << 20
+_GROUPS_PER_CORE = 4
+_MOST_GROUPS = 128
+"""Then a split of 32 MiB has parts of 256 KiB, and the driver few objects to count."""
+
+
+def count_groups(num_bytes: int, num_shards: int, num_cores: int) -> int:
+    """Returns how many groups the shards are written in: enough for all cores and for memory.
+
+    Args:
+        num_bytes: Size of the input.
+        num_shards: Shards of both parts.
+        num_cores: Cores of the cluster.
+    """
+    wanted = max(num_cores * _GROUPS_PER_CORE, -(-num_bytes // _GROUP_BYTES))
+    return min(wanted, num_shards, _MOST_GROUPS)
+
+
 def split_by_shard(*blocks: pa.Table, num_groups: int) -> list[pa.Table]:
     """Returns the rows of some blocks by group of shards; shards of one group are written together.
 
@@ -494,7 +512,7 @@ def _users(shard: ShardResult) -> set[bytes]:
 
 _BYTES_PER_TOKEN_OF_TEXT = 4  # usual for English and a vocabulary of tens of thousands
 _TASK_BYTES = 300 << 20  # a worker with pyarrow, before it holds any text
-_COPIES_OF_A_SHARD = 8  # block, sorted copy, shard, their offsets; a cautious guess
+_COPIES_OF_A_SHARD = 8  # rows, sorted copy, shard, their offsets; a cautious guess
 _SHOWN_FILES = 10
 
 
@@ -520,10 +538,12 @@ def describe_input(pieces: list[Piece], columns: Columns) -> list[str]:
 def estimate(num_bytes: int, num_shards: int, token_bytes: int) -> list[str]:
     """Returns lines with a rough size of the store and memory of a task."""
     store = num_bytes // _BYTES_PER_TOKEN_OF_TEXT * token_bytes
-    memory = _TASK_BYTES + _COPIES_OF_A_SHARD * store // num_shards
+    group = store // count_groups(num_bytes, num_shards, 1)
+    memory = _TASK_BYTES + group + _COPIES_OF_A_SHARD * store // num_shards
     return [
-        f"estimate: store about {_size(store)}, disk for the repartition about {_size(2 * store)},"
-        f" memory about {_size(memory)} per task (raise data.num_shards to lower it)"
+        f"estimate: store about {_size(store)}, for the shuffle about {_size(2 * store)} of Ray's"
+        f" object store or disk, memory about {_size(memory)} per task (raise data.num_shards to"
+        " lower it)"
     ]
 
 

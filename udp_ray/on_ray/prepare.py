@@ -30,7 +30,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from importlib.metadata import version
@@ -45,12 +45,13 @@ from ray.data.block import BlockMetadata
 from ray.data.context import DataContext
 
 from udp_ray.config.experiment import DataConfig
-from udp_ray.console import current, progress
+from udp_ray.console import Display, current, progress
 from udp_ray.data.build import (
     PATH,
     BuildSettings,
     Origin,
     StageResults,
+    count_groups,
     describe_counts,
     describe_input,
     describe_store,
@@ -80,11 +81,11 @@ from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupie
 from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.errors import ConfigError, DataError
+from udp_ray.imports import quick_imports
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
-from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
-from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.cluster import connecting
 from udp_ray.on_ray.tasks import causes_of, own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
@@ -92,11 +93,8 @@ _MOST_PIECES = 4096
 _PIECE_BYTES = 4 << 20
 _BLOCK_BYTES = 32 << 20
 _SPLIT_BYTES = 32 << 20
-"""Examples that are split at once. A part of a group then has hundreds of kilobytes; Ray keeps
-objects of less than 100 kB in the driver's memory."""
-_GROUP_BYTES = 256 << 20
-_GROUPS_PER_CORE = 4
-_MOST_GROUPS = 128
+"""Examples that are split at once, so that a part has hundreds of kilobytes. Objects of less than
+100 kB are kept in the driver's memory."""
 _CANCEL_S = 10.0
 _PACKAGES = ("udp-ray", "ray", "pyarrow", "tokenizers", "transformers", "numpy")
 
@@ -217,18 +215,7 @@ def require_usable(
         UdpRayError: If the settings or the input cannot be used.
     """
     require_ledger(data.ledger_url)
-    encoder = load_encoder(tokenizer, data.block_tokens)
-    if model is not None:
-        _require_positions(model, data.block_tokens)
-    return encoder, find_input(data)
-
-
-def _require_positions(model: str, block_tokens: int) -> None:
-    try:
-        config = model_config(model)
-    except ConfigError:
-        return  # a tokenizer may be there without its model
-    require_positions(model, config, block_tokens)
+    return load_encoder(tokenizer, data.block_tokens, model), find_input(data)
 
 
 def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) -> str:
@@ -279,9 +266,19 @@ def refuse_existing(place: str) -> None:
         raise DataError(f"data.store {path} is not empty: choose another folder, or remove it")
 
 
-def load_encoder(tokenizer: str, block_tokens: int) -> TextEncoder:
-    """Returns the encoder of a tokenizer by its name."""
+def load_encoder(tokenizer: str, block_tokens: int, model: str | None) -> TextEncoder:
+    """Returns the encoder of a tokenizer; checks the positions of the model, if it is known."""
+    # Imported here, and with it transformers and torch: meanwhile `prepare` starts the cluster.
+    with quick_imports():
+        from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
+
     loaded = load_tokenizer(tokenizer)
+    config = None
+    if model is not None:
+        with suppress(ConfigError):  # a tokenizer may be there without its model
+            config = model_config(model)
+    if model is not None and config is not None:
+        require_positions(model, config, block_tokens)
     fingerprint = tokenizer_fingerprint(loaded)
     return TextEncoder.of(
         loaded, name=tokenizer, fingerprint=fingerprint, block_tokens=block_tokens
@@ -315,10 +312,24 @@ def prepare(
     """
     parse_url(data.ledger_url)
     refuse_existing(data.store)
-    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
+    with progress("checking the input") as display:
+        require_ledger(data.ledger_url)
+        found = find_input(data)
+        with connecting(address, is_early=True) as connect:
+            display.phase("loading the tokenizer")
+            encoder = load_encoder(tokenizer, data.block_tokens, model)
+            connect()
+            return _prepare(data, encoder, found, never_held_out, display)
+
+
+def _prepare(
+    data: DataConfig,
+    encoder: TextEncoder,
+    found: Input,
+    never_held_out: Sequence[str],
+    display: Display,
+) -> PrepareResult:
     with (
-        progress("checking the input") as display,
-        connected(address),
         registered(data.name, data.ledger_url) as registration,
         _temporary_folder(data) as folder,
     ):
@@ -364,7 +375,8 @@ def run_stages(found: Input, settings: BuildSettings) -> StageResults:
     try:
         with quiet_ray_data(target_max_block_size=_BLOCK_BYTES):
             blocks = _blocks(_examples(found, settings))
-            parts = _split(blocks, _num_groups(found, settings, num_cores), num_cores)
+            groups = count_groups(found.num_bytes, settings.num_shards, num_cores)
+            parts = _split(blocks, groups, most=num_cores)
         current().phase("writing shards", total=settings.num_shards, unit="shard")
         with closing(_written_shards(parts, settings)) as rows:
             for row in rows:
@@ -373,12 +385,6 @@ def run_stages(found: Input, settings: BuildSettings) -> StageResults:
     except Exception as error:
         raise _own_error(error, found) from None
     return results
-
-
-def _num_groups(found: Input, settings: BuildSettings, num_cores: int) -> int:
-    """Returns how many groups the shards are written in: enough for all cores and for memory."""
-    wanted = max(num_cores * _GROUPS_PER_CORE, -(-found.num_bytes // _GROUP_BYTES))
-    return min(wanted, settings.num_shards, _MOST_GROUPS)
 
 
 def _examples(found: Input, settings: BuildSettings) -> Dataset:
@@ -404,23 +410,23 @@ def _blocks(examples: Dataset) -> Iterator[tuple[ray.ObjectRef, int]]:
 
 
 def _split(
-    blocks: Iterator[tuple[ray.ObjectRef, int]], num_groups: int, most: int
+    blocks: Iterator[tuple[ray.ObjectRef, int]], groups: int, most: int
 ) -> list[list[ray.ObjectRef]]:
     """Splits blocks as they appear, several at once; returns the parts of each group.
 
     Args:
         blocks: The blocks and their bytes.
-        num_groups: Groups of shards; the rows of counts are one more.
+        groups: How many groups of shards; the rows of counts are one more.
         most: Splits that may wait or run; their blocks are not given back to Ray Data yet.
     """
-    split = ray.remote(split_by_shard).options(num_returns=num_groups + 1)
-    parts: list[list[ray.ObjectRef]] = [[] for _ in range(num_groups + 1)]
+    split = ray.remote(split_by_shard).options(num_returns=groups + 1)
+    parts: list[list[ray.ObjectRef]] = [[] for _ in range(groups + 1)]
     running: list[ray.ObjectRef] = []
     gathered: list[ray.ObjectRef] = []
     num_bytes = 0
 
     def submit() -> None:
-        made = split.remote(*gathered, num_groups=num_groups)
+        made = split.remote(*gathered, num_groups=groups)
         for of_group, part in zip(parts, made, strict=True):
             of_group.append(part)
         running.append(made[0])
