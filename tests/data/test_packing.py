@@ -28,7 +28,9 @@ from udp_ray.data.build import (
     Origin,
     StageResults,
     finish,
+    split_by_shard,
     tokenize_batch,
+    write_group,
     write_shards,
 )
 from udp_ray.data.hashing import hash_user
@@ -120,9 +122,11 @@ def prepare(
         for start in range(0, len(rows), batch)
         for some in tokenize_batch(table(rows[start : start + batch], case), made)
     ]
-    random.Random(len(rows)).shuffle(tokenized)  # as a shuffle of Ray's may deliver them
-    results = StageResults.of(write_shards(pa.concat_tables(tokenized), made).to_pylist())
-    finish(made, results, ORIGIN)
+    random.Random(len(rows)).shuffle(tokenized)  # as tasks may end
+    blocks = tokenized[: len(tokenized) // 2], tokenized[len(tokenized) // 2 :]
+    parts = zip(*(split_by_shard(*some, num_groups=2) for some in blocks), strict=True)
+    written = [row for of_group in parts for row in write_group(made, *of_group).to_pylist()]
+    finish(made, StageResults.of(written), ORIGIN)
     return TokenStore.open(folder, verify=True)
 
 

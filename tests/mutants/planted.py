@@ -1108,6 +1108,48 @@ DATA = [
         ),
     ),
     Mutant(
+        name="rows_of_a_shard_in_two_groups",
+        breaks="P20: a user's examples are split over two tasks, of which one overwrites the other",
+        file="udp_ray/data/build.py",
+        text='1 + rows["shard"].to_numpy() % num_groups',
+        replacement="1 + np.arange(len(rows)) % num_groups",
+        tests=(
+            "tests/data/test_finish.py"
+            "::test_each_row_is_in_the_part_of_its_shards_group_and_counts_are_apart",
+        ),
+    ),
+    Mutant(
+        name="parts_of_a_block_share_its_memory",
+        breaks="each of many parts is sent and stored with the whole block that it was cut from",
+        file="udp_ray/data/build.py",
+        text="rows.take(pa.array(order[first:end])) for",
+        replacement="whole.slice(first, end - first) for whole in [rows.take(pa.array(order))] for",
+        tests=(
+            "tests/data/test_finish.py"
+            "::test_each_row_is_in_the_part_of_its_shards_group_and_counts_are_apart",
+        ),
+    ),
+    Mutant(
+        name="blocks_forgotten_after_a_split",
+        breaks="the first of the blocks that are split together are lost, and with them rows",
+        file="udp_ray/data/build.py",
+        text="    rows = pa.concat_tables(blocks)",
+        replacement="    rows = pa.concat_tables(blocks[1:] or blocks)",
+        tests=(
+            "tests/data/test_packing.py::test_the_bytes_of_a_store_are_those_of_earlier_versions",
+        ),
+    ),
+    Mutant(
+        name="a_part_of_a_group_left_behind",
+        breaks="the part of one split is not written, so that users lose examples in silence",
+        file="udp_ray/data/build.py",
+        text="write_shards(pa.concat_tables(parts), settings)",
+        replacement="write_shards(pa.concat_tables(parts[-1:]), settings)",
+        tests=(
+            "tests/data/test_packing.py::test_the_bytes_of_a_store_are_those_of_earlier_versions",
+        ),
+    ),
+    Mutant(
         name="rows_at_the_end_of_a_piece_read_twice",
         breaks="two tasks that share a row group of parquet both read the rows at their border",
         file="udp_ray/data/read.py",

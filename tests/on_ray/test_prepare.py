@@ -7,13 +7,16 @@ import json
 import random
 import re
 import runpy
+import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 import udp_ray
 from udp_ray.config.experiment import DataConfig
@@ -21,12 +24,14 @@ from udp_ray.data.hashing import hash_user
 from udp_ray.data.store import PrivateCounts, TokenStore
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
 from udp_ray.ledger.ledger import Ledger
+from udp_ray.on_ray import prepare as module
 from udp_ray.on_ray.prepare import PrepareResult, dry_run_text, prepare
 
 JOB = Path(udp_ray.__file__).parent.parent / "jobs" / "prepare.py"
 BLOCK_TOKENS = 8
 NUM_SHARDS = 3
 SECRET_USER = "zoe-of-nowhere"
+WRITE_S = 1.0
 
 Row = dict[str, str | None]
 Texts = dict[bytes, Counter[tuple[int, ...]]]
@@ -178,7 +183,9 @@ def test_a_packed_store_joins_each_users_texts_in_their_order(
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
-def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(tmp_path, byte_tokenizer):
+def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(
+    tmp_path, monkeypatch, byte_tokenizer
+):
     rows = made_up_rows()
     changes = {
         "heldout": 0.25,
@@ -195,6 +202,8 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(tmp_pat
     write_json_lines(tmp_path / "2.jsonl", rows[50:200])
     write_json_lines(tmp_path / "3.jsonl", rows[200:210])
     write_csv(tmp_path / "4.csv", rows[210:])
+    monkeypatch.setattr(module, "_SPLIT_BYTES", 1)  # each block is split alone
+    monkeypatch.setattr(module, "count_groups", lambda *_: 2)
     second = run(settings(tmp_path / "b", byte_tokenizer, [f"{tmp_path}/[0-9].*"], **changes))
     assert shards(first.path) == shards(second.path)
     assert len(shards(first.path)) == 2 * NUM_SHARDS
@@ -205,6 +214,25 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(tmp_pat
     assert max(PrivateCounts.read(first.path).train.examples_per_user) == 3
     assert store.heldout is not None
     assert not texts(store).keys() & texts(store.heldout).keys()
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_no_task_writes_after_a_refusal(tmp_path, monkeypatch):
+    """The folder is removed then, and a late task would make it anew."""
+
+    def write(folder: Path, part: int) -> pa.Table:
+        if part:
+            time.sleep(WRITE_S)
+            (folder / str(part)).touch()
+        return pa.table({"shard": [part]})
+
+    monkeypatch.setattr(module, "write_group", write)
+    parts = [[ray.put(part)] for part in range(4)]
+    rows = module._written_shards(parts, tmp_path)
+    assert next(rows) == {"shard": 0}
+    rows.close()
+    time.sleep(2 * WRITE_S)  # of two cores, each would have written one
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
@@ -250,6 +278,10 @@ def test_an_input_of_files_without_rows_is_refused(tmp_path, byte_tokenizer, con
     assert not list((tmp_path / "made").iterdir())
 
 
+def never_connect() -> None:
+    raise AssertionError("a cluster was needed")
+
+
 @pytest.mark.parametrize("call", [run, lambda data: dry_run_text(data, tokenizer=data.tokenizer)])
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -282,7 +314,7 @@ def test_what_can_be_known_beforehand_is_refused_before_a_cluster_is_needed(
     tmp_path, monkeypatch, byte_tokenizer, changes, message, call
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("udp_ray.on_ray.prepare.connected", None)
+    monkeypatch.setattr(module, "connecting", lambda *_, **__: nullcontext(never_connect))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()
     (tmp_path / "damaged.parquet").write_text("not parquet")

@@ -1,11 +1,13 @@
 """Builds a token store from text: the stages of `prepare`, as plain functions of Arrow tables.
 
-    rows -> tokenize_batch -> examples, each with its shard
-         -> brought together by shard (Ray Data's shuffle)
-         -> write_shards -> shard files, and a row for each that says what was written
+    pieces of files -> read_pieces -> rows
+         -> tokenize_batch -> examples, each with its shard
+         -> split_by_shard, and what is alike of all blocks brought together: whole shards
+         -> write_group -> shard files, and a row for each that says what was written
          -> StageResults -> finish: manifests and private counts
 
-Workers run the first two functions and import neither Ray's libraries nor torch for them. What a
+Workers run the first four functions, and for them import this module: torch, transformers and the
+ledger, which the driver needs, would take seconds and hundreds of megabytes in each. What a
 stage has to tell the driver travels as rows of the data, in columns of their own: unlike a counter
 kept elsewhere, a row is counted once even when a task is retried.
 
@@ -21,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,7 +33,7 @@ import pyarrow.compute as pc
 
 from udp_ray.data.assemble import Joining, assemble_shard
 from udp_ray.data.hashing import HASH_BYTES
-from udp_ray.data.read import Columns, Piece
+from udp_ray.data.read import Columns, Piece, read_rows
 from udp_ray.data.remote import put
 from udp_ray.data.store import (
     HELDOUT_FOLDER,
@@ -103,6 +106,20 @@ class BuildSettings:
 # ---- rows -> examples
 
 
+def read_pieces(pieces: Sequence[Piece], columns: Columns) -> Iterator[pa.Table]:
+    """Yields the rows of pieces of parquet, JSON lines or datasets, and the path of each row.
+
+    Raises:
+        DataError: If a piece cannot be read or lacks a column; names the file.
+    """
+    for piece in pieces:
+        for rows in read_rows(piece, columns):
+            if PATH not in columns.names:
+                path = pa.repeat(pa.scalar(piece.location), rows.num_rows)
+                rows = rows.append_column(PATH, path)
+            yield rows
+
+
 def tokenize_batch(
     rows: pa.Table, settings: BuildSettings, *, is_heldout_input: bool = False
 ) -> Iterator[pa.Table]:
@@ -152,6 +169,46 @@ def _with_counts(examples: pa.Table, counts: Mapping[str, int] | None) -> pa.Tab
     return examples
 
 
+# ---- examples -> examples of whole shards
+
+
+_GROUP_BYTES = 256 << 20
+_GROUPS_PER_CORE = 4
+_MOST_GROUPS = 128
+"""Then a split of 32 MiB has parts of 256 KiB, and the driver few objects to count."""
+
+
+def count_groups(num_bytes: int, num_shards: int, num_cores: int) -> int:
+    """Returns how many groups the shards are written in: enough for all cores and for memory.
+
+    Args:
+        num_bytes: Size of the input.
+        num_shards: Shards of both parts.
+        num_cores: Cores of the cluster.
+    """
+    wanted = max(num_cores * _GROUPS_PER_CORE, -(-num_bytes // _GROUP_BYTES))
+    return min(wanted, num_shards, _MOST_GROUPS)
+
+
+def split_by_shard(*blocks: pa.Table, num_groups: int) -> list[pa.Table]:
+    """Returns the rows of some blocks by group of shards; shards of one group are written together.
+
+    Args:
+        blocks: Tables that `tokenize_batch` yields.
+        num_groups: Shard number s is in the group s % num_groups.
+
+    Returns:
+        First the rows of counts, then each group's rows: num_groups + 1 tables. Each has memory of
+        its own, so that a group can be sent and freed without the others.
+    """
+    rows = pa.concat_tables(blocks).combine_chunks()
+    group = 1 + rows["shard"].to_numpy() % num_groups
+    group[rows["user"].is_null().to_numpy()] = 0
+    order = np.argsort(group, kind="stable")
+    bounds = np.searchsorted(group[order], np.arange(num_groups + 2))
+    return [rows.take(pa.array(order[first:end])) for first, end in pairwise(bounds)]
+
+
 # ---- examples of whole shards -> files
 
 RESULT_SCHEMA = pa.schema(
@@ -168,6 +225,11 @@ RESULT_SCHEMA = pa.schema(
 )
 """Of a shard: what was written, or why it could not be (a fault of the data or of the storage), as
 an error of this stage would reach the driver as Ray's, without its cause. Else: counts of rows."""
+
+
+def write_group(settings: BuildSettings, *parts: pa.Table) -> pa.Table:
+    """Writes the shards of one group, of which these are all parts, as `write_shards` does."""
+    return write_shards(pa.concat_tables(parts), settings)
 
 
 def write_shards(block: pa.Table, settings: BuildSettings) -> pa.Table:
@@ -450,7 +512,7 @@ def _users(shard: ShardResult) -> set[bytes]:
 
 _BYTES_PER_TOKEN_OF_TEXT = 4  # usual for English and a vocabulary of tens of thousands
 _TASK_BYTES = 300 << 20  # a worker with pyarrow, before it holds any text
-_COPIES_OF_A_SHARD = 8  # block, sorted copy, shard, their offsets; a cautious guess
+_COPIES_OF_A_SHARD = 8  # rows, sorted copy, shard, their offsets; a cautious guess
 _SHOWN_FILES = 10
 
 
@@ -476,10 +538,12 @@ def describe_input(pieces: list[Piece], columns: Columns) -> list[str]:
 def estimate(num_bytes: int, num_shards: int, token_bytes: int) -> list[str]:
     """Returns lines with a rough size of the store and memory of a task."""
     store = num_bytes // _BYTES_PER_TOKEN_OF_TEXT * token_bytes
-    memory = _TASK_BYTES + _COPIES_OF_A_SHARD * store // num_shards
+    group = store // count_groups(num_bytes, num_shards, 1)
+    memory = _TASK_BYTES + group + _COPIES_OF_A_SHARD * store // num_shards
     return [
-        f"estimate: store about {_size(store)}, disk for the repartition about {_size(2 * store)},"
-        f" memory about {_size(memory)} per task (raise data.num_shards to lower it)"
+        f"estimate: store about {_size(store)}, for the shuffle about {_size(2 * store)} of Ray's"
+        f" object store or disk, memory about {_size(memory)} per task (raise data.num_shards to"
+        " lower it)"
     ]
 
 

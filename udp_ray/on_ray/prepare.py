@@ -7,21 +7,30 @@
 1. Ray Data reads the input as a stream: CSV by its own reader, parquet, JSON lines and Hugging Face
    datasets by a `Datasource` over `data/read.py`, which says why.
 2. Batches of rows are tokenized in parallel.
-3. A keyed repartition, over the nodes' disks and not through memory, brings each shard's examples
-   together. A user's shard follows from the user's own hash; Ray only decides which task writes it.
-4. Each shard is sorted and written by one task, which returns the shard's checksum and counts.
+3. As blocks of examples appear, tasks split them into one object for each group of shards. A user's
+   shard follows from the user's own hash; Ray only decides which task writes it.
+4. One task for each group gets its objects of all blocks, and sorts and writes its shards one after
+   the other. It returns the shards' checksums and counts.
 5. The driver writes the manifests, and the store gets its name or its URL's manifest.
 
-So the store does not depend on the order of rows, their files or the parallelism, memory is
-bounded, and the driver reads no row and no shard.
+So the store does not depend on the order of rows, their files or the parallelism, and the driver
+reads no row and no shard. Memory is bounded: what waits for step 4 is in Ray's object store, which
+writes to the nodes' disks what has no room, and the number of groups grows with the input. An
+object that is lost with its node is made again from its pieces.
+
+Steps 3 and 4 are a shuffle in two stages [1]. Ray Data's own keyed repartition is not used: it
+starts an actor and several processes for each stage, which took as much time as the shuffled rows.
+
+Reference:
+    [1] Luan et al. 2023, "Exoshuffle: An Extensible Shuffle Architecture", arXiv:2203.05072.
 """
 
 from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial, reduce
 from importlib.metadata import version
@@ -30,26 +39,28 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.data import Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
-from ray.data.context import DataContext, ShuffleStrategy
+from ray.data.context import DataContext
 
 from udp_ray.config.experiment import DataConfig
-from udp_ray.console import current, progress
+from udp_ray.console import Display, current, progress
 from udp_ray.data.build import (
     PATH,
     BuildSettings,
     Origin,
     StageResults,
+    count_groups,
     describe_counts,
     describe_input,
     describe_store,
     estimate,
     finish,
+    read_pieces,
+    split_by_shard,
     tokenize_batch,
-    write_shards,
+    write_group,
 )
 from udp_ray.data.hashing import hash_user
 from udp_ray.data.read import (
@@ -63,7 +74,6 @@ from udp_ray.data.read import (
     csv_conversion,
     file_system,
     find_pieces,
-    read_rows,
     refuse_unreadable,
     require_columns,
 )
@@ -71,18 +81,21 @@ from udp_ray.data.remote import cache_folder, discard, put_store, refuse_occupie
 from udp_ray.data.store import Manifest, PrivateCounts, rename_into_place
 from udp_ray.data.tokenize import Placement, TextEncoder
 from udp_ray.errors import ConfigError, DataError
+from udp_ray.imports import quick_imports
 from udp_ray.io import is_url, obstacle, vanishes_with_job, writing
 from udp_ray.ledger.database import parse_url, public_url
-from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import require_positions
-from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.cluster import connecting
 from udp_ray.on_ray.tasks import causes_of, own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _MOST_PIECES = 4096
 _PIECE_BYTES = 4 << 20
 _BLOCK_BYTES = 32 << 20
-_SHUFFLE_BATCH_BYTES = 128 << 20
+_SPLIT_BYTES = 32 << 20
+"""Examples that are split at once, so that a part has hundreds of kilobytes. Objects of less than
+100 kB are kept in the driver's memory."""
+_CANCEL_S = 10.0
 _PACKAGES = ("udp-ray", "ray", "pyarrow", "tokenizers", "transformers", "numpy")
 
 
@@ -202,18 +215,7 @@ def require_usable(
         UdpRayError: If the settings or the input cannot be used.
     """
     require_ledger(data.ledger_url)
-    encoder = load_encoder(tokenizer, data.block_tokens)
-    if model is not None:
-        _require_positions(model, data.block_tokens)
-    return encoder, find_input(data)
-
-
-def _require_positions(model: str, block_tokens: int) -> None:
-    try:
-        config = model_config(model)
-    except ConfigError:
-        return  # a tokenizer may be there without its model
-    require_positions(model, config, block_tokens)
+    return load_encoder(tokenizer, data.block_tokens, model), find_input(data)
 
 
 def dry_run_text(data: DataConfig, *, tokenizer: str, model: str | None = None) -> str:
@@ -264,9 +266,19 @@ def refuse_existing(place: str) -> None:
         raise DataError(f"data.store {path} is not empty: choose another folder, or remove it")
 
 
-def load_encoder(tokenizer: str, block_tokens: int) -> TextEncoder:
-    """Returns the encoder of a tokenizer by its name."""
+def load_encoder(tokenizer: str, block_tokens: int, model: str | None) -> TextEncoder:
+    """Returns the encoder of a tokenizer; checks the positions of the model, if it is known."""
+    # Imported here, and with it transformers and torch: meanwhile `prepare` starts the cluster.
+    with quick_imports():
+        from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
+
     loaded = load_tokenizer(tokenizer)
+    config = None
+    if model is not None:
+        with suppress(ConfigError):  # a tokenizer may be there without its model
+            config = model_config(model)
+    if model is not None and config is not None:
+        require_positions(model, config, block_tokens)
     fingerprint = tokenizer_fingerprint(loaded)
     return TextEncoder.of(
         loaded, name=tokenizer, fingerprint=fingerprint, block_tokens=block_tokens
@@ -300,10 +312,24 @@ def prepare(
     """
     parse_url(data.ledger_url)
     refuse_existing(data.store)
-    encoder, found = require_usable(data, tokenizer=tokenizer, model=model)
+    with progress("checking the input") as display:
+        require_ledger(data.ledger_url)
+        found = find_input(data)
+        with connecting(address, is_early=True) as connect:
+            display.phase("loading the tokenizer")
+            encoder = load_encoder(tokenizer, data.block_tokens, model)
+            connect()
+            return _prepare(data, encoder, found, never_held_out, display)
+
+
+def _prepare(
+    data: DataConfig,
+    encoder: TextEncoder,
+    found: Input,
+    never_held_out: Sequence[str],
+    display: Display,
+) -> PrepareResult:
     with (
-        progress("checking the input") as display,
-        connected(address),
         registered(data.name, data.ledger_url) as registration,
         _temporary_folder(data) as folder,
     ):
@@ -345,18 +371,23 @@ def run_stages(found: Input, settings: BuildSettings) -> StageResults:
         UdpRayError: What a worker refused, without Ray's wrapping.
     """
     results = StageResults()
-    with _quiet_ray_data():
-        try:
-            for row in _written_shards(found, settings).iter_rows():
+    num_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    try:
+        with quiet_ray_data(target_max_block_size=_BLOCK_BYTES):
+            blocks = _blocks(_examples(found, settings))
+            groups = count_groups(found.num_bytes, settings.num_shards, num_cores)
+            parts = _split(blocks, groups, most=num_cores)
+        current().phase("writing shards", total=settings.num_shards, unit="shard")
+        with closing(_written_shards(parts, settings)) as rows:
+            for row in rows:
                 results.add(row)
-                current().phase("writing shards", total=settings.num_shards, unit="shard")
                 current().advance(len(results.shards))
-        except Exception as error:
-            raise _own_error(error, found) from None
+    except Exception as error:
+        raise _own_error(error, found) from None
     return results
 
 
-def _written_shards(found: Input, settings: BuildSettings) -> Dataset:
+def _examples(found: Input, settings: BuildSettings) -> Dataset:
     # Not fn_kwargs: Ray may export those, field by field, and the settings hold the hash key.
     examples = [
         rows.map_batches(
@@ -367,15 +398,69 @@ def _written_shards(found: Input, settings: BuildSettings) -> Dataset:
         for pieces, columns, is_heldout_input in found.parts
         for rows in read_datasets(pieces, columns)
     ]
-    return (
-        reduce(Dataset.union, examples)
-        .repartition(settings.num_shards, keys=["shard"])
-        .map_batches(
-            partial(write_shards, settings=settings),
-            batch_size=None,  # a whole block, which holds whole shards
-            batch_format="pyarrow",
-        )
-    )
+    return reduce(Dataset.union, examples)
+
+
+def _blocks(examples: Dataset) -> Iterator[tuple[ray.ObjectRef, int]]:
+    """Yields blocks as Ray Data makes them, with their bytes."""
+    for bundle in examples.iter_internal_ref_bundles():
+        for reference, about in zip(bundle.block_refs, bundle.metadata, strict=True):
+            if about.num_rows:
+                yield reference, about.size_bytes or 0
+
+
+def _split(
+    blocks: Iterator[tuple[ray.ObjectRef, int]], groups: int, most: int
+) -> list[list[ray.ObjectRef]]:
+    """Splits blocks as they appear, several at once; returns the parts of each group.
+
+    Args:
+        blocks: The blocks and their bytes.
+        groups: How many groups of shards; the rows of counts are one more.
+        most: Splits that may wait or run; their blocks are not given back to Ray Data yet.
+    """
+    split = ray.remote(split_by_shard).options(num_returns=groups + 1)
+    parts: list[list[ray.ObjectRef]] = [[] for _ in range(groups + 1)]
+    running: list[ray.ObjectRef] = []
+    gathered: list[ray.ObjectRef] = []
+    num_bytes = 0
+
+    def submit() -> None:
+        made = split.remote(*gathered, num_groups=groups)
+        for of_group, part in zip(parts, made, strict=True):
+            of_group.append(part)
+        running.append(made[0])
+        gathered.clear()
+
+    for block, size in blocks:
+        gathered.append(block)
+        num_bytes += size
+        if num_bytes >= _SPLIT_BYTES:
+            submit()
+            num_bytes = 0
+            if len(running) > most:
+                _, running = ray.wait(running, fetch_local=False)
+    if gathered:
+        submit()
+    return [of_group for of_group in parts if of_group]
+
+
+def _written_shards(
+    parts: list[list[ray.ObjectRef]], settings: BuildSettings
+) -> Generator[dict[str, Any], None, None]:
+    """Writes the shards of each group, given its parts; yields the rows of `write_group`."""
+    write, shared = ray.remote(write_group), ray.put(settings)
+    running = [write.remote(shared, *of_group) for of_group in parts]
+    parts.clear()  # so that a part is freed as soon as it is written
+    try:
+        while running:
+            (done,), running = ray.wait(running)
+            yield from ray.get(done).to_pylist()
+    finally:  # none may write into a folder that is being removed
+        for task in running:
+            ray.cancel(task)
+        if running:
+            ray.wait(running, num_returns=len(running), timeout=_CANCEL_S)
 
 
 def read_datasets(pieces: Sequence[Piece], columns: Columns) -> list[Dataset]:
@@ -440,18 +525,9 @@ class PieceDatasource(Datasource):
                 input_files=[piece.location for piece in some],
                 exec_stats=None,
             )
-            read = partial(_read_pieces, some, self._columns)
+            read = partial(read_pieces, some, self._columns)
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
-
-
-def _read_pieces(pieces: Sequence[Piece], columns: Columns) -> Iterator[pa.Table]:
-    for piece in pieces:
-        for rows in read_rows(piece, columns):
-            if PATH not in columns.names:
-                path = pa.repeat(pa.scalar(piece.location), rows.num_rows)
-                rows = rows.append_column(PATH, path)
-            yield rows
 
 
 def _own_error(error: BaseException, found: Input) -> BaseException:
@@ -511,13 +587,3 @@ def _temporary_folder(data: DataConfig) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _quiet_ray_data() -> AbstractContextManager[None]:
-    """Sets Ray Data up to shuffle over disk, and to show neither bars nor log lines."""
-    return quiet_ray_data(
-        shuffle_strategy=ShuffleStrategy.SHUFFLE_V2,
-        use_disk_based_hash_shuffle=True,
-        shuffle_input_batch_bytes=_SHUFFLE_BATCH_BYTES,
-        target_max_block_size=_BLOCK_BYTES,
-    )
