@@ -24,6 +24,7 @@ from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.experiments.study.figures import draw_differences
+from udp_ray.experiments.study.fixed_compute import FixedCompute
 from udp_ray.experiments.study.folder import FIGURE, HELDOUT, STORES, StudyFolder
 from udp_ray.experiments.study.report import LAST, Results
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, digest_of
@@ -70,7 +71,22 @@ def run_and_report(planned: PlannedStudy, folder: StudyFolder, *, trains: bool =
             results.save(folder.path)
             if results.rows():
                 write_atomic(folder.path / FIGURE, draw_differences(results))
-    return results.to_text()
+    if not planned.config.study.compares_samplers:
+        return results.to_text()
+    fixed = FixedCompute.of(planned, results, _stores(planned, folder))
+    fixed.save(folder.path)
+    return f"{results.to_text()}\n{fixed.to_text()}"
+
+
+def _stores(planned: PlannedStudy, folder: StudyFolder) -> dict[str, str]:
+    """Returns a store of each data set that is prepared."""
+    found: dict[str, str] = {}
+    for cell in planned.cells:
+        if cell.config is not None and cell.dataset.name not in found:
+            store = placed(cell, folder.path).data.store
+            if Path(store).is_dir():
+                found[cell.dataset.name] = store
+    return found
 
 
 def run_study(

@@ -70,6 +70,9 @@ class TextSet(Section):
     """Whether input and heldout are files of data_folder; without that the data set is left out."""
     overrides: list[Override] = Field(default=[])
     """Settings of all runs on this data set, as privacy.population=1000."""
+    gradient_cosine: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Mean cosine between the gradients of two examples of one user, as jobs/plan.py measures it on
+    public text. Needed for `Study.compares_samplers`."""
 
 
 class Scaling(Section):
@@ -156,6 +159,9 @@ class Study(Section):
     heldout_examples: PositiveInt = 2048
     """Most held-out texts, of whole users in the order of a hash of the user; all cells are
     evaluated on the same ones."""
+    compares_samplers: bool = False
+    """Also compares ULS and ELS over group sizes, at equal steps and expected examples per step
+    (fixed_compute.py), and what jobs/plan.py predicts."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations during training. Default: only before and after."""
 
@@ -165,6 +171,12 @@ class Study(Section):
         _refuse_repeats(names, "datasets")
         _refuse_repeats([block.name for block in self.blocks], "blocks")
         _refuse_repeats(self.seeds, "seeds")
+        for dataset in self.datasets:
+            if self.compares_samplers and dataset.gradient_cosine is None:
+                raise ValueError(
+                    f"gradient_cosine of data set {dataset.name} is missing, and compares_samplers"
+                    " needs it: measure it by jobs/plan.py --estimate-on"
+                )
         for name in self._dataset_names():
             if name not in names:
                 raise ValueError(
