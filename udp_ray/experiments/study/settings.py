@@ -70,6 +70,8 @@ class TextSet(Section):
     """Whether input and heldout are files of data_folder; without that the data set is left out."""
     overrides: list[Override] = Field(default=[])
     """Settings of all runs on this data set, as privacy.population=1000."""
+    heldout_examples: PositiveInt | None = None
+    """Most held-out texts of this data set. Default: as for all."""
     gradient_cosine: Annotated[float, Field(ge=0, le=1)] | None = None
     """Mean cosine between the gradients of two examples of one user, as jobs/plan.py measures it on
     public text. Needed for `Study.compares_samplers`."""
@@ -434,7 +436,11 @@ def _cell(
         is_baseline=variant.name == block.baseline,
         is_drawn=variant.is_drawn,
         config=settings,
-        heldout_examples=small.heldout_examples if is_quick else study.heldout_examples,
+        heldout_examples=(
+            small.heldout_examples
+            if is_quick
+            else dataset.heldout_examples or study.heldout_examples
+        ),
         evaluate_every=study.evaluate_every,
         scaling=variant.scaling,
         error=error,
