@@ -115,7 +115,9 @@ def run_study(
     ready = list(_with_stores(waiting, folder, announce))
     display, commit = current(), git_commit()
     began = time.monotonic()
-    tasks = [{"config": config, "scaling": cell.scaling} for cell, config in ready]
+    tasks = [
+        {"config": config, "scaling": cell.scaling, "opacus": cell.opacus} for cell, config in ready
+    ]
     if ready:
         display.phase(f"training, block {ready[0][0].block}", total=len(ready), unit="cell")
         display.advance(0)

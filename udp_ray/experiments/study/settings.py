@@ -100,6 +100,9 @@ class Variant(Section):
     """Further settings with the values to try, in all combinations."""
     scaling: Scaling | None = None
     """Scales gradients before they are clipped and noised; only studies can. Default: none."""
+    opacus: Literal["one-record", "group-privacy"] | None = None
+    """Trains with Opacus' example-level DP-SGD, on one record of each author, or on up to
+    privacy.group_size with group privacy (opacus.py). Default: neither."""
     datasets: list[DatasetName] | None = None
     """Data sets on which it is tried. Default: those of the block."""
     is_drawn: bool = True
@@ -269,6 +272,7 @@ class Cell:
     heldout_examples: int
     evaluate_every: int | None
     scaling: Scaling | None = None
+    opacus: Literal["one-record", "group-privacy"] | None = None
     error: str | None = None
     """Why the settings are refused."""
 
@@ -303,6 +307,8 @@ class Cell:
         }
         if self.scaling is not None:
             measured["scaling"] = self.scaling.model_dump()
+        if self.opacus is not None:
+            measured["opacus"] = self.opacus
         return digest_of({**given, "measured": measured})
 
 
@@ -425,6 +431,8 @@ def _cell(
         settings = ExperimentConfig.load(study.base, overrides)
         if variant.scaling is not None:
             require_scalable(settings)
+        if variant.opacus is not None:
+            require_trainable_by_opacus(settings)
     except ConfigError as mistake:
         error = str(mistake)
     return Cell(
@@ -443,6 +451,7 @@ def _cell(
         ),
         evaluate_every=study.evaluate_every,
         scaling=variant.scaling,
+        opacus=variant.opacus,
         error=error,
     )
 
@@ -458,9 +467,30 @@ def require_scalable(config: ExperimentConfig) -> None:
         "train.optimizer": (config.train.optimizer, "adamw"),
         "train.zero_stage": (config.train.zero_stage, 0),
     }
+    _require("scaling", needed)
+
+
+def require_trainable_by_opacus(config: ExperimentConfig) -> None:
+    """Refuses settings that the training by Opacus does not follow.
+
+    Raises:
+        ConfigError: With the setting, its value and the remedy.
+    """
+    needed: dict[str, tuple[Any, Any]] = {
+        "privacy.sampling": (config.privacy.sampling, "els"),
+        "privacy.mechanism": (config.privacy.mechanism, "independent"),
+        "privacy.clipping": (config.privacy.clipping, "flat"),
+        "train.optimizer": (config.train.optimizer, "adamw"),
+        "train.schedule": (config.train.schedule, "constant"),
+        "train.average": (config.train.average, "none"),
+    }
+    _require("opacus", needed)
+
+
+def _require(what: str, needed: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (value, only) in needed.items():
         if value != only:
-            raise ConfigError(f"{name} is {value}, and scaling needs {only}: set {name}={only}")
+            raise ConfigError(f"{name} is {value}, and {what} needs {only}: set {name}={only}")
 
 
 def digest_of(values: Any) -> str:
