@@ -99,15 +99,16 @@ def train_with_opacus(config: ExperimentConfig, way: Way) -> dict[str, Any]:
         batch_size=round(privacy.batch_size or 0),
         collate_fn=_padded,
     )
-    rate = 1 / len(loader)  # as Opacus' Poisson sampling takes it
-    epsilon, delta = example_level_target(privacy.epsilon or math.inf, privacy.delta, group_size)
-    noise = get_noise_multiplier(
-        target_epsilon=epsilon,
-        target_delta=delta,
-        sample_rate=rate,
-        steps=privacy.num_steps,
-        accountant=ACCOUNTANT,
-    )
+    noise, delta = privacy.noise_multiplier, privacy.delta
+    if privacy.epsilon is not None:
+        epsilon, delta = example_level_target(privacy.epsilon, privacy.delta, group_size)
+        noise = get_noise_multiplier(
+            target_epsilon=epsilon,
+            target_delta=delta,
+            sample_rate=1 / len(loader),  # as Opacus' Poisson sampling takes it
+            steps=privacy.num_steps,
+            accountant=ACCOUNTANT,
+        )
     engine = PrivacyEngine(accountant=ACCOUNTANT)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=0.0
@@ -119,18 +120,18 @@ def train_with_opacus(config: ExperimentConfig, way: Way) -> dict[str, Any]:
             module=WithPositions(model).train(),
             optimizer=optimizer,
             data_loader=loader,
-            noise_multiplier=noise,
+            noise_multiplier=float(noise or 0),
             max_grad_norm=privacy.clip_norm,
             poisson_sampling=True,
         )
         sizes, durations = _take_steps(private, optimizer, batches, privacy.num_steps)
-    spent = engine.get_epsilon(delta) * group_size
+    spent = engine.get_epsilon(delta) * group_size if noise else math.inf
     private.remove_hooks()
     return {
         "num_steps": privacy.num_steps,
         "before": before,
         "after": losses(),
-        "plan": {"noise_multiplier": float(noise)},
+        "plan": {"noise_multiplier": float(noise or 0)},
         "epsilon": float(spent),
         "tokens_per_step": mean(tokens for _, tokens in sizes),
         "units_per_step": mean(rows for rows, _ in sizes),
