@@ -125,6 +125,8 @@ def test_runs_without_noise_are_the_end_of_the_scale_and_no_method(fixed: FixedC
     assert place.loss_without_privacy == pytest.approx(4.0)
     assert place.loss_before == 5.5
     assert [method.name for method in place.methods] == ["ULS 1", "ULS 4", "ELS 1", "ELS 4"]
+    # "free" has the sampler and group size of uls-1, and a lower loss.
+    assert place.methods[0].loss == pytest.approx(4.6)
 
 
 def test_predictions_are_those_of_the_planner(fixed: FixedCompute) -> None:
