@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from udp_ray.config.base import one_line
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import current
+from udp_ray.data.store import MANIFEST_FILE
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.fixed_compute import FixedCompute
@@ -73,20 +74,15 @@ def run_and_report(planned: PlannedStudy, folder: StudyFolder, *, trains: bool =
                 write_atomic(folder.path / FIGURE, draw_differences(results))
     if not planned.config.study.compares_samplers:
         return results.to_text()
-    fixed = FixedCompute.of(planned, results, _stores(planned, folder))
+    fixed = FixedCompute.of(planned, results, _stores(folder))
     fixed.save(folder.path)
     return f"{results.to_text()}\n{fixed.to_text()}"
 
 
-def _stores(planned: PlannedStudy, folder: StudyFolder) -> dict[str, str]:
-    """Returns a store of each data set that is prepared."""
-    found: dict[str, str] = {}
-    for cell in planned.cells:
-        if cell.config is not None and cell.dataset.name not in found:
-            store = placed(cell, folder.path).data.store
-            if Path(store).is_dir():
-                found[cell.dataset.name] = store
-    return found
+def _stores(folder: StudyFolder) -> dict[str, str]:
+    """Returns a store of each data set that is prepared, also where the folder was moved."""
+    manifests = sorted((folder.path / STORES).glob(f"*/*/{MANIFEST_FILE}"))
+    return {manifest.parent.parent.name: str(manifest.parent) for manifest in manifests}
 
 
 def run_study(
