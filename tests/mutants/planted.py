@@ -2107,8 +2107,8 @@ SCALING = [
         name="scaled_cell_trains_unscaled",
         breaks="a variant with a scaling is trained without it",
         file="udp_ray/experiments/study/run.py",
-        text='"scaling": cell.scaling}',
-        replacement='"scaling": None}',
+        text='"scaling": cell.scaling,',
+        replacement='"scaling": None,',
         tests=("tests/experiments/test_study.py::test_a_scaled_variant_is_trained_scaled",),
     ),
 ]
@@ -2241,8 +2241,46 @@ SCALE = [
     ),
 ]
 
+COMPARED = [
+    Mutant(
+        name="samplers_compared_across_seeds",
+        breaks="the losses of ELS and ULS are compared in opposite orders of the seeds",
+        file="udp_ray/experiments/study/fixed_compute.py",
+        text="[theirs[seed] - ours[seed] for seed in sorted(ours.keys() & theirs.keys())]",
+        replacement="[theirs[b] - ours[a] for a, b in zip(sorted(ours), sorted(theirs)[::-1])]",
+        tests=(
+            "tests/experiments/test_fixed_compute.py"
+            "::test_the_best_of_each_sampler_are_compared_seed_by_seed",
+        ),
+    ),
+    Mutant(
+        name="runs_without_noise_count_as_methods",
+        breaks="non-private fine-tuning competes with ULS and ELS",
+        file="udp_ray/experiments/study/fixed_compute.py",
+        text="    private, free = frame[is_private], frame[~is_private]\n",
+        replacement="    highest = frame.epsilon[is_private].max()\n"
+        "    private = frame.assign(epsilon=frame.epsilon.clip(upper=highest))\n"
+        "    free = frame[~is_private]\n",
+        tests=(
+            "tests/experiments/test_fixed_compute.py"
+            "::test_runs_without_noise_are_the_end_of_the_scale_and_no_method",
+        ),
+    ),
+    Mutant(
+        name="group_privacy_keeps_delta",
+        breaks="the promise to an author is converted to one to a record with the author's delta",
+        file="udp_ray/experiments/study/opacus.py",
+        text="delta / sum(math.exp(number * each) for number in range(group_size))",
+        replacement="delta / group_size",
+        tests=(
+            "tests/experiments/test_opacus.py"
+            "::test_the_target_of_a_record_is_that_of_an_author_by_group_privacy",
+        ),
+    ),
+]
+
 MUTANTS = [
     *CLIPPING, *NOISE, *SAMPLING, *PRICE, *LEDGER, *DATA, *ROUNDING, *COUPLING, *OWN_MODULE,
     *OUTPUTS, *GENERATION, *STUDY, *CORRELATED, *BANDS, *AVERAGE, *STARTUP, *AUDITING, *SCALING,
-    *BLACK_BOX, *STOPS_AND_BREAKS, *PREEMPTION, *SCALE,
+    *BLACK_BOX, *STOPS_AND_BREAKS, *PREEMPTION, *SCALE, *COMPARED,
 ]  # fmt: skip

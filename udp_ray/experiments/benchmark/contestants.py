@@ -503,7 +503,7 @@ class OpacusContestant:
         """Compares the clipped sum of the first rows with that of a reference loop."""
         rows = _rows(groups[0].microbatches[0], 0, CHECKED_GROUPS)
         self._model.remove_hooks()
-        loop = ReferenceLoop(_WithPositions(self._plain), self._entry.study.autocast, self._device)
+        loop = ReferenceLoop(WithPositions(self._plain), self._entry.study.autocast, self._device)
         singles = [_rows(rows, row, row + 1) for row in range(len(rows.input_ids))]
         clip_norm, expected = loop.clipped_sum([Group([single]) for single in singles])
         self._make(clip_norm)
@@ -533,7 +533,7 @@ class OpacusContestant:
         adamw = torch.optim.AdamW(
             self._plain.parameters(), lr=OPTIMIZER.learning_rate, weight_decay=0.0
         )
-        inner = _WithPositions(self._plain)
+        inner = WithPositions(self._plain)
         common = {"noise_multiplier": 1.0, "max_grad_norm": clip_norm, "loss_reduction": "sum"}
         if self._is_ghost:
             self._model = GradSampleModuleFastGradientClipping(
@@ -558,7 +558,7 @@ class OpacusContestant:
         DPTensorFastGradientClipping(self._model, self._optimizer, losses_R, "sum").backward()
 
 
-class _WithPositions(nn.Module):
+class WithPositions(nn.Module):
     """Passes positions for each row, as Opacus needs rows as the first axis in every layer."""
 
     def __init__(self, model: nn.Module) -> None:

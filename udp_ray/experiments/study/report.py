@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.experiments.study.folder import StudyFolder, strict
 from udp_ray.experiments.study.settings import PlannedStudy
 from udp_ray.io import write_atomic
@@ -139,6 +140,7 @@ class Results:
                     "block": cell.block,
                     "dataset": cell.dataset.name,
                     "variant": cell.name,
+                    **_of_settings(cell.config),
                     "is_baseline": cell.is_baseline,
                     "is_drawn": cell.is_drawn,
                     "seed": cell.seed,
@@ -283,6 +285,23 @@ def provenance(planned: PlannedStudy) -> dict[str, Any]:
         "commit": git_commit(),
         "base": planned.config.study.base,
         "is_quick": planned.is_quick,
+    }
+
+
+def _of_settings(config: ExperimentConfig | None) -> dict[str, Any]:
+    """Returns what decides compute and price of a cell; nothing of settings that are refused."""
+    if config is None:
+        return {}
+    privacy = config.privacy
+    size = privacy.batch_size if privacy.sampling == "els" else privacy.cohort_size
+    per_unit = 1 if privacy.sampling == "els" else privacy.group_size
+    return {
+        "sampling": privacy.sampling,
+        "group_size": privacy.group_size,
+        "nominal_examples": (size or 0) * per_unit,
+        "delta": privacy.delta,
+        "population": privacy.population,
+        "learning_rate": config.train.learning_rate,
     }
 
 

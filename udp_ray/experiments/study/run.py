@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from udp_ray.config.base import one_line
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import current
+from udp_ray.data.store import MANIFEST_FILE
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.experiments.study.figures import draw_differences
+from udp_ray.experiments.study.fixed_compute import FixedCompute
 from udp_ray.experiments.study.folder import FIGURE, HELDOUT, STORES, StudyFolder
 from udp_ray.experiments.study.report import LAST, Results
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, digest_of
@@ -70,7 +72,17 @@ def run_and_report(planned: PlannedStudy, folder: StudyFolder, *, trains: bool =
             results.save(folder.path)
             if results.rows():
                 write_atomic(folder.path / FIGURE, draw_differences(results))
-    return results.to_text()
+    if not planned.config.study.compares_samplers:
+        return results.to_text()
+    fixed = FixedCompute.of(planned, results, _stores(folder))
+    fixed.save(folder.path)
+    return f"{results.to_text()}\n{fixed.to_text()}"
+
+
+def _stores(folder: StudyFolder) -> dict[str, str]:
+    """Returns a store of each data set that is prepared, also where the folder was moved."""
+    manifests = sorted((folder.path / STORES).glob(f"*/*/{MANIFEST_FILE}"))
+    return {manifest.parent.parent.name: str(manifest.parent) for manifest in manifests}
 
 
 def run_study(
@@ -99,7 +111,9 @@ def run_study(
     ready = list(_with_stores(waiting, folder, announce))
     display, commit = current(), git_commit()
     began = time.monotonic()
-    tasks = [{"config": config, "scaling": cell.scaling} for cell, config in ready]
+    tasks = [
+        {"config": config, "scaling": cell.scaling, "opacus": cell.opacus} for cell, config in ready
+    ]
     if ready:
         display.phase(f"training, block {ready[0][0].block}", total=len(ready), unit="cell")
         display.advance(0)

@@ -70,6 +70,11 @@ class TextSet(Section):
     """Whether input and heldout are files of data_folder; without that the data set is left out."""
     overrides: list[Override] = Field(default=[])
     """Settings of all runs on this data set, as privacy.population=1000."""
+    heldout_examples: PositiveInt | None = None
+    """Most held-out texts of this data set. Default: as for all."""
+    gradient_cosine: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Mean cosine between the gradients of two examples of one user, as jobs/plan.py measures it on
+    public text. Needed for `Study.compares_samplers`."""
 
 
 class Scaling(Section):
@@ -95,6 +100,9 @@ class Variant(Section):
     """Further settings with the values to try, in all combinations."""
     scaling: Scaling | None = None
     """Scales gradients before they are clipped and noised; only studies can. Default: none."""
+    opacus: Literal["one-record", "group-privacy"] | None = None
+    """Trains with Opacus' example-level DP-SGD, on one record of each author, or on up to
+    privacy.group_size with group privacy (opacus.py). Default: neither."""
     datasets: list[DatasetName] | None = None
     """Data sets on which it is tried. Default: those of the block."""
     is_drawn: bool = True
@@ -156,6 +164,9 @@ class Study(Section):
     heldout_examples: PositiveInt = 2048
     """Most held-out texts, of whole users in the order of a hash of the user; all cells are
     evaluated on the same ones."""
+    compares_samplers: bool = False
+    """Also compares ULS and ELS over group sizes, at equal steps and expected examples per step
+    (fixed_compute.py), and what jobs/plan.py predicts."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations during training. Default: only before and after."""
 
@@ -165,6 +176,12 @@ class Study(Section):
         _refuse_repeats(names, "datasets")
         _refuse_repeats([block.name for block in self.blocks], "blocks")
         _refuse_repeats(self.seeds, "seeds")
+        for dataset in self.datasets:
+            if self.compares_samplers and dataset.gradient_cosine is None:
+                raise ValueError(
+                    f"gradient_cosine of data set {dataset.name} is missing, and compares_samplers"
+                    " needs it: measure it by jobs/plan.py --estimate-on"
+                )
         for name in self._dataset_names():
             if name not in names:
                 raise ValueError(
@@ -255,6 +272,7 @@ class Cell:
     heldout_examples: int
     evaluate_every: int | None
     scaling: Scaling | None = None
+    opacus: Literal["one-record", "group-privacy"] | None = None
     error: str | None = None
     """Why the settings are refused."""
 
@@ -289,6 +307,8 @@ class Cell:
         }
         if self.scaling is not None:
             measured["scaling"] = self.scaling.model_dump()
+        if self.opacus is not None:
+            measured["opacus"] = self.opacus
         return digest_of({**given, "measured": measured})
 
 
@@ -411,6 +431,8 @@ def _cell(
         settings = ExperimentConfig.load(study.base, overrides)
         if variant.scaling is not None:
             require_scalable(settings)
+        if variant.opacus is not None:
+            require_trainable_by_opacus(settings)
     except ConfigError as mistake:
         error = str(mistake)
     return Cell(
@@ -422,9 +444,14 @@ def _cell(
         is_baseline=variant.name == block.baseline,
         is_drawn=variant.is_drawn,
         config=settings,
-        heldout_examples=small.heldout_examples if is_quick else study.heldout_examples,
+        heldout_examples=(
+            small.heldout_examples
+            if is_quick
+            else dataset.heldout_examples or study.heldout_examples
+        ),
         evaluate_every=study.evaluate_every,
         scaling=variant.scaling,
+        opacus=variant.opacus,
         error=error,
     )
 
@@ -440,9 +467,30 @@ def require_scalable(config: ExperimentConfig) -> None:
         "train.optimizer": (config.train.optimizer, "adamw"),
         "train.zero_stage": (config.train.zero_stage, 0),
     }
+    _require("scaling", needed)
+
+
+def require_trainable_by_opacus(config: ExperimentConfig) -> None:
+    """Refuses settings that the training by Opacus does not follow.
+
+    Raises:
+        ConfigError: With the setting, its value and the remedy.
+    """
+    needed: dict[str, tuple[Any, Any]] = {
+        "privacy.sampling": (config.privacy.sampling, "els"),
+        "privacy.mechanism": (config.privacy.mechanism, "independent"),
+        "privacy.clipping": (config.privacy.clipping, "flat"),
+        "train.optimizer": (config.train.optimizer, "adamw"),
+        "train.schedule": (config.train.schedule, "constant"),
+        "train.average": (config.train.average, "none"),
+    }
+    _require("opacus", needed)
+
+
+def _require(what: str, needed: Mapping[str, tuple[Any, Any]]) -> None:
     for name, (value, only) in needed.items():
         if value != only:
-            raise ConfigError(f"{name} is {value}, and scaling needs {only}: set {name}={only}")
+            raise ConfigError(f"{name} is {value}, and {what} needs {only}: set {name}={only}")
 
 
 def digest_of(values: Any) -> str:

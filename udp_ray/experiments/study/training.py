@@ -33,6 +33,7 @@ from udp_ray.engine.loop import cohorts
 from udp_ray.engine.trainer import InMemoryAccountant
 from udp_ray.engine.types import Metrics
 from udp_ray.errors import DivergedError, UdpRayError
+from udp_ray.experiments.study.opacus import Way, train_with_opacus
 from udp_ray.experiments.study.scaling import training_of
 from udp_ray.experiments.study.settings import Scaling
 from udp_ray.models.load import load_model, trainable_parameters
@@ -42,14 +43,19 @@ _plans: dict[str, PrivacyPlan] = {}
 """The plans of this process, which took seconds to calibrate, by their settings."""
 
 
-def train_cell(config: ExperimentConfig, scaling: Scaling | None = None) -> dict[str, Any]:
+def train_cell(
+    config: ExperimentConfig, scaling: Scaling | None = None, opacus: Way | None = None
+) -> dict[str, Any]:
     """Trains a run and returns what was measured; after any error, the error in one line.
 
     Args:
         config: The run, with a seed. Its store is prepared; its output is not used.
         scaling: How gradients are scaled before they are clipped; None leaves them as they are.
+        opacus: Trains with Opacus in place of this project's engine; None does not.
     """
     try:
+        if opacus is not None:
+            return train_with_opacus(config, opacus)
         return _train(config, scaling)
     except Exception as error:  # one cell that fails must not end the study
         name = "" if isinstance(error, UdpRayError) else f"{type(error).__name__}: "
