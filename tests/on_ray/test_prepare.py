@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import runpy
@@ -20,6 +21,7 @@ import ray
 
 import udp_ray
 from udp_ray.config.experiment import DataConfig
+from udp_ray.data.build import BuildSettings, split_by_shard, write_group
 from udp_ray.data.hashing import hash_user
 from udp_ray.data.store import PrivateCounts, TokenStore
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
@@ -214,6 +216,35 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(
     assert max(PrivateCounts.read(first.path).train.examples_per_user) == 3
     assert store.heldout is not None
     assert not texts(store).keys() & texts(store.heldout).keys()
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_workers_that_die_cannot_be_seen_in_the_bytes(tmp_path, monkeypatch, byte_tokenizer):
+    inputs = [write_parquet(tmp_path / "rows.parquet", made_up_rows())]
+    changes = {"ledger": f"sqlite:///{tmp_path}/l"}
+    first = run(settings(tmp_path / "a", byte_tokenizer, inputs, **changes))
+
+    def die_once(place: Path) -> None:
+        if not place.exists():
+            place.touch()
+            os._exit(1)
+
+    def split(*blocks: pa.Table, num_groups: int) -> list[pa.Table]:
+        die_once(tmp_path / "died while it split")
+        return split_by_shard(*blocks, num_groups=num_groups)
+
+    def write(made: BuildSettings, *parts: pa.Table) -> pa.Table:
+        written = write_group(made, *parts)
+        if any(made.folder.glob("shard-*")):
+            die_once(tmp_path / "died after it wrote")
+        return written
+
+    monkeypatch.setattr(module, "split_by_shard", split)
+    monkeypatch.setattr(module, "write_group", write)
+    second = run(settings(tmp_path / "b", byte_tokenizer, inputs, **changes))
+    assert len(list(tmp_path.glob("died*"))) == 2
+    assert shards(first.path) == shards(second.path)
+    assert PrivateCounts.read(first.path) == PrivateCounts.read(second.path)
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
