@@ -258,12 +258,13 @@ def test_no_task_writes_after_a_refusal(tmp_path, monkeypatch):
         return pa.table({"shard": [part]})
 
     monkeypatch.setattr(module, "write_group", write)
-    parts = [[ray.put(part)] for part in range(4)]
+    parts = [[ray.put(part)] for part in range(6)]
     rows = module._written_shards(parts, tmp_path)
     assert next(rows) == {"shard": 0}
     rows.close()
-    time.sleep(2 * WRITE_S)  # of two cores, each would have written one
-    assert not list(tmp_path.iterdir())
+    written = set(tmp_path.iterdir())
+    time.sleep(3 * WRITE_S)  # in which two cores would write six more
+    assert set(tmp_path.iterdir()) == written
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
