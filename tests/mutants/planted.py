@@ -1151,7 +1151,7 @@ DATA = [
     ),
     Mutant(
         name="tasks_write_on_after_a_refusal",
-        breaks="a refused store comes back: a task that still runs makes its folder anew",
+        breaks="a refused store comes back: a task that still runs makes its folder again",
         file="udp_ray/on_ray/prepare.py",
         text="            ray.cancel(task)\n        if running:\n",
         replacement="            del task\n        if not running:\n",

@@ -249,7 +249,7 @@ def test_workers_that_die_cannot_be_seen_in_the_bytes(tmp_path, monkeypatch, byt
 
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_no_task_writes_after_a_refusal(tmp_path, monkeypatch):
-    """The folder is removed then, and a late task would make it anew."""
+    """The folder is removed then, and a late task would make it again."""
 
     def write(folder: Path, part: int) -> pa.Table:
         if part:
