@@ -18,7 +18,7 @@ import pytest
 
 from udp_ray.errors import ConfigError
 from udp_ray.imports import quick_imports
-from udp_ray.on_ray import cluster
+from udp_ray.on_ray import cluster, prepare
 
 HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboard", "transformers"}
 
@@ -37,6 +37,7 @@ HEAVY = {"alembic", "deepspeed", "matplotlib", "peft", "sqlalchemy", "tensorboar
         ("udp_ray.on_ray.generate", {"transformers"}),
         ("udp_ray.on_ray.train", {"alembic", "sqlalchemy"}),
         ("udp_ray.on_ray.tune", {"alembic", "sqlalchemy"}),
+        ("udp_ray.on_ray.prepare", {"alembic", "sqlalchemy"}),
     ],
 )
 def test_a_process_imports_only_what_it_uses(module: str, needed: set[str]) -> None:
@@ -45,6 +46,13 @@ def test_a_process_imports_only_what_it_uses(module: str, needed: set[str]) -> N
 
 def test_the_accountant_starts_without_torch() -> None:
     assert "torch" not in imports("udp_ray.on_ray.accountant")
+
+
+def test_the_tasks_of_prepare_start_without_torch() -> None:
+    # A task imports the module of its function, on each core of the cluster.
+    tasks = (prepare.read_pieces, prepare.tokenize_batch, prepare.split_by_shard)
+    assert {task.__module__ for task in (*tasks, prepare.write_group)} == {"udp_ray.data.build"}
+    assert not (HEAVY | {"torch"}) & imports("udp_ray.data.build")
 
 
 def test_the_reader_of_imports_sees_a_heavy_one() -> None:

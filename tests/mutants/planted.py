@@ -1150,6 +1150,14 @@ DATA = [
         ),
     ),
     Mutant(
+        name="tasks_write_on_after_a_refusal",
+        breaks="a refused store comes back: a task that still runs makes its folder again",
+        file="udp_ray/on_ray/prepare.py",
+        text="            ray.cancel(task)\n        if running:\n",
+        replacement="            del task\n        if not running:\n",
+        tests=("tests/on_ray/test_prepare.py::test_no_task_writes_after_a_refusal",),
+    ),
+    Mutant(
         name="rows_at_the_end_of_a_piece_read_twice",
         breaks="two tasks that share a row group of parquet both read the rows at their border",
         file="udp_ray/data/read.py",

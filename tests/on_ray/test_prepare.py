@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import runpy
@@ -20,6 +21,7 @@ import ray
 
 import udp_ray
 from udp_ray.config.experiment import DataConfig
+from udp_ray.data.build import BuildSettings, split_by_shard, write_group
 from udp_ray.data.hashing import hash_user
 from udp_ray.data.store import PrivateCounts, TokenStore
 from udp_ray.errors import ConfigError, DataError, LedgerError, UdpRayError
@@ -217,8 +219,37 @@ def test_order_files_formats_and_parallelism_cannot_be_seen_in_the_bytes(
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
+def test_workers_that_die_cannot_be_seen_in_the_bytes(tmp_path, monkeypatch, byte_tokenizer):
+    inputs = [write_parquet(tmp_path / "rows.parquet", made_up_rows())]
+    changes = {"ledger": f"sqlite:///{tmp_path}/l"}
+    first = run(settings(tmp_path / "a", byte_tokenizer, inputs, **changes))
+
+    def die_once(place: Path) -> None:
+        if not place.exists():
+            place.touch()
+            os._exit(1)
+
+    def split(*blocks: pa.Table, num_groups: int) -> list[pa.Table]:
+        die_once(tmp_path / "died while it split")
+        return split_by_shard(*blocks, num_groups=num_groups)
+
+    def write(made: BuildSettings, *parts: pa.Table) -> pa.Table:
+        written = write_group(made, *parts)
+        if any(made.folder.glob("shard-*")):
+            die_once(tmp_path / "died after it wrote")
+        return written
+
+    monkeypatch.setattr(module, "split_by_shard", split)
+    monkeypatch.setattr(module, "write_group", write)
+    second = run(settings(tmp_path / "b", byte_tokenizer, inputs, **changes))
+    assert len(list(tmp_path.glob("died*"))) == 2
+    assert shards(first.path) == shards(second.path)
+    assert PrivateCounts.read(first.path) == PrivateCounts.read(second.path)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_no_task_writes_after_a_refusal(tmp_path, monkeypatch):
-    """The folder is removed then, and a late task would make it anew."""
+    """The folder is removed then, and a late task would make it again."""
 
     def write(folder: Path, part: int) -> pa.Table:
         if part:
@@ -227,12 +258,13 @@ def test_no_task_writes_after_a_refusal(tmp_path, monkeypatch):
         return pa.table({"shard": [part]})
 
     monkeypatch.setattr(module, "write_group", write)
-    parts = [[ray.put(part)] for part in range(4)]
+    parts = [[ray.put(part)] for part in range(6)]
     rows = module._written_shards(parts, tmp_path)
     assert next(rows) == {"shard": 0}
     rows.close()
-    time.sleep(2 * WRITE_S)  # of two cores, each would have written one
-    assert not list(tmp_path.iterdir())
+    written = set(tmp_path.iterdir())
+    time.sleep(3 * WRITE_S)  # in which two cores would write six more
+    assert set(tmp_path.iterdir()) == written
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
