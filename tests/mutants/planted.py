@@ -2072,7 +2072,7 @@ PREEMPTION = [
         replacement="        return is_told and progress.has_ended\n",
         tests=(
             "tests/on_ray/test_preemption.py"
-            "::test_workers_are_started_anew_after_a_notice_and_only_then",
+            "::test_workers_are_started_again_after_a_notice_and_only_then",
         ),
     ),
     Mutant(
