@@ -856,7 +856,8 @@ LEDGER = [
         name="noise_drawn_before_the_authorization",
         breaks="P26: noise of the next step is drawn ahead, and the ledger may refuse that step",
         file="udp_ray/engine/loop.py",
-        text="                try:\n                    budget_message = self._ask(self.step + 1)\n",
+        text="                try:\n"
+        "                    budget_message = self._ask(self.step + 1)\n",
         replacement="                if (noise := self.private_step._noise) is not None:\n"
         "                    for name, shape in self.engine.shapes.items():\n"
         "                        noise.tensor(self.step + 1, name, tuple(shape))\n"
