@@ -834,12 +834,18 @@ LEDGER = [
         name="step_before_its_authorization",
         breaks="review, P26: noise is drawn for a step that may be refused, or forgotten",
         file="udp_ray/engine/loop.py",
-        text="                budget_message = self._ask(self.step + 1)\n"
+        text="                try:\n"
+        "                    budget_message = self._ask(self.step + 1)\n"
+        "                except PreemptedError:\n"
+        "                    return self._pause()\n"
         "                if budget_message is not None:\n"
         "                    break\n"
         "                self._take_step(source)\n",
         replacement="                self._take_step(source)\n"
-        "                budget_message = self._ask(self.step)\n"
+        "                try:\n"
+        "                    budget_message = self._ask(self.step)\n"
+        "                except PreemptedError:\n"
+        "                    return self._pause()\n"
         "                if budget_message is not None:\n"
         "                    break\n",
         tests=(
@@ -850,11 +856,12 @@ LEDGER = [
         name="noise_drawn_before_the_authorization",
         breaks="P26: noise of the next step is drawn ahead, and the ledger may refuse that step",
         file="udp_ray/engine/loop.py",
-        text="                budget_message = self._ask(self.step + 1)\n",
+        text="                try:\n"
+        "                    budget_message = self._ask(self.step + 1)\n",
         replacement="                if (noise := self.private_step._noise) is not None:\n"
         "                    for name, shape in self.engine.shapes.items():\n"
         "                        noise.tensor(self.step + 1, name, tuple(shape))\n"
-        "                budget_message = self._ask(self.step + 1)\n",
+        "                try:\n                    budget_message = self._ask(self.step + 1)\n",
         tests=(
             f"{LOOP}::test_a_step_is_authorized_before_its_noise_is_drawn_and_no_other_is_asked_for",
             f"{LOOP}::test_no_noise_is_drawn_for_a_step_that_was_refused",
@@ -2196,7 +2203,7 @@ PREEMPTION = [
         replacement="        return is_told and progress.has_ended\n",
         tests=(
             "tests/on_ray/test_preemption.py"
-            "::test_workers_are_started_anew_after_a_notice_and_only_then",
+            "::test_workers_are_started_again_after_a_notice_and_only_then",
         ),
     ),
     Mutant(

@@ -77,7 +77,7 @@ def defect() -> WorkerGroupError:
     return WorkerGroupError("a defect", worker_failures={1: RuntimeError("a bug")})
 
 
-def must_start_anew(
+def must_start_again(
     monkeypatch: pytest.MonkeyPatch, outcome: str | Exception | None, progress: Progress
 ) -> bool:
     """Returns what the driver decides once the workers have ended in some way."""
@@ -110,22 +110,22 @@ ENDED = Progress(attempts=1, has_ended=True)
     ],
     ids=["paused", "forgotten", "unsaid", "told after the end", "ended", "killed", "diverged"],
 )
-def test_workers_are_started_anew_after_a_notice_and_only_then(
+def test_workers_are_started_again_after_a_notice_and_only_then(
     monkeypatch: pytest.MonkeyPatch,
     outcome: str | Exception | None,
     progress: Progress,
     expected: bool,
 ) -> None:
-    assert must_start_anew(monkeypatch, outcome, progress) is expected
+    assert must_start_again(monkeypatch, outcome, progress) is expected
 
 
 def test_without_a_notice_a_lost_worker_and_with_one_a_defect_end_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(WorkersLostError):
-        must_start_anew(monkeypatch, lost(), Progress(attempts=1))
+        must_start_again(monkeypatch, lost(), Progress(attempts=1))
     with pytest.raises(WorkerGroupError, match="a defect"):
-        must_start_anew(monkeypatch, defect(), TOLD)
+        must_start_again(monkeypatch, defect(), TOLD)
     stopped = Progress(attempts=1, is_preempted=True, error=DataError("a mistake"))
     with pytest.raises(DataError):
-        must_start_anew(monkeypatch, lost(), stopped)
+        must_start_again(monkeypatch, lost(), stopped)

@@ -203,7 +203,7 @@ def _train(
     """Runs the workers until the last checkpoint is committed.
 
     Ray Train counts a worker that received SIGTERM as failed, and one on a drained node as done. So
-    workers that were told to stop return well, and are started anew here: that is no failure.
+    workers that were told to stop return well, and are started again here: that is no failure.
 
     Returns:
         What a worker found if it stopped because training diverged; else None.
@@ -224,7 +224,7 @@ def _train(
 
 
 def _is_preempted(run: Run, accountant: RemoteAccountant) -> bool:
-    """Runs the workers, and returns whether they must be started anew after a preemption."""
+    """Runs the workers, and returns whether they must be started again after a preemption."""
     from ray.train import TrainingFailedError
 
     from udp_ray.on_ray.worker import PREEMPTED
