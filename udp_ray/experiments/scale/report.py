@@ -205,6 +205,8 @@ class Results:
             for panel, (kind, quantities) in zip(panels, KINDS.items(), strict=True):
                 for name, value in quantities.items():
                     users, values = self._points(value)
+                    if not users:
+                        continue
                     label = f"{name} ({_slope_text(slopes[kind][name])})"
                     panel.loglog(users, np.maximum(values, 1e-12), marker="o", label=label)
                 panel.set_xlabel("users")
@@ -248,7 +250,10 @@ def _processor_ratio(row: Row) -> float:
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:
-    return "-" if value is None else f"{value / unit:.3g}"
+    if value is None:
+        return "-"
+    scaled = value / unit
+    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.3g}"
 
 
 def _slope_text(value: float | None) -> str:
