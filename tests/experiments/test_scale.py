@@ -239,13 +239,13 @@ def test_a_small_study_is_killed_resumed_and_spends_what_it_promised(tmp_path: P
 
 
 def rows_of(page: str, first_cell: str) -> list[list[str]]:
-    """Returns the cells of the rows of a page's tables that begin with a word."""
+    """Returns the cells of the rows of a page's tables whose first cell matches."""
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in rows]
-    return [row for row in cells if re.match(first_cell, row[0])]
+    return [row for row in cells if re.fullmatch(first_cell, row[0])]
 
 
-MEMORY = {row[0]: row[1:] for row in rows_of(PAGE, r"(stage \d|LoRA)")}
+MEMORY = {row[0]: row[1:] for row in rows_of(PAGE, r"(stage \d|LoRA).*")}
 CHANGES = {
     "stage 0, 64 workers": ["train.zero_stage=0"],
     "stage 2, 64 workers": ["train.zero_stage=2"],
