@@ -256,7 +256,7 @@ CHANGES = {
 
 
 def seven_billion(changes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns the memory of the made-up run of 7 billion parameters as the page writes it."""
+    """Returns the memory of the synthetic run of 7 billion parameters as the page writes it."""
     monkeypatch.chdir(REPOSITORY)
     noise = ["privacy.epsilon=null", "privacy.noise_multiplier=0.7"]  # memory needs no calibration
     config = ExperimentConfig.load(SETTINGS_7B, [*noise, *changes])
