@@ -228,7 +228,8 @@ def test_a_small_study_is_killed_resumed_and_spends_what_it_promised(tmp_path: P
     text = run_scale(study, folder)
     assert "1,000 users" in text
     (row,) = Results.of(study, folder).training
-    assert row["spent"] == row["promised"]
+    promised, spent = row["promised"]["epsilon"], row["spent"]["epsilon"]
+    assert promised - 1e-3 < spent <= promised
     assert (row["charged_steps"], row["keys"]) == (6, 1)
     assert row["attempts"] > 1
     assert row["killed"]["granted_when_killed"] >= 4
