@@ -37,7 +37,7 @@ from udp_ray.experiments.scale.training import experiment
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 CONFIG = REPOSITORY / "jobs" / "configs" / "scale.yaml"
 PAGE = (REPOSITORY / "docs" / "scale.md").read_text()
-SETTINGS_7B = REPOSITORY / "docs" / "examples" / "scale_7b.yaml"
+SETTINGS_7B = REPOSITORY / "jobs" / "configs" / "scale_7b.yaml"
 
 
 def scale(**changes: Any) -> Scale:

@@ -98,7 +98,7 @@ class Scale(Section):
     median_words: Annotated[int, Field(gt=0, le=1000)] = 5
     """Median number of words of a text."""
     tail: Annotated[float, Field(ge=0, le=4)] = 0.9
-    """Exponent of the power law of texts over users."""
+    """Exponent of the power law of texts over users; 0: all have as many."""
     block_tokens: Annotated[int, Field(ge=2)] = 64
     """Most tokens of an example."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
@@ -111,7 +111,7 @@ class Scale(Section):
     """Most examples of a user: in a step (uls), or kept for the run (els). The expected examples of
     an els step are cohort_size times group_size."""
     draws: Annotated[int, Field(ge=2)] = 5
-    """Cohorts that are drawn and read; medians are reported."""
+    """Cohorts that are drawn and read, after one to warm up; medians are reported."""
     balance_workers: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
         default=[2, 4, 8, 16, 32, 64]
     )
