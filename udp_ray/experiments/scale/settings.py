@@ -98,7 +98,8 @@ class Scale(Section):
     median_words: Annotated[int, Field(gt=0, le=1000)] = 5
     """Median number of words of a text."""
     tail: Annotated[float, Field(ge=0, le=4)] = 0.9
-    """Exponent of the power law of texts over users; 0: all have as many."""
+    """Exponent of the power law of texts over users: the user of rank r has a share of r**-tail of
+    them. 0: all have as many."""
     block_tokens: Annotated[int, Field(ge=2)] = 64
     """Most tokens of an example."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
