@@ -15,6 +15,7 @@ import udp_ray
 from tests.support.stores import write_store
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.data.store import TokenStore
+from udp_ray.data.synthetic import texts_per_user
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.memory import GIB, estimate_memory
 from udp_ray.errors import ConfigError
@@ -23,13 +24,20 @@ from udp_ray.experiments.scale.folder import ScaleFolder
 from udp_ray.experiments.scale.ledger import measure_ledger
 from udp_ray.experiments.scale.processes import in_new_process
 from udp_ray.experiments.scale.report import Results, slope
+from udp_ray.experiments.scale.run import run_scale
 from udp_ray.experiments.scale.settings import Scale, ScaleConfig, Size
-from udp_ray.experiments.scale.store import measure_opening, measure_verifying
+from udp_ray.experiments.scale.store import (
+    measure_opening,
+    measure_verifying,
+    synthesis,
+    write_random_store,
+)
+from udp_ray.experiments.scale.training import experiment
 
 REPOSITORY = Path(udp_ray.__file__).parent.parent
 CONFIG = REPOSITORY / "jobs" / "configs" / "scale.yaml"
 PAGE = (REPOSITORY / "docs" / "scale.md").read_text()
-SETTINGS_7B = REPOSITORY / "docs" / "examples" / "scale_7b.yaml"
+SETTINGS_7B = REPOSITORY / "jobs" / "configs" / "scale_7b.yaml"
 
 
 def scale(**changes: Any) -> Scale:
@@ -181,17 +189,64 @@ def test_the_ledger_is_measured_after_each_number_of_steps() -> None:
         assert min(row[name] for name in ("open_s", "authorize_s", "commit_s", "epsilon_s")) > 0
 
 
+def test_a_store_of_random_tokens_has_the_shape_of_the_text(tmp_path: Path) -> None:
+    size = Size(num_users=500, num_texts=3000, is_prepared=False)
+    study = scale(sizes=[size.model_dump()], num_shards=3, model=str(REPOSITORY / "demo/model"))
+    found = write_random_store(study, size, tmp_path)
+    store = TokenStore.open(tmp_path / "store", verify=True)
+    assert (store.num_users, store.num_examples) == (500, 3000)
+    counts = np.sort(np.diff(store.user_offsets))[::-1]
+    text = texts_per_user(synthesis(study, size, tmp_path))
+    assert counts.tolist() == sorted(text.tolist(), reverse=True)
+    lengths = store.example_lengths(np.arange(3000))
+    assert 2 <= lengths.min() <= lengths.max() <= study.block_tokens
+    assert found["num_tokens"] == lengths.sum()
+
+
+def test_both_samplers_train_on_equally_many_expected_examples(tmp_path: Path) -> None:
+    training = {"num_users": 100, "delta": 1e-3}
+    study = scale(training=training, model=str(REPOSITORY / "demo/model"))
+    uls, els = (experiment(study, each, tmp_path, tmp_path / each) for each in ("uls", "els"))
+    assert uls.privacy.cohort_size is not None
+    assert uls.privacy.cohort_size * uls.privacy.group_size == els.privacy.batch_size
+    assert uls.privacy.num_steps == els.privacy.num_steps == 20
+    assert uls.data == els.data
+
+
+@pytest.mark.slow
+def test_a_small_study_is_killed_resumed_and_spends_what_it_promised(tmp_path: Path) -> None:
+    study = scale(
+        sizes=[{"num_users": 1000, "num_texts": 4000}],
+        model=str(REPOSITORY / "demo/model"),
+        num_shards=2,
+        training={
+            "num_users": 1000, "samplings": ["uls"], "num_steps": 6, "kill_after": 4,
+            "checkpoint_every": 2, "delta": 1e-5, "compares": ["uls"],
+        },
+    )  # fmt: skip
+    folder = ScaleFolder(tmp_path / "scale")
+    text = run_scale(study, folder)
+    assert "1,000 users" in text
+    (row,) = Results.of(study, folder).training
+    promised, spent = row["promised"]["epsilon"], row["spent"]["epsilon"]
+    assert promised - 1e-3 < spent <= promised
+    assert (row["charged_steps"], row["keys"]) == (6, 1)
+    assert row["attempts"] > 1
+    assert row["killed"]["granted_when_killed"] >= 4
+    assert row["distance"] < 1e-5 < row["moved"]
+
+
 # ---- docs/scale.md
 
 
 def rows_of(page: str, first_cell: str) -> list[list[str]]:
-    """Returns the cells of the rows of a page's tables that begin with a word."""
+    """Returns the cells of the rows of a page's tables whose first cell matches."""
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row] for row in rows]
-    return [row for row in cells if re.match(first_cell, row[0])]
+    return [row for row in cells if re.fullmatch(first_cell, row[0])]
 
 
-MEMORY = {row[0]: row[1:] for row in rows_of(PAGE, r"(stage \d|LoRA)")}
+MEMORY = {row[0]: row[1:] for row in rows_of(PAGE, r"(stage \d|LoRA).*")}
 CHANGES = {
     "stage 0, 64 workers": ["train.zero_stage=0"],
     "stage 2, 64 workers": ["train.zero_stage=2"],
@@ -202,7 +257,7 @@ CHANGES = {
 
 
 def seven_billion(changes: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Returns the memory of the made-up run of 7 billion parameters as the page writes it."""
+    """Returns the memory of the synthetic run of 7 billion parameters as the page writes it."""
     monkeypatch.chdir(REPOSITORY)
     noise = ["privacy.epsilon=null", "privacy.noise_multiplier=0.7"]  # memory needs no calibration
     config = ExperimentConfig.load(SETTINGS_7B, [*noise, *changes])

@@ -34,7 +34,8 @@ SEED = 13
 MICROBATCH_TOKENS = 2048
 READING_WORKERS = 2
 """Workers among which the cohorts are divided that are read."""
-WAITING_STEPS = 4
+WAITING_STEPS, WAITING_COHORT = 3, 256
+"""Steps in which waiting for data is measured, and the most users expected in each."""
 SAMPLER_EXAMPLES = 20
 """Examples of each user where a sampler is measured without a store."""
 
@@ -164,7 +165,8 @@ def measure_waiting(scale: Scale, store: str) -> dict[str, Any]:
     kernel = GhostKernel(model, parameters, clip_norm=1.0, microbatch_tokens=MICROBATCH_TOKENS)
     sums = ClippedSum(parameters, World(0, 1, torch.device("cpu")))
     waits, steps = [], []
-    draw, packing = _draw(scale, opened.user_offsets, "uls"), kernel.packing
+    short = scale.model_copy(update={"cohort_size": min(WAITING_COHORT, scale.cohort_size)})
+    draw, packing = _draw(short, opened.user_offsets, "uls"), kernel.packing
     with _reader(opened, draw, last_step=WAITING_STEPS, packing=packing) as reader:
         for step in range(WAITING_STEPS + 1):
             start = time.perf_counter()

@@ -65,7 +65,7 @@ class ScaleFolder:
 
     def of(self, size: Size) -> Path:
         """Returns the folder of a size."""
-        return self.path / "sizes" / f"{size.num_users}-{size.num_texts}"
+        return self.path / "sizes" / name_of(size)
 
     @property
     def training(self) -> Path:
@@ -94,7 +94,7 @@ def common(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def name_of(size: Size) -> str:
     """Returns the name under which a size is kept."""
-    return f"{size.num_users}-{size.num_texts}"
+    return f"{size.num_users}-{size.num_texts}{'' if size.is_prepared else '-random'}"
 
 
 def sampler_name(num_users: int, sampling: str) -> str:

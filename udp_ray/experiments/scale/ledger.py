@@ -40,6 +40,7 @@ def measure_ledger(steps: Sequence[int]) -> list[dict[str, Any]]:
         LedgerError: The folder for temporary files cannot hold a ledger.
     """
     rows = []
+    _seconds_of_epsilon(1)  # imports the accountant
     with tempfile.TemporaryDirectory(prefix="udp-ray-ledger-") as folder:
         url = f"sqlite:///{folder}/ledger.sqlite"
         most = max(steps) + len(steps) * (REPEATS + 1)

@@ -26,8 +26,8 @@ from udp_ray.io import write_atomic
 FIGURE = "growth.png"
 Row = Mapping[str, Any]
 
-SECONDS: dict[str, Callable[[Row], float]] = {
-    "prepare": lambda row: row["prepare"]["seconds"],
+SECONDS: dict[str, Callable[[Row], float | None]] = {
+    "prepare": lambda row: row["prepare"].get("seconds"),
     "open": lambda row: row["open"]["seconds"],
     "verify": lambda row: row["verify"]["seconds"],
     "draw, uls": lambda row: row["cohorts"]["draw"]["uls"]["draw_s"],
@@ -36,12 +36,14 @@ SECONDS: dict[str, Callable[[Row], float]] = {
     "read, uls": lambda row: row["cohorts"]["draw"]["uls"]["read_s"],
     "read, els": lambda row: row["cohorts"]["draw"]["els"]["read_s"],
 }
-BYTES: dict[str, Callable[[Row], float]] = {
+BYTES: dict[str, Callable[[Row], float | None]] = {
     "store on disk": lambda row: row["prepare"]["store_bytes"],
     "manifest": lambda row: row["prepare"]["manifest_bytes"],
     "open store": lambda row: row["open"]["bytes"],
     "els sampler": lambda row: row["cohorts"]["draw"]["els"]["make_bytes"],
-    "prepare, largest process": lambda row: max(row["prepare"]["processes"].values()),
+    "prepare, largest process": lambda row: max(
+        row["prepare"].get("processes", {}).values(), default=None
+    ),
 }
 KINDS = {"seconds": SECONDS, "bytes": BYTES}
 
@@ -89,14 +91,16 @@ class Results:
 
     def slopes(self) -> dict[str, dict[str, float | None]]:
         """Returns the slope of each quantity against users; None below two sizes."""
-        users = [row["num_users"] for row in self.growth]
         return {
-            kind: {
-                name: slope(users, [value(row) for row in self.growth])
-                for name, value in quantities.items()
-            }
+            kind: {name: slope(*self._points(value)) for name, value in quantities.items()}
             for kind, quantities in KINDS.items()
         }
+
+    def _points(self, value: Callable[[Row], float | None]) -> tuple[list[int], list[float]]:
+        """Returns users and values of the sizes of the growth that have the value."""
+        points = [(row["num_users"], value(row)) for row in self.growth]
+        kept = [(users, found) for users, found in points if found is not None]
+        return [users for users, _ in kept], [found for _, found in kept]
 
     def save(self, folder: Path) -> None:
         """Writes results.json, table.txt and the figure."""
@@ -120,17 +124,18 @@ class Results:
         tokens = [f"{row['prepare']['num_tokens']:,}" for row in self.sizes]
         rows += [["tokens", *tokens, ""]]
         for name, value in SECONDS.items():
-            cells = [f"{value(row):.3g}" for row in self.sizes]
+            cells = [_number(value(row)) for row in self.sizes]
             rows.append([f"{name}, s", *cells, _slope_text(slopes["seconds"][name])])
-        rows.append(["prepare, texts/s", *(f"{_rate(row):,.0f}" for row in self.sizes), ""])
-        bare = [f"{_bare_rate(row):,.0f}" for row in self.sizes]
+        rates = [f"{_rate(row):,.0f}" if "bare" in row else "-" for row in self.sizes]
+        rows.append(["prepare, texts/s", *rates, ""])
+        bare = [f"{_bare_rate(row):,.0f}" if "bare" in row else "-" for row in self.sizes]
         rows.append(["bare tokenizer on one core, texts/s", *bare, ""])
-        shares = [f"{_processor_ratio(row):.2f}" for row in self.sizes]
+        shares = [f"{_processor_ratio(row):.2f}" if "bare" in row else "-" for row in self.sizes]
         rows.append(["bare over prepare, by processor time", *shares, ""])
         waits = [f"{row['cohorts']['wait']['share']:.2%}" for row in self.sizes]
         rows.append(["waiting for data", *waits, ""])
         for name, value in BYTES.items():
-            cells = [f"{value(row) / 1e6:.3g}" for row in self.sizes]
+            cells = [_number(value(row), 1e6) for row in self.sizes]
             rows.append([f"{name}, MB", *cells, _slope_text(slopes["bytes"][name])])
         return _table(rows)
 
@@ -197,10 +202,11 @@ class Results:
         with large_text():
             figure = new_figure(13.0, 5.6)
             panels = figure.subplots(1, 2)
-            users = [row["num_users"] for row in self.growth]
             for panel, (kind, quantities) in zip(panels, KINDS.items(), strict=True):
                 for name, value in quantities.items():
-                    values = [value(row) for row in self.growth]
+                    users, values = self._points(value)
+                    if not users:
+                        continue
                     label = f"{name} ({_slope_text(slopes[kind][name])})"
                     panel.loglog(users, np.maximum(values, 1e-12), marker="o", label=label)
                 panel.set_xlabel("users")
@@ -241,6 +247,13 @@ def _processor_ratio(row: Row) -> float:
     """Returns the tokenizer's processor time over that of prepare, for each text."""
     bare = row["bare"]["processor_s"] / row["bare"]["num_texts"]
     return bare * row["num_texts"] / row["prepare"]["processor_s"]
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    if value is None:
+        return "-"
+    scaled = value / unit
+    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.3g}"
 
 
 def _slope_text(value: float | None) -> str:

@@ -25,6 +25,7 @@ from udp_ray.experiments.scale.store import (
     measure_verifying,
     prepare_store,
     synthesis,
+    write_random_store,
 )
 from udp_ray.experiments.scale.training import measure_training
 from udp_ray.on_ray.synthesize import synthesize
@@ -78,9 +79,13 @@ def _measure_size(scale: Scale, size: Size, folder: ScaleFolder, address: str | 
         current().phase(f"prepare: {name}")
         return prepare_store(scale, place, address=address)
 
-    quantities: dict[str, Callable[[], dict[str, Any]]] = {
-        "prepare": preparing,
-        "bare": lambda: in_new_process(bare_tokenizer, scale, place).value,
+    quantities: dict[str, Callable[[], dict[str, Any]]] = {}
+    if size.is_prepared:
+        quantities["prepare"] = preparing
+        quantities["bare"] = lambda: in_new_process(bare_tokenizer, scale, place).value
+    else:
+        quantities["prepare"] = lambda: write_random_store(scale, size, place)
+    quantities |= {
         "open": opening,
         "verify": verifying,
         "cohorts": lambda: _with_peak(in_new_process(measure_cohorts, scale, store)),

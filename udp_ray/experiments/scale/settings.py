@@ -28,6 +28,9 @@ class Size(Section):
     """Number of synthetic users."""
     num_texts: PositiveInt
     """Number of texts of all users together, at least num_users. Each is one example."""
+    is_prepared: bool = True
+    """Whether the store is prepared from text; false writes random tokens into a store of the same
+    shape, in seconds, so that all but preparing can be measured for more users."""
     is_in_growth: bool = True
     """Whether slopes are taken through this size; false for one with another number of texts per
     user."""
@@ -42,7 +45,8 @@ class Size(Section):
         return self
 
     def __str__(self) -> str:
-        return f"{self.num_users:,} users, {self.num_texts:,} texts"
+        made = "" if self.is_prepared else " of random tokens"
+        return f"{self.num_users:,} users, {self.num_texts:,} texts{made}"
 
 
 class TrainingOfScale(Section):
@@ -94,7 +98,8 @@ class Scale(Section):
     median_words: Annotated[int, Field(gt=0, le=1000)] = 5
     """Median number of words of a text."""
     tail: Annotated[float, Field(ge=0, le=4)] = 0.9
-    """Exponent of the power law of texts over users."""
+    """Exponent of the power law of texts over users: the user of rank r has a share of r**-tail of
+    them. 0: all have as many."""
     block_tokens: Annotated[int, Field(ge=2)] = 64
     """Most tokens of an example."""
     num_shards: Annotated[int, Field(gt=0, le=100_000)] = 16
@@ -107,7 +112,7 @@ class Scale(Section):
     """Most examples of a user: in a step (uls), or kept for the run (els). The expected examples of
     an els step are cohort_size times group_size."""
     draws: Annotated[int, Field(ge=2)] = 5
-    """Cohorts that are drawn and read; medians are reported."""
+    """Cohorts that are drawn and read, after one to warm up; medians are reported."""
     balance_workers: Annotated[list[PositiveInt], Field(min_length=1)] = Field(
         default=[2, 4, 8, 16, 32, 64]
     )
@@ -132,10 +137,11 @@ class Scale(Section):
                 f"cohort_size is {self.cohort_size}, more than the {smallest} users of the smallest"
                 " size: lower it, or remove that size"
             )
-        if self.training and all(s.num_users != self.training.num_users for s in self.sizes):
+        prepared = [size for size in self.sizes if size.is_prepared]
+        if self.training and all(s.num_users != self.training.num_users for s in prepared):
             raise ValueError(
-                f"training.num_users is {self.training.num_users}, which no size has: give one of"
-                f" {', '.join(str(size.num_users) for size in self.sizes)}"
+                f"training.num_users is {self.training.num_users}, which no prepared size has: give"
+                f" one of {', '.join(str(size.num_users) for size in prepared)}"
             )
         return self
 
@@ -146,15 +152,17 @@ class Scale(Section):
 
     @property
     def size_of_training(self) -> Size:
-        """The first size with the users of the training."""
+        """The first prepared size with the users of the training."""
         if self.training is None:
             raise ValueError("training is not set")
-        return next(size for size in self.sizes if size.num_users == self.training.num_users)
+        prepared = [size for size in self.sizes if size.is_prepared]
+        return next(size for size in prepared if size.num_users == self.training.num_users)
 
     def to_text(self) -> str:
         """Returns what is measured, in a few lines."""
         lines = [
-            f"{size}: prepare, bare tokenizer, open, verify, draw, read, balance"
+            f"{size}: {'prepare, bare tokenizer, ' * size.is_prepared}open, verify, draw, read,"
+            " balance"
             for size in self.sizes
         ]
         if self.sampler_users:

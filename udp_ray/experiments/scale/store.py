@@ -9,6 +9,7 @@ does not import torch, so that the memory of a new process is that of the store.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,18 +19,34 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from udp_ray.config.experiment import ClusterConfig, DataConfig
 from udp_ray.config.synthesize import SynthesizeConfig
-from udp_ray.data.store import TokenStore
+from udp_ray.console import current
+from udp_ray.data.store import (
+    MANIFEST_FILE,
+    USER_HASH_BYTES,
+    Manifest,
+    PrivateCounts,
+    Shard,
+    StoreCounts,
+    TokenizerInfo,
+    TokenStore,
+    write_shard,
+)
+from udp_ray.data.synthetic import LOG_STDDEV_WORDS, texts_per_user
 from udp_ray.errors import BenchmarkError
 from udp_ray.experiments.benchmark.preparation import watching
 from udp_ray.experiments.scale.processes import peak_by_name, status_bytes, timed
 from udp_ray.experiments.scale.settings import TOKENIZER_FILE, Scale, Size
 
 DATASET = "synthetic"
+SEED = 13
+TOKENS_PER_WORD = 3
+"""Of the synthetic words, by the tokenizer of the demo."""
 TEXTS_AT_ONCE = 256
 """Texts in a call of the bare tokenizer, as `prepare` has them."""
 _PREPARE = """
@@ -95,15 +112,11 @@ def prepare_store(scale: Scale, folder: Path, *, address: str | None = None) -> 
     if process.returncode:
         raise BenchmarkError(f"preparing failed in the scale study:\n{text}")
     found.before.clear()  # this process was new
-    store = TokenStore.open(data.store, verify=False)
     return {
         "seconds": seconds,
         "processor_s": found.processor_s,
-        "num_examples": store.num_examples,
-        "num_tokens": store.num_tokens,
-        "store_bytes": sum(file.stat().st_size for file in Path(data.store).rglob("*")),
-        "manifest_bytes": (Path(data.store) / "manifest.json").stat().st_size,
         "processes": peak_by_name(found.names, found.peak_bytes),
+        **_described(Path(data.store)),
     }
 
 
@@ -129,6 +142,73 @@ def bare_tokenizer(scale: Scale, folder: Path) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "seconds": time.perf_counter() - start,
         "processor_s": time.process_time() - processor,
+    }
+
+
+# ---- a store of random tokens
+
+
+def write_random_store(scale: Scale, size: Size, folder: Path) -> dict[str, Any]:
+    """Writes a store of as many users and examples as a prepared one, of random tokens.
+
+    Returns:
+        What `prepare_store` returns of the store itself.
+    """
+    place = folder / "store"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True, mode=0o700)
+    vocabulary = json.loads((Path(scale.model) / "config.json").read_text())["vocab_size"]
+    random = np.random.default_rng(SEED)
+    counts = random.permutation(texts_per_user(synthesis(scale, size, folder)))
+    entries = []
+    for number, own in enumerate(np.array_split(counts, scale.num_shards)):
+        current().phase("writing random tokens", total=scale.num_shards, unit="shard")
+        current().advance(number)
+        lengths = np.rint(scale.median_words * TOKENS_PER_WORD * random.lognormal(
+            0.0, LOG_STDDEV_WORDS, int(own.sum())))  # fmt: skip
+        ends = np.cumsum(np.clip(lengths, 2, scale.block_tokens).astype(np.int64))
+        shard = Shard(
+            user_hashes=random.integers(0, 256, (len(own), USER_HASH_BYTES), np.uint8),
+            user_offsets=np.concatenate([[0], np.cumsum(own)]),
+            example_offsets=np.concatenate([[0], ends]),
+            loss_starts=np.ones(len(lengths), np.int32),
+            tokens=random.integers(0, vocabulary, int(ends[-1]), np.uint16),
+        )
+        entries.append(write_shard(place, number, shard))
+    sizes, users = np.unique(counts, return_counts=True)
+    tokenizer = TokenizerInfo(
+        name=scale.model, fingerprint="0" * 64, vocab_size=vocabulary, eos_id=0, pad_id=0
+    )
+    Manifest(
+        name=DATASET,
+        ledger_id="none",
+        ledger_url="none",
+        tokenizer=tokenizer,
+        block_tokens=scale.block_tokens,
+        num_shards=scale.num_shards,
+        source={"input": "random tokens"},
+        created_by={},
+        shards=entries,
+    ).write(place)
+    store = TokenStore.open(place, verify=False)
+    PrivateCounts(
+        train=StoreCounts(
+            num_users=store.num_users,
+            num_examples=store.num_examples,
+            num_tokens=store.num_tokens,
+            examples_per_user=dict(zip(sizes.tolist(), users.tolist(), strict=True)),
+        )
+    ).write(place)
+    return _described(place)
+
+
+def _described(place: Path) -> dict[str, Any]:
+    store = TokenStore.open(place, verify=False)
+    return {
+        "num_examples": store.num_examples,
+        "num_tokens": store.num_tokens,
+        "store_bytes": sum(file.stat().st_size for file in place.rglob("*")),
+        "manifest_bytes": (place / MANIFEST_FILE).stat().st_size,
     }
 
 
