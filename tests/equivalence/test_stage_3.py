@@ -81,6 +81,15 @@ def test_a_checkpoint_holds_the_whole_weights_and_state(alone, sliced):
         assert saved.optimizer["momentum_buffer"][name].shape == weight.shape
 
 
+def test_the_last_checkpoint_is_the_same_if_the_model_is_not_kept(run, sliced, tmp_path):
+    """As in Ray's workers, where the driver publishes the last checkpoint."""
+    forgetful = replace(run, keeps_model=False, **SLICED)
+    outcome = run_on_ranks(2, train_tiny, forgetful, None, None, str(tmp_path))[0]
+    saved = checkpoint.read(Path(outcome.result.location), expected_digest=outcome.result.digest)
+    assert not outcome.weights
+    assert distance(saved.weights, sliced[0].weights) < TOLERANCE
+
+
 def test_before_any_step_the_digest_is_that_of_every_stage(alone, sliced):
     starts = {event[2] for o in (alone, sliced[0]) for event in o.events[:2] if len(event) > 2}
     assert len(starts) == 1

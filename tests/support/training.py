@@ -105,6 +105,8 @@ class TinyRun:
     strategy: tuple[float, ...] = (1.0,)
     """Coefficients of correlated noise, one for each band."""
     max_cohort_size: int | None = None
+    keeps_model: bool = True
+    """Whether the model has the trained weights in the end; else the outcome has none."""
     fault: Fault = "none"
     num_canaries: int = 0
     """Synthetic users of an audited run; 0: it is not audited."""
@@ -367,12 +369,14 @@ def run_loop(
         resume_from=folder_of(resume),
         provenance={"run_id": "tiny"},
         audit=run.audit(),
+        keeps_model=run.keeps_model,
     )
     canaries = {}
     if is_first and run.num_canaries and result.location is not None:
         saved = checkpoint_files.read(Path(result.location)).canaries
         canaries = {name: values.numpy() for name, values in saved.items()}
-    return TinyOutcome(weights_of(model), result, events, canaries)
+    weights = weights_of(model) if run.keeps_model else {}
+    return TinyOutcome(weights, result, events, canaries)
 
 
 def evaluate_tiny(store: str, microbatch_tokens: int) -> HeldoutMetrics:

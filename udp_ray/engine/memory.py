@@ -65,8 +65,9 @@ SUB_GROUP_VALUES = 2**25
 ZERO_BUCKET_BYTES = FLOAT_BYTES * 2**25
 """Bytes that ZeRO reduces at once; `zero.BUCKET_ELEMENTS`."""
 
-CHECKED_TENSORS = 3
-"""Tensors of the size of the largest parameter that the checks of the model need at a time."""
+CHECKED_TENSORS = 5
+"""Tensors of the size of the largest parameter that the checks of the model need at a time, with
+what an allocator keeps of them."""
 
 _BLOCK_VALUES = SUM_VALUES["cpu"]
 

@@ -136,7 +136,7 @@ class ZeroEngine:
 
         In stages 0 to 2 each rank's slice passes through the same reduction as in `apply`, and all
         slices are gathered on every rank. In stage 3 it is what the frozen optimizer has seen: this
-        rank's slices, flat and without padding.
+        rank's slices, flat and without padding, which are there until the next step.
         """
         self._stage.set_gradients(gradients)
         if not self.is_sliced:
