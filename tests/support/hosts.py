@@ -218,6 +218,9 @@ class Hosts:
                 "PYTHONPATH": str(ROOT),  # programs of the tests' package run in the home folder
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_USAGE_STATS_ENABLED": "0",
+            # Several nodes start at once on one machine, which may be busy.
+            "RAY_raylet_start_wait_time_s": f"{START_TIMEOUT_S:.0f}",
+            "RAY_worker_register_timeout_seconds": f"{START_TIMEOUT_S:.0f}",
                 # gloo and NCCL look an address up by the host's name, which all hosts here share.
                 "GLOO_SOCKET_IFNAME": f"{self._names[number]}a",
             }
