@@ -138,11 +138,10 @@ class Hosts:
         """
         self._num_cpus, self._variables = num_cpus, dict(variables)
         self._scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
-        count = len(self._names) if count is None else count
-        for number in range(count):
+        # One after the other: the disks are shared, and Ray numbers sockets by what lies there.
+        for number in range(len(self._names) if count is None else count):
             self.join(number)
-            if number in (0, count - 1):  # the others need the head, and start side by side
-                self._wait(number)
+            self._wait(number)
         return self._head
 
     def join(self, number: int) -> None:
