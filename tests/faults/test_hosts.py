@@ -127,7 +127,11 @@ def ledger(cluster: Cluster) -> Iterator[Ledger]:
 def one_process(folder: Path, config: ExperimentConfig) -> TinyRun:
     """The same run in one process, without Ray."""
     return TinyRun(
-        store=str(folder / "store"), num_steps=NUM_STEPS, seed=SEED, population=NUM_USERS
+        store=str(folder / "store"),
+        num_steps=NUM_STEPS,
+        seed=SEED,
+        population=NUM_USERS,
+        secure_noise=config.privacy.secure_noise,
     )
 
 

@@ -47,7 +47,7 @@ class Hosts:
         self._folder = folder
         self._names = [f"udp{secrets.token_hex(3)}" for _ in range(count)]
         self._network = f"10.{secrets.randbelow(200) + 20}.{secrets.randbelow(250)}"
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
         self._variables: dict[str, str] = {}
         self._head = f"{self.address(0)}:{PORT}"
         self._num_cpus = 1
@@ -106,9 +106,9 @@ class Hosts:
         trace: TracebackType | None,
     ) -> None:
         """Ends every process that was started, and takes the network away."""
-        for process in reversed(self._processes):
+        for process in reversed(self._nodes.values()):
             process.send_signal(signal.SIGTERM)
-        for process in self._processes:
+        for process in self._nodes.values():
             try:
                 process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
@@ -138,11 +138,10 @@ class Hosts:
         """
         self._num_cpus, self._variables = num_cpus, dict(variables)
         self._scratch = self._open.enter_context(tempfile.TemporaryDirectory(prefix="ray-"))
-        count = len(self._names) if count is None else count
-        for number in range(count):
+        # One after the other: the disks are shared, and Ray numbers sockets by what lies there.
+        for number in range(len(self._names) if count is None else count):
             self.join(number)
-            if number in (0, count - 1):  # the others need the head, and start side by side
-                self._wait(number)
+            self._wait(number)
         return self._head
 
     def join(self, number: int) -> None:
@@ -153,7 +152,7 @@ class Hosts:
         command += [f"--node-ip-address={self.address(number)}", "--num-gpus=0"]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
         command += ["--include-dashboard=false"] if number == 0 else []
-        self._processes.append(self.start(number, command, self._folder / f"ray-{number}.log"))
+        self._nodes[number] = self.start(number, command, self._folder / f"ray-{number}.log")
 
     def start(self, number: int, command: list[str], output: Path) -> subprocess.Popen[bytes]:
         """Starts a command on a host; what it prints goes to a file."""
@@ -218,6 +217,8 @@ class Hosts:
                 "PYTHONPATH": str(ROOT),  # programs of the tests' package run in the home folder
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_USAGE_STATS_ENABLED": "0",
+                # Several nodes start at once on one machine, which may be busy.
+                "RAY_worker_register_timeout_seconds": f"{START_TIMEOUT_S:.0f}",
                 # gloo and NCCL look an address up by the host's name, which all hosts here share.
                 "GLOO_SOCKET_IFNAME": f"{self._names[number]}a",
             }
@@ -233,11 +234,12 @@ class Hosts:
             asked = self.run(number, sys.executable, "-c", program_text, self._head, timeout_s=120)
             if asked.stdout.strip() == str(number + 1):
                 return
-            ended = [n for n, each in enumerate(self._processes) if each.poll() is not None]
-            if ended or time.monotonic() > deadline:
-                host = ended[0] if ended else number
-                log = (self._folder / f"ray-{host}.log").read_text()[-3000:]
-                raise RuntimeError(f"no raylet on host {host}:\n{log}\n{asked.stderr[-2000:]}")
+            if time.monotonic() > deadline:
+                log = (self._folder / f"ray-{number}.log").read_text()[-3000:]
+                raise RuntimeError(f"no raylet on host {number}:\n{log}\n{asked.stderr[-2000:]}")
+            # Ray gives a raylet 30 seconds to register, which a busy machine may not.
+            for host in [n for n, node in self._nodes.items() if node.poll() is not None]:
+                self.join(host)
             time.sleep(PAUSE_S)
 
 
