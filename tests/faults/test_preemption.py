@@ -1,6 +1,6 @@
 """Workers that are about to be taken away, and clusters that shrink and grow, during a run.
 
-No worker of these runs may fail (`cluster.max_failures: 0`), except where one is killed.
+No worker of these runs may fail (`cluster.max_failures: 0`), except where a node is switched off.
 
 pytest tests/faults/test_preemption.py
 """
@@ -78,21 +78,6 @@ def test_workers_that_do_not_listen_for_sigterm_fail(
     ):
         train(changed(config, output), announce=no_output)
     assert STEP not in committed_steps(ledger, output)
-
-
-def test_a_worker_killed_after_its_notice_is_no_failure(
-    config: ExperimentConfig, ledger: Ledger, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    output = tmp_path / "output"
-
-    def tell_and_kill(pid: int) -> None:
-        tell(pid)
-        os.kill(pid, signal.SIGKILL)
-
-    with paused_at(Moment("authorized", STEP, rank=1), tmp_path / "moment", tell_and_kill):
-        train(changed(config, output), announce=no_output)
-    assert STEP not in committed_steps(ledger, output)
-    undisturbed.require_alike(output, ledger)
 
 
 def elastic(config: ExperimentConfig, head: Head, output: Path) -> ExperimentConfig:
