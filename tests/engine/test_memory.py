@@ -46,6 +46,7 @@ def settings(folder: Path, model: str, **changes: object) -> ExperimentConfig:
              "offload": changes.pop("offload", "none"),
              "kernel": changes.pop("kernel", "ghost"),
              "average": changes.pop("average", "none"),
+             "noise_buffer": changes.pop("noise_buffer", None),
              "async_checkpoints": changes.pop("async_checkpoints", False)}  # fmt: skip
     return ExperimentConfig.model_validate(
         {
@@ -197,18 +198,13 @@ def test_slices_come_with_buffers_for_gradients(models: Path, offload: str, buff
     assert estimated(config).optimizer == pytest.approx(4 * (3 + buffers) * number / 4, rel=1e-3)
 
 
-def test_slices_need_no_gradient_of_the_whole_model(models: Path) -> None:
-    """Only the ghost kernel works there, so the direct one does not count."""
-    auto, ghost, whole = (
-        estimated(settings(models, "gpt2", kernel=kernel, zero_stage=stage))
-        for kernel, stage in (("auto", 3), ("ghost", 3), ("auto", 0))
-    )
-    assert auto.kernel == ghost.kernel < whole.kernel
-
-
 def test_with_many_workers_the_checks_of_the_whole_model_take_most(models: Path) -> None:
     few, many = (
-        estimated(settings(models, "gpt2", zero_stage=3, num_workers=number, microbatch=256))
+        estimated(
+            settings(
+                models, "gpt2", zero_stage=3, num_workers=number, microbatch=256, noise_buffer=0
+            )
+        )
         for number in (1, 64)
     )
     assert few.checks == many.checks

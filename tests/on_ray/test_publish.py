@@ -90,7 +90,7 @@ def executed(
 ) -> RunResult:
     """Executes a run, with two steps that are played instead of trained, or one that failed."""
 
-    def play(run: Run, accountant: RunAccountant) -> DivergedError | None:
+    def play(run: Run, accountant: RunAccountant, announce: object) -> DivergedError | None:
         attempt = accountant.begin()
         assert attempt is not None
         accountant.record_metrics(attempt.number, heldout(0, 4.0))

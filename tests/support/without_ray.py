@@ -69,13 +69,13 @@ class _LocalTrainer:
     """Ray Train with one worker, which is this process."""
 
     def __init__(
-        self, worker: Callable[[dict[str, Any]], None], *, train_loop_config: dict[str, Any],
+        self, worker: Callable[[dict[str, Any]], Any], *, train_loop_config: dict[str, Any],
         **settings: Any,
     ) -> None:  # fmt: skip
         self._worker = worker
         self._settings = train_loop_config
 
-    def fit(self) -> None:
-        """Trains."""
+    def fit(self) -> SimpleNamespace:
+        """Trains, and returns what the worker returned, as Ray Train's result does."""
         join_world()
-        self._worker(self._settings)
+        return SimpleNamespace(return_value=self._worker(self._settings))
