@@ -21,11 +21,15 @@ OFFSET = 0.16
 def draw_differences(results: Results) -> bytes:
     """Draws mean, range and seeds of the differences, a row per variant, as a PNG.
 
-    Blocks are below each other, and data sets side by side.
+    Blocks are below each other, and data sets side by side, unless each block has only one.
     """
     panels = results.panels()
     blocks = list(dict.fromkeys(block for block, _ in panels))
-    datasets = list(dict.fromkeys(dataset for _, dataset in panels))
+    columns = {place: place[1] for place in panels}
+    if len(panels) == len(blocks):
+        columns = dict.fromkeys(panels, "")
+    datasets = list(dict.fromkeys(columns.values()))
+    by_place = {(place[0], columns[place]): (place, rows) for place, rows in panels.items()}
     names = {block: _names(panels, block) for block in blocks}
     heights = [max(len(names[block]), 1) for block in blocks]
     with large_text():
@@ -41,9 +45,9 @@ def draw_differences(results: Results) -> bytes:
         )
         for block, line in zip(blocks, axes, strict=True):
             for dataset, panel in zip(datasets, line, strict=True):
-                rows = panels.get((block, dataset), [])
+                place, rows = by_place.get((block, dataset), ((block, dataset), []))
                 _draw_panel(panel, names[block], rows)
-                panel.set_title(f"{block}, {dataset}" if rows else "")
+                panel.set_title(", ".join(place) if rows else "")
                 panel.set_visible(bool(rows))
             for panel in line[1:]:
                 panel.set_yticklabels([])
