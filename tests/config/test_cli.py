@@ -384,7 +384,9 @@ def test_sigterm_lets_a_job_clean_up_and_exits_with_143() -> None:
 
 
 def test_an_interrupt_exits_with_130() -> None:
-    program = textwrap.dedent(STOPPED).replace("SIGTERM", "SIGINT")
+    # A program that a shell starts in the background ignores SIGINT, and so do its children.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program = listens + textwrap.dedent(STOPPED).replace("SIGTERM", "SIGINT")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
 
