@@ -52,7 +52,7 @@ from udp_ray.experiments.benchmark.evaluation import _in_turn, measure_evaluatio
 from udp_ray.experiments.benchmark.noise import measure_noise_draws
 from udp_ray.experiments.benchmark.padding import measure_padding
 from udp_ray.experiments.benchmark.parts import Curve, step_curves
-from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation, watching
+from udp_ray.experiments.benchmark.preparation import _watched, measure_preparation
 from udp_ray.experiments.benchmark.settings import (
     BASELINE,
     BenchmarkConfig,
@@ -63,6 +63,7 @@ from udp_ray.experiments.benchmark.settings import (
     Study,
     missing_contestants,
 )
+from udp_ray.experiments.measuring import watching
 
 SHAPES = [
     ModelShape(name=family, family=family, width=16, layers=1, heads=2, vocabulary=64)

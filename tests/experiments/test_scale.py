@@ -19,18 +19,18 @@ from udp_ray.data.synthetic import texts_per_user
 from udp_ray.dp.plan import PrivacyPlan
 from udp_ray.engine.memory import GIB, estimate_memory
 from udp_ray.errors import ConfigError
+from udp_ray.experiments.measuring import in_new_process
 from udp_ray.experiments.scale.cohorts import measure_drawing, measure_sampler
 from udp_ray.experiments.scale.folder import ScaleFolder
 from udp_ray.experiments.scale.ledger import measure_ledger
-from udp_ray.experiments.scale.processes import in_new_process
 from udp_ray.experiments.scale.report import Results, slope
 from udp_ray.experiments.scale.run import run_scale
 from udp_ray.experiments.scale.settings import Scale, ScaleConfig, Size
 from udp_ray.experiments.scale.store import (
     measure_opening,
     measure_verifying,
+    random_store,
     synthesis,
-    write_random_store,
 )
 from udp_ray.experiments.scale.training import experiment
 
@@ -192,7 +192,7 @@ def test_the_ledger_is_measured_after_each_number_of_steps() -> None:
 def test_a_store_of_random_tokens_has_the_shape_of_the_text(tmp_path: Path) -> None:
     size = Size(num_users=500, num_texts=3000, is_prepared=False)
     study = scale(sizes=[size.model_dump()], num_shards=3, model=str(REPOSITORY / "demo/model"))
-    found = write_random_store(study, size, tmp_path)
+    found = random_store(study, size, tmp_path)
     store = TokenStore.open(tmp_path / "store", verify=True)
     assert (store.num_users, store.num_examples) == (500, 3000)
     counts = np.sort(np.diff(store.user_offsets))[::-1]

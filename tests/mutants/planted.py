@@ -1235,8 +1235,8 @@ DATA = [
         name="prompts_within_an_example_carry_loss",
         breaks="the loss mask of a joined prompt is dropped",
         file="udp_ray/data/batches.py",
-        text="                labels[number, :end][~row.mask] = NO_LOSS\n",
-        replacement="                pass\n",
+        text="        labels[~mask] = NO_LOSS\n",
+        replacement="        pass\n",
         tests=(
             "tests/data/test_packing.py"
             "::test_a_reader_gives_labels_where_there_is_loss_and_nowhere_else",

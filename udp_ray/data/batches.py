@@ -355,7 +355,7 @@ def join(some: Sequence[Microbatch], length: int) -> SharedMicrobatch:
     )
 
 
-# ---- the reader
+# ---- what a reader takes
 
 
 class TokenSource(Protocol):
@@ -390,6 +390,45 @@ class Draw(Protocol):
     def offsets(self) -> NDArray[np.int64]:
         """Where each group begins, and the number of examples."""
         ...
+
+
+def group_costs(
+    source: TokenSource,
+    draw: Draw,
+    microbatch_tokens: int,
+    packing: Packing | None = None,
+    pass_tokens: int = PASS_TOKENS,
+) -> NDArray[np.int64]:
+    """Returns the tokens, padding included, that each group of a cohort costs; see `padded_tokens`.
+
+    Sensitive.
+    """
+    lengths = source.example_lengths(draw.examples).tolist()
+    costs = [
+        padded_tokens(lengths[a:b], microbatch_tokens, packing, pass_tokens)
+        for a, b in pairwise(draw.offsets.tolist())
+    ]
+    return np.array(costs, dtype=np.int64)
+
+
+def labels_of(
+    tokens: NDArray[np.unsignedinteger], first_label: int, mask: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """Returns the labels of one example: its tokens where they carry loss, else `NO_LOSS`.
+
+    Args:
+        tokens: Its tokens.
+        first_label: First position with loss.
+        mask: Which tokens carry loss; None if all do from `first_label` on.
+    """
+    labels = tokens.astype(np.int64)
+    labels[:first_label] = NO_LOSS
+    if mask is not None:
+        labels[~mask] = NO_LOSS
+    return labels
+
+
+# ---- the reader
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -524,13 +563,11 @@ class CohortReader:
     def _own_rows(self, step: int) -> Iterator[_GroupRows]:
         """Yields the rows of this worker's groups, in the cohort's order."""
         cohort = self._draw(step)
-        lengths = self._store.example_lengths(cohort.examples).tolist()
         spans = list(pairwise(cohort.offsets.tolist()))
-        costs = [
-            padded_tokens(lengths[a:b], self._microbatch_tokens, self._packing, self._pass_tokens)
-            for a, b in spans
-        ]
-        workers = assign(np.array(costs, dtype=np.int64), self._world_size)
+        costs = group_costs(
+            self._store, cohort, self._microbatch_tokens, self._packing, self._pass_tokens
+        )
+        workers = assign(costs, self._world_size)
         for number in np.flatnonzero(workers == self._rank).tolist():
             yield self._group_rows(step, cohort.examples[slice(*spans[number])])
 
@@ -575,8 +612,6 @@ class CohortReader:
         for number, row in enumerate(rows):
             end = len(row.tokens)
             input_ids[number, :end] = row.tokens
-            labels[number, row.first_label : end] = row.tokens[row.first_label :]
-            if row.mask is not None:
-                labels[number, :end][~row.mask] = NO_LOSS
+            labels[number, :end] = labels_of(row.tokens, row.first_label, row.mask)
         weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         return torch.from_numpy(input_ids), torch.from_numpy(labels), weights

@@ -19,6 +19,7 @@ Privacy:
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -83,6 +84,26 @@ def table_to_text(
     console.print(table)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as text; a cell may have lines. The first column is aligned to the left.
+
+    The columns are as wide as they need to be: names of variants must stay whole.
+    """
+    lines = [
+        line
+        for row in rows
+        for line in itertools.zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    justify = [str.ljust, *(str.rjust for _ in widths[1:])]
+    return "\n".join(
+        "  ".join(
+            put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 def _console(*, width: int) -> Console:

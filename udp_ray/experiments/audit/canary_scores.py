@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from udp_ray.config.experiment import DataConfig
 from udp_ray.console import current
 from udp_ray.data.assemble import Joining, assemble_shard
+from udp_ray.data.batches import labels_of
 from udp_ray.data.hashing import hash_user
 from udp_ray.data.read import Columns
 from udp_ray.data.store import Shard, TokenStore
@@ -172,21 +173,21 @@ class CanaryExamples:
         labels = torch.full_like(ids, NO_LOSS)
         for row, (example, own) in enumerate(zip(examples.tolist(), tokens, strict=True)):
             ids[row, : len(own)] = torch.from_numpy(own.astype(np.int64))
-            has_loss = torch.from_numpy(self._has_loss(example))
-            labels[row, : len(own)][has_loss] = ids[row, : len(own)][has_loss]
+            first = max(1, int(self.shard.loss_starts[example]))
+            own_labels = labels_of(own, first, self._loss_mask(example))
+            labels[row, : len(own)] = torch.from_numpy(own_labels)
         return CanaryRows(ids, labels)
 
     def _tokens(self, example: int) -> NDArray[np.unsignedinteger]:
         first, last = self.shard.example_offsets[example : example + 2].tolist()
         return self.shard.tokens[first:last]
 
-    def _has_loss(self, example: int) -> NDArray[np.bool_]:
+    def _loss_mask(self, example: int) -> NDArray[np.bool_] | None:
+        if self.shard.loss_bits is None:
+            return None
         first, last = self.shard.example_offsets[example : example + 2].tolist()
-        has_loss = np.arange(last - first) >= max(1, int(self.shard.loss_starts[example]))
-        if self.shard.loss_bits is not None:
-            bits = np.unpackbits(self.shard.loss_bits, bitorder="little")[first:last]
-            has_loss &= bits.astype(bool)
-        return has_loss
+        bits = np.unpackbits(self.shard.loss_bits, bitorder="little")[first:last]
+        return bits.astype(bool)
 
 
 def score_canaries(examples: CanaryExamples, *, base: str, trained: Path) -> NDArray[np.float64]:

@@ -48,6 +48,7 @@ from udp_ray.experiments.benchmark.settings import (
     Study,
     missing_contestants,
 )
+from udp_ray.experiments.measuring import status_bytes
 
 PRELOAD = [
     "deepspeed",
@@ -56,7 +57,6 @@ PRELOAD = [
     "udp_ray.experiments.benchmark.cells",
 ]
 TURN_TIMEOUT_S = 600.0
-KIBIBYTE = 1024
 Row = dict[str, Any]
 
 
@@ -404,7 +404,7 @@ class _Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._baseline = 0 if device.type == "cuda" else _status_bytes("VmRSS")
+        self._baseline = 0 if device.type == "cuda" else status_bytes("VmRSS", 0)
         self._is_known = True
 
     def restart(self) -> None:
@@ -422,11 +422,4 @@ class _Memory:
         """Returns the peak in bytes, or None where the system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return _status_bytes("VmHWM") - self._baseline if self._is_known else None
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * KIBIBYTE
-    return 0
+        return status_bytes("VmHWM", 0) - self._baseline if self._is_known else None

@@ -37,13 +37,8 @@ from transformers.pytorch_utils import Conv1D
 from udp_ray.config.experiment import TrainConfig
 from udp_ray.data.batches import CohortReader, Draw, Group, Microbatch, Packing
 from udp_ray.data.store import (
-    Manifest,
-    PrivateCounts,
     Shard,
-    StoreCounts,
-    TokenizerInfo,
     TokenStore,
-    write_shard,
 )
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PrivacyPlan
@@ -59,6 +54,7 @@ from udp_ray.engine.types import Kernel
 from udp_ray.engine.zero import ZeroEngine
 from udp_ray.errors import BenchmarkError
 from udp_ray.experiments.benchmark.settings import BASELINE, OPACUS, Cell, ModelShape, Study
+from udp_ray.experiments.random_store import write_random_store
 from udp_ray.models.load import trainable_parameters
 
 SEED = 20
@@ -135,27 +131,9 @@ def write_synthetic_store(folder: Path, cell: Cell, vocabulary: int) -> Path:
             np.uint16 if vocabulary <= 1 << 16 else np.uint32
         ),
     )
-    counts = StoreCounts(
-        num_users=num_users,
-        num_examples=num_examples,
-        num_tokens=int(example_offsets[-1]),
-        examples_per_user={cell.group_size: num_users},
+    write_random_store(
+        path, [shard], tokenizer="none", vocabulary=vocabulary, block_tokens=cell.sequence_tokens
     )
-    Manifest(
-        name="synthetic",
-        ledger_id="none",
-        ledger_url="none",
-        tokenizer=TokenizerInfo(
-            name="none", fingerprint="0" * 64, vocab_size=vocabulary, eos_id=0, pad_id=0
-        ),
-        block_tokens=cell.sequence_tokens,
-        num_shards=1,
-        source={"input": "synthetic"},
-        created_by={},
-        shards=[write_shard(path, 0, shard)],
-        heldout=None,
-    ).write(path)
-    PrivateCounts(train=counts, heldout=None).write(path)
     return path
 
 

@@ -32,7 +32,7 @@ from udp_ray.dp.noise_ahead import NoiseAhead, NoiseSource
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.experiments.benchmark.contestants import run_key
-from udp_ray.experiments.benchmark.parts import timed
+from udp_ray.experiments.measuring import timed
 
 VALUES = 2**22
 ROUNDS = 5

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +43,7 @@ from udp_ray.engine.kernels.gradients import Products
 from udp_ray.experiments.benchmark.cells import CellResult, ContestantProcesses, run_cells
 from udp_ray.experiments.benchmark.contestants import Entry, run_key, write_synthetic_store
 from udp_ray.experiments.benchmark.settings import Parts, Scaling, Study
+from udp_ray.experiments.measuring import timed
 from udp_ray.io import METRICS_FILE
 from udp_ray.ledger.database import parse_url
 from udp_ray.ledger.ledger import Ledger
@@ -433,7 +433,7 @@ def measure_ledger(ledger_url: str, num_steps: int = 2000) -> LedgerLatency:
         LedgerError: If something exists there already, or no ledger may be kept there.
     """
     seconds = []
-    with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
+    with new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
         attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
         for step in range(1, num_steps + WARM_UP + 1):
             authorize = partial(ledger.authorize, attempt, step, starting_checkpoint=START)
@@ -461,7 +461,7 @@ def measure_accountant(
         num_workers: Ranks that receive the verdict.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with _new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
+        with new_ledger(ledger_url, num_steps + WARM_UP) as ledger:
             config = AccountantConfig(
                 ledger_url=ledger_url,
                 ledger_id=ledger.id,
@@ -486,7 +486,8 @@ def measure_accountant(
     )
 
 
-def _new_ledger(url: str, num_steps: int) -> Ledger:
+def new_ledger(url: str, num_steps: int) -> Ledger:
+    """Returns a new ledger with the dataset and the run of this benchmark, of so many steps."""
     ledger = Ledger.create(url)
     ledger.register_dataset(DATASET)
     ledger.admit(
@@ -518,10 +519,3 @@ def _flush_rate(url: str) -> float | None:
             os.fsync(file.fileno())
 
         return NUM_FLUSHES / sum(timed(flush) for _ in range(NUM_FLUSHES))
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Returns the seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -19,17 +19,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
@@ -37,6 +33,10 @@ from udp_ray.config.experiment import DataConfig
 from udp_ray.config.synthesize import SynthesizeConfig
 from udp_ray.data.synthetic import SCHEMA, SyntheticText
 from udp_ray.errors import BenchmarkError
+from udp_ray.experiments.measuring import Watched, run_watched
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SEED = 11
 ROWS_PER_GROUP = 20_000
@@ -46,8 +46,6 @@ TAIL = 0.8
 VOCABULARY = 8192
 TOKENIZER_TEXTS = 4000
 WARM_UP_ROWS = 2000
-POLL_S = 0.2
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 WHOLE = """
 import sys
 from udp_ray.experiments.benchmark.preparation import prepare_once
@@ -55,7 +53,8 @@ prepare_once(*sys.argv[1:])
 """
 STEADY = """
 import sys, time
-from udp_ray.experiments.benchmark.preparation import WARM_UP_FILE, prepare_once, watching
+from udp_ray.experiments.benchmark.preparation import WARM_UP_FILE, prepare_once
+from udp_ray.experiments.measuring import watching
 from udp_ray.on_ray.cluster import connected
 folder, file, store = sys.argv[1:]
 with connected():
@@ -104,7 +103,7 @@ def measure_preparation(num_rows: int) -> dict[str, Any]:
             "whole": whole.processor_s,
             "steady": steady_processor_s,
         },
-        "processes": _by_name(whole),
+        "processes": whole.by_name(),
     }
 
 
@@ -185,12 +184,17 @@ def _encode_share(
     del texts
     tokenizer.encode_batch_fast(["warm up"], add_special_tokens=False)
     barrier.wait()
+    results.put(timed_encoding(tokenizer, batches))
+
+
+def timed_encoding(tokenizer: Tokenizer, batches: Iterable[list[str]]) -> tuple[int, float, float]:
+    """Returns the tokens of some batches, and the seconds of clock and processor to encode them."""
     clock, processor = time.perf_counter(), time.process_time()
     num_tokens = 0
     for batch in batches:
         encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         num_tokens += sum(map(len, encodings))
-    results.put((num_tokens, time.perf_counter() - clock, time.process_time() - processor))
+    return num_tokens, time.perf_counter() - clock, time.process_time() - processor
 
 
 # ---- preparing
@@ -217,119 +221,7 @@ def prepare_once(folder: str, file: str, store: str) -> None:
     prepare(data, tokenizer=str(place / "tokenizer"))
 
 
-@dataclass
-class _Watched:
-    """A process that has ended, with all that it started."""
-
-    seconds: float = 0.0
-    output: str = ""
-    names: dict[int, str] = field(default_factory=dict)
-    processor: dict[int, float] = field(default_factory=dict)
-    """Seconds on a processor of each process, as last seen."""
-    before: dict[int, float] = field(default_factory=dict)
-    """The same of those that ran before, when they were first seen."""
-    peak_bytes: dict[int, int] = field(default_factory=dict)
-    """Peak resident memory of each process, pages of the object store included."""
-
-    @property
-    def processor_s(self) -> float:
-        return sum(self.processor.values()) - sum(self.before.values())
-
-
-@contextmanager
-def watching(root: int | None = None) -> Iterator[_Watched]:
-    """Yields what a process and all below it take while the block lasts, those that end included.
-
-    Args:
-        root: The process. Default: this one.
-    """
-    found, ended = _Watched(), threading.Event()
-    root = os.getpid() if root is None else root
-
-    def look() -> None:
-        for number in _tree(root):
-            _look_at(number, found)
-
-    def watch() -> None:
-        while not ended.wait(POLL_S):
-            look()
-
-    look()
-    found.before.update(found.processor)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        watcher.join()
-        look()
-
-
-def _watched(program: str, folder: Path, store: str) -> _Watched:
+def _watched(program: str, folder: Path, store: str) -> Watched:
     """Runs a program with the folder, the file of the rows and the name of its store."""
     command = [sys.executable, "-c", program, str(folder), ROWS_FILE, store]
-    start = time.perf_counter()
-    with (
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process,
-        watching(process.pid) as found,
-    ):
-        found.output, errors = process.communicate()
-        found.seconds = time.perf_counter() - start
-    found.before.clear()  # this process was new
-    if process.returncode:
-        raise BenchmarkError(f"prepare failed in the benchmark:\n{errors}")
-    return found
-
-
-def _tree(root: int) -> list[int]:
-    """Returns a process and all below it."""
-    parents: dict[int, int] = {}
-    for place in Path("/proc").glob("[0-9]*"):
-        if (fields := _stat(int(place.name))) is not None:
-            parents[int(place.name)] = int(fields[1])
-    tree = [root]
-    for number in tree:
-        tree += [child for child, parent in parents.items() if parent == number]
-    return tree
-
-
-def _stat(number: int) -> list[str] | None:
-    """Returns the fields after the name, which may hold blanks; None if the process is gone."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()
-    except OSError:
-        return None
-
-
-def _look_at(number: int, found: _Watched) -> None:
-    fields = _stat(number)
-    try:
-        lines = Path(f"/proc/{number}/status").read_text().splitlines()
-        command = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return
-    peak = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    if fields is None or not peak:
-        return
-    title = command[0].decode(errors="replace")
-    if "IDLE" not in title or number not in found.names:  # named by what it did last
-        found.names[number] = title
-    found.processor[number] = (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
-    found.peak_bytes[number] = 1024 * int(peak[0])
-
-
-def _by_name(found: _Watched) -> list[dict[str, Any]]:
-    """Returns seconds and peak memory by name of process, the busiest first."""
-    rows: dict[str, dict[str, Any]] = {}
-    for number, title in found.names.items():
-        name = title if title.startswith("ray::") else Path(title.split(" ")[0]).name
-        row = rows.setdefault(
-            name, {"name": name, "processes": 0, "processor_s": 0.0, "peak_bytes": 0}
-        )
-        row["processes"] += 1
-        row["processor_s"] += found.processor[number]
-        row["peak_bytes"] = max(row["peak_bytes"], found.peak_bytes[number])
-    return sorted(rows.values(), key=lambda row: -row["processor_s"])
+    return run_watched(command, failed="prepare failed in the benchmark")

@@ -26,7 +26,7 @@ from udp_ray.experiments.benchmark.preparation import measure_preparation
 from udp_ray.experiments.benchmark.report import Results
 from udp_ray.experiments.benchmark.settings import OPACUS, Parts, Study, missing_contestants
 from udp_ray.experiments.benchmark.startup import measure_startup
-from udp_ray.runs.provenance import ROOT, git_commit, processor_name, versions
+from udp_ray.runs.provenance import ROOT, git_commit, machine, versions
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "ray", "opacus")
 JoinRay = Callable[[], AbstractContextManager[None]]
@@ -73,10 +73,8 @@ def hardware(study: Study) -> dict[str, Any]:
     """Returns what the benchmark ran on."""
     has_gpu = torch.cuda.is_available()
     return {
-        "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        **machine(),
         "threads_used": num_threads(study),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "num_gpus": torch.cuda.device_count() if has_gpu else 0,
         "system": platform.system(),

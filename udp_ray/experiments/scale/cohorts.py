@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from udp_ray.data.batches import CohortReader, Packing, assign, padded_tokens
+from udp_ray.data.batches import CohortReader, Packing, assign, group_costs
 from udp_ray.data.store import TokenStore
 from udp_ray.dp.keys import RunKey
 from udp_ray.dp.sampling import Cohort, PoissonExampleSampler, PoissonUserSampler
 from udp_ray.engine.distributed import World
 from udp_ray.engine.gradient_sum import ClippedSum
 from udp_ray.engine.kernels.ghost import GhostKernel
-from udp_ray.experiments.scale.processes import status_bytes, timed
+from udp_ray.experiments.measuring import status_bytes, timed
 from udp_ray.experiments.scale.settings import Scale
 from udp_ray.models.load import load_model, trainable_parameters
 
@@ -100,7 +99,7 @@ def _of_sampler(scale: Scale, store: TokenStore, sampling: str) -> dict[str, Any
     cohorts = [draw(step) for step in steps]
     with _reader(store, draw, last_step=0) as reader:  # nothing is read ahead
         reads = [timed(partial(reader.groups, step)) for step in (0, *steps)][1:]
-    costs = [_costs(store, cohort) for cohort in cohorts]
+    costs = [group_costs(store, cohort, MICROBATCH_TOKENS, Packing()) for cohort in cohorts]
     return {
         **made,
         "draw_s": median(draws),
@@ -128,16 +127,6 @@ def _reader(
         packing=packing or Packing(),
         last_step=last_step,
     )
-
-
-def _costs(store: TokenStore, cohort: Cohort) -> NDArray[np.int64]:
-    """Returns the padded tokens of each group of a cohort."""
-    lengths = store.example_lengths(cohort.examples).tolist()
-    offsets = cohort.offsets.tolist()
-    costs = [
-        padded_tokens(lengths[a:b], MICROBATCH_TOKENS, Packing()) for a, b in pairwise(offsets)
-    ]
-    return np.array(costs, dtype=np.int64)
 
 
 def _balance(costs: list[NDArray[np.int64]], num_workers: int) -> dict[str, Any]:

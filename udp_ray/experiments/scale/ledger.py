@@ -13,23 +13,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from udp_ray.config.privacy import PricingConfig
 from udp_ray.console import current
-from udp_ray.dp.keys import RunKey
 from udp_ray.dp.plan import PricedPlan
-from udp_ray.experiments.scale.processes import timed
+from udp_ray.experiments.benchmark.parts import DATASET, DIGESTS, RUN_ID, START, new_ledger
+from udp_ray.experiments.measuring import timed
 from udp_ray.ledger.ledger import Ledger
-from udp_ray.ledger.records import Digests, plan_digest
 
 REPEATS = 20
-DATASET = RUN_ID = "scale"
-START = "0" * 64
-PLAN: dict[str, Any] = {"purpose": "to measure the ledger"}
-DIGESTS = Digests(plan=plan_digest(PLAN), config="none", code="none", store="none")
 NOISE_MULTIPLIER, COHORT_SIZE, POPULATION, DELTA = 1.0, 1024, 350_000, 1e-7
 
 
@@ -44,18 +40,7 @@ def measure_ledger(steps: Sequence[int]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="udp-ray-ledger-") as folder:
         url = f"sqlite:///{folder}/ledger.sqlite"
         most = max(steps) + len(steps) * (REPEATS + 1)
-        with Ledger.create(url) as ledger:
-            ledger.register_dataset(DATASET)
-            ledger.admit(
-                RUN_ID,
-                DATASET,
-                epsilon=1.0,
-                delta=DELTA,
-                num_steps=most,
-                plan=PLAN,
-                digests=DIGESTS,
-                key=RunKey.generate(),
-            )
+        with new_ledger(url, most) as ledger:
             attempt = ledger.begin_attempt(RUN_ID, DIGESTS)
         current().phase("granting steps", total=max(steps))
         taken, start = 0, START
@@ -76,14 +61,14 @@ def measure_ledger(steps: Sequence[int]) -> list[dict[str, Any]]:
                 each = []
                 for _ in range(REPEATS):
                     taken += 1
-                    began = time.perf_counter()
-                    ledger.authorize(attempt, taken, starting_checkpoint=start)
-                    each.append(time.perf_counter() - began)
+                    authorize = partial(ledger.authorize, attempt, taken, starting_checkpoint=start)
+                    each.append(timed(authorize))
                 row["authorize_s"] = median(each)
                 start = f"{number:064d}"
-                began = time.perf_counter()
-                ledger.commit(attempt, taken, checkpoint=f"at {number}", digest=start)
-                row["commit_s"] = time.perf_counter() - began
+                commit = partial(
+                    ledger.commit, attempt, taken, checkpoint=f"at {number}", digest=start
+                )
+                row["commit_s"] = timed(commit)
             row["epsilon_s"] = _seconds_of_epsilon(number)
             row["bytes"] = sum(file.stat().st_size for file in Path(folder).iterdir())
             rows.append(row)

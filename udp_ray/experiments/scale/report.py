@@ -22,6 +22,7 @@ from udp_ray.experiments.plotting import large_text, new_figure, to_png
 from udp_ray.experiments.scale.folder import ScaleFolder, name_of, sampler_name
 from udp_ray.experiments.scale.settings import Scale
 from udp_ray.io import write_atomic
+from udp_ray.reports.tables import aligned
 
 FIGURE = "growth.png"
 Row = Mapping[str, Any]
@@ -137,7 +138,7 @@ class Results:
         for name, value in BYTES.items():
             cells = [_number(value(row), 1e6) for row in self.sizes]
             rows.append([f"{name}, MB", *cells, _slope_text(slopes["bytes"][name])])
-        return _table(rows)
+        return aligned(rows)
 
     def _balance(self) -> str:
         if not self.sizes:
@@ -148,7 +149,7 @@ class Results:
         for uls, els in zip(*balances, strict=True):
             cells = [f"{each['mean']:.4f} (worst {each['worst']:.4f})" for each in (uls, els)]
             rows.append([f"{uls['workers']} workers", *cells])
-        return _table(rows)
+        return aligned(rows)
 
     def _samplers(self) -> str:
         if not self.samplers:
@@ -158,7 +159,7 @@ class Results:
             sizes = [f"{row[name] / 1e6:,.0f}" for name in ("make_bytes", "peak_bytes")]
             seconds = [f"{row[name]:.3g}" for name in ("draw_s", "make_s")]
             rows.append([f"{row['sampling']}, {row['num_users']:,} users", *seconds, *sizes])
-        return _table(rows)
+        return aligned(rows)
 
     def _ledger(self) -> str:
         if not self.ledger:
@@ -175,7 +176,7 @@ class Results:
         rows = [["ledger after", *(f"{row['steps']:,} steps" for row in self.ledger)]]
         for name, title in names.items():
             rows.append([title, *(f"{row[name]:,.3g}" for row in self.ledger)])
-        return _table(rows)
+        return aligned(rows)
 
     def _training(self) -> str:
         lines = []
@@ -258,14 +259,3 @@ def _number(value: float | None, unit: float = 1.0) -> str:
 
 def _slope_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if place == 0 else text.rjust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

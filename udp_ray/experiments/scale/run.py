@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from udp_ray.console import current, progress
+from udp_ray.experiments.measuring import Found, in_new_process
 from udp_ray.experiments.scale.cohorts import measure_cohorts, measure_sampler
 from udp_ray.experiments.scale.folder import ScaleFolder, name_of, sampler_name
 from udp_ray.experiments.scale.ledger import measure_ledger
-from udp_ray.experiments.scale.processes import Found, in_new_process
 from udp_ray.experiments.scale.report import Results
 from udp_ray.experiments.scale.settings import Scale, Size, TrainingOfScale
 from udp_ray.experiments.scale.store import (
@@ -24,12 +24,12 @@ from udp_ray.experiments.scale.store import (
     measure_opening,
     measure_verifying,
     prepare_store,
+    random_store,
     synthesis,
-    write_random_store,
 )
 from udp_ray.experiments.scale.training import measure_training
 from udp_ray.on_ray.synthesize import synthesize
-from udp_ray.runs.provenance import git_commit, processor_name, versions
+from udp_ray.runs.provenance import git_commit, machine, versions
 
 PACKAGES = ("torch", "numpy", "pyarrow", "ray", "tokenizers", "dp-accounting")
 
@@ -84,7 +84,7 @@ def _measure_size(scale: Scale, size: Size, folder: ScaleFolder, address: str | 
         quantities["prepare"] = preparing
         quantities["bare"] = lambda: in_new_process(bare_tokenizer, scale, place).value
     else:
-        quantities["prepare"] = lambda: write_random_store(scale, size, place)
+        quantities["prepare"] = lambda: random_store(scale, size, place)
     quantities |= {
         "open": opening,
         "verify": verifying,
@@ -129,9 +129,7 @@ def _is_measured(folder: ScaleFolder, name: str, settings: Any) -> bool:
 
 def _machine() -> dict[str, Any]:
     return {
-        "processor": processor_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        **machine(),
         "load": os.getloadavg()[1],
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "commit": git_commit(),

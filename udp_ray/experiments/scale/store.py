@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,29 +26,18 @@ from tokenizers import Tokenizer
 from udp_ray.config.experiment import ClusterConfig, DataConfig
 from udp_ray.config.synthesize import SynthesizeConfig
 from udp_ray.console import current
-from udp_ray.data.store import (
-    MANIFEST_FILE,
-    USER_HASH_BYTES,
-    Manifest,
-    PrivateCounts,
-    Shard,
-    StoreCounts,
-    TokenizerInfo,
-    TokenStore,
-    write_shard,
-)
+from udp_ray.data.store import MANIFEST_FILE, USER_HASH_BYTES, Shard, TokenStore
 from udp_ray.data.synthetic import LOG_STDDEV_WORDS, texts_per_user
-from udp_ray.errors import BenchmarkError
-from udp_ray.experiments.benchmark.preparation import watching
-from udp_ray.experiments.scale.processes import peak_by_name, status_bytes, timed
+from udp_ray.data.tokenize import TEXTS_AT_ONCE
+from udp_ray.experiments.benchmark.preparation import timed_encoding
+from udp_ray.experiments.measuring import run_watched, status_bytes, timed
+from udp_ray.experiments.random_store import write_random_store
 from udp_ray.experiments.scale.settings import TOKENIZER_FILE, Scale, Size
 
 DATASET = "synthetic"
 SEED = 13
 TOKENS_PER_WORD = 3
 """Of the synthetic words, by the tokenizer of the demo."""
-TEXTS_AT_ONCE = 256
-"""Texts in a call of the bare tokenizer, as `prepare` has them."""
 _PREPARE = """
 import sys
 from udp_ray.config.experiment import DataConfig
@@ -100,22 +89,13 @@ def prepare_store(scale: Scale, folder: Path, *, address: str | None = None) -> 
     data = data_config(scale, folder)
     shutil.rmtree(data.store, ignore_errors=True)
     command = [sys.executable, "-c", _PREPARE, data.model_dump_json(), address or ""]
-    start = time.perf_counter()
-    with (
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-        watching(process.pid) as found,
-    ):
-        text, _ = process.communicate()
-        seconds = time.perf_counter() - start
-    if process.returncode:
-        raise BenchmarkError(f"preparing failed in the scale study:\n{text}")
-    found.before.clear()  # this process was new
+    found = run_watched(
+        command, failed="preparing failed in the scale study", stderr=subprocess.STDOUT
+    )
     return {
-        "seconds": seconds,
+        "seconds": found.seconds,
         "processor_s": found.processor_s,
-        "processes": peak_by_name(found.names, found.peak_bytes),
+        "processes": found.peak_by_name(),
         **_described(Path(data.store)),
     }
 
@@ -131,24 +111,21 @@ def bare_tokenizer(scale: Scale, folder: Path) -> dict[str, Any]:
             texts += next(pq.ParquetFile(file).iter_batches(wanted, columns=["text"]))[
                 0
             ].to_pylist()
-    start, processor = time.perf_counter(), time.process_time()
-    num_tokens = 0
-    for first in range(0, len(texts), TEXTS_AT_ONCE):
-        batch = texts[first : first + TEXTS_AT_ONCE]
-        encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        num_tokens += sum(map(len, encodings))
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    batches = (texts[start : start + TEXTS_AT_ONCE] for start in starts)
+    num_tokens, seconds, processor_s = timed_encoding(tokenizer, batches)
     return {
         "num_texts": len(texts),
         "num_tokens": num_tokens,
-        "seconds": time.perf_counter() - start,
-        "processor_s": time.process_time() - processor,
+        "seconds": seconds,
+        "processor_s": processor_s,
     }
 
 
 # ---- a store of random tokens
 
 
-def write_random_store(scale: Scale, size: Size, folder: Path) -> dict[str, Any]:
+def random_store(scale: Scale, size: Size, folder: Path) -> dict[str, Any]:
     """Writes a store of as many users and examples as a prepared one, of random tokens.
 
     Returns:
@@ -160,45 +137,29 @@ def write_random_store(scale: Scale, size: Size, folder: Path) -> dict[str, Any]
     vocabulary = json.loads((Path(scale.model) / "config.json").read_text())["vocab_size"]
     random = np.random.default_rng(SEED)
     counts = random.permutation(texts_per_user(synthesis(scale, size, folder)))
-    entries = []
-    for number, own in enumerate(np.array_split(counts, scale.num_shards)):
-        current().phase("writing random tokens", total=scale.num_shards, unit="shard")
-        current().advance(number)
-        lengths = np.rint(scale.median_words * TOKENS_PER_WORD * random.lognormal(
-            0.0, LOG_STDDEV_WORDS, int(own.sum())))  # fmt: skip
-        ends = np.cumsum(np.clip(lengths, 2, scale.block_tokens).astype(np.int64))
-        shard = Shard(
-            user_hashes=random.integers(0, 256, (len(own), USER_HASH_BYTES), np.uint8),
-            user_offsets=np.concatenate([[0], np.cumsum(own)]),
-            example_offsets=np.concatenate([[0], ends]),
-            loss_starts=np.ones(len(lengths), np.int32),
-            tokens=random.integers(0, vocabulary, int(ends[-1]), np.uint16),
-        )
-        entries.append(write_shard(place, number, shard))
-    sizes, users = np.unique(counts, return_counts=True)
-    tokenizer = TokenizerInfo(
-        name=scale.model, fingerprint="0" * 64, vocab_size=vocabulary, eos_id=0, pad_id=0
-    )
-    Manifest(
-        name=DATASET,
-        ledger_id="none",
-        ledger_url="none",
-        tokenizer=tokenizer,
+
+    def shards() -> Iterator[Shard]:
+        for number, own in enumerate(np.array_split(counts, scale.num_shards)):
+            current().phase("writing random tokens", total=scale.num_shards, unit="shard")
+            current().advance(number)
+            lengths = np.rint(scale.median_words * TOKENS_PER_WORD * random.lognormal(
+                0.0, LOG_STDDEV_WORDS, int(own.sum())))  # fmt: skip
+            ends = np.cumsum(np.clip(lengths, 2, scale.block_tokens).astype(np.int64))
+            yield Shard(
+                user_hashes=random.integers(0, 256, (len(own), USER_HASH_BYTES), np.uint8),
+                user_offsets=np.concatenate([[0], np.cumsum(own)]),
+                example_offsets=np.concatenate([[0], ends]),
+                loss_starts=np.ones(len(lengths), np.int32),
+                tokens=random.integers(0, vocabulary, int(ends[-1]), np.uint16),
+            )
+
+    write_random_store(
+        place,
+        shards(),
+        tokenizer=scale.model,
+        vocabulary=vocabulary,
         block_tokens=scale.block_tokens,
-        num_shards=scale.num_shards,
-        source={"input": "random tokens"},
-        created_by={},
-        shards=entries,
-    ).write(place)
-    store = TokenStore.open(place, verify=False)
-    PrivateCounts(
-        train=StoreCounts(
-            num_users=store.num_users,
-            num_examples=store.num_examples,
-            num_tokens=store.num_tokens,
-            examples_per_user=dict(zip(sizes.tolist(), users.tolist(), strict=True)),
-        )
-    ).write(place)
+    )
     return _described(place)
 
 

@@ -27,8 +27,7 @@ from safetensors.torch import load_file
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.console import current
 from udp_ray.errors import BenchmarkError, LedgerError
-from udp_ray.experiments.benchmark.preparation import watching
-from udp_ray.experiments.scale.processes import descendants, peak_by_name
+from udp_ray.experiments.measuring import process_tree, watching
 from udp_ray.experiments.scale.settings import WEIGHTS_FILE, Scale
 from udp_ray.experiments.scale.store import data_config
 from udp_ray.ledger.ledger import Ledger
@@ -151,13 +150,13 @@ def _run(
                 process.wait()
         finally:
             if process.poll() is None:
-                _kill_all(descendants(process.pid))
+                _kill_all(process_tree(process.pid))
     if kill_after is None and process.returncode:
         raise BenchmarkError(f"the training of the scale study failed: see {log}")
     return {
         "seconds": time.perf_counter() - began,
         "granted_when_killed": granted,
-        "processes": peak_by_name(found.names, found.peak_bytes),
+        "processes": found.peak_by_name(),
     }
 
 

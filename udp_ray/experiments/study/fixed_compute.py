@@ -115,6 +115,14 @@ class Comparison:
         return [theirs[seed] - ours[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
     @property
+    def order(self) -> int:
+        """1 if the best ULS is better than the best ELS at all seeds, -1 if worse, else 0."""
+        pairs = self.els_minus_uls()
+        if not pairs:
+            return 0
+        return int(min(pairs) > 0) - int(max(pairs) < 0)
+
+    @property
     def choice(self) -> Method:
         """The method that `jobs/plan.py` recommends among those that were trained."""
         chosen = recommend([method.prediction for method in self.methods])
@@ -181,12 +189,11 @@ class FixedCompute:
         compared = [each for each in self.comparisons if each.els_minus_uls()]
         if not compared:
             return ["Nothing is compared yet."]
-        lower = [each for each in compared if min(each.els_minus_uls()) > 0]
-        higher = [each for each in compared if max(each.els_minus_uls()) < 0]
+        lower, higher = (sum(each.order == order for each in compared) for order in (1, -1))
         averaging = [each for each in compared if _of(each.best("uls")) > 1]
         found = [
-            f"The best ULS has a lower loss than the best ELS at all seeds in {len(lower)} of"
-            f" {len(compared)} places, a higher one in {len(higher)}; the rest are open.",
+            f"The best ULS has a lower loss than the best ELS at all seeds in {lower} of"
+            f" {len(compared)} places, a higher one in {higher}; the rest are open.",
             f"The best group size of ULS is above 1 in {len(averaging)} of {len(compared)} places"
             + (f": {'; '.join(map(_place_text, averaging))}." if averaging else "."),
         ]
@@ -295,14 +302,13 @@ def _comparisons(
 
 
 def _methods(runs: pd.DataFrame, workload: Workload) -> Iterator[Method]:
+    sizes = {each: sorted(set(runs.group_size[runs.sampling == each])) for each in SAMPLERS}
+    predictions = predict(
+        workload, els_group_sizes=map(int, sizes["els"]), uls_group_sizes=map(int, sizes["uls"])
+    )
+    found = {(each.sampling, each.group_size): each for each in predictions}
     for (sampling, group_size), cells in runs.groupby(["sampling", "group_size"], sort=False):
-        size = [int(group_size)]
-        predictions = predict(
-            workload,
-            els_group_sizes=size if sampling == "els" else [],
-            uls_group_sizes=size if sampling == "uls" else [],
-        )
-        if not predictions:
+        if (sampling, group_size) not in found:
             continue
         # Of a method at several learning rates the best one counts.
         means = cells.groupby("variant").token_loss.agg(["count", "mean"])
@@ -315,7 +321,7 @@ def _methods(runs: pd.DataFrame, workload: Workload) -> Iterator[Method]:
             token_losses=dict(zip(cells.seed, cells.token_loss, strict=True)),
             user_losses=dict(zip(cells.seed, cells.user_loss, strict=True)),
             examples_per_step=float(cells.examples_per_step.mean()),
-            prediction=predictions[0],
+            prediction=found[sampling, group_size],
         )
 
 
@@ -402,8 +408,7 @@ def _draw_panel(panel: Axes, comparisons: Sequence[Comparison], epsilons: Sequen
 
 def _message(comparisons: Sequence[Comparison]) -> str:
     compared = [each for each in comparisons if each.els_minus_uls()]
-    lower = sum(min(each.els_minus_uls()) > 0 for each in compared)
-    higher = sum(max(each.els_minus_uls()) < 0 for each in compared)
+    lower, higher = (sum(each.order == order for each in compared) for order in (1, -1))
     return (
         f"At equal compute the best ULS is better than the best ELS in {lower} of {len(compared)}"
         f" places, worse in {higher}\n(at all seeds; bars: lowest to highest seed)"

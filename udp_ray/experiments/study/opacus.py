@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from statistics import mean, median
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,15 +32,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from udp_ray.config.experiment import ExperimentConfig
+from udp_ray.data.batches import labels_of
 from udp_ray.data.store import TokenStore
 from udp_ray.engine.distributed import join_world
 from udp_ray.engine.evaluate import evaluate
 from udp_ray.engine.loss import NO_LOSS, row_losses
 from udp_ray.errors import ConfigError
 from udp_ray.experiments.benchmark.contestants import WithPositions, with_torch_layers
+from udp_ray.experiments.study.settings import OpacusWay
 from udp_ray.models.load import load_model
 
-Way = Literal["one-record", "group-privacy"]
 ACCOUNTANT = "prv"
 """Opacus' default and tightest accountant."""
 ROWS_AT_ONCE = 32
@@ -62,7 +63,7 @@ def example_level_target(epsilon: float, delta: float, group_size: int) -> tuple
     return each, delta / sum(math.exp(number * each) for number in range(group_size))
 
 
-def train_with_opacus(config: ExperimentConfig, way: Way) -> dict[str, Any]:
+def train_with_opacus(config: ExperimentConfig, way: OpacusWay) -> dict[str, Any]:
     """Trains a cell with Opacus and returns what `training.train_cell` returns of a run.
 
     Args:
@@ -172,10 +173,9 @@ class RecordTexts(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Returns (input_ids_T, labels_T) of a record, int64."""
         example = int(self._records[index])
-        input_ids_T = torch.from_numpy(self._store.tokens(example).astype(np.int64))
-        labels_T = input_ids_T.clone()
-        labels_T[: self._store.loss_start(example)] = NO_LOSS
-        return input_ids_T, labels_T
+        tokens = self._store.tokens(example)
+        labels = labels_of(tokens, self._store.loss_start(example), self._store.loss_mask(example))
+        return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels)
 
 
 class Batch(NamedTuple):

@@ -13,10 +13,8 @@ loss per token among those with most seeds.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,8 +29,8 @@ from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.experiments.study.folder import StudyFolder, strict
 from udp_ray.experiments.study.settings import PlannedStudy
 from udp_ray.io import write_atomic
-from udp_ray.reports.tables import wrap
-from udp_ray.runs.provenance import git_commit, processor_name, versions
+from udp_ray.reports.tables import aligned, wrap
+from udp_ray.runs.provenance import git_commit, machine, versions
 
 LAST = "heldout"
 """Prefix of the metrics of the last iterate; others, as heldout_average, get rows of their own."""
@@ -254,32 +252,12 @@ class Results:
         return sorted({str(commit)[:12] + str(commit)[40:] for commit in self.frame["commit"]})
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns a table as text; a cell may have lines. The first column is aligned to the left.
-
-    The columns are as wide as they need to be: names of variants must stay whole.
-    """
-    lines = [
-        line
-        for row in rows
-        for line in itertools.zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    justify = [str.ljust, *(str.rjust for _ in widths[1:])]
-    return "\n".join(
-        "  ".join(
-            put(cell, width) for put, cell, width in zip(justify, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
-
-
 def provenance(planned: PlannedStudy) -> dict[str, Any]:
     """Returns what made a report: command, hardware, versions and commit."""
-    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = machine()
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "hardware": f"{processor_name()}, {len(os.sched_getaffinity(0))} cores, {gibibytes:.0f} GiB"
+        "hardware": f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB"
         " (shared with other work)",
         "versions": versions(),
         "commit": git_commit(),
@@ -293,12 +271,11 @@ def _of_settings(config: ExperimentConfig | None) -> dict[str, Any]:
     if config is None:
         return {}
     privacy = config.privacy
-    size = privacy.batch_size if privacy.sampling == "els" else privacy.cohort_size
-    per_unit = 1 if privacy.sampling == "els" else privacy.group_size
+    per_unit = privacy.group_size if privacy.sampling == "uls" else 1
     return {
         "sampling": privacy.sampling,
         "group_size": privacy.group_size,
-        "nominal_examples": (size or 0) * per_unit,
+        "nominal_examples": privacy.expected_size * per_unit,
         "delta": privacy.delta,
         "population": privacy.population,
         "learning_rate": config.train.learning_rate,

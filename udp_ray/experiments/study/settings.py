@@ -57,6 +57,10 @@ OWN_FIELDS = {
 """Settings of a cell that the study sets itself."""
 
 
+OpacusWay = Literal["one-record", "group-privacy"]
+"""How Opacus' promise to a record becomes one to its author; see `opacus.py`."""
+
+
 class TextSet(Section):
     """A data set: text to train on, and text of other users to evaluate on."""
 
@@ -100,7 +104,7 @@ class Variant(Section):
     """Further settings with the values to try, in all combinations."""
     scaling: Scaling | None = None
     """Scales gradients before they are clipped and noised; only studies can. Default: none."""
-    opacus: Literal["one-record", "group-privacy"] | None = None
+    opacus: OpacusWay | None = None
     """Trains with Opacus' example-level DP-SGD, on one record of each author, or on up to
     privacy.group_size with group privacy (opacus.py). Default: neither."""
     datasets: list[DatasetName] | None = None
@@ -272,7 +276,7 @@ class Cell:
     heldout_examples: int
     evaluate_every: int | None
     scaling: Scaling | None = None
-    opacus: Literal["one-record", "group-privacy"] | None = None
+    opacus: OpacusWay | None = None
     error: str | None = None
     """Why the settings are refused."""
 

@@ -33,9 +33,9 @@ from udp_ray.engine.loop import cohorts
 from udp_ray.engine.trainer import InMemoryAccountant
 from udp_ray.engine.types import Metrics
 from udp_ray.errors import DivergedError, UdpRayError
-from udp_ray.experiments.study.opacus import Way, train_with_opacus
+from udp_ray.experiments.study.opacus import train_with_opacus
 from udp_ray.experiments.study.scaling import training_of
-from udp_ray.experiments.study.settings import Scaling
+from udp_ray.experiments.study.settings import OpacusWay, Scaling
 from udp_ray.models.load import load_model, trainable_parameters
 from udp_ray.runs.admission import new_key, plan_of
 
@@ -44,7 +44,7 @@ _plans: dict[str, PrivacyPlan] = {}
 
 
 def train_cell(
-    config: ExperimentConfig, scaling: Scaling | None = None, opacus: Way | None = None
+    config: ExperimentConfig, scaling: Scaling | None = None, opacus: OpacusWay | None = None
 ) -> dict[str, Any]:
     """Trains a run and returns what was measured; after any error, the error in one line.
 
