@@ -900,6 +900,19 @@ VERIFICATIONS = {
     ),
 }  # fmt: skip
 
+DRAINS = {
+    "no cluster to leave": bad(
+        "drain", "--cluster.address 127.0.0.1:1", "cluster.address", "127.0.0.1:1", "start one",
+        as_process=True,
+    ),
+    "a client's address": bad(
+        "drain", "--cluster.address ray://head:10001", "cluster.address", "ray://head:10001",
+        "ray job submit",
+    ),
+    "no time to leave": bad("drain", "--within_s 0", "within_s", "is 0", "greater than 0"),
+    "a time that is a word": bad("drain", "--within_s soon", "within_s", "'soon'", "number"),
+}  # fmt: skip
+
 PLANS = {
     "no workload": bad(
         "plan", "--config WORLD/train.yaml", "plan", "is missing", "give it", as_process=True,
@@ -1292,6 +1305,7 @@ CASES: dict[str, BadInput] = {
     **PREPARATIONS,
     **LEDGERS,
     **VERIFICATIONS,
+    **DRAINS,
     **PLANS,
     **STUDIES,
     **GENERATIONS,

@@ -162,3 +162,25 @@ def test_the_user_of_the_image_is_the_one_that_the_pods_run_as() -> None:
         r"runAsUser: (\d+)", "".join(f.read_text() for f in sorted(DEPLOY.glob("*.yaml")))
     )
     assert set(pods) == {found[1]}
+
+
+def test_workers_leave_a_pod_before_it_ends(image: Path) -> None:
+    """The hook's command runs in the image, within the time that Kubernetes gives it."""
+    cluster = yaml.safe_load((DEPLOY / "raycluster.yaml").read_text())["spec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    shell, option, hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    drain, stop = hook.split(";")
+    python, script, *arguments = shlex.split(drain)
+    (folder,) = texts("WORKDIR")
+    assert (shell, option, python, stop.strip()) == ("/bin/sh", "-c", "python", "ray stop")
+    done = in_image(
+        image, str(image / Path(script).relative_to(folder)), *arguments,
+        "--cluster.address", "127.0.0.1:1", "--dry-run",
+    )  # fmt: skip
+    assert "cluster.address is 127.0.0.1:1, where no Ray cluster answers" in done.stderr
+    within_s = float(arguments[arguments.index("--within_s") + 1])
+    assert 0 < within_s < pod["terminationGracePeriodSeconds"]
+    # The head holds driver, accountant and ledger: nothing leaves it.
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert "lifecycle" not in head

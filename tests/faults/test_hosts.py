@@ -1,4 +1,4 @@
-"""Four hosts with addresses of their own: one is lost in the middle of a step, another one joins.
+"""Four hosts with addresses of their own: one is lost or drained within a step, another one joins.
 
     pytest tests/faults/test_hosts.py -m slow -s
 
@@ -33,7 +33,11 @@ from udp_ray.reports.verify import verify
 
 NUM_HOSTS = 4
 SPARE = {2: 4, 3: 5}
-"""The host that joins, by ZeRO stage."""
+"""The host that joins, by ZeRO stage, where one is lost."""
+SPARE_OF_DRAINED = 6
+NUM_HOSTS_IN_ALL = 7
+HEARD_S = 12.0
+"""Ray looks for drained nodes every five seconds."""
 NUM_STEPS, STEP = 8, 5  # between the checkpoints of steps 4 and 6
 PATIENCE_S = 800.0
 VARIABLES = {
@@ -98,7 +102,7 @@ def cluster(folder: Path, config: ExperimentConfig) -> Iterator[Cluster]:
     settings = config.model_dump(mode="json", exclude_none=True)
     try:
         with (
-            Hosts(folder / "hosts", NUM_HOSTS + len(SPARE)) as hosts,
+            Hosts(folder / "hosts", NUM_HOSTS_IN_ALL) as hosts,
             ObjectStore(folder / "objects", hosts.gateway) as objects,
             pytest.MonkeyPatch.context() as environment,
         ):
@@ -187,9 +191,43 @@ def test_a_run_that_loses_a_host_and_gains_another_ends_with_the_same_weights(
     assert verify(output).agrees
 
 
+def test_a_host_that_is_drained_leaves_after_a_checkpoint_of_its_step(
+    cluster: Cluster, ledger: Ledger, undisturbed: Weights, tmp_path: Path
+) -> None:
+    """As a pod does, by the job that `deploy/raycluster.yaml` runs before the pod ends."""
+    hosts, output, moment = cluster.hosts, tmp_path / "output", tmp_path / "moment"
+    moment.mkdir()
+    waiting = ("-m", "tests.support.fault_points", str(moment), "authorized", str(STEP), "0")
+    job = cluster.start("train", *waiting, output=output)
+    try:
+        leaving = lost_host(hosts, reached(moment))
+        run_id = run_id_in(output)
+        drain = [sys.executable, str(JOBS / "drain.py"), "--within_s", str(PATIENCE_S)]
+        drain += ["--cluster.address", cluster.settings["cluster"]["address"]]
+        leave = Job(hosts.start(leaving, drain, tmp_path / "drain.log"), tmp_path / "drain.log")
+        time.sleep(HEARD_S)
+        assert leave.process.poll() is None  # its worker is within the step
+        go_on(moment)
+        said_there = leave.end()
+        hosts.switch_off(leaving)
+        hosts.join(SPARE_OF_DRAINED)
+        said = job.end()
+    finally:
+        if job.process.poll() is None:
+            job.process.kill()
+    assert "is drained: nothing runs on it" in said_there
+    assert "about to be taken away" in said
+    record = ledger.run(run_id)
+    assert (record.state, record.charged_steps, record.num_keys) == ("finished", NUM_STEPS, 1)
+    places = ledger.committed_checkpoints(run_id)
+    assert any(f"checkpoint-{STEP}-" in f"{place}-" for place in places), places
+    assert distance(weights(output), undisturbed) < TOLERANCE
+    assert verify(output).agrees
+
+
 def lost_host(hosts: Hosts, pid: int | None) -> int:
     """Returns the host of rank 0; if that is the driver's own, the last one that is in use."""
     assert pid is not None
-    used = [number for number in range(NUM_HOSTS + len(SPARE)) if hosts.processes(number)]
+    used = [number for number in range(NUM_HOSTS_IN_ALL) if hosts.processes(number)]
     of_rank_0 = [number for number in used[1:] if pid in hosts.processes(number)]
     return of_rank_0[0] if of_rank_0 else used[-1]

@@ -2207,6 +2207,33 @@ PREEMPTION = [
         ),
     ),
     Mutant(
+        name="drain_that_does_not_wait",
+        breaks="a machine is taken away while its worker is within a step",
+        file="udp_ray/on_ray/drain.py",
+        text="        while is_in_use(node_id):\n",
+        replacement="        while False:\n",
+        tests=(
+            "tests/on_ray/test_drain.py"
+            "::test_the_call_waits_for_a_worker_and_nothing_new_is_placed",
+        ),
+    ),
+    Mutant(
+        name="drain_notice_for_idle_nodes",
+        breaks="Ray refuses to drain a node that is in use, and training is not told",
+        file="udp_ray/on_ray/drain.py",
+        text='"DRAIN_NODE_REASON_PREEMPTION"',
+        replacement='"DRAIN_NODE_REASON_IDLE_TERMINATION"',
+        tests=("tests/on_ray/test_drain.py::test_a_node_that_stays_in_use_is_reported",),
+    ),
+    Mutant(
+        name="pod_that_ends_within_its_hook",
+        breaks="Kubernetes kills a pod before its runs have written a checkpoint",
+        file="deploy/raycluster.yaml",
+        text="terminationGracePeriodSeconds: 360",
+        replacement="terminationGracePeriodSeconds: 60",
+        tests=("tests/contracts/test_image.py::test_workers_leave_a_pod_before_it_ends",),
+    ),
+    Mutant(
         name="fused_sums_of_the_least_workers",
         breaks="a range from one worker lets rank 0 round its noise before other workers' sums",
         file="udp_ray/config/experiment.py",

@@ -83,7 +83,7 @@ class Head(Node):
         self.address = f"127.0.0.1:{_free_port()}"
         # Sockets lie in the folder, and their names must be short.
         self._folder = tempfile.mkdtemp(prefix="ray-head-")
-        self._nodes: list[Node] = []
+        self.nodes: list[Node] = []
         options = ["--head", f"--port={self.address.rpartition(':')[2]}", f"--num-cpus={num_cpus}"]
         options += [f"--temp-dir={self._folder}", "--node-ip-address=127.0.0.1"]
         options += ["--include-dashboard=false", f"--ray-client-server-port={_free_port()}"]
@@ -92,14 +92,14 @@ class Head(Node):
     def add_node(self, *, num_cpus: int) -> Node:
         """Starts a further node."""
         options = [f"--address={self.address}", f"--num-cpus={num_cpus}"]
-        options += [f"--node-name={len(self._nodes)}"]
-        self._nodes.append(Node([*options, "--node-ip-address=127.0.0.1"]))
-        return self._nodes[-1]
+        options += [f"--node-name={len(self.nodes)}"]
+        self.nodes.append(Node([*options, "--node-ip-address=127.0.0.1"]))
+        return self.nodes[-1]
 
     def drain(self, node: Node, *, deadline_s: float) -> None:
         """Tells Ray that a node will be taken away."""
         client = GcsClient(address=self.address)
-        name = str(self._nodes.index(node))
+        name = str(self.nodes.index(node))
         (node_id,) = [
             each.hex() for each, info in client.get_all_node_info().items()
             if info.node_name == name
@@ -116,7 +116,7 @@ class Head(Node):
         return self
 
     def __exit__(self, *error: object) -> None:
-        for node in (*self._nodes, self):
+        for node in (*self.nodes, self):
             node.switch_off()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -1,0 +1,160 @@
+"""A node is announced to go, and the call returns once nothing runs there. On real nodes of Ray.
+
+pytest tests/on_ray/test_drain.py; tests/faults/test_hosts.py drains a host of a training run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tests.support.head_nodes import Head
+from tests.support.jobs import JOBS
+from udp_ray.on_ray.cluster import connected
+from udp_ray.on_ray.drain import drain_node, is_in_use
+
+PATIENCE_S = 240.0
+
+
+@pytest.fixture(autouse=True)
+def _one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    # For nodes and drivers, whatever an earlier test's cluster has left in the environment.
+    monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+
+
+def in_own_process(check: Callable[[Head, str], None]) -> None:
+    """Runs a check on a new node; this process may be connected to the cluster of other tests."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        pool.submit(_on_new_node, check).result()
+
+
+def _on_new_node(check: Callable[[Head, str], None]) -> None:
+    with Head(num_cpus=1) as head, connected(head.address):
+        head.add_node(num_cpus=1)
+        here = ray.get_runtime_context().get_node_id()
+        (node_id,) = {node["NodeID"] for node in ray.nodes()} - {here}
+        check(head, node_id)
+
+
+def on(node_id: str, num_cpus: float = 1) -> ray.actor.ActorHandle:
+    """Starts an actor on a node, and returns it once it runs there."""
+
+    @ray.remote(num_cpus=num_cpus)
+    class Worker:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    worker = Worker.options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+    ).remote()
+    assert ray.get(worker.node.remote(), timeout=PATIENCE_S) == node_id
+    return worker
+
+
+def eventually(node_id: str, is_used: bool) -> None:
+    """Waits until Ray's head knows what a node has reserved, which it hears of every second."""
+    assert any(
+        is_in_use(node_id) is is_used or threading.Event().wait(0.1) for _ in range(600)
+    ), node_id
+
+
+def waits_for_an_actor(_: Head, node_id: str) -> None:
+    worker = on(node_id)
+    eventually(node_id, is_used=True)
+    seen: list[bool] = []
+    waiting = threading.Thread(
+        target=lambda: seen.append(drain_node(node_id, within_s=PATIENCE_S)), daemon=True
+    )
+    waiting.start()
+    waiting.join(3.0)
+    assert waiting.is_alive()
+    ray.kill(worker)
+    waiting.join(PATIENCE_S)
+    assert seen == [True]
+    with pytest.raises(ray.exceptions.RayError):
+        on(node_id)
+
+
+def test_the_call_waits_for_a_worker_and_nothing_new_is_placed() -> None:
+    in_own_process(waits_for_an_actor)
+
+
+def is_short_of_time(_: Head, node_id: str) -> None:
+    worker = on(node_id, num_cpus=0.25)
+    eventually(node_id, is_used=True)
+    assert drain_node(node_id, within_s=2.0) is False
+    ray.kill(worker)
+    eventually(node_id, is_used=False)
+
+
+def test_a_node_that_stays_in_use_is_reported() -> None:
+    in_own_process(is_short_of_time)
+
+
+def waits_for_a_placement_group(_: Head, node_id: str) -> None:
+    group = placement_group([{"CPU": 1}], strategy="STRICT_PACK", _soft_target_node_id=node_id)
+    ray.get(group.ready(), timeout=PATIENCE_S)
+    eventually(node_id, is_used=True)
+    assert drain_node(node_id, within_s=2.0) is False
+    remove_placement_group(group)
+    assert drain_node(node_id, within_s=PATIENCE_S) is True
+
+
+def test_a_placement_group_is_waited_for_too() -> None:
+    in_own_process(waits_for_a_placement_group)
+
+
+def is_gone(head: Head, node_id: str) -> None:
+    on(node_id)
+    eventually(node_id, is_used=True)
+    head.nodes[0].switch_off()
+    eventually(node_id, is_used=False)
+    assert is_in_use("ab" * 28) is False
+
+
+def test_a_node_that_is_gone_is_not_in_use() -> None:
+    in_own_process(is_gone)
+
+
+def job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs the job to its end."""
+    return subprocess.run(
+        [sys.executable, str(JOBS / "drain.py"), *arguments],
+        capture_output=True, text=True, timeout=PATIENCE_S,
+    )  # fmt: skip
+
+
+def test_the_job_drains_the_node_that_it_runs_on() -> None:
+    with Head(num_cpus=1) as head:
+        to = ["--cluster.address", head.address]
+        planned = job("--dry-run", *to)
+        done = job("--within_s", "60", *to)
+    assert planned.returncode == done.returncode == 0, planned.stderr + done.stderr
+    assert "is not in use and would be drained" in planned.stdout
+    assert "is drained: nothing runs on it" in done.stdout
+
+
+def is_told_by_the_job(head: Head, _: str) -> None:
+    here = str(ray.get_runtime_context().get_node_id())
+    _worker = on(here)
+    eventually(here, is_used=True)
+    done = job("--dry-run", "--cluster.address", head.address)
+    assert "is in use and would be drained" in done.stdout, done.stderr
+    done = job("--within_s", "2", "--cluster.address", head.address)
+    assert done.returncode == 1, done.stderr
+    assert "is still in use after 2 s: steps since the last checkpoint will be" in done.stdout
+
+
+def test_the_job_says_that_the_time_was_too_short() -> None:
+    in_own_process(is_told_by_the_job)
