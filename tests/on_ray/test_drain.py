@@ -64,9 +64,9 @@ def on(node_id: str, num_cpus: float = 1) -> ray.actor.ActorHandle:
 
 def eventually(node_id: str, is_used: bool) -> None:
     """Waits until Ray's head knows what a node has reserved, which it hears of every second."""
-    assert any(
-        is_in_use(node_id) is is_used or threading.Event().wait(0.1) for _ in range(600)
-    ), node_id
+    assert any(is_in_use(node_id) is is_used or threading.Event().wait(0.1) for _ in range(600)), (
+        node_id
+    )
 
 
 def waits_for_an_actor(_: Head, node_id: str) -> None:
