@@ -63,7 +63,7 @@ from udp_ray.experiments.benchmark.settings import (
     Study,
     missing_contestants,
 )
-from udp_ray.experiments.measuring import watching
+from udp_ray.experiments.measuring import POLL_S, watching
 
 SHAPES = [
     ModelShape(name=family, family=family, width=16, layers=1, heads=2, vocabulary=64)
@@ -423,6 +423,23 @@ def test_seconds_of_a_block_count_processes_that_ended_and_nothing_before() -> N
     with watching() as found:
         subprocess.run([sys.executable, "-c", burn], check=True)
     assert 0.5 < found.processor_s < 1.5
+
+
+def test_memory_of_its_own_leaves_out_pages_of_mapped_files(tmp_path: Path) -> None:
+    size = 64 << 20
+    file = tmp_path / "file"
+    file.write_bytes(bytes(size))
+    program = (
+        "import mmap, time\n"
+        f"mapped = mmap.mmap(open({str(file)!r}, 'rb').fileno(), 0, access=mmap.ACCESS_READ)\n"
+        f"sum(mapped[::4096]); own = bytearray(b'1') * {size // 2}\n"
+        f"time.sleep({5 * POLL_S})"
+    )
+    with watching() as found, subprocess.Popen([sys.executable, "-c", program]) as process:
+        process.wait()
+    assert found.peak_bytes[process.pid] > 3 * size // 2
+    assert size // 2 < found.own_bytes[process.pid] < size
+    assert found.largest_by_name("own_bytes").keys() == found.largest_by_name().keys()
 
 
 def test_padding_is_counted_from_the_lengths_of_ragged_users() -> None:

@@ -105,6 +105,8 @@ class Watched:
     """The same of those that ran before, when they were first seen."""
     peak_bytes: dict[int, int] = field(default_factory=dict)
     """Peak resident memory of each process, pages of the object store included."""
+    own_bytes: dict[int, int] = field(default_factory=dict)
+    """Most memory of its own that each process was seen with: no pages of files or of the store."""
 
     @property
     def processor_s(self) -> float:
@@ -112,7 +114,7 @@ class Watched:
         return sum(self.processor.values()) - sum(self.before.values())
 
     def by_name(self) -> list[dict[str, Any]]:
-        """Returns seconds and peak memory by name of process, the busiest first.
+        """Returns seconds and memory by name of process, the busiest first.
 
         A name is a title that Ray has set, or the file name of the command.
         """
@@ -120,17 +122,23 @@ class Watched:
         for number, title in self.names.items():
             name = title if title.startswith("ray::") else Path(title.split(" ")[0]).name
             row = rows.setdefault(
-                name, {"name": name, "processes": 0, "processor_s": 0.0, "peak_bytes": 0}
+                name,
+                {"name": name, "processes": 0, "processor_s": 0.0, "peak_bytes": 0, "own_bytes": 0},
             )
             row["processes"] += 1
             row["processor_s"] += self.processor[number]
             row["peak_bytes"] = max(row["peak_bytes"], self.peak_bytes[number])
+            row["own_bytes"] = max(row["own_bytes"], self.own_bytes[number])
         return sorted(rows.values(), key=lambda row: -row["processor_s"])
 
-    def peak_by_name(self) -> dict[str, int]:
-        """Returns the largest peak memory of the processes of each name, the largest first."""
-        peaks = {row["name"]: row["peak_bytes"] for row in self.by_name()}
-        return dict(sorted(peaks.items(), key=lambda item: -item[1]))
+    def largest_by_name(self, field: str = "peak_bytes") -> dict[str, int]:
+        """Returns the largest memory of the processes of each name, the largest first.
+
+        Args:
+            field: "peak_bytes" or "own_bytes".
+        """
+        largest = {row["name"]: row[field] for row in self.by_name()}
+        return dict(sorted(largest.items(), key=lambda item: -item[1]))
 
 
 @contextmanager
@@ -214,11 +222,13 @@ def _look_at(number: int, found: Watched) -> None:
         command = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return
-    peak = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    if fields is None or not peak:
+    memory = {line.partition(":")[0]: line.split()[1] for line in lines if "kB" in line}
+    if fields is None or not {"VmHWM", "RssAnon"} <= memory.keys():
         return
     title = command[0].decode(errors="replace")
     if "IDLE" not in title or number not in found.names:  # named by what it did last
         found.names[number] = title
     found.processor[number] = (int(fields[11]) + int(fields[12])) / CLOCK_TICKS
-    found.peak_bytes[number] = 1024 * int(peak[0])
+    found.peak_bytes[number] = _KIBIBYTE * int(memory["VmHWM"])
+    own = _KIBIBYTE * int(memory["RssAnon"])
+    found.own_bytes[number] = max(own, found.own_bytes.get(number, 0))

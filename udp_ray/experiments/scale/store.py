@@ -95,7 +95,7 @@ def prepare_store(scale: Scale, folder: Path, *, address: str | None = None) -> 
     return {
         "seconds": found.seconds,
         "processor_s": found.processor_s,
-        "processes": found.peak_by_name(),
+        "processes": found.largest_by_name("own_bytes"),
         **_described(Path(data.store)),
     }
 

@@ -156,7 +156,7 @@ def _run(
     return {
         "seconds": time.perf_counter() - began,
         "granted_when_killed": granted,
-        "processes": found.peak_by_name(),
+        "processes": found.largest_by_name(),
     }
 
 
