@@ -19,6 +19,8 @@ from udp_ray.config.experiment import ClusterConfig
 class DrainConfig(Section):
     within_s: PositiveFloat = 300.0
     """Seconds until the node is taken away."""
+    node_id: str | None = None
+    """Id of the node, in hexadecimal. Default: the one node of the cluster on this machine."""
     cluster: ClusterConfig = ClusterConfig()
     """Only cluster.address is used. Default: RAY_ADDRESS, else the cluster of this machine."""
 
@@ -28,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     within_s, address = job.config.within_s, job.config.cluster.address
     # Imported after the settings are read: a mistake in them need not wait for Ray.
     from udp_ray.on_ray.cluster import connected
-    from udp_ray.on_ray.drain import current_node, drain_node, is_in_use
+    from udp_ray.on_ray.drain import drain_node, is_in_use, node_here
 
     with connected(address or os.environ.get("RAY_ADDRESS") or "auto"):
-        node_id = current_node()
+        node_id = node_here(job.config.node_id)
         if job.flag("dry-run"):
             used = "in use" if is_in_use(node_id) else "not in use"
             print(f"node {node_id} is {used} and would be drained")

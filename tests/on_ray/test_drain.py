@@ -20,8 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tests.support.head_nodes import Head
 from tests.support.jobs import JOBS
+from udp_ray.errors import ConfigError
+from udp_ray.on_ray import drain
 from udp_ray.on_ray.cluster import connected
-from udp_ray.on_ray.drain import drain_node, is_in_use
+from udp_ray.on_ray.drain import drain_node, is_in_use, node_here
 
 PATIENCE_S = 240.0
 
@@ -30,6 +32,14 @@ PATIENCE_S = 240.0
 def _one_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     # For nodes and drivers, whatever an earlier test's cluster has left in the environment.
     monkeypatch.setenv("RAY_AUTH_MODE", os.environ.get("RAY_AUTH_MODE", "disabled"))
+
+
+def new_node(head: Head) -> str:
+    """Adds a node of one core; returns its id."""
+    before = {node["NodeID"] for node in ray.nodes()}
+    head.add_node(num_cpus=1)
+    (node_id,) = {node["NodeID"] for node in ray.nodes()} - before
+    return str(node_id)
 
 
 def in_own_process(check: Callable[[Head, str], None]) -> None:
@@ -41,10 +51,7 @@ def in_own_process(check: Callable[[Head, str], None]) -> None:
 
 def _on_new_node(check: Callable[[Head, str], None]) -> None:
     with Head(num_cpus=1) as head, connected(head.address):
-        head.add_node(num_cpus=1)
-        here = ray.get_runtime_context().get_node_id()
-        (node_id,) = {node["NodeID"] for node in ray.nodes()} - {here}
-        check(head, node_id)
+        check(head, new_node(head))
 
 
 def on(node_id: str, num_cpus: float = 1) -> ray.actor.ActorHandle:
@@ -135,26 +142,47 @@ def job(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_job_drains_the_node_that_it_runs_on() -> None:
-    with Head(num_cpus=1) as head:
-        to = ["--cluster.address", head.address]
-        planned = job("--dry-run", *to)
-        done = job("--within_s", "60", *to)
-    assert planned.returncode == done.returncode == 0, planned.stderr + done.stderr
-    assert "is not in use and would be drained" in planned.stdout
-    assert "is drained: nothing runs on it" in done.stdout
+def is_drained_by_the_job(head: Head, node_id: str) -> None:
+    to = ["--cluster.address", head.address, "--node_id", node_id]
+    planned = job("--dry-run", *to)
+    _worker = on(node_id)
+    eventually(node_id, is_used=True)
+    used = job("--dry-run", *to)
+    short = job("--within_s", "2", *to)
+    other = new_node(head)
+    done = job("--within_s", "60", "--cluster.address", head.address, "--node_id", other)
+    assert (planned.returncode, used.returncode, short.returncode, done.returncode) == (0, 0, 1, 0)
+    assert f"node {node_id} is not in use and would be drained" in planned.stdout, planned.stderr
+    assert f"node {node_id} is in use and would be drained" in used.stdout, used.stderr
+    assert "is still in use after 2 s: steps since the last checkpoint" in short.stdout
+    assert f"node {other} is drained: nothing runs on it" in done.stdout
 
 
-def is_told_by_the_job(head: Head, _: str) -> None:
-    here = str(ray.get_runtime_context().get_node_id())
-    _worker = on(here)
-    eventually(here, is_used=True)
-    done = job("--dry-run", "--cluster.address", head.address)
-    assert "is in use and would be drained" in done.stdout, done.stderr
-    done = job("--within_s", "2", "--cluster.address", head.address)
-    assert done.returncode == 1, done.stderr
-    assert "is still in use after 2 s: steps since the last checkpoint will be" in done.stdout
+def test_the_job_drains_a_node_and_says_whether_the_time_was_enough() -> None:
+    in_own_process(is_drained_by_the_job)
 
 
-def test_the_job_says_that_the_time_was_too_short() -> None:
-    in_own_process(is_told_by_the_job)
+def is_no_node_to_drain(head: Head, node_id: str) -> None:
+    # Both nodes have this machine's address; of another machine's node nothing is known here.
+    with pytest.raises(ConfigError, match=f"2 nodes.*{node_id}.*give --node_id"):
+        node_here()
+    with pytest.raises(ConfigError, match="is no node of this cluster"):
+        node_here("ab" * 28)
+    (first,) = {str(node["NodeID"]) for node in ray.nodes()} - {node_id}
+    with pytest.raises(ConfigError, match="is the cluster's head"):
+        node_here(first)
+    assert node_here(node_id) == node_id
+    refused = job("--cluster.address", head.address, "--node_id", first)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    head.nodes[0].switch_off()
+    eventually(node_id, is_used=False)
+
+
+def test_the_head_and_unknown_nodes_are_refused() -> None:
+    in_own_process(is_no_node_to_drain)
+
+
+@pytest.mark.parametrize(("address", "is_own"), [("127.0.0.1", True), ("192.0.2.1", False)])
+def test_the_addresses_of_this_machine_are_known(address: str, is_own: bool) -> None:
+    assert drain._is_own_address(address) is is_own

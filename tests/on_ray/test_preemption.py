@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnschedulableError, RayActorError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from udp_ray.errors import DataError, DivergedError, WorkersLostError
@@ -88,7 +88,8 @@ def must_start_again(
         return SimpleNamespace(return_value=outcome)
 
     monkeypatch.setattr(driver, "_trainer", lambda *_: SimpleNamespace(fit=fit))
-    run = SimpleNamespace(config=SimpleNamespace(cluster=SimpleNamespace(max_failures=0)))
+    cluster = SimpleNamespace(max_failures=0)
+    run = SimpleNamespace(run_id="run", config=SimpleNamespace(cluster=cluster))
     accountant = SimpleNamespace(progress=lambda _: progress)
     return driver._is_preempted(run, accountant)  # type: ignore[arg-type]
 
@@ -129,3 +130,12 @@ def test_without_a_notice_a_lost_worker_and_with_one_a_defect_end_training(
     stopped = Progress(attempts=1, is_preempted=True, error=DataError("a mistake"))
     with pytest.raises(DataError):
         must_start_again(monkeypatch, lost(), stopped)
+
+
+def test_a_driver_whose_own_node_is_drained_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Seen with Ray 2.60 when the workers were to be started again.
+    refused = ActorUnschedulableError("The node specified via NodeAffinitySchedulingStrategy")
+    with pytest.raises(WorkersLostError, match="another node with --resume"):
+        must_start_again(monkeypatch, refused, TOLD)

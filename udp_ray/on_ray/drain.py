@@ -1,7 +1,7 @@
 """Announces to Ray that a node will be taken away, and waits until training has left it.
 
     with connected(address):
-        if not drain_node(current_node(), within_s=300):
+        if not drain_node(node_here(), within_s=300):
             print("steps since the last checkpoint will be repeated")
 
 Runs on the node, before its Ray is stopped. What workers do on the notice: `on_ray/preemption.py`.
@@ -9,6 +9,7 @@ Runs on the node, before its Ray is stopped. What workers do on the notice: `on_
 
 from __future__ import annotations
 
+import socket
 import time
 
 import ray
@@ -21,12 +22,52 @@ from udp_ray.errors import ConfigError
 
 POLL_S = 1.0
 ROUNDING = 1e-6
+HEAD = "node:__internal_head__"
+"""Resource that Ray gives to the head node alone."""
 NOT_HELD_BY_WORKERS = ("object_store_memory",)
 
 
-def current_node() -> str:
-    """Returns the id of the node of this process, which is connected to Ray."""
-    return str(ray.get_runtime_context().get_node_id())
+def node_here(node_id: str | None = None) -> str:
+    """Returns the id of the node of this machine, in hexadecimal.
+
+    Not the node that this process is connected to: where there are several, Ray selects the head.
+
+    Args:
+        node_id: The node that is meant, if several run on this machine.
+
+    Raises:
+        ConfigError: It is none of this cluster, it is the head, or which one is meant is open.
+    """
+    nodes = {str(node["NodeID"]): node for node in ray.nodes() if node["Alive"]}
+    if node_id is None:
+        here = [key for key, node in nodes.items() if _is_own_address(node["NodeManagerAddress"])]
+        if len(here) != 1:
+            raise ConfigError(
+                f"{len(here)} nodes of this cluster run on this machine"
+                f" ({', '.join(here) or 'none'}): run the job on the node's machine, and give"
+                " --node_id where it has several"
+            )
+        (node_id,) = here
+    if node_id not in nodes:
+        raise ConfigError(
+            f"node_id is {node_id!r}, which is no node of this cluster: `ray list nodes` shows them"
+        )
+    if HEAD in nodes[node_id]["Resources"]:
+        raise ConfigError(
+            f"node {node_id} is the cluster's head, which holds the drivers of runs: stop the runs"
+            " (`ray job stop`) and resume them elsewhere"
+        )
+    return node_id
+
+
+def _is_own_address(address: str) -> bool:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
 
 
 def drain_node(node_id: str, *, within_s: float) -> bool:

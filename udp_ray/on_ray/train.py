@@ -225,6 +225,7 @@ def _train(
 
 def _is_preempted(run: Run, accountant: RemoteAccountant) -> bool:
     """Runs the workers, and returns whether they must be started again after a preemption."""
+    from ray.exceptions import ActorUnschedulableError
     from ray.train import TrainingFailedError
 
     from udp_ray.on_ray.worker import PREEMPTED
@@ -233,6 +234,11 @@ def _is_preempted(run: Run, accountant: RemoteAccountant) -> bool:
     returned = None
     try:
         returned = _trainer(run, accountant).fit().return_value
+    except ActorUnschedulableError:  # Ray Train places its controller beside this driver
+        raise WorkersLostError(
+            f"the node that run {run.run_id} was started on is being taken away, and Ray starts"
+            " nothing there any more: continue the run from another node with --resume"
+        ) from None
     except TrainingFailedError as error:
         failure = error
     progress = accountant.progress(0)
