@@ -14,7 +14,7 @@ import time
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from udp_ray.console import progress
