@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -244,3 +245,24 @@ def imports(module: str, *, all_names: bool = False) -> set[str]:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "no-such-host.invalid:6379"])
+def test_an_address_where_nothing_answers_is_refused_before_ray_tries_for_minutes(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **_: tried.append(address))
+    with pytest.raises(ConfigError, match="where no Ray cluster answers"):
+        cluster._join(address)
+    assert tried == []
+
+
+def test_an_address_that_answers_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **_: tried.append(address))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        cluster._join(address)
+    cluster._join("auto")
+    assert tried == [address, "auto"]

@@ -431,12 +431,13 @@ def test_memory_of_its_own_leaves_out_pages_of_mapped_files(tmp_path: Path) -> N
     file.write_bytes(bytes(size))
     program = (
         "import mmap, time\n"
-        f"mapped = mmap.mmap(open({str(file)!r}, 'rb').fileno(), 0, access=mmap.ACCESS_READ)\n"
+        f"file = open({str(file)!r}, 'rb')\n"
+        "mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
         f"sum(mapped[::4096]); own = bytearray(b'1') * {size // 2}\n"
         f"time.sleep({5 * POLL_S})"
     )
     with watching() as found, subprocess.Popen([sys.executable, "-c", program]) as process:
-        process.wait()
+        assert process.wait() == 0
     assert found.peak_bytes[process.pid] > 3 * size // 2
     assert size // 2 < found.own_bytes[process.pid] < size
     assert found.largest_by_name("own_bytes").keys() == found.largest_by_name().keys()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from udp_ray.console import current, progress
 from udp_ray.errors import ConfigError
 
 PAUSE_S = 5.0
+CONNECT_S = 20.0
 ROUNDING = 1e-9  # 0.3 / 0.1 is a little below 3
 LOCAL = "local"
 """Ray's address for a new cluster on this machine."""
@@ -152,6 +154,7 @@ def _join(address: str) -> None:
             " the cluster, so submit the job with `ray job submit`"
         )
     try:
+        _require_answer(address)
         ray.init(
             address=address,
             log_to_driver=False,
@@ -163,6 +166,17 @@ def _join(address: str) -> None:
             f"cluster.address is {address}, where no Ray cluster answers ({_first_line(error)}):"
             " start one, or leave the address out for a local one"
         ) from None
+
+
+def _require_answer(address: str) -> None:
+    """Raises ConnectionError at once where Ray would try for two minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "local" or "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from None
 
 
 def _first_line(error: Exception) -> str:
