@@ -6,6 +6,7 @@ Seen by the kernel's own count of resident pages (VmHWM), above what a run of a 
 with glibc told to return what is freed.
 """
 
+import gc
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -229,3 +230,20 @@ def test_peak_memory_counts_each_storage_once_and_forgets_it() -> None:
         (kept * 2).sum()
     assert 2 * 4000 <= memory.peak_bytes < 2 * 4000 + 100
     assert 4000 <= memory.live_bytes < 4100
+
+
+def test_the_count_does_not_depend_on_when_cycles_are_collected() -> None:
+    def peak(threshold: int) -> int:
+        gc.set_threshold(threshold)
+        with PeakMemory() as memory:
+            for _ in range(100):
+                cycle: list[object] = [torch.zeros(1000)]
+                cycle.append(cycle)
+        return memory.peak_bytes
+
+    thresholds = gc.get_threshold()
+    try:
+        assert peak(1) == peak(1_000_000) == 100 * 4000
+    finally:
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
