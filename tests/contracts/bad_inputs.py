@@ -910,7 +910,7 @@ DRAINS = {
         "ray job submit",
     ),
     "a node that is an empty text": bad("drain", "--node_id=", "node_id", "''", "give a value"),
-    "no time to leave": bad("drain", "--within_s 0", "within_s", "is 0", "greater than 0"),
+    "no time to leave": bad("drain", "--within_s 0", "within_s", "'0'", "greater than 0"),
     "a time that is a word": bad("drain", "--within_s soon", "within_s", "'soon'", "number"),
 }  # fmt: skip
 

@@ -2226,12 +2226,12 @@ PREEMPTION = [
         tests=("tests/on_ray/test_drain.py::test_a_node_that_stays_in_use_is_reported",),
     ),
     Mutant(
-        name="pod_that_ends_within_its_hook",
-        breaks="Kubernetes kills a pod before its runs have written a checkpoint",
-        file="deploy/raycluster.yaml",
-        text="terminationGracePeriodSeconds: 360",
-        replacement="terminationGracePeriodSeconds: 60",
-        tests=("tests/contracts/test_image.py::test_workers_leave_a_pod_before_it_ends",),
+        name="drain_of_the_head",
+        breaks="the node that holds the drivers of runs is drained, and they end",
+        file="udp_ray/on_ray/drain.py",
+        text='    if HEAD in nodes[node_id]["Resources"]:\n',
+        replacement="    if HEAD in nodes:\n",
+        tests=("tests/on_ray/test_drain.py::test_the_head_and_unknown_nodes_are_refused",),
     ),
     Mutant(
         name="fused_sums_of_the_least_workers",

@@ -105,6 +105,7 @@ def is_short_of_time(_: Head, node_id: str) -> None:
     eventually(node_id, is_used=False)
 
 
+@pytest.mark.slow
 def test_a_node_that_stays_in_use_is_reported() -> None:
     in_own_process(is_short_of_time)
 
@@ -118,6 +119,7 @@ def waits_for_a_placement_group(_: Head, node_id: str) -> None:
     assert drain_node(node_id, within_s=PATIENCE_S) is True
 
 
+@pytest.mark.slow
 def test_a_placement_group_is_waited_for_too() -> None:
     in_own_process(waits_for_a_placement_group)
 
@@ -130,6 +132,7 @@ def is_gone(head: Head, node_id: str) -> None:
     assert is_in_use("ab" * 28) is False
 
 
+@pytest.mark.slow
 def test_a_node_that_is_gone_is_not_in_use() -> None:
     in_own_process(is_gone)
 
