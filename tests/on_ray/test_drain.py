@@ -105,7 +105,6 @@ def is_short_of_time(_: Head, node_id: str) -> None:
     eventually(node_id, is_used=False)
 
 
-@pytest.mark.slow
 def test_a_node_that_stays_in_use_is_reported() -> None:
     in_own_process(is_short_of_time)
 
