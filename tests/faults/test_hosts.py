@@ -23,7 +23,13 @@ from tests.support.faults import wait_for_steps
 from tests.support.hosts import Hosts, NoHostsError
 from tests.support.jobs import JOBS
 from tests.support.object_store import NoObjectStoreError, ObjectStore
-from tests.support.recovery import TOLERANCE, require_unreleased, run_id_in, weights
+from tests.support.recovery import (
+    TOLERANCE,
+    committed_steps,
+    require_unreleased,
+    run_id_in,
+    weights,
+)
 from tests.support.runs import NUM_USERS, SEED, tiny_experiment
 from tests.support.training import TinyRun, Weights, distance, train_tiny
 from udp_ray.config.experiment import ExperimentConfig
@@ -227,9 +233,7 @@ def test_a_host_that_is_drained_leaves_after_a_checkpoint_of_its_step(
     assert "about to be taken away" in said
     record = ledger.run(run_id)
     assert (record.state, record.charged_steps, record.num_keys) == ("finished", NUM_STEPS, 1)
-    places = ledger.committed_checkpoints(run_id)
-    steps = [int(place.rpartition("checkpoint-")[2].partition("-")[0]) for place in places]
-    assert STEP in steps
+    assert STEP in committed_steps(ledger, output)
     difference = distance(weights(output), undisturbed)
     print(f"\nhost {leaving} drained: weights differ by at most {difference:.1e}")
     assert difference < TOLERANCE

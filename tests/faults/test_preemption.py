@@ -17,7 +17,7 @@ from tests.support.fault_points import Moment, go_on, paused_at, reached
 from tests.support.faults import TRAIN_WORKER, wait_for_steps
 from tests.support.head_nodes import Head
 from tests.support.jobs import TIMEOUT_S, started_job
-from tests.support.recovery import Undisturbed, no_output, run_id_in
+from tests.support.recovery import Undisturbed, committed_steps, no_output, run_id_in
 from tests.support.runs import to_folder
 from udp_ray.config.experiment import ExperimentConfig
 from udp_ray.errors import WorkersLostError
@@ -38,12 +38,6 @@ def changed(config: ExperimentConfig, output: Path, **cluster: object) -> Experi
     """Returns the same run with other settings of the cluster."""
     section = config.cluster.model_copy(update={"max_failures": 0, **cluster})
     return to_folder(config.model_copy(update={"cluster": section}), output)
-
-
-def committed_steps(ledger: Ledger, output: Path) -> list[int]:
-    """Returns the steps of all checkpoints that a run has committed."""
-    places = ledger.committed_checkpoints(run_id_in(output))
-    return [int(place.rpartition("checkpoint-")[2].partition("-")[0]) for place in places]
 
 
 def tell(pid: int) -> None:

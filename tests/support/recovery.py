@@ -83,3 +83,9 @@ def weights(output: Path) -> dict[str, NDArray[Any]]:
 
 def no_output(text: str) -> None:
     """Discards what a run prints."""
+
+
+def committed_steps(ledger: Ledger, output: Path) -> list[int]:
+    """Returns the steps of all checkpoints that a run has committed."""
+    places = ledger.committed_checkpoints(run_id_in(output))
+    return [int(place.rpartition("checkpoint-")[2].partition("-")[0]) for place in places]
