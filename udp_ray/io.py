@@ -18,6 +18,7 @@ half of one.
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -225,6 +227,35 @@ def require_storage(storage: str | None) -> None:
     """Refuses a cluster.storage that could not be made; one at a URL is tried when it is used."""
     if storage is not None and not is_url(storage):
         require_writable_folder(Path(storage), "cluster.storage", what="checkpoints")
+
+
+# ---- digests
+
+
+def file_digest(file: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, as hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def content_digest(place: str) -> str:
+    """Returns what a path holds, in a form that does not depend on where it is.
+
+    Each path is read once per process.
+
+    Returns:
+        Of a file the SHA-256 of its bytes; of a folder a SHA-256 over the relative names and the
+        bytes of all files below it; of anything else, such as a URL, the text itself.
+    """
+    path = Path(place)
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return place
+    files = sorted(each for each in path.rglob("*") if each.is_file())
+    held = {each.relative_to(path).as_posix(): file_digest(each) for each in files}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 # ---- atomic writes

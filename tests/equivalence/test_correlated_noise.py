@@ -37,6 +37,7 @@ from udp_ray.dp.sampling import PoissonUserSampler
 from udp_ray.engine import checkpoint, sealed_noise
 from udp_ray.engine.distributed import join_world
 from udp_ray.errors import CheckpointError
+from udp_ray.io import file_digest
 from udp_ray.ledger.ledger import Ledger
 
 # As in test_world_and_stage.py: a few float32 roundings of weights below 2 in each step.
@@ -244,7 +245,7 @@ def altered(attempt, folder, change):
     """A copy of an attempt's checkpoint, altered, and the attempt that names the copy."""
     copy = Path(shutil.copytree(attempt.resume_checkpoint, folder / "altered"))
     change(copy)
-    digest = checkpoint._file_digest(copy / checkpoint.MANIFEST)
+    digest = file_digest(copy / checkpoint.MANIFEST)
     return replace(attempt, resume_checkpoint=str(copy), resume_digest=digest)
 
 

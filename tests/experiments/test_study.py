@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.folder import StudyFolder
 from udp_ray.experiments.study.report import Results, Row
 from udp_ray.experiments.study.run import bounded_heldout, placed, run_and_report, run_study
-from udp_ray.experiments.study.settings import PlannedStudy, Scaling, StudyConfig, plan_study
+from udp_ray.experiments.study.settings import Cell, PlannedStudy, Scaling, StudyConfig, plan_study
 from udp_ray.on_ray.tasks import completed_tasks
 
 SAME = 1e-5
@@ -147,6 +148,34 @@ def test_a_digest_leaves_out_defaults_and_the_place_of_the_study(
     assert here.digest == there.digest
     explicit = [block("b", {"name": "flat", "overrides": ["train.weight_decay=0.5"]})]
     assert planned(base, tmp_path, blocks=explicit).cells[0].digest != here.digest
+
+
+def test_text_and_model_count_by_content_and_not_by_path(base: Path, tmp_path: Path) -> None:
+    def cell_in(name: str, *changed: str) -> Cell:
+        """The first cell of the study in a copy of its files, some of them changed."""
+        copy = tmp_path / name / base.parent.name
+        shutil.copytree(base.parent, copy)
+        for each in changed:
+            with (copy / each).open("ab") as file:
+                file.write(b" ")
+        moved = copy / base.name
+        moved.write_text(base.read_text().replace(str(base.parent), str(copy)))
+        return planned(moved, tmp_path / "study").cells[0]
+
+    here, there = planned(base, tmp_path / "study").cells[0], cell_in("moved")
+    assert here.config is not None
+    assert there.config is not None
+    assert here.config.model.name != there.config.model.name  # the model is a folder, and moved
+    assert here.digest == there.digest
+    folder = StudyFolder(tmp_path / "study")
+    folder.claim(planned(base, tmp_path / "study"))
+    folder.write(here, measured(4.0, 4.0))
+    assert folder.is_measured(there)
+    model = Path(here.config.model.name).relative_to(base.parent)
+    for name in ("train.parquet", "heldout.parquet", f"{model}/config.json"):
+        changed = cell_in(f"changed-{Path(name).name}", name)
+        assert changed.digest != here.digest
+        assert not folder.is_measured(changed)
 
 
 def test_a_refused_variant_is_left_out_and_a_refused_baseline_ends_all(

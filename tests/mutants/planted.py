@@ -1699,6 +1699,16 @@ STUDY = [
         ),
     ),
     Mutant(
+        name="study_cells_by_path",
+        breaks="results of another model or text that stood at the same path pass as this one's",
+        file="udp_ray/experiments/study/settings.py",
+        text="given[section][name] = content_digest(place)",
+        replacement="given[section][name] = place",
+        tests=(
+            "tests/experiments/test_study.py::test_text_and_model_count_by_content_and_not_by_path",
+        ),
+    ),
+    Mutant(
         name="study_heldout_in_order_of_rows",
         breaks="variants whose held-out text is stored in another order are evaluated on others",
         file="udp_ray/experiments/study/run.py",

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from udp_ray.engine.types import Engine
 from udp_ray.errors import CheckpointError, GuaranteeError
-from udp_ray.io import flush, writing
+from udp_ray.io import file_digest, flush, writing
 
 FORMAT = 1
 FROZEN = "frozen_weights"
@@ -359,13 +359,13 @@ def _write_files(folder: Path, snapshot: Snapshot, is_cancelled: Callable[[], bo
         if name in snapshot.files:
             os.replace(snapshot.files[name], folder / name)
             flush(folder / name)
-            digests[name] = _file_digest(folder / name)
+            digests[name] = file_digest(folder / name)
         else:
             digests[name] = _write_tensors(folder / name, held, is_cancelled)
     if snapshot.past_noise is not None:
         os.replace(snapshot.past_noise, folder / NOISE)
         flush(folder / NOISE)
-        digests[NOISE] = _file_digest(folder / NOISE)
+        digests[NOISE] = file_digest(folder / NOISE)
     manifest = {
         "format": FORMAT,
         "step": snapshot.step,
@@ -448,7 +448,7 @@ def read(directory: Path, *, expected_digest: str | None = None) -> Checkpoint:
     for name, expected in manifest["files"].items():
         if not (directory / name).is_file():
             raise CheckpointError(f"the checkpoint {directory} lacks {name}: use another one")
-        if _file_digest(directory / name) != expected:
+        if file_digest(directory / name) != expected:
             raise CheckpointError(
                 f"the checkpoint {directory} is damaged: {name} was cut short or altered; use"
                 " another one"
@@ -534,8 +534,3 @@ def _unflattened(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         kind, _, name = key.partition("/")
         state.setdefault(kind, {})[name] = tensor
     return state
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

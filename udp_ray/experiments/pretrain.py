@@ -10,7 +10,6 @@ tokenizer of a base model are covered by the guarantee of a later run. Private f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -30,7 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from udp_ray.config.pretrain import PretrainConfig
 from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
-from udp_ray.io import OutputFolder
+from udp_ray.io import OutputFolder, file_digest
 from udp_ray.runs.provenance import processor_name
 
 END_OF_TEXT = "<|endoftext|>"
@@ -89,7 +88,7 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
         num_tokens_trained=config.steps_taken * config.tokens_per_step,
         heldout_loss=heldout_loss,
         seconds=time.monotonic() - start,
-        inputs={Path(file).name: _sha256(file) for file in config.input},
+        inputs={Path(file).name: file_digest(Path(file)) for file in config.input},
         versions={name: version(name) for name in ("torch", "transformers", "tokenizers")},
         hardware=f"{processor_name()}, {torch.get_num_threads()} threads",
     )
@@ -314,11 +313,6 @@ def dry_run(config: PretrainConfig) -> str:
         f" {6 * parameters * tokens:.1e} operations,"
         f" into {config.output}"
     )
-
-
-def _sha256(file: str) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def report_json(report: PretrainReport) -> str:

@@ -7,7 +7,7 @@
     results.parquet, results.json, table.txt, table.md, differences.png
 
 A cell that is there is not trained again, also under other code. It is trained again if it failed,
-or if a default that its settings left open has changed since.
+or if a default that its settings left open, its text or its model has changed since.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from udp_ray.errors import ConfigError
-from udp_ray.experiments.study.settings import OWN_FIELDS, Cell, PlannedStudy
+from udp_ray.experiments.study.settings import OWN_FIELDS, PLACES, Cell, PlannedStudy
 from udp_ray.io import require_lasting, require_writable_folder, write_atomic, writing
 
 MARK = "study.yaml"
@@ -73,7 +73,8 @@ class StudyFolder:
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         then, now = flat(record["settings"]), flat(settings_of(cell))
-        return record if all(then[name] == now[name] for name in then.keys() & now) else None
+        compared = (then.keys() & now) - PLACES  # of these the digest holds the content
+        return record if all(then[name] == now[name] for name in compared) else None
 
     def is_measured(self, cell: Cell) -> bool:
         """Returns whether the cell need not be trained."""

@@ -35,7 +35,7 @@ from udp_ray.config.base import (
 from udp_ray.config.experiment import ClusterConfig, ExperimentConfig
 from udp_ray.console import COLUMNS
 from udp_ray.errors import ConfigError
-from udp_ray.io import new_run_folder
+from udp_ray.io import content_digest, new_run_folder
 
 
 def _require_value(override: str) -> str:
@@ -55,6 +55,9 @@ OWN_FIELDS = {
     "privacy.seed", "train.checkpoint_every", "train.evaluate_every", "train.evaluate_examples",
 }  # fmt: skip
 """Settings of a cell that the study sets itself."""
+
+PLACES = {"model.name", "data.tokenizer"}
+"""Settings that may be a folder, and then count by what it holds."""
 
 
 OpacusWay = Literal["one-record", "group-privacy"]
@@ -292,10 +295,12 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the settings that were given, and how the cell is measured.
+        """SHA-256 over the settings that were given, the text, the model, and what is measured.
 
-        Defaults are left out, so that a new setting in the code does not change the digest. Cells
-        with equal settings in several blocks have one digest, and are trained once.
+        Defaults are left out, so that a new setting in the code does not change the digest. Text
+        and model on this machine count by content: they may be moved, and are not mistaken for
+        others at the same path. Cells with equal settings in several blocks have one digest, and
+        are trained once.
         """
         if self.config is None:
             raise ConfigError(f"{self.label} has no settings: {self.error}")
@@ -304,8 +309,16 @@ class Cell:
             section, _, name = field.partition(".")
             given[section].pop(name, None) if name else given.pop(section, None)
         given.pop("cluster", None)
+        for field in PLACES:
+            section, _, name = field.partition(".")
+            if (place := given.get(section, {}).get(name)) is not None:
+                given[section][name] = content_digest(place)
         measured = {
-            "dataset": self.dataset.model_dump(include={"name", "input", "heldout"}),
+            "dataset": {
+                "name": self.dataset.name,
+                "input": content_digest(self.dataset.input),
+                "heldout": content_digest(self.dataset.heldout),
+            },
             "heldout_examples": self.heldout_examples,
             "evaluate_every": self.evaluate_every,
         }
