@@ -5,6 +5,7 @@ pytest tests/experiments/test_study.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -25,7 +26,7 @@ from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.folder import StudyFolder
 from udp_ray.experiments.study.report import Results, Row
-from udp_ray.experiments.study.run import bounded_heldout, placed, run_and_report, run_study
+from udp_ray.experiments.study.run import placed, run_and_report, run_study, selected_text
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, Scaling, StudyConfig, plan_study
 from udp_ray.on_ray.tasks import completed_tasks
 
@@ -237,11 +238,34 @@ def test_held_out_users_are_whole_and_the_same_in_any_order_of_rows(tmp_path: Pa
     kept = []
     for name, rows in (("a", table), ("b", shuffled)):
         pq.write_table(rows, tmp_path / f"{name}.parquet")
-        file = bounded_heldout(tmp_path / f"{name}.parquet", data, 52, tmp_path / "kept")
+        file = selected_text(tmp_path / f"{name}.parquet", data, tmp_path / "kept", most_rows=52)
         kept.append(pq.read_table(file).to_pandas())
     assert set(kept[0].text) == set(kept[1].text)
     assert kept[0].user_id.nunique() == 13  # with 4 of 5 rows each
     assert (kept[0].groupby("user_id").size() == 4).all()
+
+
+def test_users_with_few_rows_can_be_left_out(base: Path, tmp_path: Path) -> None:
+    dataset = config_of(base, tmp_path).study.datasets[0].model_dump()
+    few = {"min_rows_per_user": 2, "num_users": 9}
+
+    def of(**more: Any) -> Cell:
+        return planned(base, tmp_path / "out", datasets=[dataset | more]).cells[0]
+
+    config = placed(of(**few), tmp_path / "out")
+    table = pq.read_table(config.data.input[0]).to_pandas()
+    rows = table.groupby("user_id").size()
+    assert len(rows) == 9  # of 16 with at least 2 rows, all rows kept
+    assert set(rows) == {2, 3}
+    ids = pq.read_table(dataset["input"]).to_pandas().groupby("user_id").size()
+    order = sorted(ids[ids >= 2].index, key=lambda user: hashlib.sha256(user.encode()).digest())
+    assert set(rows.index) == set(order[:9])
+    heldout = pq.read_table(config.data.heldout[0]).to_pandas()
+    assert heldout.groupby("user_id").size().min() == 2
+    assert placed(of(), tmp_path / "out").data.input == [dataset["input"]]
+    assert len({of().digest, of(num_users=9).digest, of(**few).digest}) == 3
+    with pytest.raises(DataError, match="has 16 users with at least 2 rows"):
+        placed(of(min_rows_per_user=2, num_users=17), tmp_path / "out")
 
 
 def test_held_out_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -249,9 +273,9 @@ def test_held_out_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_text("no parquet")
     pq.write_table(pa.table({"who": ["a"]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"a\.parquet is not a readable"):
-        bounded_heldout(tmp_path / "a.parquet", data, 9, tmp_path)
+        selected_text(tmp_path / "a.parquet", data, tmp_path, most_rows=9)
     with pytest.raises(DataError, match="no column 'user_id'"):
-        bounded_heldout(tmp_path / "b.parquet", data, 9, tmp_path)
+        selected_text(tmp_path / "b.parquet", data, tmp_path, most_rows=9)
 
 
 # ---- the comparison

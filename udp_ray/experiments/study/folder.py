@@ -1,6 +1,7 @@
 """The folder of a study, and the file of each cell in it.
 
     study.yaml              the settings of the last call; marks the folder as a study's
+    input/                  the text of selected users, of data sets that take only some
     heldout/                the held-out texts that all cells are evaluated on
     stores/DATA/            of each data set its ledger, and a store per distinct data section
     cells/DIGEST.json       of each cell its settings, and what was measured or why it failed
@@ -24,7 +25,7 @@ from udp_ray.experiments.study.settings import OWN_FIELDS, PLACES, Cell, Planned
 from udp_ray.io import require_lasting, require_writable_folder, write_atomic, writing
 
 MARK = "study.yaml"
-CELLS, STORES, HELDOUT = "cells", "stores", "heldout"
+CELLS, STORES, INPUT, HELDOUT = "cells", "stores", "input", "heldout"
 FIGURE = "differences.png"
 
 

@@ -26,7 +26,7 @@ from udp_ray.data.store import MANIFEST_FILE
 from udp_ray.errors import ConfigError, DataError, UdpRayError
 from udp_ray.experiments.study.figures import draw_differences
 from udp_ray.experiments.study.fixed_compute import FixedCompute
-from udp_ray.experiments.study.folder import FIGURE, HELDOUT, STORES, StudyFolder
+from udp_ray.experiments.study.folder import FIGURE, HELDOUT, INPUT, STORES, StudyFolder
 from udp_ray.experiments.study.report import LAST, Results
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, digest_of
 from udp_ray.experiments.study.training import train_cell
@@ -154,13 +154,21 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
     """Returns the settings with which a cell trains: those given, with the study's own folders."""
     if cell.config is None:
         raise DataError(f"{cell.label}: {cell.error}")
-    data, train = cell.config.data, cell.config.train
-    heldout = bounded_heldout(
-        Path(cell.dataset.heldout), data, cell.heldout_examples, folder / HELDOUT
+    data, train, dataset = cell.config.data, cell.config.train, cell.dataset
+    least = dataset.min_rows_per_user
+    heldout = selected_text(
+        Path(dataset.heldout), data, folder / HELDOUT, least=least, most_rows=cell.heldout_examples
     )
-    data = data.model_copy(update={"heldout": [str(heldout)], "store": "", "ledger": None})
+    changes: dict[str, Any] = {"heldout": [str(heldout)], "store": "", "ledger": None}
+    if least > 1 or dataset.num_users is not None:
+        source = Path(dataset.input)
+        train_text = selected_text(
+            source, data, folder / INPUT, least=least, most_users=dataset.num_users
+        )
+        changes["input"] = [str(train_text)]
+    data = data.model_copy(update=changes)
     key = digest_of([data.model_dump(mode="json", exclude={"cache"}), cell.config.tokenizer])
-    place = folder / STORES / cell.dataset.name
+    place = folder / STORES / dataset.name
     data = data.model_copy(
         update={"store": str(place / key[:12]), "ledger": f"sqlite:///{place / 'ledger.sqlite'}"}
     )
@@ -171,37 +179,48 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
     return cell.config.model_copy(update={"data": data, "train": train})
 
 
-def bounded_heldout(source: Path, data: DataConfig, most: int, folder: Path) -> Path:
-    """Returns a parquet file with the rows of some held-out users, which is made if it is missing.
+def selected_text(
+    source: Path,
+    data: DataConfig,
+    folder: Path,
+    *,
+    least: int = 1,
+    most_users: int | None = None,
+    most_rows: int | None = None,
+) -> Path:
+    """Returns a parquet file with the rows of some users, which is made if it is missing.
 
-    Users are taken in the order of a SHA-256 of their id, until the next one's rows would exceed
-    the bound; at least one is taken. Of a user with more than data.max_examples_per_user rows,
-    those are kept whose SHA-256 comes first. So the text is the same for each variant, in each
-    folder: the store would select by a hash under the key of its ledger.
+    Users are taken in the order of a SHA-256 of their id, until there are `most_users`, or the next
+    one's rows would exceed `most_rows`; at least one is taken. With `most_rows`, of a user with
+    more than data.max_examples_per_user rows those are kept whose SHA-256 comes first. So the text
+    is the same for each variant, in each folder: the store would select by a hash under the key of
+    its ledger.
 
     Args:
-        source: Parquet file with the rows of all held-out users.
+        source: Parquet file with the rows of all users.
         data: The data section: its user column, and how much of a user is kept.
-        most: Most rows.
         folder: Where the file is kept.
+        least: Fewest rows of a user.
+        most_users: Most users; None: all.
+        most_rows: Most rows; None: all.
 
     Raises:
-        DataError: If the source cannot be read, or has no such column.
+        DataError: If the source cannot be read, or has no such column, or too few users.
     """
-    user_column = data.user_column
-    name = digest_of([str(source), user_column, data.max_examples_per_user, most])
-    file = folder / f"{source.stem}-{most}-{name[:8]}.parquet"
+    user_column, cap = data.user_column, data.max_examples_per_user
+    name = digest_of([str(source), user_column, cap, least, most_users, most_rows])
+    file = folder / f"{source.stem}-{name[:8]}.parquet"
     if file.is_file():
         return file
     try:
         table = pq.read_table(source)
     except (OSError, pa.ArrowInvalid):
         raise DataError(
-            f"study.datasets: heldout {source} is not a readable parquet file: give one"
+            f"study.datasets: {source} is not a readable parquet file: give one"
         ) from None
     if user_column not in table.column_names:
         raise DataError(
-            f"study.datasets: heldout {source} has no column {user_column!r}: it has"
+            f"study.datasets: {source} has no column {user_column!r}: it has"
             f" {', '.join(map(repr, table.column_names))}; set data.user_column"
         )
     rows_of: dict[bytes, list[tuple[bytes, int]]] = {}
@@ -209,11 +228,19 @@ def bounded_heldout(source: Path, data: DataConfig, most: int, folder: Path) -> 
         user = hashlib.sha256(str(row[user_column]).encode()).digest()
         order = hashlib.sha256(repr(sorted(row.items())).encode()).digest()
         rows_of.setdefault(user, []).append((order, number))
+    rows_of = {user: rows for user, rows in rows_of.items() if len(rows) >= least}
+    if len(rows_of) < (most_users or 1):
+        raise DataError(
+            f"study.datasets: {source} has {len(rows_of)} users with at least {least} rows: lower"
+            " min_rows_per_user or num_users"
+        )
     kept: list[int] = []
-    for user in sorted(rows_of):
-        rows = sorted(rows_of[user])[: data.max_examples_per_user]
-        if kept and len(kept) + len(rows) > most:
-            break
+    for user in sorted(rows_of)[:most_users]:
+        rows = rows_of[user]  # in their order in the file, in which texts are packed
+        if most_rows is not None:
+            rows = sorted(rows)[:cap]
+            if kept and len(kept) + len(rows) > most_rows:
+                break
         kept += [number for _, number in rows]
     with writing(file.name, folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,11 @@ class TextSet(Section):
     """Settings of all runs on this data set, as privacy.population=1000."""
     heldout_examples: PositiveInt | None = None
     """Most held-out texts of this data set. Default: as for all."""
+    min_rows_per_user: PositiveInt = 1
+    """Users with fewer rows are left out, of the input and of the held-out text. The number of rows
+    has to be public, as the text of a study is."""
+    num_users: PositiveInt | None = None
+    """Users of the input that are taken, in the order of a hash of their id. Default: all."""
     gradient_cosine: Annotated[float, Field(ge=0, le=1)] | None = None
     """Mean cosine between the gradients of two examples of one user, as jobs/plan.py measures it on
     public text. Needed for `Study.compares_samplers`."""
@@ -320,6 +325,9 @@ class Cell:
                 "heldout": content_digest(self.dataset.heldout),
             },
             "heldout_examples": self.heldout_examples,
+            **self.dataset.model_dump(
+                include={"min_rows_per_user", "num_users"}, exclude_defaults=True
+            ),
             "evaluate_every": self.evaluate_every,
         }
         if self.scaling is not None:
