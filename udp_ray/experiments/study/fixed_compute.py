@@ -166,7 +166,10 @@ class FixedCompute:
             name: read_counts(store).train.examples_per_user for name, store in stores.items()
         }
         cosines = {each.name: each.gradient_cosine for each in planned.config.study.datasets}
-        return cls(list(_comparisons(frame, histograms, cosines)), results.notes())
+        found = list(_comparisons(frame, histograms, cosines))
+        order = list(dict.fromkeys(each.place[:2] for each in found))
+        found.sort(key=lambda each: (order.index(each.place[:2]), each.place.epsilon))
+        return cls(found, results.notes())
 
     def rows(self) -> list[tuple[str, ...]]:
         """Returns the row of each place; the columns are those of `HEADER`."""
