@@ -21,12 +21,13 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from udp_ray.config.planner import EstimateConfig
 from udp_ray.console import current
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.models.hub import load_tokenizer
-from udp_ray.models.load import load_model, trainable_parameters
+from udp_ray.models.load import load_model, trainable_parameters, without_bars
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,21 @@ def estimate_gradients(config: EstimateConfig, file: Path) -> GradientEstimate:
     try:
         display.phase("loading the model")
         tokenizer = load_tokenizer(config.model)
-        model = load_model(config.model, dropout=0.0).eval()
+        with without_bars():
+            model = load_model(config.model, dropout=0.0).eval()
     except ConfigError as error:
         raise ConfigError(f"estimate.model is {config.model}: {error}") from None
     parameters = list(trainable_parameters(model).values())
 
     def gradient(tokens: list[int]) -> list[Tensor]:
         ids = torch.tensor([tokens])
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
         return list(
             torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         )
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return [*ids[: config.block_tokens - 1], tokenizer.eos_token_id]
 
     encoded = [[encode(text) for text in user] for user in texts]
