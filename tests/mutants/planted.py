@@ -1709,6 +1709,14 @@ STUDY = [
         ),
     ),
     Mutant(
+        name="study_takes_users_with_few_rows",
+        breaks="groups that a study calls full are not, and its comparison is of other users",
+        file="udp_ray/experiments/study/run.py",
+        text="if len(rows) >= least}",
+        replacement="if len(rows) >= 1}",
+        tests=("tests/experiments/test_study.py::test_users_with_few_rows_can_be_left_out",),
+    ),
+    Mutant(
         name="study_heldout_in_order_of_rows",
         breaks="variants whose held-out text is stored in another order are evaluated on others",
         file="udp_ray/experiments/study/run.py",
