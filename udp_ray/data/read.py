@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -366,6 +366,23 @@ def _open_csv(piece: Piece, names: Sequence[str] | None) -> pacsv.CSVStreamingRe
 
 
 # ---- reading parquet, JSON lines and Hugging Face datasets
+
+
+def join_adjacent(pieces: Iterable[Piece]) -> list[Piece]:
+    """Returns pieces with those joined that follow one another in one file.
+
+    A piece of a row group that begins in its middle is read from the group's start on.
+    """
+    joined: list[Piece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else piece
+        follows = replace(last, first=piece.first, last=piece.last, num_bytes=piece.num_bytes)
+        if last.last == piece.first and piece == follows:
+            size = last.num_bytes + piece.num_bytes
+            joined[-1] = replace(last, last=piece.last, num_bytes=size)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def read_rows(piece: Piece, columns: Columns) -> Iterator[pa.Table]:

@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import ray
 from ray.data import Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
@@ -66,7 +65,6 @@ from udp_ray.data.hashing import hash_user
 from udp_ray.data.read import (
     CSV_PARSE,
     CSV_READ,
-    ROWS_AT_ONCE,
     UNREADABLE,
     Columns,
     Piece,
@@ -74,6 +72,7 @@ from udp_ray.data.read import (
     csv_conversion,
     file_system,
     find_pieces,
+    join_adjacent,
     refuse_unreadable,
     require_columns,
 )
@@ -89,8 +88,9 @@ from udp_ray.on_ray.cluster import connecting
 from udp_ray.on_ray.tasks import causes_of, own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
-_MOST_PIECES = 4096
 _PIECE_BYTES = 4 << 20
+_TASK_BYTES = 16 << 20
+_MOST_TASKS = 4096
 _BLOCK_BYTES = 32 << 20
 _SPLIT_BYTES = 32 << 20
 """Examples that are split at once, so that a part has hundreds of kilobytes. Objects of less than
@@ -371,7 +371,7 @@ def run_stages(found: Input, settings: BuildSettings) -> StageResults:
         UdpRayError: What a worker refused, without Ray's wrapping.
     """
     results = StageResults()
-    num_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    num_cores = count_cores()
     try:
         with quiet_ray_data(target_max_block_size=_BLOCK_BYTES):
             blocks = _blocks(_examples(found, settings))
@@ -392,7 +392,7 @@ def _examples(found: Input, settings: BuildSettings) -> Dataset:
     examples = [
         rows.map_batches(
             partial(tokenize_batch, settings=settings, is_heldout_input=is_heldout_input),
-            batch_size=ROWS_AT_ONCE,
+            batch_size=None,
             batch_format="pyarrow",
         )
         for pieces, columns, is_heldout_input in found.parts
@@ -480,10 +480,10 @@ def read_datasets(pieces: Sequence[Piece], columns: Columns) -> list[Dataset]:
 
 
 def _read(pieces: Sequence[Piece], columns: Columns) -> Dataset:
-    kind = pieces[0].kind
-    if kind != "csv":
+    if pieces[0].kind != "csv":
+        runs = divide_pieces(pieces, count_cores())
         return ray.data.read_datasource(
-            PieceDatasource(pieces, columns), override_num_blocks=min(len(pieces), _MOST_PIECES)
+            PieceDatasource(runs, columns), override_num_blocks=len(runs)
         )
     return ray.data.read_csv(
         paths=[file_system(piece.location)[1] for piece in pieces],
@@ -496,17 +496,52 @@ def _read(pieces: Sequence[Piece], columns: Columns) -> Dataset:
     )
 
 
+def count_cores() -> int:
+    """Returns how many cores the cluster has."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def divide_pieces(pieces: Sequence[Piece], num_cores: int) -> list[list[Piece]]:
+    """Divides pieces into runs, of which each is the work of one task; long runs first.
+
+    A core waits some 0.2 s for its next task, so tasks should be long; but all cores should end
+    together, so the last ones are short (guided self-scheduling: Polychronopoulos and Kuck 1987,
+    "Guided Self-Scheduling: A Practical Scheduling Scheme for Parallel Supercomputers").
+
+    Args:
+        pieces: In their order.
+        num_cores: Cores that read at once.
+
+    Returns:
+        Runs of at least one piece, of at most 16 MiB or a 4,096th of the whole.
+    """
+    sizes = [piece.num_bytes or _PIECE_BYTES for piece in pieces]  # of some it is not known
+    left = sum(sizes)
+    most = max(_TASK_BYTES, left // _MOST_TASKS)
+    runs: list[list[Piece]] = []
+    room = 0
+    for piece, size in zip(pieces, sizes, strict=True):
+        if size > room:
+            runs.append([])
+            room = min(most, left // (2 * num_cores))
+        runs[-1].append(piece)
+        room -= size
+        left -= size
+    return runs
+
+
 class PieceDatasource(Datasource):
     """Has Ray Data read parquet, JSON lines and Hugging Face datasets, some pieces in each task."""
 
-    def __init__(self, pieces: Sequence[Piece], columns: Columns) -> None:
+    def __init__(self, runs: Sequence[Sequence[Piece]], columns: Columns) -> None:
+        """Takes the pieces of each task."""
         super().__init__()
-        self._pieces = pieces
+        self._runs = runs
         self._columns = columns
 
     def estimate_inmemory_data_size(self) -> int:
         """Returns the size of the pieces."""
-        return sum(piece.num_bytes for piece in self._pieces)
+        return sum(piece.num_bytes for run in self._runs for piece in run)
 
     def get_read_tasks(
         self,
@@ -514,18 +549,16 @@ class PieceDatasource(Datasource):
         per_task_row_limit: int | None = None,
         data_context: DataContext | None = None,
     ) -> list[ReadTask]:
-        """Returns tasks that each read a run of pieces."""
-        runs = np.array_split(np.arange(len(self._pieces)), min(parallelism, len(self._pieces)))
+        """Returns a task for each run of pieces."""
         tasks = []
-        for run in runs:
-            some = [self._pieces[number] for number in run]
+        for run in self._runs:
             metadata = BlockMetadata(
                 num_rows=None,
-                size_bytes=sum(piece.num_bytes for piece in some),
-                input_files=[piece.location for piece in some],
+                size_bytes=sum(piece.num_bytes for piece in run),
+                input_files=[piece.location for piece in run],
                 exec_stats=None,
             )
-            read = partial(read_pieces, some, self._columns)
+            read = partial(read_pieces, join_adjacent(run), self._columns)
             tasks.append(ReadTask(read, metadata, per_task_row_limit=per_task_row_limit))
         return tasks
 
