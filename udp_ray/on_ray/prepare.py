@@ -89,7 +89,7 @@ from udp_ray.on_ray.tasks import causes_of, own_error, quiet_ray_data
 from udp_ray.runs.registration import Registration, registered, require_ledger
 
 _PIECE_BYTES = 4 << 20
-_TASK_BYTES = 16 << 20
+_TASK_BYTES = 64 << 20
 _MOST_TASKS = 4096
 _BLOCK_BYTES = 32 << 20
 _SPLIT_BYTES = 32 << 20
@@ -513,7 +513,7 @@ def divide_pieces(pieces: Sequence[Piece], num_cores: int) -> list[list[Piece]]:
         num_cores: Cores that read at once.
 
     Returns:
-        Runs of at least one piece, of at most 16 MiB or a 4,096th of the whole.
+        Runs of at least one piece, of at most 64 MiB or a 4,096th of the whole.
     """
     sizes = [piece.num_bytes or _PIECE_BYTES for piece in pieces]  # of some it is not known
     left = sum(sizes)
