@@ -16,7 +16,15 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from udp_ray.data.read import Columns, column_names, find_pieces, read_rows, refuse_unreadable
+from udp_ray.data.read import (
+    Columns,
+    Piece,
+    column_names,
+    find_pieces,
+    join_adjacent,
+    read_rows,
+    refuse_unreadable,
+)
 from udp_ray.errors import DataError
 
 ROWS = [
@@ -243,3 +251,21 @@ def test_parquet_with_an_empty_row_group_is_read(tmp_path):
         for some in (table[:0], table[:1], table[:0], table[1:], table[:0]):
             writer.write_table(some)
     assert read([str(tmp_path / "a.parquet")], 1) == [("a", "x"), ("b", "y")]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_pieces_that_follow_one_another_are_read_as_one(tmp_path, ending):
+    places = [write(tmp_path / f"{name}.{ending}", ROWS) for name in "ab"]
+    pieces = find_pieces(places, "train", 30_000)
+    of_a = [piece for piece in pieces if piece.location == pieces[0].location]
+    assert len(of_a) > 4
+    some = [*of_a[:2], *of_a[3:], *pieces[len(of_a) :]]  # the third is another task's
+    joined = join_adjacent(some)
+    assert len(joined) == 3
+
+    def texts_of(pieces: list[Piece]) -> list[str]:
+        tables = (rows for each in pieces for rows in read_rows(each, COLUMNS))
+        return [text for rows in tables for text in rows["text"].to_pylist()]
+
+    assert texts_of(joined) == texts_of(some)
+    assert sum(each.num_bytes for each in joined) == sum(each.num_bytes for each in some)

@@ -1165,6 +1165,14 @@ DATA = [
         tests=("tests/on_ray/test_prepare.py::test_no_task_writes_after_a_refusal",),
     ),
     Mutant(
+        name="joined_pieces_with_a_gap",
+        breaks="a task also reads the pieces of another task between its own, twice in the store",
+        file="udp_ray/data/read.py",
+        text="if last.last == piece.first and piece == follows:",
+        replacement="if last is not piece and piece == follows:",
+        tests=("tests/data/test_read.py::test_pieces_that_follow_one_another_are_read_as_one",),
+    ),
+    Mutant(
         name="rows_at_the_end_of_a_piece_read_twice",
         breaks="two tasks that share a row group of parquet both read the rows at their border",
         file="udp_ray/data/read.py",

@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from udp_ray.config.experiment import DataConfig
-from udp_ray.data.read import Columns, find_pieces
+from udp_ray.data.read import Columns, Piece, find_pieces
 from udp_ray.errors import DataError
-from udp_ray.on_ray.prepare import Input, _own_error, find_input, read_datasets
+from udp_ray.on_ray.prepare import Input, _own_error, divide_pieces, find_input, read_datasets
 
 ROWS = [
     {"who": f"user {n % 7}", "text": f'line {n}\nwith "quotes", commas and \u00fc', "n": n}
@@ -128,3 +128,25 @@ def test_a_parquet_file_without_the_column_is_refused_and_not_read_as_nulls(tmp_
         find_input(data)
     rows = ray.data.read_parquet(files, columns=COLUMNS.names).take_all()  # the failing arm
     assert {"who": "zoe", "text": None} in rows
+
+
+@pytest.mark.parametrize("num_cores", [1, 2, 64])
+def test_tasks_are_long_at_first_and_short_at_the_end(num_cores):
+    pieces = [Piece("parquet", "a", n, n + 1, num_bytes=4 << 20) for n in range(200)]
+    runs = divide_pieces(pieces, num_cores)
+    lengths = [len(run) for run in runs]
+    assert [piece for run in runs for piece in run] == pieces
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == min(16, max(1, 100 // num_cores))  # 64 MiB, or what two rounds would take
+    assert lengths[-num_cores:] == [1] * num_cores
+    assert len(runs) < 30 or num_cores == 64
+
+
+def test_pieces_of_unknown_or_large_size_are_tasks_too():
+    unknown = [Piece("hub", "a", n, n + 1) for n in range(8)]
+    assert [piece for run in divide_pieces(unknown, 1) for piece in run] == unknown
+    large = [Piece("jsonl", f"{n}.gz", num_bytes=1 << 40) for n in range(3)]
+    assert divide_pieces(large, 2) == [[piece] for piece in large]
+    many = [Piece("parquet", "a", n, n + 1, num_bytes=64 << 20) for n in range(9000)]
+    assert len(divide_pieces(many, 2)) < 5000
+    assert divide_pieces([], 2) == []
