@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.support.runs import DATASET, text_of_people, tiny_experiment
 from tests.support.statistics import agrees_with_binomial
 from tests.support.training import VOCABULARY, RecordingAccountant
-from udp_ray.config.audit import audit_of
+from udp_ray.config.audit import AuditConfig, audit_of
 from udp_ray.config.experiment import DataConfig, ExperimentConfig, LoraConfig, TrainConfig
 from udp_ray.data.build import (
     BuildSettings,
@@ -50,7 +50,6 @@ from udp_ray.experiments.audit.black_box import (
 )
 from udp_ray.experiments.audit.canary_scores import CanaryExamples, score_canaries
 from udp_ray.experiments.audit.canary_texts import (
-    BlackBoxSettings,
     Canaries,
     TextWriter,
     coin,
@@ -64,7 +63,7 @@ from udp_ray.reports.statement import AuditMark
 
 KEY = bytes(range(32))
 COIN_KEY = b"sixteen bytes of"
-SETTINGS = BlackBoxSettings(num_canaries=40, seed=3, num_guesses=10, text_tokens=12)
+SETTINGS = AuditConfig(box="black", canary_users=40, seed=3, guesses=10, text_tokens=12)
 NUM_COINS = 20_000
 SAME_LOSS = 1e-5
 """Of means of float32 losses, computed in passes of other shapes."""
@@ -98,8 +97,12 @@ def writer_of(folder: Path) -> TextWriter:
     return TextWriter.of(model, model=model, block_tokens=32)
 
 
+def changed(**changes: Any) -> AuditConfig:
+    return SETTINGS.model_copy(update=changes)
+
+
 def canaries_of(folder: Path, **changes: Any) -> Canaries:
-    return make_canaries(replace(SETTINGS, **changes), writer_of(folder), coin_key=COIN_KEY)
+    return make_canaries(changed(**changes), writer_of(folder), coin_key=COIN_KEY)
 
 
 def rows_of(folder: Path) -> pa.Table:
@@ -144,14 +147,14 @@ def examples_of(store: TokenStore | None) -> dict[bytes, list[tuple[int, bytes]]
 
 @pytest.mark.parametrize("text", ["random", "sampled"])
 def test_ids_and_texts_are_a_function_of_the_seed_alone(folder: Path, text: Any) -> None:
-    one = canaries_of(folder, text=text)
+    one = canaries_of(folder, canary_text=text)
     again = make_canaries(one.settings, writer_of(folder), coin_key=b"another key")
-    other = canaries_of(folder, text=text, seed=4)
+    other = canaries_of(folder, canary_text=text, seed=4)
     assert (one.ids, one.texts) == (again.ids, again.texts)
     assert one.is_in != again.is_in
     assert not set(one.ids) & set(other.ids)
     assert not set(one.texts) & set(other.texts)
-    assert len(set(one.ids)) == len(set(one.texts)) == SETTINGS.num_canaries
+    assert len(set(one.ids)) == len(set(one.texts)) == SETTINGS.canary_users
     assert Canaries.from_json(one.to_json(), source="here") == one
 
 
@@ -291,7 +294,7 @@ PLAN = PrivacyPlan(
     sampling="uls", noise_multiplier=10.0, clip_norm=1.0, group_size=2, num_steps=60,
     expected_size=30, population=60, population_is_declared=True, delta=1e-3,
 )  # fmt: skip
-AUDIT = BlackBoxSettings(num_canaries=80, seed=1, num_guesses=30, text_tokens=16)
+AUDIT = AuditConfig(box="black", canary_users=80, seed=1, guesses=30, text_tokens=16)
 
 
 def audit_in_process(folder: Path, place: Path, trained_with: PrivacyPlan) -> AuditResult:
@@ -386,26 +389,9 @@ def test_an_audit_that_was_stopped_continues_and_is_charged_once(tmp_path: Path)
 # ---- refusals
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"num_canaries": 0}, "audit.canary_users is 0: give 1 or more"),
-        ({"texts_per_canary": 0}, "audit.texts_per_canary is 0"),
-        ({"text_tokens": -1}, "audit.text_tokens is -1"),
-        ({"seed": -1}, "audit.seed is -1"),
-        ({"text": "poems"}, "audit.canary_text is 'poems': give random, rare, sampled"),
-        ({"num_guesses": 41}, "audit.guesses is 41: give 1 to audit.canary_users, 40"),
-        ({"confidence": 0.2}, "audit.confidence is 0.2"),
-    ],
-)
-def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        replace(SETTINGS, **changes)
-
-
 def test_a_tokenizer_with_too_few_rare_words_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"canary_text is rare, but the tokenizer .* only 0"):
-        canaries_of(folder, text="rare")
+        canaries_of(folder, canary_text="rare")
 
 
 def test_input_without_the_text_column_is_refused_before_anything_is_written(
@@ -430,7 +416,7 @@ def test_an_audit_is_continued_with_its_own_settings_only(tmp_path: Path) -> Non
     first = prepare_canaries(config, SETTINGS)
     assert prepare_canaries(config, SETTINGS, coin_key=COIN_KEY) == first
     with pytest.raises(ConfigError, match=r"holds an audit with audit\.guesses = 10, and not 12"):
-        prepare_canaries(config, replace(SETTINGS, num_guesses=12))
+        prepare_canaries(config, changed(guesses=12))
     (Path(config.output) / "canaries" / "canaries.json").write_text("{}")
     with pytest.raises(DataError, match="is damaged"):
         prepare_canaries(config, SETTINGS)
@@ -489,11 +475,11 @@ def test_a_folder_that_reads_as_a_pattern_is_refused(tmp_path: Path, name: str) 
 
 def test_sampled_texts_fit_the_model(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"audit\.text_tokens is 4096, and the \d+ positions"):
-        canaries_of(folder, text="sampled", text_tokens=4096)
+        canaries_of(folder, canary_text="sampled", text_tokens=4096)
 
 
 def test_an_audit_in_which_no_canary_is_in_goes_on(tmp_path: Path) -> None:
-    one = replace(SETTINGS, num_canaries=1, num_guesses=1)
+    one = changed(canary_users=1, guesses=1)
     for number in range(64):
         config = experiment(tmp_path).model_copy(update={"output": str(tmp_path / f"{number}")})
         key = number.to_bytes(16, "big")

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from udp_ray.config.audit import AuditConfig, AuditJobConfig, audit_of, without_audit
+from udp_ray.config.audit import AuditConfig, AuditJobConfig, without_audit
 from udp_ray.config.experiment import DataConfig, ExperimentConfig
 from udp_ray.console import progress
 from udp_ray.data.remote import is_prepared, read_manifest
@@ -37,8 +36,6 @@ from udp_ray.data.store import TokenStore
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.experiments.audit.canary_scores import CanaryExamples, score_canaries
 from udp_ray.experiments.audit.canary_texts import (
-    NAMES,
-    BlackBoxSettings,
     Canaries,
     TextWriter,
     make_canaries,
@@ -70,7 +67,7 @@ CANARIES_FILE, AUDITED_FILE, ROWS_FILE = "canaries.json", "audited.json", "rows.
 
 def run_black_box(
     config: ExperimentConfig,
-    settings: BlackBoxSettings,
+    settings: AuditConfig,
     *,
     coin_key: bytes | None = None,
     announce: Callable[[str], None] = print,
@@ -96,7 +93,7 @@ def run_black_box(
         canaries = prepare_canaries(config, settings, coin_key=coin_key)
         audited = audited_run(config, settings)
         announce(
-            f"This run is made for an audit, with {settings.num_canaries} synthetic users of whom"
+            f"This run is made for an audit, with {settings.canary_users} synthetic users of whom"
             " about half train. It is charged to the budget of"
             f" {config.data.name!r} in {public_url(config.data.ledger_url)}."
         )
@@ -160,7 +157,7 @@ def _guarding_ledger(data: DataConfig) -> str:
     return url
 
 
-def audited_run(config: ExperimentConfig, settings: BlackBoxSettings) -> AuditJobConfig:
+def audited_run(config: ExperimentConfig, settings: AuditConfig) -> AuditJobConfig:
     """Returns the settings of the run that an audit makes: other store, input and output.
 
     Its `audit` section is that of these settings, so that the run's statement and model are marked.
@@ -174,18 +171,7 @@ def audited_run(config: ExperimentConfig, settings: BlackBoxSettings) -> AuditJo
             "ledger": config.data.ledger_url,  # that of the users, wherever the new store lies
         }
     )
-    given = audit_of(config)
-    audit = AuditConfig(
-        box="black",
-        canary_users=settings.num_canaries,
-        seed=settings.seed,
-        confidence=settings.confidence,
-        guesses=settings.num_guesses,
-        accept_canaries=given is not None and given.accept_canaries,
-        canary_text=settings.text,
-        texts_per_canary=settings.texts_per_canary,
-        text_tokens=settings.text_tokens,
-    )
+    audit = settings.model_copy(update={"box": "black", "guesses": settings.num_guesses})
     values = {name: getattr(config, name) for name in ExperimentConfig.model_fields}
     values |= {"data": data, "output": str(folder / RUN_FOLDER), "audit": audit}
     return AuditJobConfig.model_construct(config.model_fields_set | set(values), **values)
@@ -195,7 +181,7 @@ def audited_run(config: ExperimentConfig, settings: BlackBoxSettings) -> AuditJo
 
 
 def prepare_canaries(
-    config: ExperimentConfig, settings: BlackBoxSettings, *, coin_key: bytes | None = None
+    config: ExperimentConfig, settings: AuditConfig, *, coin_key: bytes | None = None
 ) -> Canaries:
     """Writes the canaries of an audit, and the rows of those that are in; or returns those written.
 
@@ -269,15 +255,20 @@ def _require_folder(folder: Path) -> None:
         )
 
 
-def _require_same(old: BlackBoxSettings, new: BlackBoxSettings, folder: Path) -> None:
-    before, now = asdict(old), asdict(new)
+def _require_same(old: AuditConfig, new: AuditConfig, folder: Path) -> None:
+    before, now = _chosen_beforehand(old), _chosen_beforehand(new)
     changed = [name for name in before if before[name] != now[name]]
     if changed:
         raise ConfigError(
-            f"output {folder} holds an audit with audit.{NAMES.get(changed[0], changed[0])} ="
+            f"output {folder} holds an audit with audit.{changed[0]} ="
             f" {before[changed[0]]}, and not {now[changed[0]]}: settings are chosen before an"
             " audit, so give another folder, or continue with the same settings"
         )
+
+
+def _chosen_beforehand(settings: AuditConfig) -> dict[str, Any]:
+    values = settings.model_dump(exclude={"box", "accept_canaries"})
+    return values | {"guesses": settings.num_guesses}
 
 
 def _what_is_audited(config: ExperimentConfig) -> dict[str, Any]:
@@ -333,11 +324,11 @@ def _has_ended(data: DataConfig, run_id: str) -> bool:
 
 
 def _description(
-    audited: ExperimentConfig, settings: BlackBoxSettings, statement: PrivacyStatement
+    audited: ExperimentConfig, settings: AuditConfig, statement: PrivacyStatement
 ) -> dict[str, Public]:
     plan = statement.plan
     found: dict[str, Public] = {
-        "canary text": settings.text,
+        "canary text": settings.canary_text,
         "texts per canary": settings.texts_per_canary,
         "tokens per text": settings.text_tokens,
         "score": "fall of the mean loss per token, base model to released model",

@@ -17,22 +17,21 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from udp_ray.config.audit import AuditConfig
 from udp_ray.config.experiment import DataConfig
 from udp_ray.data.tokenize import TextEncoder
 from udp_ray.errors import ConfigError, DataError
 from udp_ray.models.generate import Batch, ModelSource, Sampler, Sampling
 from udp_ray.models.hub import load_tokenizer, model_config, tokenizer_fingerprint
 from udp_ray.models.positions import num_positions
-
-CanaryText = Literal["random", "rare", "sampled"]
 
 COIN_KEY_BYTES = 16
 RARE_SHARE = 0.25
@@ -43,58 +42,9 @@ TEMPERATURE = 1.5
 """Of sampled texts: high, so that the model does not expect them."""
 MOST_ATTEMPTS = 20
 """Samples per text until one is not blank."""
-NAMES = {"num_canaries": "canary_users", "num_guesses": "guesses", "text": "canary_text"}
-"""Fields of `BlackBoxSettings` that are called otherwise in the section `audit`."""
 _BATCH = 64
 _BEFORE = "a"
 """A word before another, by which it is seen whether that one stays a single token."""
-
-
-@dataclass(frozen=True)
-class BlackBoxSettings:
-    """Public settings of a black box audit, all chosen before it begins."""
-
-    num_canaries: int
-    """Synthetic users, each in with probability 1/2; at least 1."""
-    seed: int
-    """Of ids and texts, at least 0. It decides no coin and no noise."""
-    num_guesses: int
-    """Canaries guessed at, from 1 to their number."""
-    text: CanaryText = "random"
-    """Texts of random tokens, of rare words of the tokenizer, or sampled from the base model at
-    high temperature."""
-    texts_per_canary: int = 1
-    """Texts that a canary has written, at least 1."""
-    text_tokens: int = 48
-    """Tokens of a text, about, at least 1."""
-    confidence: float = 0.95
-    """Of the bound, from 1/2 to below 1."""
-
-    def __post_init__(self) -> None:
-        """Refuses values out of range.
-
-        Raises:
-            ConfigError: The setting, its value and what to give.
-        """
-        for name in ("num_canaries", "texts_per_canary", "text_tokens"):
-            if getattr(self, name) < 1:
-                setting = f"audit.{NAMES.get(name, name)}"
-                raise ConfigError(f"{setting} is {getattr(self, name)}: give 1 or more")
-        if self.seed < 0:
-            raise ConfigError(f"audit.seed is {self.seed}: give 0 or more")
-        if self.text not in get_args(CanaryText):
-            raise ConfigError(
-                f"audit.canary_text is {self.text!r}: give {', '.join(get_args(CanaryText))}"
-            )
-        if not 1 <= self.num_guesses <= self.num_canaries:
-            raise ConfigError(
-                f"audit.guesses is {self.num_guesses}: give 1 to audit.canary_users,"
-                f" {self.num_canaries}"
-            )
-        if not 0.5 <= self.confidence < 1:
-            raise ConfigError(
-                f"audit.confidence is {self.confidence:g}: give 0.5 or more and below 1, as 0.95"
-            )
 
 
 # ---- canaries
@@ -104,7 +54,7 @@ class BlackBoxSettings:
 class Canaries:
     """All canaries of an audit, in or not. Their texts are synthetic."""
 
-    settings: BlackBoxSettings
+    settings: AuditConfig
     ids: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
     """The texts of each."""
@@ -141,7 +91,13 @@ class Canaries:
 
     def to_json(self) -> str:
         """Returns everything as JSON."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        values = {
+            "settings": self.settings.model_dump(mode="json"),
+            "ids": self.ids,
+            "texts": self.texts,
+            "is_in": self.is_in,
+        }
+        return json.dumps(values, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> Self:
@@ -153,7 +109,7 @@ class Canaries:
         try:
             values = json.loads(text)
             return cls(
-                settings=BlackBoxSettings(**values["settings"]),
+                settings=AuditConfig.model_validate(values["settings"]),
                 ids=tuple(values["ids"]),
                 texts=tuple(map(tuple, values["texts"])),
                 is_in=tuple(values["is_in"]),
@@ -164,7 +120,7 @@ class Canaries:
             ) from None
 
 
-def make_canaries(settings: BlackBoxSettings, writer: TextWriter, *, coin_key: bytes) -> Canaries:
+def make_canaries(settings: AuditConfig, writer: TextWriter, *, coin_key: bytes) -> Canaries:
     """Returns the canaries of an audit.
 
     Args:
@@ -175,8 +131,8 @@ def make_canaries(settings: BlackBoxSettings, writer: TextWriter, *, coin_key: b
     Raises:
         ConfigError: If the tokenizer or the model cannot give such texts.
     """
-    ids = tuple(canary_id(settings.seed, n) for n in range(settings.num_canaries))
-    total = settings.num_canaries * settings.texts_per_canary
+    ids = tuple(canary_id(settings.seed, n) for n in range(settings.canary_users))
+    total = settings.canary_users * settings.texts_per_canary
     texts = writer.texts(settings, total)
     per_canary = tuple(
         tuple(texts[n : n + settings.texts_per_canary])
@@ -236,20 +192,21 @@ class TextWriter:
         )
         return cls(tokenizer, encoder, model)
 
-    def texts(self, settings: BlackBoxSettings, number: int) -> list[str]:
+    def texts(self, settings: AuditConfig, number: int) -> list[str]:
         """Returns so many texts, a function of the seed, the tokenizer and the model alone.
 
         Raises:
             ConfigError: If there are too few words, or the model writes nothing.
         """
-        if settings.text == "sampled":
+        if settings.canary_text == "sampled":
             return self._sampled(settings, number)
         tokenizer = load_tokenizer(self.tokenizer)
-        ids = self._rare_words() if settings.text == "rare" else self._single_tokens()
+        ids = self._rare_words() if settings.canary_text == "rare" else self._single_tokens()
         if len(ids) < FEWEST_WORDS:
             raise ConfigError(
-                f"audit.canary_text is {settings.text}, but the tokenizer {self.tokenizer!r} has"
-                f" only {len(ids)} such words, fewer than {FEWEST_WORDS}: give another kind"
+                f"audit.canary_text is {settings.canary_text}, but the tokenizer"
+                f" {self.tokenizer!r} has only {len(ids)} such words, fewer than"
+                f" {FEWEST_WORDS}: give another kind"
             )
         return [
             str(
@@ -297,7 +254,7 @@ class TextWriter:
             if n not in special
         }
 
-    def _sampled(self, settings: BlackBoxSettings, number: int) -> list[str]:
+    def _sampled(self, settings: AuditConfig, number: int) -> list[str]:
         context = list(self.encoder.prefix) or [self.encoder.info.eos_id]
         positions = num_positions(model_config(self.model))
         if positions is not None and settings.text_tokens + len(context) > positions:

@@ -140,19 +140,8 @@ def _run_black_box(
 ) -> AuditResult:
     """Runs a black box audit, which continues what its output folder holds in any case."""
     from udp_ray.experiments.audit.black_box import run_black_box
-    from udp_ray.experiments.audit.canary_texts import BlackBoxSettings
 
-    audit = config.audit
-    settings = BlackBoxSettings(
-        num_canaries=audit.canary_users,
-        seed=audit.seed,
-        num_guesses=audit.num_guesses,
-        text=audit.canary_text,
-        texts_per_canary=audit.texts_per_canary,
-        text_tokens=audit.text_tokens,
-        confidence=audit.confidence,
-    )
-    return run_black_box(config, settings, announce=announce)
+    return run_black_box(config, config.audit, announce=announce)
 
 
 def _table(audited: AuditedRun, result: AuditResult) -> str:
