@@ -175,3 +175,10 @@ def test_a_data_set_without_a_cosine_is_refused(tmp_path: Path) -> None:
     dataset = {"name": "chats", "input": "t.parquet", "heldout": "h.parquet"}
     with pytest.raises(ValueError, match="gradient_cosine of data set chats is missing"):
         study_config(tmp_path, datasets=[dataset])
+
+
+def test_a_place_without_a_non_private_run_says_so(tmp_path: Path) -> None:
+    private = {name: losses for name, losses in LOSSES.items() if name != "free"}
+    header, line = compared(tmp_path, private).losses()
+    assert line[header.index("not private")] == "-"
+    assert line[header.index("before")] == "5.500"

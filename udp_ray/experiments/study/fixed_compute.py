@@ -183,7 +183,8 @@ class FixedCompute:
         for place, each in zip(places, self.comparisons, strict=True):
             by_name = {method.name: method for method in each.methods}
             cells = (_loss_text(by_name.get(name)) for name in names)
-            ends = (f"{each.loss_without_privacy:.3f}", f"{each.loss_before:.3f}")
+            free = each.loss_without_privacy
+            ends = (f"{free:.3f}" if math.isfinite(free) else "-", f"{each.loss_before:.3f}")
             lines.append((place.dataset, f"{place.budget}", f"{place.epsilon:g}", *cells, *ends))
         return lines
 
