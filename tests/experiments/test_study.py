@@ -28,6 +28,7 @@ from udp_ray.experiments.study.folder import StudyFolder
 from udp_ray.experiments.study.report import Results, Row
 from udp_ray.experiments.study.run import placed, run_and_report, run_study, selected_text
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, Scaling, StudyConfig, plan_study
+from udp_ray.io import content_digest
 from udp_ray.on_ray.tasks import completed_tasks
 
 SAME = 1e-5
@@ -266,6 +267,29 @@ def test_users_with_few_rows_can_be_left_out(base: Path, tmp_path: Path) -> None
     assert len({of().digest, of(num_users=9).digest, of(**few).digest}) == 3
     with pytest.raises(DataError, match="has 16 users with at least 2 rows"):
         placed(of(min_rows_per_user=2, num_users=17), tmp_path / "out")
+
+
+def test_text_that_changed_is_selected_and_prepared_again(base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base.parent, copy)
+    folder = tmp_path / "out"
+
+    def data(seen: Path) -> DataConfig:
+        dataset = config_of(seen, folder).study.datasets[0].model_dump() | {"num_users": 9}
+        return placed(planned(base, folder, datasets=[dataset]).cells[0], folder).data
+
+    first = data(base)
+    assert data(copy / base.name) == first  # the same text elsewhere
+    write_rows(copy / "heldout.parquet", "h", 5)
+    content_digest.cache_clear()  # as another process would read it
+    other_heldout = data(copy / base.name)
+    assert other_heldout.heldout != first.heldout
+    assert other_heldout.store != first.store
+    write_rows(copy / "train.parquet", "u", 24)
+    content_digest.cache_clear()
+    other_input = data(copy / base.name)
+    assert other_input.input != first.input
+    assert other_input.store not in (first.store, other_heldout.store)
 
 
 def test_held_out_text_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from udp_ray.experiments.study.folder import FIGURE, HELDOUT, INPUT, STORES, Stu
 from udp_ray.experiments.study.report import LAST, Results
 from udp_ray.experiments.study.settings import Cell, PlannedStudy, digest_of
 from udp_ray.experiments.study.training import train_cell
-from udp_ray.io import write_atomic, writing
+from udp_ray.io import content_digest, write_atomic, writing
 from udp_ray.on_ray.cluster import connected
 from udp_ray.on_ray.prepare import prepare
 from udp_ray.on_ray.tasks import completed_tasks
@@ -167,7 +167,9 @@ def placed(cell: Cell, folder: Path) -> ExperimentConfig:
         )
         changes["input"] = [str(train_text)]
     data = data.model_copy(update=changes)
-    key = digest_of([data.model_dump(mode="json", exclude={"cache"}), cell.config.tokenizer])
+    others = data.model_dump(mode="json", exclude={"input", "heldout", "tokenizer", "cache"})
+    text = [content_digest(place) for place in (*data.input, str(heldout), cell.config.tokenizer)]
+    key = digest_of([others, text])
     place = folder / STORES / dataset.name
     data = data.model_copy(
         update={"store": str(place / key[:12]), "ledger": f"sqlite:///{place / 'ledger.sqlite'}"}
@@ -208,7 +210,8 @@ def selected_text(
         DataError: If the source cannot be read, or has no such column, or too few users.
     """
     user_column, cap = data.user_column, data.max_examples_per_user
-    name = digest_of([str(source), user_column, cap, least, most_users, most_rows])
+    held = content_digest(str(source))
+    name = digest_of([held, user_column, cap, least, most_users, most_rows])
     file = folder / f"{source.stem}-{name[:8]}.parquet"
     if file.is_file():
         return file
