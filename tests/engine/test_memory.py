@@ -70,7 +70,6 @@ def estimated(config: ExperimentConfig) -> MemoryEstimate:
 
 CASES = [
     ("gpt2", {"kernel": "ghost"}),
-    ("llama", {"kernel": "direct", "zero_stage": 2, "num_workers": 2}),
     *(
         pytest.param(model, {"kernel": kernel, "zero_stage": stage, "num_workers": 2}, marks=slow)
         for model in ("gpt2", "llama")

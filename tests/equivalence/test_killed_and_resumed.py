@@ -45,7 +45,13 @@ def undisturbed(run):
         pytest.param(Death(authorize=4), (2, 1), (4, 2), id="authorized, noise not drawn"),
         pytest.param(Death(rank=1, forward_pass=14), (2, 2), (1, 0), id="rank 1, mid-step"),
         pytest.param(Death(commit=4), (1, 0), (2, 1), id="published, not committed"),
-        pytest.param(Death(authorize=4), (2, 3), (3, 3), id="stage 3, on to three ranks"),
+        pytest.param(
+            Death(authorize=4),
+            (2, 3),
+            (3, 3),
+            id="stage 3, on to three ranks",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Death(rank=1, forward_pass=8),
             (2, 3),

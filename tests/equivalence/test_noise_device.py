@@ -28,7 +28,9 @@ ON_DEVICE = {
 FAULT = "other noise"
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids="{} ranks".format)
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids="{} ranks".format
+)
 def weights(request, tmp_path_factory):
     store = write_tiny_store(tmp_path_factory.mktemp("data") / "store")
     run = TinyRun(store=str(store), secure_noise=True)

@@ -132,6 +132,7 @@ def audited_loop(store: str, **changes: object) -> TinyRun:
     return replace(run, **changes)  # type: ignore[arg-type]
 
 
+SLICES = pytest.param(2, {"zero_stage": 3, "kernel": "ghost"}, marks=pytest.mark.slow)
 FOUR_RANKS = pytest.param(4, {"zero_stage": 1, "kernel": "ghost"}, marks=pytest.mark.slow)
 
 VARIANTS: dict[str, dict[str, object]] = {
@@ -156,7 +157,7 @@ def alone(store: str) -> dict[str, TinyOutcome]:
     [
         (2, {}),
         (2, {"zero_stage": 2}),
-        (2, {"zero_stage": 3, "kernel": "ghost"}),
+        SLICES,
         FOUR_RANKS,
         (2, {"fuse_reduce": True}),
     ],

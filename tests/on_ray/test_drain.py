@@ -185,6 +185,7 @@ def is_drained_by_the_job(head: Head, node_id: str) -> None:
     assert f"node {other} is drained: nothing runs on it" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_job_drains_a_node_and_says_whether_the_time_was_enough(
     runs: Callable[[Check], None],
 ) -> None:

@@ -134,6 +134,7 @@ def test_an_ended_run_has_no_key_and_cannot_be_resumed(
         train(to_folder(config, undisturbed.output), resume=True, announce=lambda text: None)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_neither_the_weights_nor_the_spend(
     undisturbed: RunResult, config: ExperimentConfig, ledger: Ledger
 ) -> None:
