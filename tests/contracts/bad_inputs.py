@@ -70,6 +70,21 @@ AUDITS = {
     "an audit with full confidence": bad(
         "audit", f"{AUDIT} --audit.confidence 1", "audit.confidence", "1", "less than 1",
     ),
+    "an audit with less confidence than a coin": bad(
+        "audit", f"{AUDIT} --audit.confidence 0.2", "audit.confidence", "0.2",
+        "greater than or equal to 0.5",
+    ),
+    "canaries without texts": bad(
+        "audit", f"{AUDIT} --audit.texts_per_canary 0", "audit.texts_per_canary", "0",
+        "greater than 0",
+    ),
+    "texts of canaries without tokens": bad(
+        "audit", f"{AUDIT} --audit.text_tokens -1", "audit.text_tokens", "-1", "greater than 0",
+    ),
+    "canaries that write poems": bad(
+        "audit", f"{AUDIT} --audit.canary_text poems", "audit.canary_text", "poems",
+        "'random', 'rare' or 'sampled'",
+    ),
     "an audit from a negative seed": bad(
         "audit", f"{AUDIT} --audit.seed -1", "audit.seed", "-1", "greater than or equal to 0",
     ),

@@ -7,6 +7,7 @@ the weights of a run without a fault, and charges the same.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -21,6 +22,7 @@ from tests.support.training_deaths import (
 )
 from udp_ray.ledger.ledger import Ledger
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 TOLERANCE = 2e-6  # as in test_world_and_stage.py: another world size is another order of sums
 
 
@@ -45,34 +47,10 @@ def undisturbed(run):
         pytest.param(Death(authorize=4), (2, 1), (4, 2), id="authorized, noise not drawn"),
         pytest.param(Death(rank=1, forward_pass=14), (2, 2), (1, 0), id="rank 1, mid-step"),
         pytest.param(Death(commit=4), (1, 0), (2, 1), id="published, not committed"),
-        pytest.param(
-            Death(authorize=4),
-            (2, 3),
-            (3, 3),
-            id="stage 3, on to three ranks",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Death(rank=1, forward_pass=8),
-            (2, 3),
-            (1, 0),
-            id="stage 3 mid-step, on to stage 0",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Death(commit=4),
-            (4, 3),
-            (2, 3),
-            id="stage 3, from four to two ranks",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            Death(authorize=4),
-            (3, 1),
-            (2, 3),
-            id="from stage 1 on to stage 3",
-            marks=pytest.mark.slow,
-        ),
+        slow(Death(authorize=4), (2, 3), (3, 3), id="stage 3, on to three ranks"),
+        slow(Death(rank=1, forward_pass=8), (2, 3), (1, 0), id="stage 3 mid-step, on to stage 0"),
+        slow(Death(commit=4), (4, 3), (2, 3), id="stage 3, from four to two ranks"),
+        slow(Death(authorize=4), (3, 1), (2, 3), id="from stage 1 on to stage 3"),
     ],
 )
 def test_a_killed_run_resumed_elsewhere_ends_alike(
